@@ -1,0 +1,146 @@
+"""Checkpoints: a folder with `model.safetensors` (EMA weights), `config.json` and `card.md`.
+
+Nothing here unpickles anything. Whoever reads from a bucket passes `read`, which returns a file's bytes by its
+path and raises FileNotFoundError where there is none; the default reads local files.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ddpm_core import config as configs
+from ddpm_core.config import ModelConfig
+from ddpm_core.errors import InputError
+from ddpm_core.unet import UNet
+
+Read = Callable[[str], bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A network ready to sample from, with what is needed to prepare its inputs."""
+
+    model: UNet
+    config: ModelConfig
+    path: str
+    """The checkpoint's own folder (a run resolves to its best one)."""
+
+
+def read_local(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def files(state: dict[str, Tensor], config: ModelConfig) -> dict[str, bytes]:
+    """A checkpoint as file name → bytes, for the caller to write where it likes.
+
+    `config.json` comes last: a folder that has it is complete.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    meta = {"format": "ddpm-translate", "format_version": configs.FORMAT_VERSION, **configs.to_dict(config)}
+    return {
+        "model.safetensors": safetensors.torch.save(state),
+        "card.md": card(config).encode(),
+        "config.json": json.dumps(meta, indent=2).encode(),
+    }
+
+
+def resolve(path: str, *, read: Read = read_local) -> tuple[str, dict[str, Any]]:
+    """The checkpoint folder meant by `path` and its run's `best.json` ({} for a bare checkpoint).
+
+    Raises:
+        InputError: `path` holds neither a checkpoint nor a finished run.
+    """
+    path = path.rstrip("/")
+    try:
+        best = json.loads(read(f"{path}/best.json"))
+    except FileNotFoundError:
+        best = {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}/best.json is damaged ({error}); name a folder under {path}/checkpoints instead") from None
+    if best:
+        if not isinstance(best, dict) or not isinstance(best.get("checkpoint"), str):
+            raise InputError(f"{path}/best.json names no checkpoint; name a folder under {path}/checkpoints instead")
+        return f"{path}/{best['checkpoint']}", best
+    return path, {}
+
+
+def read_config(path: str, *, read: Read = read_local) -> ModelConfig:
+    """The configuration in a checkpoint folder.
+
+    Raises:
+        InputError: there is none, it is damaged, or it is of another version.
+    """
+    try:
+        meta = json.loads(read(f"{path}/config.json"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no checkpoint here (no best.json, no config.json); give a run's folder or one of its checkpoints"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}/config.json is damaged: {error}") from None
+    if not isinstance(meta, dict) or meta.pop("format", None) != "ddpm-translate":
+        raise InputError(f"{path}/config.json is not a ddpm-translate checkpoint's")
+    version = meta.pop("format_version", None)
+    if version != configs.FORMAT_VERSION:
+        raise InputError(
+            f"{path}: checkpoint of format version {version}, this program reads version {configs.FORMAT_VERSION}: "
+            "use the release that wrote it, or train again"
+        )
+    config = configs.from_dict(ModelConfig, meta, where=f"{path}/config.json")
+    configs.check(config)
+    return config
+
+
+def load(path: str, *, read: Read = read_local) -> Checkpoint:
+    """A checkpoint folder, or a run (its best checkpoint), as a network in eval mode on the CPU.
+
+    A run's `best.json` overrides the sampling defaults (sampler, num_steps, guidance_scale).
+
+    Raises:
+        InputError: nothing there, damaged files, another version, weights that do not fit the configuration.
+    """
+    folder, best = resolve(path, read=read)
+    config = read_config(folder, read=read)
+    chosen = {f.name: best[f.name] for f in dataclasses.fields(config.sampling) if best.get(f.name) is not None}
+    sampling = configs.from_dict(
+        configs.SamplingConfig, {**configs.to_dict(config.sampling), **chosen}, where=f"{path}/best.json"
+    )
+    config = dataclasses.replace(config, sampling=sampling)
+    configs.check(config)
+    try:
+        state = safetensors.torch.load(read(f"{folder}/model.safetensors"))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: model.safetensors is missing; the checkpoint is incomplete") from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{folder}/model.safetensors is damaged: {error}") from None
+    model = UNet(config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise InputError(f"{folder}: the weights do not fit config.json: {first[0].strip()}") from None
+    return Checkpoint(model=model.eval().requires_grad_(False), config=config, path=folder)
+
+
+def card(config: ModelConfig) -> str:
+    """The checkpoint's card: what it is, on what it was trained, what it may be used for."""
+    sides = ", ".join(config.target_domains or config.domains)
+    return f"""# {config.data.name}: {" / ".join(config.domains)}
+
+A conditional DDPM that turns {config.image_size} x {config.image_size} pictures into: {sides}.
+
+| | |
+|---|---|
+| data | {config.data.name} (hash `{config.data.content_hash}`), pairing {config.data.pairing} |
+| licence of the data, which binds this checkpoint and what is made with it | {config.data.licence} |
+| prediction, schedule, loss | {config.diffusion.prediction}, {config.diffusion.schedule}, {config.diffusion.loss} |
+| sampling defaults | {config.sampling.sampler}, {config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale} |
+
+Load it with `ddpm_core.checkpoint.load(folder)` or give the folder to anything that takes `--checkpoint`.
+"""

@@ -1,0 +1,122 @@
+"""Pictures in and out: decoding what users really have, and the one preprocessing of training and use.
+
+    uint8   b h w 3   sRGB
+    float   b 3 h w   in [-1, 1]
+"""
+
+import hashlib
+import io
+import warnings
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ddpm_core.errors import InputError
+
+MAX_PIXELS = 100_000_000
+"""Larger pictures are refused before they are decoded (decompression bombs)."""
+MIN_SIDE = 8
+"""Smaller pictures are refused: there is nothing in them to translate."""
+BACKGROUND = (255, 255, 255)
+"""Transparent pictures are laid over this colour."""
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".jfif"})
+"""File endings taken for pictures when a folder is listed."""
+
+
+def decode(data: bytes, *, name: str = "picture") -> Image.Image:
+    """Any still picture as upright 8-bit sRGB.
+
+    EXIF orientation is applied; CMYK, palette, grey and 16-bit are converted; transparency is laid over white.
+
+    Raises:
+        InputError: one line naming the picture: empty, not an image, truncated, animated, too small, too large.
+    """
+    if not data:
+        raise InputError(f"{name}: the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's bomb and EXIF warnings: checked and handled here
+            image = Image.open(io.BytesIO(data))
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise InputError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are taken: scale it down")
+            if min(width, height) < MIN_SIDE:
+                raise InputError(f"{name}: {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
+            # MPO is what many phones write: a JPEG with previews behind it, not an animation.
+            if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "TIFF"):
+                raise InputError(f"{name}: an animation of {getattr(image, 'n_frames', 0)} frames; save one as PNG or JPEG")
+            image.load()
+            return _to_srgb(ImageOps.exif_transpose(image))
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f"{name}: not an image, or of a kind that is not supported; convert it to PNG or JPEG") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{name}: more than {MAX_PIXELS:,} pixels: scale it down") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, MemoryError) as error:
+        raise InputError(f"{name}: truncated or corrupt ({error}); copy or save it again") from None
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        # 16-bit and float greys: Pillow's own conversion clips instead of scaling.
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        top = 65535.0 if values.max(initial=0) > 255 else (255.0 if values.max(initial=0) > 1 else 1.0)
+        image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        flat = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
+        flat.alpha_composite(rgba)
+        return flat.convert("RGB")
+    return image.convert("RGB")
+
+
+def to_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The largest centred square, resized with antialiasing: what training did to every picture."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    resized = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    return np.array(resized, dtype=np.uint8)
+
+
+def to_tensor(images: UInt8[np.ndarray, "b h w 3"], device: torch.device | str = "cpu") -> Float[Tensor, "b 3 h w"]:
+    """uint8 pixels to [-1, 1]."""
+    tensor = torch.tensor(images, dtype=torch.uint8, device=device)
+    return tensor.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def to_uint8(images: Float[Tensor, "b 3 h w"]) -> UInt8[np.ndarray, "b h w 3"]:
+    """[-1, 1] to uint8 pixels, rounded and clipped; the inverse of `to_tensor`."""
+    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def content_hash(image: UInt8[np.ndarray, "h w 3"]) -> int:
+    """63-bit hash of a picture's pixels and shape: what its sampling noise is drawn from."""
+    digest = hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """One picture as PNG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grid(rows: list[list[UInt8[np.ndarray, "h w 3"]]], *, gap: int = 2, scale: int = 1) -> UInt8[np.ndarray, "H W 3"]:
+    """Rows of equally sized pictures as one picture on white, enlarged `scale` times without smoothing."""
+    if not rows or not rows[0]:
+        raise ValueError("a grid needs at least one picture")
+    height, width = rows[0][0].shape[0] * scale, rows[0][0].shape[1] * scale
+    columns = max(len(row) for row in rows)
+    canvas = np.full((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top, left = i * (height + gap), j * (width + gap)
+            canvas[top : top + height, left : left + width] = picture.repeat(scale, 0).repeat(scale, 1)
+    return canvas

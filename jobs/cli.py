@@ -1,0 +1,139 @@
+"""What the command lines share: parsing, presets, exit codes, a quiet Ray."""
+
+import contextlib
+import difflib
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from ddpm_core.errors import InputError
+
+DONE, FAILED, WRONG_INPUT, SET_ASIDE = 0, 1, 2, 3
+"""Exit codes: done; anything else; the user's input is wrong; batch work done but rows were set aside."""
+
+T = TypeVar("T")
+
+
+def parse(
+    cls: Any,
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str | None = None,
+    default: Any = None,
+) -> Any:
+    """`argv` as an instance of the dataclass `cls`; an unknown or wrong option ends with one line and exit 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    lines: list[str] = []
+    try:
+        with contextlib.redirect_stderr(_Lines(lines)):
+            extra = {} if default is None else {"default": default}
+            return tyro.cli(cls, args=argv, prog=prog, description=description, **extra)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(_one_line(lines, prog)) from None
+
+
+class _Lines:
+    """A text stream that keeps what is written to it."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+        self.encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        self.lines.append(text)
+        return len(text)
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool:
+        return False
+
+
+def _one_line(pieces: list[str], prog: str) -> str:
+    """tyro's boxed message as one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", "".join(pieces))
+    lines = [re.sub(r"^[\s│╭╰─╮╯├┤]+|[\s│╭╰─╮╯├┤]+$", "", line) for line in text.splitlines()]
+    body = " ".join(line for line in lines if line and not re.match(r"^(Parsing error|Missing .*|Unrecognized .*|For full helptext).*$", line) or "nrecognized" in line or "Required" in line)
+    body = re.sub(r"\s*For full helptext.*$", "", re.sub(r"^Parsing error\s*", "", body)).strip()
+    return f"{body} (python -m {prog} --help lists the options)" if body else f"wrong arguments; see python -m {prog} --help"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def run(main: Callable[[], int]) -> None:
+    """Run an entry point and end the process with its exit code; a user's mistake costs one line, no traceback."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        cause = input_error(error)
+        if cause is None:
+            traceback.print_exc()
+            code = FAILED
+        else:
+            print(f"error: {cause}", file=sys.stderr)
+            code = WRONG_INPUT
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def input_error(error: BaseException | None) -> InputError | None:
+    """The InputError behind `error`, through what Ray wraps around a worker's exception; None if there is none."""
+    seen: set[int] = set()
+    todo = [error]
+    while todo:
+        current = todo.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, InputError):
+            return InputError(str(current).splitlines()[-1].removeprefix("ddpm_core.errors.InputError: ")) if hasattr(current, "cause") else current
+        todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        todo += list(getattr(current, "worker_failures", {}).values())
+    return None
+
+
+@contextlib.contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray, quiet: the cluster of RAY_ADDRESS or of the submitted job where there is one, else one started here.
+
+    Logs of workers stay in Ray's session folder; their errors come back as exceptions.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    warnings.filterwarnings("ignore", module=r"ray\..*")
+    import ray
+    import ray.data
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    context = ray.data.DataContext.get_current()
+    context.use_datasource_v2 = False  # its start-up costs seconds on every execution and ignores block counts
+    context.enable_progress_bars = False
+    for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()

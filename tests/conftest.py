@@ -1,0 +1,61 @@
+"""What the tests share: one Ray cluster a session, one S3 server a session, small real pictures."""
+
+import os
+
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
+    RAY_TRAIN_ENABLE_PRINT_PATCH="0",
+    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
+    RAY_TRAIN_COLLECTIVE_TIMEOUT_S="60",
+    RAY_DATA_USE_DATASOURCE_V2="0",
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    RAY_TRAIN_METRICS_ENABLED="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    AWS_EC2_METADATA_DISABLED="true",
+)  # before ray is imported
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray for the session: four logical CPUs, so that Train workers never take all of them from Ray Data."""
+    import logging
+
+    import ray
+    import ray.data
+
+    port = free_port()
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray puts unix sockets below it
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=True,
+        dashboard_port=port,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=folder,
+        runtime_env={"env_vars": {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}},
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    ray.data.DataContext.get_current().use_datasource_v2 = False
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
