@@ -62,10 +62,14 @@ def resolve(path: str, *, read: Read = read_local) -> tuple[str, dict[str, Any]]
     except FileNotFoundError:
         best = {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}/best.json is damaged ({error}); name a folder under {path}/checkpoints instead") from None
+        raise InputError(
+            f"{path}/best.json is damaged ({error}); name a folder under {path}/checkpoints instead"
+        ) from None
     if best:
         if not isinstance(best, dict) or not isinstance(best.get("checkpoint"), str):
-            raise InputError(f"{path}/best.json names no checkpoint; name a folder under {path}/checkpoints instead")
+            raise InputError(
+                f"{path}/best.json names no checkpoint; name a folder under {path}/checkpoints instead"
+            )
         return f"{path}/{best['checkpoint']}", best
     return path, {}
 
@@ -107,7 +111,9 @@ def load(path: str, *, read: Read = read_local) -> Checkpoint:
     """
     folder, best = resolve(path, read=read)
     config = read_config(folder, read=read)
-    chosen = {f.name: best[f.name] for f in dataclasses.fields(config.sampling) if best.get(f.name) is not None}
+    chosen = {
+        f.name: best[f.name] for f in dataclasses.fields(config.sampling) if best.get(f.name) is not None
+    }
     sampling = configs.from_dict(
         configs.SamplingConfig, {**configs.to_dict(config.sampling), **chosen}, where=f"{path}/best.json"
     )

@@ -178,7 +178,9 @@ def domain_index(config: ModelConfig, name: str) -> int:
         InputError: listing the sides there are.
     """
     if name not in config.domains:
-        raise InputError(f"unknown domain {name!r}{did_you_mean(name, config.domains)}: {', '.join(config.domains)}")
+        raise InputError(
+            f"unknown domain {name!r}{did_you_mean(name, config.domains)}: {', '.join(config.domains)}"
+        )
     return config.domains.index(name)
 
 
@@ -207,7 +209,9 @@ def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "config") ->
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise InputError(f"{where}: unknown field {name!r}{did_you_mean(name, hints)}: {', '.join(hints)}")
+            raise InputError(
+                f"{where}: unknown field {name!r}{did_you_mean(name, hints)}: {', '.join(hints)}"
+            )
     return cls(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 

@@ -1,7 +1,7 @@
 """Pictures in and out: decoding what users really have, and the one preprocessing of training and use.
 
-    uint8   b h w 3   sRGB
-    float   b 3 h w   in [-1, 1]
+uint8   b h w 3   sRGB
+float   b 3 h w   in [-1, 1]
 """
 
 import hashlib
@@ -22,7 +22,9 @@ MIN_SIDE = 8
 """Smaller pictures are refused: there is nothing in them to translate."""
 BACKGROUND = (255, 255, 255)
 """Transparent pictures are laid over this colour."""
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".jfif"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".jfif"}
+)
 """File endings taken for pictures when a folder is listed."""
 
 
@@ -42,21 +44,38 @@ def decode(data: bytes, *, name: str = "picture") -> Image.Image:
             image = Image.open(io.BytesIO(data))
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise InputError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are taken: scale it down")
+                raise InputError(
+                    f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are taken: scale it down"
+                )
             if min(width, height) < MIN_SIDE:
-                raise InputError(f"{name}: {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
+                raise InputError(
+                    f"{name}: {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed"
+                )
             # MPO is what many phones write: a JPEG with previews behind it, not an animation.
             if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "TIFF"):
-                raise InputError(f"{name}: an animation of {getattr(image, 'n_frames', 0)} frames; save one as PNG or JPEG")
+                raise InputError(
+                    f"{name}: an animation of {getattr(image, 'n_frames', 0)} frames; save one as PNG or JPEG"
+                )
             image.load()
             return _to_srgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"{name}: not an image, or of a kind that is not supported; convert it to PNG or JPEG") from None
+        raise InputError(
+            f"{name}: not an image, or of a kind that is not supported; convert it to PNG or JPEG"
+        ) from None
     except Image.DecompressionBombError:
         raise InputError(f"{name}: more than {MAX_PIXELS:,} pixels: scale it down") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, MemoryError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise InputError(f"{name}: truncated or corrupt ({error}); copy or save it again") from None
 
 
@@ -83,7 +102,9 @@ def to_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]
     return np.array(resized, dtype=np.uint8)
 
 
-def to_tensor(images: UInt8[np.ndarray, "b h w 3"], device: torch.device | str = "cpu") -> Float[Tensor, "b 3 h w"]:
+def to_tensor(
+    images: UInt8[np.ndarray, "b h w 3"], device: torch.device | str = "cpu"
+) -> Float[Tensor, "b 3 h w"]:
     """uint8 pixels to [-1, 1]."""
     tensor = torch.tensor(images, dtype=torch.uint8, device=device)
     return tensor.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
@@ -97,7 +118,9 @@ def to_uint8(images: Float[Tensor, "b 3 h w"]) -> UInt8[np.ndarray, "b h w 3"]:
 
 def content_hash(image: UInt8[np.ndarray, "h w 3"]) -> int:
     """63-bit hash of a picture's pixels and shape: what its sampling noise is drawn from."""
-    digest = hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes(), digest_size=8)
+    digest = hashlib.blake2b(
+        repr(image.shape).encode() + np.ascontiguousarray(image).tobytes(), digest_size=8
+    )
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
@@ -108,7 +131,9 @@ def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
     return buffer.getvalue()
 
 
-def grid(rows: list[list[UInt8[np.ndarray, "h w 3"]]], *, gap: int = 2, scale: int = 1) -> UInt8[np.ndarray, "H W 3"]:
+def grid(
+    rows: list[list[UInt8[np.ndarray, "h w 3"]]], *, gap: int = 2, scale: int = 1
+) -> UInt8[np.ndarray, "H W 3"]:
     """Rows of equally sized pictures as one picture on white, enlarged `scale` times without smoothing."""
     if not rows or not rows[0]:
         raise ValueError("a grid needs at least one picture")

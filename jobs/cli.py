@@ -35,7 +35,7 @@ def parse(
     try:
         with contextlib.redirect_stderr(_Lines(lines)):
             extra = {} if default is None else {"default": default}
-            return tyro.cli(cls, args=argv, prog=prog, description=description, **extra)
+            return tyro.cli(cls, args=argv, prog=f"python -m {prog}", description=description, **extra)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -63,9 +63,10 @@ def _one_line(pieces: list[str], prog: str) -> str:
     """tyro's boxed message as one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", "".join(pieces))
     lines = [re.sub(r"^[\s│╭╰─╮╯├┤]+|[\s│╭╰─╮╯├┤]+$", "", line) for line in text.splitlines()]
-    body = " ".join(line for line in lines if line and not re.match(r"^(Parsing error|Missing .*|Unrecognized .*|For full helptext).*$", line) or "nrecognized" in line or "Required" in line)
-    body = re.sub(r"\s*For full helptext.*$", "", re.sub(r"^Parsing error\s*", "", body)).strip()
-    return f"{body} (python -m {prog} --help lists the options)" if body else f"wrong arguments; see python -m {prog} --help"
+    body = " ".join(line for line in lines if line)
+    body = re.sub(r"\s*For full helptext.*$", "", body)
+    body = re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error|Invalid choice)\s+", "", body)
+    return f"{body or 'wrong arguments'} (python -m {prog} --help lists the options)"
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -103,7 +104,11 @@ def input_error(error: BaseException | None) -> InputError | None:
             continue
         seen.add(id(current))
         if isinstance(current, InputError):
-            return InputError(str(current).splitlines()[-1].removeprefix("ddpm_core.errors.InputError: ")) if hasattr(current, "cause") else current
+            return (
+                InputError(str(current).splitlines()[-1].removeprefix("ddpm_core.errors.InputError: "))
+                if hasattr(current, "cause")
+                else current
+            )
         todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
         todo += list(getattr(current, "worker_failures", {}).values())
     return None
@@ -128,7 +133,9 @@ def ray_session() -> Iterator[None]:
     if started:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     context = ray.data.DataContext.get_current()
-    context.use_datasource_v2 = False  # its start-up costs seconds on every execution and ignores block counts
+    context.use_datasource_v2 = (
+        False  # its start-up costs seconds on every execution and ignores block counts
+    )
     context.enable_progress_bars = False
     for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)

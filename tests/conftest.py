@@ -3,6 +3,7 @@
 import os
 
 os.environ.update(
+    OMP_NUM_THREADS="1",  # networks this small lose by threads
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
@@ -52,10 +53,44 @@ def ray_cluster() -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         _temp_dir=folder,
-        runtime_env={"env_vars": {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}},
+        runtime_env={
+            "env_vars": {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
+        },
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.data.DataContext.get_current().use_datasource_v2 = False
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny network with random weights, as a checkpoint: day and night at 16 px, two steps."""
+    import torch
+
+    from ddpm_core import checkpoint
+    from ddpm_core.config import ModelConfig, SamplingConfig, UNetConfig
+    from ddpm_core.unet import UNet
+
+    config = ModelConfig(
+        image_size=16,
+        domains=("day", "night"),
+        unet=UNetConfig(
+            model_channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attn_resolutions=(16,),
+            condition_channels=32,
+        ),
+        sampling=SamplingConfig(num_steps=2),
+    )
+    torch.manual_seed(0)
+    model = UNet(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # the zero-initialised branches too: every part takes part
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for name, data in checkpoint.files(model.state_dict(), config).items():
+        (folder / name).write_bytes(data)
+    return str(folder)

@@ -1,0 +1,54 @@
+# One word per deed. `make demo` is the first thing to run, `make check` the last before a commit.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS := runs
+READY := .venv/.ready
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY) ## make .venv with everything the project needs
+
+# The marker is written last: an interrupted set-up is done again.
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up .venv (about a minute, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; make PYTHON=python3.12 names another")'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,features]' 2>&1 | { grep -v '^WARNING: Location' || true; }
+	@$(BIN)/python -c 'import torch, ray, tyro'
+	@touch $@
+
+demo: setup ## Earth by day to Earth by night: prepare, train, evaluate, translate (under 10 minutes on 2 cores)
+	@$(BIN)/python -m jobs.prepare earth --output $(RUNS)/earth/data
+	@$(BIN)/python -m jobs.train --preset demo --data $(RUNS)/earth/data --output $(RUNS)/earth/run --num-workers 2
+	@$(BIN)/python -m jobs.evaluate --checkpoint $(RUNS)/earth/run --data $(RUNS)/earth/data --output $(RUNS)/earth/evaluation
+	@$(BIN)/python -m jobs.translate --checkpoint $(RUNS)/earth/run --input $(RUNS)/earth/data --split test --output $(RUNS)/earth/translated --domain night
+	@echo "look at: $(abspath $(RUNS)/earth/evaluation/report.html)"
+
+format: setup ## format the code
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+
+lint: setup ## format and lint, nothing changed
+	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+
+types: setup ## mypy
+	@$(BIN)/mypy
+
+test: setup ## all tests
+	@$(BIN)/python -m pytest
+
+check: lint types test ## what must be green before a commit
+
+cluster: setup ## a real Ray cluster of two nodes on this machine
+	@PATH="$(abspath $(BIN)):$$PATH" bash cluster/local.sh up
+
+cluster-down: ## stop exactly that cluster
+	@PATH="$(abspath $(BIN)):$$PATH" bash cluster/local.sh down
+
+clean: ## remove what the demo made (runs/earth)
+	@rm -rf $(RUNS)/earth
+
+.PHONY: help setup demo format lint types test check cluster cluster-down clean

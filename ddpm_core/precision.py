@@ -1,0 +1,35 @@
+"""Which arithmetic the network runs in: bf16 autocast where the hardware has it, float32 elsewhere.
+
+Norms, losses, EMA and sampler arithmetic stay in float32 either way.
+"""
+
+import contextlib
+from typing import Literal
+
+import torch
+
+from ddpm_core.errors import InputError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def resolve(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on GPUs and on CPUs with bf16 instructions, where it is 1.5 to 3 times as fast.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if precision == "auto":
+        fast = (
+            torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        )
+        return torch.bfloat16 if fast else torch.float32
+    if precision not in ("fp32", "bf16"):
+        raise InputError(f"precision is {precision!r}; it must be auto, fp32 or bf16")
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)

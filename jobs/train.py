@@ -1,0 +1,290 @@
+"""Train a translation model on a data set.
+
+    python -m jobs.train --data URI --output URI --preset demo
+    ray job submit --address … --working-dir . -- python -m jobs.train --data s3://… --output s3://… --preset celeba-64
+
+The same command again resumes. Ctrl-C or a kill loses at most the steps since the last checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import tyro
+
+from ddpm_core import checkpoint
+from ddpm_core import config as configs
+from ddpm_core.config import DataCard, ModelConfig
+from ddpm_core.errors import InputError
+from jobs import cli, data, storage
+from jobs.presets import PRESETS, TrainOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """What one command says: where, on what, and the training options."""
+
+    data: str
+    """Data set to train on: a folder or s3:// prefix that holds dataset.json."""
+    output: str
+    """The run: a folder or s3:// prefix. If it holds an unfinished run of the same options, it is resumed."""
+    preset: str = "celeba-64"
+    """Options to start from; single ones are changed by the flags below."""
+    num_workers: int = 1
+    """Training processes (DDP): one a GPU, or one for every one or two CPU cores."""
+    use_gpu: bool = False
+    """One GPU for each worker."""
+    cpus_per_worker: int = 1
+    """CPU cores for each worker, and its number of threads."""
+    max_failures: int = 3
+    """How often lost workers are replaced, and training goes on from the last checkpoint, before giving up."""
+    options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    dataset, run = storage.absolute(args.data, flag="--data"), storage.absolute(args.output, flag="--output")
+    card = data.read_card(dataset)
+    config = model_config(card, args.options)
+    check_fit(card, config, args)
+    if finished(run, config, args.options):
+        print(f"already trained: {run}")
+        return cli.DONE
+    storage.check_writable(run)
+    with cli.ray_session():
+        check_cluster(args)
+        fit(args, config, dataset, run)
+    best = checkpoint.load(run, read=storage.reader(run))
+    print(f"best checkpoint: {best.path}\nreport: {storage.join(run, 'report.html')}")
+    return cli.DONE
+
+
+def parse(argv: list[str]) -> Args:
+    """The preset first, then the flags that change it."""
+    name = preset_name(argv)
+    presets = "\n".join(f"  {key:<14} {preset.about}" for key, preset in PRESETS.items())
+    default = Args(data=tyro.MISSING, output=tyro.MISSING, preset=name, options=PRESETS[name].options)
+    return cli.parse(
+        Args, argv, prog="jobs.train", description=f"{__doc__}\npresets:\n{presets}", default=default
+    )
+
+
+def preset_name(argv: list[str]) -> str:
+    name = Args.preset
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag == "--preset":
+            name = value
+        elif flag.startswith("--preset="):
+            name = flag.removeprefix("--preset=")
+    if name not in PRESETS:
+        raise InputError(f"--preset {name}{configs.did_you_mean(name, PRESETS)}: {', '.join(PRESETS)}")
+    return name
+
+
+def model_config(card: data.DatasetCard, options: TrainOptions) -> ModelConfig:
+    """All that defines the model: the data set's facts and the options, checked together."""
+    config = ModelConfig(
+        image_size=card.image_size,
+        domains=tuple(card.domains),
+        target_domains=() if options.target_domain is None else (options.target_domain,),
+        unet=options.unet,
+        diffusion=options.diffusion,
+        sampling=options.sampling,
+        data=DataCard(
+            name=card.name,
+            licence=card.licence,
+            content_hash=card.content_hash,
+            pairing=card.pairing,
+            mean_color=tuple(card.mean_color),
+        ),
+        training=configs.to_dict(options),
+    )
+    configs.check(config)
+    return config
+
+
+def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
+    """Refuse what cannot work before anything is started.
+
+    Raises:
+        InputError: naming the flag and what would be right.
+    """
+    options, workers = args.options, args.num_workers
+    positive = {
+        "--epochs": options.epochs,
+        "--global-batch-size": options.global_batch_size,
+        "--num-workers": workers,
+        "--cpus-per-worker": args.cpus_per_worker,
+        "--validate-every-epochs": options.validate_every_epochs,
+        "--max-val-images": options.max_val_images,
+        "--optim.learning-rate": options.optim.learning_rate,
+        "--optim.grad-clip": options.optim.grad_clip,
+    }
+    for flag, value in positive.items():
+        if not value > 0:
+            raise InputError(f"{flag} is {value}; it must be positive")
+    if not 0 < options.optim.ema_sigma_rel < 0.28:
+        raise InputError(
+            f"--optim.ema-sigma-rel is {options.optim.ema_sigma_rel}; it must lie between 0 and 0.28"
+        )
+    if options.global_batch_size % workers:
+        raise InputError(
+            f"--global-batch-size {options.global_batch_size} cannot be shared by {workers} workers; "
+            f"{options.global_batch_size // workers * workers or workers} can"
+        )
+    for split in ("train", "val"):
+        if not card.splits.get(split):
+            raise InputError(
+                f"{args.data} has no rows in its {split} split; prepare it again with more pictures"
+            )
+    rows = min(card.splits["train"], options.max_train_images or card.splits["train"])
+    if rows < options.global_batch_size:
+        raise InputError(
+            f"--global-batch-size {options.global_batch_size} is more than the {rows} training rows; give at most {rows}"
+        )
+    if len(config.domains) < 2:
+        raise InputError(f"{args.data} has one domain, {config.domains[0]!r}; translation needs two")
+
+
+def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
+    """Whether `run` holds this very run, complete.
+
+    Raises:
+        InputError: it holds another run, or something else.
+    """
+    try:
+        there = checkpoint.read_config(run, read=storage.reader(run))
+    except InputError:
+        if storage.exists(storage.join(run, "config.json")):
+            raise
+        return False
+    old, new = configs.to_dict(there), configs.to_dict(config)
+    for values in (old, new):
+        values["training"].pop("epochs", None)  # a run may be extended
+    for name, was, now in differences(old, new):
+        raise InputError(
+            f"{run} holds a run with {name} = {was}, this command says {now}; give it back, or another --output"
+        )
+    reports = storage.exists(storage.join(run, "report.html"))
+    return bool(
+        there.training.get("epochs") == options.epochs
+        and reports
+        and storage.exists(storage.join(run, "best.json"))
+    )
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of each leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
+
+
+def check_cluster(args: Args) -> None:
+    """The workers must fit, or Ray would wait for ever.
+
+    Raises:
+        InputError: with the arithmetic.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    cpus = args.num_workers * args.cpus_per_worker
+    if there.get("CPU", 0) < cpus:
+        raise InputError(
+            f"--num-workers {args.num_workers} x --cpus-per-worker {args.cpus_per_worker} needs {cpus} CPUs, "
+            f"the cluster has {there.get('CPU', 0):g}: give fewer"
+        )
+    if args.use_gpu and there.get("GPU", 0) < args.num_workers:
+        raise InputError(
+            f"--use-gpu with --num-workers {args.num_workers} needs as many GPUs, the cluster has "
+            f"{there.get('GPU', 0):g}: give fewer workers, or leave --use-gpu out"
+        )
+
+
+def fit(args: Args, config: ModelConfig, dataset: str, run: str) -> None:
+    """Run the loop on Ray Train, with the data read once into the object store by Ray Data."""
+    import ray.train
+    import ray.train.torch
+
+    from jobs import report
+    from jobs.train_loop import Board, describe, train_loop
+
+    for name, content in describe(config, args.options).items():
+        storage.write_bytes(storage.join(run, name), content)
+    splits = {split: data.read_split(dataset, split).materialize() for split in ("train", "val")}
+    board = Board.remote()
+    attempts = storage.join(run, ".ray")  # Ray's own notes; ours are what a resumed run reads
+    trainer = ray.train.torch.TorchTrainer(
+        train_loop,
+        train_loop_config={
+            "run": run,
+            "config": configs.to_dict(config),
+            "options": configs.to_dict(args.options),
+            "board": board,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=args.num_workers,
+            use_gpu=args.use_gpu,
+            resources_per_worker={"CPU": args.cpus_per_worker, **({"GPU": 1} if args.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{time.time_ns()}",
+            storage_path=attempts,
+            failure_config=ray.train.FailureConfig(
+                max_failures=args.max_failures, controller_failure_limit=1
+            ),
+        ),
+        datasets=splits,
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+    )
+    with watching(board):
+        trainer.fit()
+    storage.delete_folder(attempts)
+    report.write_report(run, run_uri=run)
+
+
+@contextlib.contextmanager
+def watching(board: Any) -> Iterator[None]:
+    """A progress bar on the driver, fed by what rank 0 posts."""
+    import ray
+
+    from jobs.progress import Progress
+
+    stop = threading.Event()
+
+    def watch() -> None:
+        bar, shown = None, 0
+        while not stop.wait(0.5) or bar is not None:
+            try:
+                state = ray.get(board.look.remote(), timeout=5)
+            except Exception:
+                break
+            if state and bar is None:
+                shown = state["start"]
+                bar = Progress(total=state["total"], unit="step", description="train", initial=shown)
+            if bar is not None and state["step"] > shown:
+                bar.update(state["step"] - shown)
+                shown = state["step"]
+            if stop.is_set():
+                break
+        if bar is not None:
+            bar.close()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,117 @@
+"""Checkpoints: what is written is what is read, and what is wrong is said in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_core import checkpoint
+from ddpm_core.errors import InputError
+from ddpm_core.translator import Translator
+
+
+def test_a_loaded_checkpoint_is_the_saved_one(checkpoint_folder):
+    first, second = checkpoint.load(checkpoint_folder), checkpoint.load(checkpoint_folder)
+    assert first.config == second.config
+    again = checkpoint.files(first.model.state_dict(), first.config)
+    assert again["model.safetensors"] == Path(checkpoint_folder, "model.safetensors").read_bytes()
+    assert json.loads(again["config.json"])["format_version"] == 1
+
+
+def test_a_run_means_its_best_checkpoint_and_its_sampling(checkpoint_folder, tmp_path):
+    shutil.copytree(checkpoint_folder, tmp_path / "checkpoints/step-00000002")
+    best = {
+        "checkpoint": "checkpoints/step-00000002",
+        "guidance_scale": 2.5,
+        "num_steps": 3,
+        "sampler": "ddpm",
+    }
+    (tmp_path / "best.json").write_text(json.dumps(best))
+    loaded = checkpoint.load(str(tmp_path))
+    assert loaded.path.endswith("step-00000002")
+    sampling = loaded.config.sampling
+    assert (sampling.guidance_scale, sampling.num_steps, sampling.sampler) == (2.5, 3, "ddpm")
+
+
+def damage(folder, name, change):
+    path = folder / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+def edited(**changes):
+    return lambda data: json.dumps({**json.loads(data), **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", lambda data: data[:40], "config.json is damaged"),
+        ("config.json", edited(format_version=99), "format version 99, this program reads version 1"),
+        ("config.json", edited(format="diffusers"), "is not a ddpm-translate checkpoint's"),
+        ("config.json", edited(colour="red"), "unknown field 'colour'"),
+        ("config.json", edited(domains=["day", "night", "dusk"]), "the weights do not fit config.json"),
+        ("model.safetensors", lambda data: data[:1000], "model.safetensors is damaged"),
+        ("model.safetensors", lambda data: b"\x80\x04pickle", "model.safetensors is damaged"),
+    ],
+)
+def test_damage_is_named_in_one_line(checkpoint_folder, tmp_path, name, change, message):
+    shutil.copytree(checkpoint_folder, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path, name, change)
+    with pytest.raises(InputError, match=message) as error:
+        checkpoint.load(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(InputError, match="no checkpoint here"):
+        checkpoint.load(str(tmp_path))
+
+
+def test_half_a_checkpoint(checkpoint_folder, tmp_path):
+    shutil.copy(f"{checkpoint_folder}/config.json", tmp_path)
+    with pytest.raises(InputError, match=r"model\.safetensors is missing"):
+        checkpoint.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddpm", "num_steps": 3}, {"guidance_scale": 1.0}])
+def test_a_translation_does_not_depend_on_its_batch(checkpoint_folder, options):
+    translate = Translator(checkpoint.load(checkpoint_folder), precision="fp32")
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    together = translate(pictures, "night", **options)
+    assert together.shape == pictures.shape
+    assert together.dtype == np.uint8
+    alone = np.concatenate([translate(pictures[i : i + 1], "night", **options) for i in range(5)])
+    assert np.abs(together.astype(int) - alone).max() <= 1  # a rounding between kernels of different batch
+    assert not np.array_equal(together, translate(pictures, "night", seed=1, **options))
+
+
+def test_wrong_options_are_refused_by_name(checkpoint_folder):
+    translate = Translator(checkpoint.load(checkpoint_folder))
+    picture = np.zeros((1, 16, 16, 3), np.uint8)
+    for options, message in (
+        ({"domain": "nite"}, "did you mean 'night'"),
+        ({"domain": "night", "num_steps": 0}, "num-steps is 0"),
+        ({"domain": "night", "sampler": "euler"}, "must be one of ddpm, ddim"),
+        ({"domain": "night", "guidance_scale": -1.0}, "guidance-scale is -1.0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            translate(picture, **options)
+
+
+def test_ema_of_a_linear_path_has_the_power_functions_mean_and_width():
+    """Weights that grow by one each step: the average's lag is that of the profile s^gamma, in closed form."""
+    from ddpm_core.ema import EMA, gamma_of
+
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(model, sigma_rel=0.1)
+    steps = 4000
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            model.weight.fill_(step / steps)
+        ema.update(model, step)
+    gamma = gamma_of(0.1)
+    assert gamma == pytest.approx(6.94, abs=0.01)  # Karras et al. 2024, appendix C
+    assert ema.model.weight.item() == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-3)

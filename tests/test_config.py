@@ -1,0 +1,66 @@
+"""Configurations: a round trip through JSON, and strictness."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ddpm_core.config import (
+    DiffusionConfig,
+    ModelConfig,
+    SamplingConfig,
+    UNetConfig,
+    check,
+    from_dict,
+    to_dict,
+)
+from ddpm_core.errors import InputError
+
+CONFIG = ModelConfig(
+    domains=("day", "night"),
+    target_domains=("night",),
+    unet=UNetConfig(channel_mult=(1, 2)),
+    training={"epochs": 3},
+)
+
+
+def test_round_trip_through_json():
+    assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(CONFIG)))) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"imagesize": 3}, "unknown field 'imagesize' (did you mean 'image_size'?)"),
+        ({"image_size": "big"}, "config.image_size is 'big'; it must be int"),
+        ({"unet": {"model_channels": 2.5}}, "config.unet.model_channels is 2.5; it must be int"),
+        ({"unet": 3}, "config.unet must be an object"),
+        ({"diffusion": {"prediction": "noise"}}, "must be one of eps, v, x_0"),
+        ({"domains": "day"}, "config.domains is 'day'; it must be a list"),
+    ],
+)
+def test_what_is_unknown_or_of_the_wrong_type_is_refused_by_name(change, message):
+    with pytest.raises(InputError) as error:
+        from_dict(ModelConfig, {**to_dict(CONFIG), **change})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 63}, "must be a multiple of 2"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"unet": UNetConfig(model_channels=40)}, "multiple of unet.head-channels = 32"),
+        ({"unet": UNetConfig(channel_mult=())}, "channel-mult is empty"),
+        ({"unet": UNetConfig(channel_mult=(1, 0))}, r"channel-mult[1] is 0"),
+        ({"diffusion": DiffusionConfig(p_uncond=1.0)}, "p-uncond is 1.0"),
+        ({"sampling": SamplingConfig(num_steps=1001)}, "must not exceed diffusion.num-timesteps = 1000"),
+        ({"sampling": SamplingConfig(guidance_scale=float("nan"))}, "guidance-scale is nan"),
+        ({"domains": ("a", "a")}, "give distinct names"),
+        ({"target_domains": ("nite",)}, "unknown domain 'nite' (did you mean 'night'?)"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_name(changes, message):
+    with pytest.raises(InputError) as error:
+        check(dataclasses.replace(CONFIG, **changes))
+    assert message in str(error.value)
