@@ -89,7 +89,7 @@ class DataCard:
     """Hash of the data set's shards."""
     pairing: str = "unpaired"
     """How sources and targets were paired in training: paired, matched or unpaired."""
-    mean_color: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    mean_color: tuple[float, ...] = (0.0, 0.0, 0.0)
     """Mean colour of the training pictures, in [-1, 1]."""
 
 

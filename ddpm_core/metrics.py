@@ -42,9 +42,7 @@ def bootstrap(values: Float[np.ndarray, "n"], *, seed: int = 0, num_resamples: i
     if not len(values):
         raise ValueError("an interval needs at least one value")
     draw = np.random.default_rng(seed)
-    means = np.array(
-        [values[draw.integers(len(values), size=len(values))].mean() for _ in range(num_resamples)]
-    )
+    means = np.array([values[draw.integers(len(values), size=len(values))].mean() for _ in range(num_resamples)])
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high))
 
@@ -209,9 +207,8 @@ class RandomPyramid(nn.Module):
         for inp, out in zip((3, *self.WIDTHS[:-1]), self.WIDTHS, strict=True):
             conv = nn.Conv2d(inp, out, 3, padding=1, padding_mode="reflect")
             with torch.no_grad():
-                conv.weight.copy_(
-                    torch.randn(conv.weight.shape, generator=generator) * (2 / (9 * inp)) ** 0.5
-                )
+                conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) * (2 / (9 * inp)) ** 0.5)
+                assert conv.bias is not None
                 conv.bias.copy_(0.1 * torch.randn(conv.bias.shape, generator=generator))
             self.convs.append(conv)
         self.eval().requires_grad_(False)

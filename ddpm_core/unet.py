@@ -47,35 +47,30 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(2 * pixels, widths[0], 3, padding=1)
 
         def block(in_channels: int, out_channels: int, attend: bool) -> "Block":
-            return Block(
-                in_channels, out_channels, embedding, unet.dropout, unet.head_channels if attend else 0
-            )
+            return Block(in_channels, out_channels, embedding, unet.dropout, unet.head_channels if attend else 0)
 
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         channels = widths[0]
         for level, width in enumerate(widths):
-            blocks = [
-                block(channels if i == 0 else width, width, linear[level]) for i in range(unet.num_res_blocks)
-            ]
+            blocks = [block(channels if i == 0 else width, width, linear[level]) for i in range(unet.num_res_blocks)]
             last = level == len(widths) - 1
             shrink = nn.Identity() if last else nn.Conv2d(width, width, 3, stride=2, padding=1)
-            self.down.append(Level(blocks, [], shrink))
+            self.down.append(Down(blocks, shrink))
             channels = width
         self.middle_in = block(channels, channels, False)
         self.middle_attention = SelfAttention(channels, unet.head_channels)
         self.middle_out = block(channels, channels, False)
         for level, width in reversed(list(enumerate(widths))):
             blocks = [
-                block((channels if i == 0 else width) + width, width, linear[level])
-                for i in range(unet.num_res_blocks)
+                block((channels if i == 0 else width) + width, width, linear[level]) for i in range(unet.num_res_blocks)
             ]
             attentions = [
                 CrossAttention(width, unet.condition_channels, unet.head_channels, unet.condition_tokens)
                 for _ in range(unet.num_res_blocks)
             ]
             grow = nn.Identity() if level == 0 else Upsample(width)
-            self.up.append(Level(blocks, attentions, grow))
+            self.up.append(Up(blocks, attentions, grow))
             channels = width
         self.out_norm = group_norm(channels)
         self.out = zeroed(nn.Conv2d(channels, pixels, 3, padding=1))
@@ -105,26 +100,41 @@ class UNet(nn.Module):
 
         skips: list[Tensor] = []
         for level in self.down:
-            for block in level.blocks:
-                h = block(h, embedding)
-                skips.append(h)
-            h = level.resample(h)
+            h = level(h, embedding, skips)
         h = self.middle_out(self.middle_attention(self.middle_in(h, embedding)), embedding)
         for level, feature in zip(self.up, reversed(features), strict=True):
-            for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = block(torch.cat([h, attention(skips.pop(), feature)], dim=1), embedding)
-            h = level.resample(h)
+            h = level(h, embedding, skips, feature)
         return F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), unet.patch_size)
 
 
-class Level(nn.Module):
-    """What one resolution owns on one side of the U; in the decoder each block has its skip's cross-attention."""
+class Down(nn.Module):
+    """One resolution of the encoder: blocks, each leaving a skip, then half the side."""
+
+    def __init__(self, blocks: list["Block"], resample: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.resample = resample
+
+    def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+        for block in self.blocks:
+            h = block(h, embedding)
+            skips.append(h)
+        return self.resample(h)
+
+
+class Up(nn.Module):
+    """One resolution of the decoder: each block takes a skip that has looked at the condition, then twice the side."""
 
     def __init__(self, blocks: list["Block"], attentions: list[CrossAttention], resample: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.attentions = nn.ModuleList(attentions)
         self.resample = resample
+
+    def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor], features: Tensor) -> Tensor:
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            h = block(torch.cat([h, attention(skips.pop(), features)], dim=1), embedding)
+        return self.resample(h)
 
 
 class Block(nn.Module):
@@ -143,9 +153,7 @@ class Block(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         self.attention = LinearAttention(out_channels, head_channels) if head_channels else nn.Identity()
 
-    def forward(
-        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
-    ) -> Float[Tensor, "b k h w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]) -> Float[Tensor, "b k h w"]:
         h = self.conv_in(F.silu(self.norm_in(x)))
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.norm_out(h) * (1 + scale) + shift
@@ -172,9 +180,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 def timestep_embedding(t: Int64[Tensor, " b"], channels: int) -> Float[Tensor, "b c"]:
     """Sines and cosines of t at geometrically spaced frequencies (Vaswani et al. 2017)."""
     half = channels // 2
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(embedding, (0, channels - 2 * half))

@@ -36,7 +36,9 @@ def absolute(uri: str, *, flag: str = "path") -> str:
         uri = uri[len("file://") :]
     elif scheme:
         if scheme[1] != "s3":
-            raise InputError(f"{flag} {uri}: scheme {scheme[1]}:// is not supported; use a folder or s3://bucket/prefix")
+            raise InputError(
+                f"{flag} {uri}: scheme {scheme[1]}:// is not supported; use a folder or s3://bucket/prefix"
+            )
         bucket, _, key = uri[len("s3://") :].partition("/")
         if not bucket:
             raise InputError(f"{flag} {uri}: no bucket; write s3://bucket/prefix")
@@ -85,7 +87,10 @@ def explained(uri: str) -> Iterator[None]:
 
 
 _REMEDIES = (
-    (r"NO_SUCH_BUCKET|NoSuchBucket|Bucket .* not found|bucket does not exist", "no such bucket; create it first"),
+    (
+        r"NO_SUCH_BUCKET|NoSuchBucket|Bucket .* not found|bucket does not exist",
+        "no such bucket; create it first",
+    ),
     (
         r"ACCESS_DENIED|AccessDenied|HTTP response code 403|InvalidAccessKeyId|INVALID_ACCESS_KEY|SignatureDoesNotMatch|SIGNATURE",
         "access denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
@@ -111,7 +116,7 @@ def reader(uri: str) -> Callable[[str], bytes]:
     return read_bytes
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write a whole file or nothing: a local file is written aside and renamed, an S3 object is put in one piece."""
     fs, path = filesystem(uri)
     with explained(uri):
@@ -138,13 +143,24 @@ def exists(uri: str) -> bool:
         return fs.get_file_info(path).type != pyarrow.fs.FileType.NotFound
 
 
-def list_files(uri: str, *, recursive: bool = True) -> list[str]:
-    """Paths below `uri`, relative to it, sorted. [] where there is nothing."""
+def is_file(uri: str) -> bool:
     fs, path = filesystem(uri)
     with explained(uri):
-        selector = pyarrow.fs.FileSelector(path, recursive=recursive, allow_not_found=True)
-        infos = fs.get_file_info(selector)
-    return sorted(info.path[len(path) :].lstrip("/") for info in infos if info.type == pyarrow.fs.FileType.File)
+        return fs.get_file_info(path).type == pyarrow.fs.FileType.File
+
+
+def list_files(uri: str, *, recursive: bool = True) -> list[str]:
+    """Paths below `uri`, relative to it, sorted. [] where there is nothing."""
+    return list(file_sizes(uri, recursive=recursive))
+
+
+def file_sizes(uri: str, *, recursive: bool = True) -> dict[str, int]:
+    """Size in bytes of each file below `uri`, by its path relative to it, sorted. {} where there is nothing."""
+    fs, path = filesystem(uri)
+    with explained(uri):
+        infos = fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=recursive, allow_not_found=True))
+    files = [info for info in infos if info.type == pyarrow.fs.FileType.File]
+    return dict(sorted((info.path[len(path) :].lstrip("/"), info.size) for info in files))
 
 
 def list_folders(uri: str) -> list[str]:
@@ -153,6 +169,12 @@ def list_folders(uri: str) -> list[str]:
     with explained(uri):
         infos = fs.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
     return sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.Directory)
+
+
+def delete_file(uri: str) -> None:
+    fs, path = filesystem(uri)
+    with explained(uri), contextlib.suppress(FileNotFoundError):
+        fs.delete_file(path)
 
 
 def delete_folder(uri: str) -> None:
@@ -180,5 +202,7 @@ def check_writable(uri: str, *, flag: str = "--output") -> None:
         fs, path = filesystem(probe)
         with contextlib.suppress(FileNotFoundError):
             fs.delete_file(path)
-    except (InputError, OSError) as error:
+    except InputError as error:
         raise InputError(f"{flag} {error}") from None
+    except OSError as error:
+        raise InputError(f"{flag} {uri}: nothing can be written there ({error.strerror or error})") from None

@@ -68,9 +68,7 @@ def parse(argv: list[str]) -> Args:
     name = preset_name(argv)
     presets = "\n".join(f"  {key:<14} {preset.about}" for key, preset in PRESETS.items())
     default = Args(data=tyro.MISSING, output=tyro.MISSING, preset=name, options=PRESETS[name].options)
-    return cli.parse(
-        Args, argv, prog="jobs.train", description=f"{__doc__}\npresets:\n{presets}", default=default
-    )
+    return cli.parse(Args, argv, prog="jobs.train", description=f"{__doc__}\npresets:\n{presets}", default=default)
 
 
 def preset_name(argv: list[str]) -> str:
@@ -89,7 +87,7 @@ def model_config(card: data.DatasetCard, options: TrainOptions) -> ModelConfig:
     """All that defines the model: the data set's facts and the options, checked together."""
     config = ModelConfig(
         image_size=card.image_size,
-        domains=tuple(card.domains),
+        domains=card.domains,
         target_domains=() if options.target_domain is None else (options.target_domain,),
         unet=options.unet,
         diffusion=options.diffusion,
@@ -99,7 +97,7 @@ def model_config(card: data.DatasetCard, options: TrainOptions) -> ModelConfig:
             licence=card.licence,
             content_hash=card.content_hash,
             pairing=card.pairing,
-            mean_color=tuple(card.mean_color),
+            mean_color=card.mean_color,
         ),
         training=configs.to_dict(options),
     )
@@ -128,9 +126,7 @@ def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
         if not value > 0:
             raise InputError(f"{flag} is {value}; it must be positive")
     if not 0 < options.optim.ema_sigma_rel < 0.28:
-        raise InputError(
-            f"--optim.ema-sigma-rel is {options.optim.ema_sigma_rel}; it must lie between 0 and 0.28"
-        )
+        raise InputError(f"--optim.ema-sigma-rel is {options.optim.ema_sigma_rel}; it must lie between 0 and 0.28")
     if options.global_batch_size % workers:
         raise InputError(
             f"--global-batch-size {options.global_batch_size} cannot be shared by {workers} workers; "
@@ -138,9 +134,7 @@ def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
         )
     for split in ("train", "val"):
         if not card.splits.get(split):
-            raise InputError(
-                f"{args.data} has no rows in its {split} split; prepare it again with more pictures"
-            )
+            raise InputError(f"{args.data} has no rows in its {split} split; prepare it again with more pictures")
     rows = min(card.splits["train"], options.max_train_images or card.splits["train"])
     if rows < options.global_batch_size:
         raise InputError(
@@ -169,12 +163,8 @@ def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
         raise InputError(
             f"{run} holds a run with {name} = {was}, this command says {now}; give it back, or another --output"
         )
-    reports = storage.exists(storage.join(run, "report.html"))
-    return bool(
-        there.training.get("epochs") == options.epochs
-        and reports
-        and storage.exists(storage.join(run, "best.json"))
-    )
+    complete = all(storage.exists(storage.join(run, name)) for name in ("best.json", "report.html"))
+    return complete and there.training.get("epochs") == options.epochs
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -210,6 +200,7 @@ def check_cluster(args: Args) -> None:
 
 def fit(args: Args, config: ModelConfig, dataset: str, run: str) -> None:
     """Run the loop on Ray Train, with the data read once into the object store by Ray Data."""
+    import ray
     import ray.train
     import ray.train.torch
 
@@ -219,7 +210,7 @@ def fit(args: Args, config: ModelConfig, dataset: str, run: str) -> None:
     for name, content in describe(config, args.options).items():
         storage.write_bytes(storage.join(run, name), content)
     splits = {split: data.read_split(dataset, split).materialize() for split in ("train", "val")}
-    board = Board.remote()
+    board = ray.remote(num_cpus=0)(Board).remote()
     attempts = storage.join(run, ".ray")  # Ray's own notes; ours are what a resumed run reads
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
@@ -237,9 +228,7 @@ def fit(args: Args, config: ModelConfig, dataset: str, run: str) -> None:
         run_config=ray.train.RunConfig(
             name=f"attempt-{time.time_ns()}",
             storage_path=attempts,
-            failure_config=ray.train.FailureConfig(
-                max_failures=args.max_failures, controller_failure_limit=1
-            ),
+            failure_config=ray.train.FailureConfig(max_failures=args.max_failures, controller_failure_limit=1),
         ),
         datasets=splits,
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),

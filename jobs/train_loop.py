@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import ray
 import ray.train
 import ray.train.torch
 import tensorboardX
@@ -55,9 +54,8 @@ class Batch:
     dropped: Tensor
 
 
-@ray.remote(num_cpus=0)
 class Board:
-    """Where rank 0 notes how far it is and the driver looks."""
+    """Where rank 0 notes how far it is and the driver looks: an actor."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
@@ -94,9 +92,7 @@ class Sampler:
         self.others = [np.flatnonzero(data.domain != side) for side in range(len(config.domains))]
 
     def train(self, rows: np.ndarray, epoch: int) -> Batch:
-        return self._batch(
-            rows, [seeded(self.options.seed, epoch, self.data.ids[row]) for row in rows], training=True
-        )
+        return self._batch(rows, [seeded(self.options.seed, epoch, self.data.ids[row]) for row in rows], training=True)
 
     def validation(self, rows: np.ndarray, ts: np.ndarray) -> Batch:
         """Fixed noise and given timesteps, nothing dropped or flipped: the same numbers at every validation."""
@@ -105,9 +101,7 @@ class Sampler:
 
     def _batch(self, rows: np.ndarray, generators: list[torch.Generator], *, training: bool) -> Batch:
         # Every sample draws the same numbers in the same order, whether they are used or not.
-        draws = torch.stack(
-            [torch.rand(5, generator=generator, dtype=torch.float64) for generator in generators]
-        )
+        draws = torch.stack([torch.rand(5, generator=generator, dtype=torch.float64) for generator in generators])
         to_t, to_drop, to_flip, to_side, to_other = draws.unbind(1)
         image, domain = self.data.images(rows), self.data.domain[rows].astype(np.int64)
         if self.data.has_targets:
@@ -183,9 +177,7 @@ class Run:
             self.writer.flush()
             if storage.is_remote(self.uri):
                 for name in storage.list_files(self.events):
-                    storage.write_bytes(
-                        storage.join(self.uri, name), storage.read_bytes(f"{self.events}/{name}")
-                    )
+                    storage.write_bytes(storage.join(self.uri, name), storage.read_bytes(f"{self.events}/{name}"))
 
     def save(self, step: int, ema: dict[str, Tensor], state: dict[str, Any], val: dict[str, Any]) -> None:
         """Write a checkpoint, point `best.json` at the best one, drop those that are neither best nor last."""
@@ -248,9 +240,7 @@ def train_loop(job: dict[str, Any]) -> None:
     )
     start, folder = latest_checkpoint(job["run"])
     if folder:
-        state = torch.load(
-            io.BytesIO(storage.read_bytes(f"{folder}/train_state/state.pt")), weights_only=True
-        )
+        state = torch.load(io.BytesIO(storage.read_bytes(f"{folder}/train_state/state.pt")), weights_only=True)
         core.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -303,9 +293,7 @@ def train_loop(job: dict[str, Any]) -> None:
         epoch = done // steps_per_epoch
         train_loss = float(all_mean(loss_sum / loss_count, world))
         if not math.isfinite(train_loss):
-            raise FloatingPointError(
-                f"the training loss is {train_loss} at step {done}; lower --optim.learning-rate"
-            )
+            raise FloatingPointError(f"the training loss is {train_loss} at step {done}; lower --optim.learning-rate")
         row = {
             "step": done,
             "epoch": epoch,
@@ -315,16 +303,15 @@ def train_loop(job: dict[str, Any]) -> None:
             "learning_rate": rate,
             "images_per_s": loss_count * options.global_batch_size / (time.monotonic() - clock),
         }
-        metrics: dict[str, Any] = {"train": row}
         if rank == 0:
             run.log(row)
-        if epoch % options.validate_every_epochs == 0 or epoch == options.epochs:
+        validates = epoch % options.validate_every_epochs == 0 or epoch == options.epochs
+        if validates:
             val_row = {
                 **{k: row[k] for k in ("step", "epoch", "images_seen")},
                 "split": "val",
                 **validate(ema.model),
             }
-            metrics["val"] = val_row
             if rank == 0:
                 run.log(val_row)
                 state = {
@@ -335,9 +322,8 @@ def train_loop(job: dict[str, Any]) -> None:
                 run.save(done, ema.state_dict(), state, val_row)
         if rank == 0:
             run.flush()
-        ray.train.report(
-            {"step": done, "loss": train_loss, **{f"val_{k}": v for k, v in metrics.get("val", {}).items()}}
-        )
+        if validates:  # not more often: the controller takes one report at a time, twice a second
+            ray.train.report({"step": done, "loss": train_loss, **{f"val_{name}": val_row[name] for name in val_row}})
         loss_sum, loss_count, clock = torch.zeros((), device=device), 0, time.monotonic()
 
 
@@ -348,14 +334,10 @@ def hash_step(seed: int, step: int, rank: int) -> int:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
-    return Batch(
-        **{f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in dataclasses.fields(batch)}
-    )
+    return Batch(**{f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in dataclasses.fields(batch)})
 
 
-def batch_loss(
-    model: nn.Module, batch: Batch, config: ModelConfig, abar: Tensor, dtype: torch.dtype
-) -> Tensor:
+def batch_loss(model: nn.Module, batch: Batch, config: ModelConfig, abar: Tensor, dtype: torch.dtype) -> Tensor:
     """The training objective of each picture of a batch, b."""
     condition, domain = conditioning.drop(batch.condition, batch.domain, batch.dropped, len(config.domains))
     x_t = diffusion.q_sample(batch.x_0, batch.t, batch.noise, abar)
@@ -409,9 +391,7 @@ class Validation:
         bands = self.ts * NUM_BANDS // self.config.diffusion.num_timesteps
         return {
             "loss": float(losses_.mean()),
-            "loss_ci": float(1.96 * losses_.std(ddof=1) / math.sqrt(len(losses_)))
-            if len(losses_) > 1
-            else 0.0,
+            "loss_ci": float(1.96 * losses_.std(ddof=1) / math.sqrt(len(losses_))) if len(losses_) > 1 else 0.0,
             **{f"loss_band_{band}": float(losses_[bands == band].mean()) for band in set(bands.tolist())},
         }
 

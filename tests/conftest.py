@@ -94,3 +94,37 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     for name, data in checkpoint.files(model.state_dict(), config).items():
         (folder / name).write_bytes(data)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small paired data set: 48 gradients of 16 px by day, dimmed and blue by night."""
+    import numpy as np
+
+    from jobs import data
+
+    def rows(split: str, count: int) -> Iterator[data.Row]:
+        random = np.random.default_rng(len(split))
+        ramp = np.linspace(0, 1, 16)
+        for i in range(count):
+            corners = random.uniform(0, 255, (2, 2, 3))
+            day = np.einsum("y,x,c->yxc", 1 - ramp, 1 - ramp, corners[0, 0]) + np.einsum(
+                "y,x,c->yxc", ramp, ramp, corners[1, 1]
+            )
+            night = (day * [0.2, 0.3, 0.5]).astype(np.uint8)
+            yield data.Row(
+                id=f"{split}-{i:03d}", domain=0, image=day.astype(np.uint8), target=night, target_id=f"{split}-{i:03d}"
+            )
+
+    folder = str(tmp_path_factory.mktemp("data") / "gradients")
+    card = data.DatasetCard(
+        name="gradients",
+        licence="CC0",
+        source="drawn by the tests",
+        image_size=16,
+        encoding="raw",
+        domains=("day", "night"),
+        pairing="paired",
+    )
+    data.write_dataset(folder, {"train": rows("train", 32), "val": rows("val", 8), "test": rows("test", 8)}, card)
+    return folder
