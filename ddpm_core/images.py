@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ddpm_core.errors import InputError
@@ -22,9 +22,7 @@ MIN_SIDE = 8
 """Smaller pictures are refused: there is nothing in them to translate."""
 BACKGROUND = (255, 255, 255)
 """Transparent pictures are laid over this colour."""
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".jfif"}
-)
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".jfif"})
 """File endings taken for pictures when a folder is listed."""
 
 
@@ -44,13 +42,9 @@ def decode(data: bytes, *, name: str = "picture") -> Image.Image:
             image = Image.open(io.BytesIO(data))
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise InputError(
-                    f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are taken: scale it down"
-                )
+                raise InputError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are taken: scale it down")
             if min(width, height) < MIN_SIDE:
-                raise InputError(
-                    f"{name}: {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed"
-                )
+                raise InputError(f"{name}: {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
             # MPO is what many phones write: a JPEG with previews behind it, not an animation.
             if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "TIFF"):
                 raise InputError(
@@ -80,17 +74,33 @@ def decode(data: bytes, *, name: str = "picture") -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit and float greys: Pillow's own conversion clips instead of scaling.
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        top = 65535.0 if values.max(initial=0) > 255 else (255.0 if values.max(initial=0) > 1 else 1.0)
+        wide = image.mode.startswith("I;16") or values.max(initial=0) > 255
+        top = 65535.0 if wide else (255.0 if values.max(initial=0) > 1 else 1.0)
         image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         flat = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
         flat.alpha_composite(rgba)
-        return flat.convert("RGB")
+        image = flat.convert("RGB")
+    if isinstance(profile, bytes) and profile and image.mode in ("RGB", "CMYK"):
+        image = _from_profile(image, profile)
     return image.convert("RGB")
+
+
+def _from_profile(image: Image.Image, profile: bytes) -> Image.Image:
+    """Colours of an embedded profile (phones: Display P3) as sRGB; a profile that cannot be used is ignored."""
+    try:
+        theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(theirs):
+            return image
+        ours = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, theirs, ours, outputMode="RGB") or image
+    except (ImageCms.PyCMSError, OSError):
+        return image
 
 
 def to_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -102,9 +112,7 @@ def to_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]
     return np.array(resized, dtype=np.uint8)
 
 
-def to_tensor(
-    images: UInt8[np.ndarray, "b h w 3"], device: torch.device | str = "cpu"
-) -> Float[Tensor, "b 3 h w"]:
+def to_tensor(images: UInt8[np.ndarray, "b h w 3"], device: torch.device | str = "cpu") -> Float[Tensor, "b 3 h w"]:
     """uint8 pixels to [-1, 1]."""
     tensor = torch.tensor(images, dtype=torch.uint8, device=device)
     return tensor.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
@@ -118,9 +126,7 @@ def to_uint8(images: Float[Tensor, "b 3 h w"]) -> UInt8[np.ndarray, "b h w 3"]:
 
 def content_hash(image: UInt8[np.ndarray, "h w 3"]) -> int:
     """63-bit hash of a picture's pixels and shape: what its sampling noise is drawn from."""
-    digest = hashlib.blake2b(
-        repr(image.shape).encode() + np.ascontiguousarray(image).tobytes(), digest_size=8
-    )
+    digest = hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
@@ -131,9 +137,7 @@ def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
     return buffer.getvalue()
 
 
-def grid(
-    rows: list[list[UInt8[np.ndarray, "h w 3"]]], *, gap: int = 2, scale: int = 1
-) -> UInt8[np.ndarray, "H W 3"]:
+def grid(rows: list[list[UInt8[np.ndarray, "h w 3"]]], *, gap: int = 2, scale: int = 1) -> UInt8[np.ndarray, "H W 3"]:
     """Rows of equally sized pictures as one picture on white, enlarged `scale` times without smoothing."""
     if not rows or not rows[0]:
         raise ValueError("a grid needs at least one picture")

@@ -97,6 +97,7 @@ def run(main: Callable[[], int]) -> None:
 def input_error(error: BaseException | None) -> InputError | None:
     """The InputError behind `error`, through what Ray wraps around a worker's exception; None if there is none."""
     seen: set[int] = set()
+    told: list[str] = []
     todo = [error]
     while todo:
         current = todo.pop()
@@ -111,7 +112,24 @@ def input_error(error: BaseException | None) -> InputError | None:
             )
         todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
         todo += list(getattr(current, "worker_failures", {}).values())
-    return None
+        if type(current).__module__.startswith("ray."):  # Ray Data keeps a task's exception as text only
+            told += re.findall(r"^ddpm_core\.errors\.InputError: (.+)$", str(current), re.MULTILINE)
+    return InputError(told[-1]) if told else None
+
+
+@contextlib.contextmanager
+def muted_stderr() -> Iterator[None]:
+    """Nothing written to file descriptor 2 is shown: what Ray's core says while it starts. Exceptions pass."""
+    sys.stderr.flush()
+    shown, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(shown, 2)
+        os.close(shown)
+        os.close(nowhere)
 
 
 @contextlib.contextmanager
@@ -125,17 +143,18 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's core warns of Ray Data's own actors at every start, past Python's logging, at the level of errors.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     warnings.filterwarnings("ignore", module=r"ray\..*")
     import ray
     import ray.data
 
     started = not ray.is_initialized()
     if started:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        with muted_stderr():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     context = ray.data.DataContext.get_current()
-    context.use_datasource_v2 = (
-        False  # its start-up costs seconds on every execution and ignores block counts
-    )
+    context.use_datasource_v2 = False  # its start-up costs seconds on every execution and ignores block counts
     context.enable_progress_bars = False
     for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,9 +6,11 @@ Only URIs travel to workers, never a file system: a pickled one carries the secr
 """
 
 import contextlib
+import functools
 import os
 import posixpath
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,10 +60,19 @@ def join(uri: str, *parts: str) -> str:
 
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """pyarrow's file system for `uri` and the path within it."""
-    if is_remote(uri):
-        with explained(uri):
-            return pyarrow.fs.FileSystem.from_uri(uri)
-    return pyarrow.fs.LocalFileSystem(), uri
+    if not is_remote(uri):
+        return pyarrow.fs.LocalFileSystem(), uri
+    # Only the bucket is parsed as a URI: in a key, spaces, # and % mean themselves.
+    path = uri.partition("://")[2]
+    bucket = path.partition("/")[0]
+    return _s3(bucket, tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))), path
+
+
+@functools.lru_cache(maxsize=8)
+def _s3(bucket: str, environment: tuple[tuple[str, str], ...]) -> pyarrow.fs.FileSystem:
+    """One client, and so one pool of connections, for each bucket and set of AWS_* variables."""
+    with explained(f"s3://{bucket}"):
+        return pyarrow.fs.FileSystem.from_uri(f"s3://{bucket}")[0]
 
 
 @contextlib.contextmanager
@@ -74,10 +85,14 @@ def explained(uri: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{uri}: a file name there is not valid UTF-8; rename that file") from error
     except PermissionError as error:
         raise InputError(f"{uri}: permission denied; check the folder's owner and mode") from error
-    except (NotADirectoryError, IsADirectoryError) as error:
-        raise InputError(f"{uri}: {error.strerror or error}") from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"{uri}: a part of this path is a file, not a folder") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{uri} is a folder; a file is expected") from error
     except OSError as error:
         text = str(error)
         for pattern, remedy in _REMEDIES:
@@ -86,19 +101,23 @@ def explained(uri: str) -> Iterator[None]:
         raise
 
 
+READ_WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Pauses between attempts to read an object whose transfer broke off: S3's client retries requests, not bodies."""
+_PASSING = r"INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|REQUEST_TIMEOUT"
 _REMEDIES = (
     (
         r"NO_SUCH_BUCKET|NoSuchBucket|Bucket .* not found|bucket does not exist",
         "no such bucket; create it first",
     ),
     (
-        r"ACCESS_DENIED|AccessDenied|HTTP response code 403|InvalidAccessKeyId|INVALID_ACCESS_KEY|SignatureDoesNotMatch|SIGNATURE",
+        r"(?i)access_?denied|HTTP response code 403|invalid_?access_?key|signature_?(does|mismatch|invalid)",
         "access denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
     ),
     (
         r"NETWORK_CONNECTION|curlCode|Couldn't connect|Could not connect|resolve host",
         "the S3 server cannot be reached; check AWS_ENDPOINT_URL (with its http:// or https://) and the network",
     ),
+    (r"path .* is a directory", "it is a folder; a file is expected"),
     (r"No space left", "no space left on the device; free some or write elsewhere"),
     (r"Read-only file system", "the file system is read-only; write elsewhere"),
 )
@@ -107,8 +126,15 @@ _REMEDIES = (
 def read_bytes(uri: str) -> bytes:
     """A file's content. Raises FileNotFoundError where there is none, InputError where access fails."""
     fs, path = filesystem(uri)
-    with explained(uri), fs.open_input_file(path) as stream:
-        return stream.read()
+    for wait_s in (*READ_WAITS_S, None):
+        try:
+            with explained(uri), fs.open_input_file(path) as stream:
+                return stream.read()
+        except OSError as error:
+            if wait_s is None or not re.search(_PASSING, str(error)):
+                raise
+            time.sleep(wait_s)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def reader(uri: str) -> Callable[[str], bytes]:
@@ -132,8 +158,11 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+            if isinstance(error, FileNotFoundError):  # its folder is there: a file system that takes no files
+                raise InputError(f"{uri}: nothing can be written there ({error.strerror})") from None
             raise
 
 
@@ -159,8 +188,8 @@ def file_sizes(uri: str, *, recursive: bool = True) -> dict[str, int]:
     fs, path = filesystem(uri)
     with explained(uri):
         infos = fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=recursive, allow_not_found=True))
-    files = [info for info in infos if info.type == pyarrow.fs.FileType.File]
-    return dict(sorted((info.path[len(path) :].lstrip("/"), info.size) for info in files))
+        files = [info for info in infos if info.type == pyarrow.fs.FileType.File]
+        return dict(sorted((info.path[len(path) :].lstrip("/"), info.size) for info in files))
 
 
 def list_folders(uri: str) -> list[str]:
@@ -203,6 +232,6 @@ def check_writable(uri: str, *, flag: str = "--output") -> None:
         with contextlib.suppress(FileNotFoundError):
             fs.delete_file(path)
     except InputError as error:
-        raise InputError(f"{flag} {error}") from None
+        raise InputError(f"{flag} {str(error).replace(probe, uri)}") from None
     except OSError as error:
         raise InputError(f"{flag} {uri}: nothing can be written there ({error.strerror or error})") from None

@@ -17,11 +17,17 @@ os.environ.update(
     AWS_EC2_METADATA_DISABLED="true",
 )  # before ray is imported
 
+import json
+import random
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -35,8 +41,11 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One Ray for the session: four logical CPUs, so that Train workers never take all of them from Ray Data."""
+def ray_cluster(s3: "S3Server") -> Iterator[None]:
+    """One Ray for the session: four logical CPUs, so that Train workers never take all of them from Ray Data.
+
+    Started after the S3 server, so that its workers inherit AWS_*.
+    """
     import logging
 
     import ray
@@ -53,9 +62,7 @@ def ray_cluster() -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         _temp_dir=folder,
-        runtime_env={
-            "env_vars": {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
-        },
+        runtime_env={"env_vars": {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}},
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.data.DataContext.get_current().use_datasource_v2 = False
@@ -128,3 +135,118 @@ def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     data.write_dataset(folder, {"train": rows("train", 32), "val": rows("val", 8), "test": rows("test", 8)}, card)
     return folder
+
+
+class S3Server:
+    """SeaweedFS with one fresh bucket. `rw` may do anything, `ro` may only read and list."""
+
+    CREDENTIALS: ClassVar = {"rw": ("rw-key", "rw-secret-0123456789"), "ro": ("ro-key", "ro-secret-0123456789")}
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bucket = folder, "pictures"
+        self.ports = dict(zip(("s3", "master", "volume", "filer", "admin"), _paired_ports(5), strict=True))
+        self.uri = f"s3://{self.bucket}"
+        self.env = self.environment("rw")
+        self.process: subprocess.Popen[bytes] | None = None
+        identities = [
+            {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+            for (name, (key, secret)), actions in zip(
+                self.CREDENTIALS.items(), (["Admin", "Read", "Write", "List", "Tagging"], ["Read", "List"]), strict=True
+            )
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+
+    def environment(self, user: str, secret: str | None = None) -> dict[str, str]:
+        """AWS_* variables for `rw` or `ro`, with the right secret unless another is given."""
+        key, right = self.CREDENTIALS[user]
+        return {
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret or right,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.ports['s3']}",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def start(self) -> None:
+        """Start, or start again on the same files; returns when it answers."""
+        ports = [f"-{name}.port={port}" for name, port in self.ports.items()]
+        command = ["-logtostderr=true", "mini", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+        command += ["-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0"]
+        command += ["-s3.port.lance=0", "-s3.autoCreateBucket=false", "-s3.allowDeleteBucketNotEmpty=false"]
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+        weed = Path(sys.executable).with_name("weed")
+        self.process = subprocess.Popen(
+            [str(weed), *command, *ports, f"-s3.config={self.folder / 's3.json'}"],
+            env={**clean, "GOMEMLIMIT": "300MiB"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=(self.folder / "log").open("ab"),
+        )
+        self._wait()
+
+    def _wait(self) -> None:
+        import pyarrow.fs
+
+        key, secret = self.CREDENTIALS["rw"]
+        once = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=1)
+        client = pyarrow.fs.S3FileSystem(
+            access_key=key,
+            secret_key=secret,
+            endpoint_override=self.env["AWS_ENDPOINT_URL"],
+            allow_bucket_creation=True,
+            connect_timeout=1,
+            request_timeout=5,
+            retry_strategy=once,
+        )
+        until = time.monotonic() + 30
+        while True:
+            try:
+                for bucket in (self.bucket, "health"):
+                    client.create_dir(bucket)
+                if client.get_file_info("health/alive").is_file:  # started again: what was written can be read
+                    client.open_input_file("health/alive").read()
+                with client.open_output_stream("health/alive") as stream:
+                    stream.write(b"alive")
+                return
+            except OSError:
+                assert self.process is not None
+                assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL, as when the machine goes."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+
+def _paired_ports(count: int) -> list[int]:
+    """Free ports P such that P + 10000, which SeaweedFS also binds, is free."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20000, 45000)
+        if port not in found and all(_is_free(number) for number in (port, port + 10000)):
+            found.append(port)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server; AWS_* are set for the session. Write below `s3.uri` under a prefix of the test's own."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    before = {name: os.environ.get(name) for name in server.env}
+    os.environ.update(server.env)
+    yield server
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    server.kill()

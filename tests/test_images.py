@@ -1,0 +1,192 @@
+"""Pictures as users have them, and the one preprocessing."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from ddpm_core import images
+from ddpm_core.errors import InputError
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(width: int = 40, height: int = 20, mode: str = "RGB") -> Image.Image:
+    """Left half red, right half blue."""
+    image = Image.new("RGB", (width, height), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, width // 2, height))
+    return image.convert(mode)
+
+
+def center(image: Image.Image, x: float, y: float) -> tuple[int, ...]:
+    return image.getpixel((int(x * image.width), int(y * image.height)))
+
+
+def test_upright_whatever_the_exif_says() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show rotated by 90 degrees clockwise
+    image = images.decode(encoded(picture(), "JPEG", exif=exif, quality=95, subsampling=0))
+    assert image.size == (20, 40)
+    top, bottom = center(image, 0.5, 0.2), center(image, 0.5, 0.8)
+    assert top[0] > 200 > 100 > top[2]
+    assert bottom[2] > 200 > 100 > bottom[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA"), ("GIF", "P"), ("BMP", "RGB"),
+     ("WEBP", "RGB"), ("TIFF", "CMYK"), ("AVIF", "RGB"), ("PPM", "RGB")],
+)  # fmt: skip
+def test_colours_survive_every_format(kind: str, mode: str) -> None:
+    image = images.decode(encoded(picture(64, 64, mode), kind))
+    assert image.mode == "RGB"
+    assert image.size == (64, 64)
+    np.testing.assert_allclose(center(image, 0.2, 0.5), (255, 0, 0), atol=12)
+    np.testing.assert_allclose(center(image, 0.8, 0.5), (0, 0, 255), atol=12)
+
+
+@pytest.mark.parametrize(("mode", "value"), [("L", 128), ("1", 1), ("LA", (128, 255))])
+def test_grey(mode: str, value: object) -> None:
+    image = images.decode(encoded(Image.new(mode, (16, 16), value), "PNG"))
+    assert center(image, 0.5, 0.5) == ((255,) * 3 if mode == "1" else (128,) * 3)
+
+
+@pytest.mark.parametrize(("level", "expected"), [(65535, 255), (32896, 128), (200, 1), (0, 0)])
+def test_16_bit_grey_is_scaled_not_clipped(level: int, expected: int) -> None:
+    data = encoded(Image.fromarray(np.full((16, 16), level, np.uint16)), "PNG")
+    assert center(images.decode(data), 0.5, 0.5) == (expected,) * 3
+
+
+def test_float_grey() -> None:
+    data = encoded(Image.fromarray(np.full((16, 16), 0.5, np.float32)), "TIFF")
+    assert center(images.decode(data), 0.5, 0.5) == (128,) * 3
+
+
+def test_transparency_is_laid_over_white() -> None:
+    half = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    assert center(images.decode(encoded(half, "PNG")), 0.5, 0.5) == (255, 255, 255)
+    palette = Image.new("P", (16, 16), 0)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.paste(1, (8, 0, 16, 16))
+    image = images.decode(encoded(palette, "PNG", transparency=0))
+    assert center(image, 0.2, 0.5) == (255, 255, 255)
+    assert center(image, 0.8, 0.5) == (10, 20, 30)
+
+
+def test_colour_profile_is_applied_and_a_broken_one_ignored() -> None:
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    plain = encoded(Image.new("RGB", (16, 16), (200, 40, 40)), "PNG", icc_profile=lab.tobytes())
+    np.testing.assert_allclose(center(images.decode(plain), 0.5, 0.5), (200, 40, 40), atol=1)
+    wide = encoded(Image.new("RGB", (16, 16), (200, 40, 40)), "PNG", icc_profile=_linear_profile(lab.tobytes()))
+    assert center(images.decode(wide), 0.5, 0.5)[1] > 60  # 40 as linear light is lighter in sRGB
+    broken = encoded(Image.new("RGB", (16, 16), (200, 40, 40)), "PNG", icc_profile=b"nonsense" * 20)
+    assert center(images.decode(broken), 0.5, 0.5) == (200, 40, 40)
+
+
+def _linear_profile(srgb: bytes) -> bytes:
+    """sRGB's primaries with linear light: the curves replaced by gamma 1, the description by another."""
+    data = bytearray(srgb)
+    (count,) = struct.unpack(">I", data[128:132])
+    for tag in range(count):
+        name, offset, size = struct.unpack(">4sII", data[132 + 12 * tag : 144 + 12 * tag])
+        if name in (b"rTRC", b"gTRC", b"bTRC"):
+            curve = b"curv" + bytes(4) + struct.pack(">I", 0)  # an empty curve is the identity
+            data[offset : offset + size] = curve.ljust(size, b"\0")
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "line".encode("utf-16-be")).replace(b"sRGB", b"line")
+
+
+def test_phones_jpeg_with_previews_is_one_picture() -> None:
+    data = encoded(picture(64, 64), "MPO", save_all=True, append_images=[picture(16, 16)])
+    assert images.decode(data).size == (64, 64)
+
+
+def bomb() -> bytes:
+    """A valid PNG header that claims 50,000 x 50,000 pixels."""
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(bytes(1000))]
+    framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def noise_jpeg() -> bytes:
+    rng = np.random.default_rng(0)
+    return encoded(Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"just text, called .jpg", "not an image"),
+        (noise_jpeg()[:1500], "truncated"),
+        (encoded(picture(64, 64), "PNG")[:-30], "truncated"),
+        (bomb(), "pixels"),
+        (encoded(picture(6, 40), "PNG"), "at least 8 x 8"),
+        (encoded(picture(), "GIF", save_all=True, append_images=[picture(40, 20).rotate(180)]), "animation"),
+    ],
+    ids=["empty", "text", "truncated-jpeg", "truncated-png", "bomb", "tiny", "animation"],
+)
+def test_what_is_no_picture_is_refused_in_one_line(data: bytes, reason: str) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        images.decode(data, name="holiday.jpg")
+    assert str(caught.value).startswith("holiday.jpg: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_to_square_takes_the_middle() -> None:
+    image = Image.new("RGB", (60, 20), (0, 255, 0))
+    image.paste((255, 0, 0), (20, 0, 40, 20))
+    square = images.to_square(image, 10)
+    assert square.shape == (10, 10, 3)
+    assert square.dtype == np.uint8
+    assert (square[:, 3:-3] == (255, 0, 0)).all()  # the edge pixels see a little of their neighbours
+    tall = images.to_square(image.rotate(90, expand=True), 10)
+    assert (tall[3:-3] == (255, 0, 0)).all()
+
+
+def test_to_square_averages_what_it_shrinks() -> None:
+    board = np.indices((256, 256)).sum(0) % 2 * 255
+    shrunk = images.to_square(Image.fromarray(np.stack([board] * 3, -1).astype(np.uint8)), 32)
+    assert 100 < shrunk.min() <= shrunk.max() < 155  # without antialiasing: only 0 and 255
+
+
+def test_tensors_and_back_are_exact() -> None:
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    tensor = images.to_tensor(pixels)
+    assert tensor.shape == (1, 3, 16, 16)
+    assert tensor.min() == -1
+    assert tensor.max() == 1
+    assert (images.to_uint8(tensor) == pixels).all()
+    assert images.to_uint8(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2).expand(1, 3, 1, 2)).reshape(-1, 3).tolist() == [
+        [0] * 3,
+        [255] * 3,
+    ]
+
+
+def test_content_hash_depends_on_pixels_and_shape_only() -> None:
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    value = images.content_hash(image)
+    assert value == images.content_hash(np.asfortranarray(image)) == images.content_hash(image.copy())
+    assert 0 <= value < 2**63
+    assert value != images.content_hash(image.reshape(2, 8, 3))
+    image[0, 0, 0] += 1
+    assert value != images.content_hash(image)
+
+
+def test_grid_places_rows_and_enlarges() -> None:
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    sheet = images.grid([[black, white], [black]], gap=1, scale=2)
+    assert sheet.shape == (17, 17, 3)
+    assert (sheet[:8, :8] == 0).all()
+    assert (sheet[9:, :8] == 0).all()
+    assert (sheet[:, 8:] == 255).all()
+    with pytest.raises(ValueError, match="at least one"):
+        images.grid([])

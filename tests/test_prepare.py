@@ -1,0 +1,696 @@
+"""Pictures to a data set, as users call it: what it makes of each source, what it sets aside, what it refuses."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image, ImageDraw
+
+from ddpm_core.errors import InputError
+from jobs import data, prepare, storage
+from jobs.datasets import celeba, common, earth
+
+ROOT = Path(__file__).resolve().parent.parent
+ATTRIBUTES = ("Bald", "Male", "Smiling", "Wearing_Hat", "Young")
+
+
+def run(*argv: object) -> int:
+    return prepare.main([str(argument) for argument in argv])
+
+
+def refused(*argv: object) -> str:
+    """The one line with which a command is refused."""
+    with pytest.raises(InputError) as caught:
+        run(*argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def made(folder: Path | str) -> dict[str, bytes]:
+    """All files but the environment, which carries the date."""
+    return {
+        name: storage.read_bytes(f"{folder}/{name}")
+        for name in storage.list_files(str(folder))
+        if name != "environment.json"
+    }
+
+
+def table(folder: Path | str, split: str) -> list[dict[str, Any]]:
+    return pyarrow.parquet.read_table(Path(folder) / split / "part-00000.parquet").to_pylist()
+
+
+def all_rows(folder: Path | str) -> dict[str, dict[str, Any]]:
+    card = data.read_card(str(folder))
+    return {
+        row["id"]: row | {"split": split} for split in card.splits if card.splits[split] for row in table(folder, split)
+    }
+
+
+def rejected(folder: Path | str) -> dict[str, str]:
+    rows = pyarrow.parquet.read_table(Path(folder) / "rejected.parquet").to_pylist()
+    return {row["picture"]: row["reason"] for row in rows}
+
+
+def drawn(number: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """A disc of its own place and colour for each number."""
+    image = Image.new("RGB", size, (number * 5 % 256, 90, 200))
+    x, y = size[0] * (0.3 + number % 5 / 12), size[1] * (0.3 + number // 5 % 5 / 12)
+    ImageDraw.Draw(image).ellipse((x - 6, y - 6, x + 6, y + 6), fill=(250, number * 11 % 256, 20))
+    return image
+
+
+def save(image: Image.Image, path: Path, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- earth
+
+
+@pytest.fixture(scope="module")
+def earth_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("earth") / "set"
+    assert run("earth", "--output", folder) == 0
+    return folder
+
+
+def place(row: dict[str, Any]) -> tuple[int, int]:
+    """top, left of an earth tile."""
+    top, left = row["id"].split("-")
+    return int(top[1:]), int(left[1:])
+
+
+def test_earth_has_enough_of_everything(earth_set: Path) -> None:
+    card = data.read_card(str(earth_set))
+    assert card.splits["train"] > 1000
+    assert card.splits["val"] >= 50
+    assert card.splits["test"] >= 80
+    assert (card.pairing, card.domains, card.image_size) == ("paired", ("day", "night"), 64)
+    assert "NASA" in card.licence
+    assert {path.name for path in earth_set.iterdir()} >= {"contact_sheet.png", "environment.json", "dataset.json"}
+    assert Image.open(earth_set / "contact_sheet.png").size[0] > 1000
+
+
+def test_no_pixel_of_a_test_tile_is_seen_in_training(earth_set: Path) -> None:
+    seen = np.zeros((2048, 4096), int)
+    for bit, split in enumerate(data.SPLITS):
+        for row in table(earth_set, split):
+            top, left = place(row)
+            seen[top : top + 64, left : left + 64] |= 1 << bit
+    assert set(np.unique(seen)) <= {0, 1, 2, 4}
+
+
+def test_val_and_test_tiles_are_disjoint_and_spread_over_the_continents(earth_set: Path) -> None:
+    count = np.zeros((2048, 4096), int)
+    lands = {"americas": 0, "africa and europe": 0, "asia": 0, "australia": 0}
+    for row in table(earth_set, "test"):
+        top, left = place(row)
+        count[top : top + 64, left : left + 64] += 1
+        longitude, latitude = left / 4096 * 360 - 180, 90 - top / 2048 * 180
+        if -60 < latitude < 75:
+            south_east = longitude > 110 and latitude < -8
+            where = "americas" if longitude < -30 else "africa and europe" if longitude < 50 else "asia"
+            lands["australia" if south_east else where] += 1
+    assert count.max() == 1
+    assert min(lands.values()) >= 3, lands
+
+
+def test_shares_of_land(earth_set: Path) -> None:
+    day = np.asarray(Image.open(earth.MAPS / "day.avif").convert("RGB"))
+    options = earth.Options(output="x", stride=64)
+    tiles = {split: len(of) for split, of in earth.select_tiles(day, options).items()}
+    assert tiles["val"] / sum(tiles.values()) == pytest.approx(0.10, abs=0.02)
+    assert tiles["test"] / sum(tiles.values()) == pytest.approx(0.15, abs=0.02)
+
+
+def test_tiles_are_the_maps_pixels_and_registered(earth_set: Path) -> None:
+    day, night = (np.asarray(Image.open(earth.MAPS / f"{name}.avif").convert("RGB")) for name in ("day", "night"))
+    for row in table(earth_set, "val")[::7]:
+        top, left = place(row)
+        assert row["image"] == day[top : top + 64, left : left + 64].tobytes()
+        assert row["target"] == night[top : top + 64, left : left + 64].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("latitude", "longitude", "land"),
+    [(23, 10, True), (-5, -62, True), (62, 100, True), (72, -40, True), (40, -100, True), (-25, 134, True),
+     (30, -40, False), (0, -150, False), (35, 18, False), (-60, 0, False), (42, 50.5, False), (56, -150, False)],
+)  # fmt: skip
+def test_land_and_sea(latitude: float, longitude: float, land: bool) -> None:
+    day = np.asarray(Image.open(earth.MAPS / "day.avif").convert("RGB"))
+    y, x = int((90 - latitude) / 180 * 2048), int((longitude + 180) / 360 * 4096)
+    assert earth.is_land(day[y - 3 : y + 4, x - 3 : x + 4]).mean() == pytest.approx(float(land), abs=0.3)
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_earth_at_other_sizes(size: int, tmp_path: Path) -> None:
+    assert run("earth", "--output", tmp_path, "--image-size", size, "--encoding", "jpeg") == 0
+    assert all(count >= 20 for count in data.read_card(str(tmp_path)).splits.values())
+
+
+def test_earth_from_other_maps(tmp_path: Path) -> None:
+    source = tmp_path / "maps"
+    assert "exactly one map called day" in refused("earth", "--output", tmp_path / "out", "--source", ROOT / "jobs")
+    save(Image.new("RGB", (512, 256)), source / "day.png")
+    assert "night" in refused("earth", "--output", tmp_path / "out", "--source", source)
+    save(Image.new("RGB", (256, 256)), source / "night.png")
+    assert "equally large" in refused("earth", "--output", tmp_path / "out", "--source", source)
+
+
+def test_the_same_command_again_does_nothing_and_overwriting_gives_the_same_bytes(
+    earth_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, time_before = made(earth_set), (earth_set / "dataset.json").stat().st_mtime_ns
+    assert run("earth", "--output", earth_set) == 0
+    assert "already there" in capsys.readouterr().out
+    assert (earth_set / "dataset.json").stat().st_mtime_ns == time_before
+    assert run("earth", "--output", earth_set, "--overwrite") == 0
+    assert made(earth_set) == before
+
+
+def test_another_data_set_is_not_overwritten_unasked(earth_set: Path, tmp_path: Path) -> None:
+    message = refused("earth", "--output", earth_set, "--image-size", 32)
+    assert "image_size 64, asked for 32" in message
+    assert "--overwrite" in message
+
+
+def test_a_damaged_data_set_is_made_again(earth_set: Path, tmp_path: Path) -> None:
+    shutil.copytree(earth_set, tmp_path / "set")
+    (tmp_path / "set/val/part-00000.parquet").write_bytes(b"cut")
+    assert run("earth", "--output", tmp_path / "set") == 0
+    assert made(tmp_path / "set") == made(earth_set)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_the_same_command_gives_the_same_bytes(earth_set: Path, tmp_path: Path) -> None:
+    arguments = ["earth", "--output", str(tmp_path / "set")]
+    slow = (
+        "import sys, time; from jobs import prepare, storage; write = storage.write_bytes\n"
+        "storage.write_bytes = lambda uri, data: (write(uri, data), 'val/' in uri and time.sleep(600))\n"
+        "prepare.main(sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    until = time.monotonic() + 120
+    while not (tmp_path / "set/val/part-00000.parquet").exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "set/dataset.json").exists()
+    with pytest.raises(InputError, match="is not a data set"):
+        data.read_card(str(tmp_path / "set"))
+    command = [sys.executable, "-m", "jobs.prepare", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    assert made(tmp_path / "set") == made(earth_set)
+
+
+# ----------------------------------------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def two_folders(tmp_path: Path) -> Path:
+    """Twenty pictures of each of two domains, equally named but for the ending."""
+    for number in range(20):
+        save(drawn(number), tmp_path / f"in/cat/sub/{number:02d}.jpg", quality=95)
+        save(drawn(number + 100), tmp_path / f"in/dog/sub/{number:02d}.png")
+    (tmp_path / "in/readme.txt").write_text("not a picture")
+    (tmp_path / "in/cat/.hidden.jpg").write_text("not a picture")
+    return tmp_path / "in"
+
+
+def test_folders(ray_cluster: None, two_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--image-size", 16, "--licence", "CC0", "--name", "pets")
+    assert run("folders", "--source", two_folders, "--output", tmp_path / "out", *flags) == 0
+    card = data.read_card(str(tmp_path / "out"))
+    assert (card.name, card.licence, card.pairing, card.domains) == ("pets", "CC0", "unpaired", ("cat", "dog"))
+    assert card.splits == {"train": 32, "val": 4, "test": 4}
+    assert card.domain_counts["val"] == {"cat": 2, "dog": 2}
+    rows = all_rows(tmp_path / "out")
+    assert rows["cat/sub/03.jpg"]["domain"] == 0
+    assert rows["dog/sub/03.png"]["split"] == rows["cat/sub/03.jpg"]["split"]
+    assert rows["dog/sub/03.png"]["target"] is None
+    expected = np.asarray(drawn(103).resize((16, 16), Image.Resampling.LANCZOS))
+    stored = np.frombuffer(rows["dog/sub/03.png"]["image"], np.uint8).reshape(16, 16, 3)
+    np.testing.assert_allclose(stored.astype(int), expected, atol=6)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 3
+    assert out[-1].endswith("contact_sheet.png")
+
+
+def test_folders_paired_by_name(ray_cluster: None, two_folders: Path, tmp_path: Path) -> None:
+    save(drawn(1), two_folders / "cat/alone.jpg")
+    (two_folders / "dog/sub/05.png").write_bytes(b"")
+    flags = ("--pairing", "paired", "--image-size", 16)
+    assert run("folders", "--source", two_folders, "--output", tmp_path / "out", *flags) == 3
+    rows = all_rows(tmp_path / "out")
+    assert len(rows) == 19
+    assert rows["sub/07"]["target_id"] == "dog/sub/07.png"
+    target = np.frombuffer(rows["sub/07"]["target"], np.uint8).reshape(16, 16, 3)
+    np.testing.assert_allclose(target.mean((0, 1)), np.asarray(drawn(107)).mean((0, 1)), atol=5)
+    assert rejected(tmp_path / "out") == {
+        "cat/alone.jpg": "no counterpart of the same name in dog",
+        "cat/sub/05.jpg": "its counterpart cannot be used",
+        "dog/sub/05.png": "the file is empty",
+    }
+
+
+def test_folders_anywhere_named_on_the_command_line(ray_cluster: None, two_folders: Path, tmp_path: Path) -> None:
+    domains = ("--domain", f"a={two_folders}/cat", "--domain", f"b={two_folders}/dog")
+    assert run("folders", *domains, "--output", tmp_path / "out", "--image-size", 8) == 0
+    assert data.read_card(str(tmp_path / "out")).domains == ("a", "b")
+
+
+@pytest.mark.parametrize("layout", ["{split}/{domain}", "{domain}/{split}"])
+def test_split_folders_are_respected(ray_cluster: None, tmp_path: Path, layout: str) -> None:
+    for split, count in (("train", 12), ("test", 3)):
+        for domain in ("a", "b"):
+            for number in range(count):
+                save(drawn(number), tmp_path / "in" / layout.format(split=split, domain=domain) / f"{number}.png")
+    assert run("folders", "--source", tmp_path / "in", "--output", tmp_path / "out", "--image-size", 8) == 0
+    card = data.read_card(str(tmp_path / "out"))
+    assert card.splits == {"train": 22, "val": 2, "test": 6}
+    assert all("/test/" in row["id"] for row in table(tmp_path / "out", "test"))
+    assert "10% val" in card.notes[0]
+
+
+def test_splits_do_not_depend_on_anything_but_names() -> None:
+    names = [f"{number}.jpg" for number in range(1000)]
+    splits = common.split_names(names)
+    assert splits == common.split_names(reversed(names))
+    counts = [list(splits.values()).count(split) for split in data.SPLITS]
+    assert counts == [800, 100, 100]
+    assert sorted(common.split_names(names[:3]).values()) == ["test", "train", "val"]
+    assert set(common.split_names(names[:2]).values()) == {"train"}
+
+
+# --------------------------------------------------------------------------------------------- day2night
+
+
+def test_side_by_side_pictures(ray_cluster: None, tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("val", 2), ("test", 2)):
+        for number in range(count):
+            both = Image.new("RGB", (80, 40))
+            both.paste(drawn(number).point(lambda level: level // 8), (0, 0))  # night is on the left
+            both.paste(drawn(number), (40, 0))
+            save(both, tmp_path / f"in/{split}/{number}.png")
+    flags = ("--source", tmp_path / "in", "--image-size", 40, "--licence", "CC0")
+    assert run("day2night", *flags, "--output", tmp_path / "out") == 0
+    card = data.read_card(str(tmp_path / "out"))
+    assert card.splits == {"train": 6, "val": 2, "test": 2}
+    assert any("left halves taken for night" in note for note in card.notes)
+    row = all_rows(tmp_path / "out")["train/3.png"]
+    assert row["image"] == np.asarray(drawn(3)).tobytes()  # and nothing of the night at its edge
+    assert row["target"] == np.asarray(drawn(3).point(lambda level: level // 8)).tobytes()
+    assert run("day2night", *flags, "--output", tmp_path / "swapped", "--left", "day") == 0
+    assert all_rows(tmp_path / "swapped")["train/3.png"]["target"] == row["image"]
+
+
+def test_single_pictures_are_not_taken_for_pairs(ray_cluster: None, tmp_path: Path) -> None:
+    save(drawn(1, (80, 40)), tmp_path / "in/train/good.png")
+    save(drawn(1, (40, 40)), tmp_path / "in/train/single.png")
+    assert run("day2night", "--source", tmp_path / "in", "--output", tmp_path / "out", "--image-size", 16) == 3
+    assert "side by side" in rejected(tmp_path / "out")["train/single.png"]
+
+
+def test_day_and_night_folders(ray_cluster: None, tmp_path: Path) -> None:
+    for number in range(10):
+        save(drawn(number), tmp_path / f"in/night/{number}.png")
+        save(drawn(number + 50), tmp_path / f"in/day/{number}.png")
+    assert run("day2night", "--source", tmp_path / "in", "--output", tmp_path / "out", "--image-size", 40) == 0
+    row = all_rows(tmp_path / "out")["4"]
+    assert row["image"] == np.asarray(drawn(54)).tobytes()
+    assert row["target"] == np.asarray(drawn(4)).tobytes()
+    assert "no effect" in refused(
+        "day2night", "--source", tmp_path / "in", "--output", tmp_path / "out2", "--left", "day"
+    )
+    shutil.rmtree(tmp_path / "in/night")
+    assert "none in night" in refused("day2night", "--source", tmp_path / "in", "--output", tmp_path / "out2")
+
+
+# ------------------------------------------------------------------------------------------------ celeba
+
+
+class CelebA:
+    """A source in CelebA's layout: 60 drawn pictures of 20 people, three each."""
+
+    def __init__(self, folder: Path, count: int = 60) -> None:
+        self.folder = folder
+        rng = np.random.default_rng(0)
+        self.names = [f"{number:06d}.jpg" for number in range(1, count + 1)]
+        self.values = rng.choice([-1, 1], (count, len(ATTRIBUTES)))
+        self.people = np.arange(count) // 3
+        for number, name in enumerate(self.names):
+            save(drawn(number, (178, 218)), folder / "img_align_celeba" / name)
+        self.text("list_attr_celeba.txt", self.values, ATTRIBUTES)
+
+    def text(self, file: str, values: np.ndarray, columns: tuple[str, ...] | None = None) -> None:
+        lines = [f"{name} {' '.join(f'{v:2d}' for v in row)}" for name, row in zip(self.names, values, strict=True)]
+        head = [] if columns is None else [str(len(lines)), " ".join(columns) + " "]
+        (self.folder / file).write_text("\n".join([*head, *lines]) + "\n")
+
+    def csv(self, file: str, values: np.ndarray, columns: tuple[str, ...]) -> None:
+        lines = [",".join([name, *map(str, row)]) for name, row in zip(self.names, values, strict=True)]
+        (self.folder / file).write_text("\n".join([",".join(["image_id", *columns]), *lines]) + "\n")
+
+    def partition(self) -> np.ndarray:
+        return np.where(self.people < 14, 0, np.where(self.people < 17, 1, 2))[:, None]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> CelebA:
+    return CelebA(tmp_path / "in")
+
+
+def celeba_set(source: CelebA, output: Path, *flags: object) -> dict[str, dict[str, Any]]:
+    assert run("celeba", "--source", source.folder, "--output", output, "--image-size", 16, *flags) == 0
+    return all_rows(output)
+
+
+def test_celeba_matched(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+    source.text("list_eval_partition.txt", source.partition())
+    source.text("identity_CelebA.txt", source.people[:, None])
+    points = np.random.default_rng(1).integers(60, 110, (60, 10))
+    source.text("list_landmarks_align_celeba.txt", points, tuple("abcdefghij"))
+    rows = celeba_set(source, tmp_path / "out", "--match-correlation", 2)
+    card = data.read_card(str(tmp_path / "out"))
+    assert card.splits == {"train": 42, "val": 9, "test": 9}
+    assert (card.domains, card.pairing, card.attribute_names) == (("female", "male"), "matched", ATTRIBUTES)
+    assert card.licence == "CelebA: non-commercial research only"
+    for number, name in enumerate(source.names):
+        row = rows[name]
+        assert row["domain"] == int(source.values[number, 1] > 0)
+        assert row["attributes"] == source.values[number].tolist()
+        assert row["identity"] == source.people[number]
+        assert row["split"] == data.SPLITS[source.partition()[number, 0]]
+        np.testing.assert_allclose(row["landmarks"][:2], (points[number, :2] - [0, 20]) * 16 / 178, rtol=1e-5)
+        counterpart = rows[row["target_id"]]
+        assert counterpart["split"] == row["split"]
+        assert counterpart["domain"] != row["domain"]
+        assert row["target"] == counterpart["image"]
+        # no picture of the other side would have been nearer
+        side = [(rows[other]["split"], rows[other]["domain"]) for other in source.names]
+        others = [i for i, there in enumerate(side) if there == (row["split"], 1 - row["domain"])]
+        differing = np.delete(source.values != source.values[number], 1, axis=1).sum(axis=1)
+        cost = celeba.LANDMARK_PX2 * differing + ((points - points[number]) ** 2).sum(axis=1)
+        assert cost[source.names.index(row["target_id"])] == cost[others].min()
+
+
+def test_celeba_unpaired_by_another_attribute(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+    rows = celeba_set(source, tmp_path / "out", "--pairing", "unpaired", "--domain-attribute", "Smiling")
+    assert data.read_card(str(tmp_path / "out")).domains == ("not_smiling", "smiling")
+    assert rows["000007.jpg"]["domain"] == int(source.values[6, 2] > 0)
+    assert rows["000007.jpg"]["target"] is None
+
+
+def test_celeba_splits_by_identity_where_it_is_known(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+    source.text("identity_CelebA.txt", source.people[:, None])
+    rows = celeba_set(source, tmp_path / "out", "--pairing", "unpaired")
+    splits_of = [{rows[name]["split"] for name in source.names[3 * person : 3 * person + 3]} for person in range(20)]
+    assert all(len(splits) == 1 for splits in splits_of)
+    assert data.read_card(str(tmp_path / "out")).splits == {"train": 48, "val": 6, "test": 6}
+    assert "identity" in data.read_card(str(tmp_path / "out")).notes[0]
+
+
+def test_celeba_says_so_where_identities_are_unknown(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+    celeba_set(source, tmp_path / "out", "--pairing", "unpaired")
+    assert "a person may be in two splits" in data.read_card(str(tmp_path / "out")).notes[0]
+
+
+def test_celeba_as_csv_and_zip_is_the_same(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+    source.text("list_eval_partition.txt", source.partition())
+    celeba_set(source, tmp_path / "one")
+    with zipfile.ZipFile(source.folder / "img_align_celeba.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.names:
+            archive.write(source.folder / "img_align_celeba" / name, f"img_align_celeba/{name}")
+        archive.writestr("__MACOSX/img_align_celeba/._000001.jpg", b"x")
+    shutil.rmtree(source.folder / "img_align_celeba")
+    source.csv("list_attr_celeba.csv", source.values, ATTRIBUTES)
+    source.csv("list_eval_partition.csv", source.partition(), ("partition",))
+    (source.folder / "list_attr_celeba.txt").unlink()
+    (source.folder / "list_eval_partition.txt").unlink()
+    celeba_set(source, tmp_path / "two")
+    for name in ("train/part-00000.parquet", "val/part-00000.parquet", "contact_sheet.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_celeba_set_aside_pictures_are_not_matched(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+    (source.folder / "img_align_celeba/000002.jpg").write_bytes(b"text")
+    half = (source.folder / "img_align_celeba/000003.jpg").read_bytes()[:900]
+    (source.folder / "img_align_celeba/000003.jpg").write_bytes(half)
+    (source.folder / "img_align_celeba/000004.jpg").unlink()
+    out = tmp_path / "out"
+    flags = ("--source", source.folder, "--output", out, "--image-size", 16)
+    assert run("celeba", *flags) == 3
+    rows = all_rows(out)
+    gone = {"000002.jpg", "000003.jpg", "000004.jpg"}
+    assert set(rows) == set(source.names) - gone
+    assert not {row["target_id"] for row in rows.values()} & gone
+    reasons = rejected(out)
+    assert set(reasons) == {"000002.jpg", "000003.jpg"}
+    assert "not an image" in reasons["000002.jpg"]
+    assert "truncated" in reasons["000003.jpg"]
+    card = data.read_card(str(out))
+    assert card.num_rejected == 2
+    assert any(note.startswith("1 of the pictures that list_attr_celeba lists") for note in card.notes)
+    assert run("celeba", *flags) == 3  # already there, and still not all of it
+
+
+def test_celeba_limit_takes_some_of_each_split(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+    source.text("list_eval_partition.txt", source.partition())
+    rows = celeba_set(source, tmp_path / "out", "--limit", 30, "--pairing", "unpaired")
+    assert len(rows) == 30
+    assert min(data.read_card(str(tmp_path / "out")).splits.values()) >= 2
+
+
+def _edit(file: str, change: Callable[[str], str]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / file).write_text(change((folder / file).read_text()))
+
+    return edit
+
+
+def _to_csv(header: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "list_attr_celeba.txt").unlink()
+        (folder / "list_attr_celeba.csv").write_text(f"{header}\n000001.jpg,1,-1\n")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "reason"),
+    [
+        (None, ("--domain-attribute", "smilling"), "did you mean Smiling"),
+        (None, ("--limit", 0), "--limit is 0"),
+        (lambda folder: (folder / "list_attr_celeba.txt").unlink(), (), "no list_attr_celeba.txt or .csv"),
+        (lambda folder: shutil.rmtree(folder / "img_align_celeba"), (), "none of the 60 pictures"),
+        (_edit("list_attr_celeba.txt", lambda text: text.replace("60", "61", 1)), (), "announces 61 pictures"),
+        (_edit("list_attr_celeba.txt", lambda text: text[:-5]), (), "line 62: "),
+        (_edit("list_attr_celeba.txt", lambda text: text.split("\n", 1)[1]), (), "first line must be the number"),
+        (_edit("list_attr_celeba.txt", lambda text: text.replace(" 1", " x")), (), "a value is not a number"),
+        (_edit("list_attr_celeba.txt", lambda text: text.replace(" 1", " 0")), (), "must hold -1 and 1"),
+        (_edit("list_attr_celeba.txt", lambda text: text.replace("000002", "000001")), (), "lists a picture twice"),
+        (_to_csv("picture,Male,Young"), (), "column 'image_id' is missing"),
+        (_to_csv("image_id,Bald,Young"), (), "--domain-attribute Male: "),
+    ],
+    ids=["attribute", "limit", "no-list", "no-pictures", "count", "cut", "head", "text", "zero", "twice", "id", "none"],
+)  # fmt: skip
+def test_celeba_refusals(
+    source: CelebA, tmp_path: Path, damage: Callable[[Path], None] | None, flags: tuple[object, ...], reason: str
+) -> None:
+    if damage is not None:
+        damage(source.folder)
+    assert reason in refused("celeba", "--source", source.folder, "--output", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_celeba_files_that_do_not_fit(source: CelebA, tmp_path: Path) -> None:
+    flags = ("--source", source.folder, "--output", tmp_path / "out")
+    source.text("list_eval_partition.txt", np.arange(60)[:, None] % 3)
+    source.text("identity_CelebA.txt", source.people[:, None])
+    assert "person 0 is in train and in val" in refused("celeba", *flags)
+    source.text("list_eval_partition.txt", np.arange(60)[:, None] % 4)
+    assert "split 3 is unknown" in refused("celeba", *flags)
+
+
+def test_matching_needs_both_sides_in_each_split(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+    split = source.partition()
+    split[:, 0][(split[:, 0] == 1) & (source.values[:, 1] > 0)] = 0
+    source.text("list_eval_partition.txt", split)
+    message = refused("celeba", "--source", source.folder, "--output", tmp_path / "out")
+    assert "split val has" in message
+    assert "--pairing unpaired" in message
+
+
+def test_ties_are_decided_by_seed_and_spread() -> None:
+    ones, many = np.ones((50, 4), int), np.ones((20, 4), int)
+    first = celeba.match(ones, None, many, None, [f"0/{i}" for i in range(50)])
+    assert (first == celeba.match(ones, None, many, None, [f"0/{i}" for i in range(50)])).all()
+    assert (first != celeba.match(ones, None, many, None, [f"1/{i}" for i in range(50)])).any()
+    assert len(set(first.tolist())) > 10
+
+
+def test_attributes_that_go_with_the_domain_are_not_compared() -> None:
+    domain = np.array([0, 0, 1, 1])
+    attributes = np.array([[-1, 1, 1], [-1, -1, 1], [1, 1, 1], [1, -1, 1]])
+    np.testing.assert_allclose(celeba.correlation(attributes, domain), [1, 0, 0])
+
+
+# ------------------------------------------------------------------------------------------ what is wrong
+
+
+def test_pictures_of_every_kind(ray_cluster: None, tmp_path: Path) -> None:
+    """What is usable is used, what is not is set aside with its reason."""
+    folder = tmp_path / "in/a"
+    save(drawn(1), tmp_path / "in/b/one.png")
+    save(drawn(2), tmp_path / "in/b/two.png")
+    save(drawn(3), tmp_path / "in/b/three.png")
+    save(drawn(1).convert("CMYK"), folder / "cmyk.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(drawn(1), folder / "turned.jpg", exif=exif)
+    save(Image.fromarray(np.full((40, 40), 30000, np.uint16)), folder / "sixteen.png")
+    save(drawn(1).quantize(8), folder / "palette.png", transparency=0)
+    save(drawn(1), folder / "animated.gif", save_all=True, append_images=[drawn(2)])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("hello")
+    (folder / "cut.jpg").write_bytes(save(drawn(4), tmp_path / "whole.jpg").read_bytes()[:700])
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    save(Image.new("1", (12000, 9000)), folder / "bomb.png")
+    assert run("folders", "--source", tmp_path / "in", "--output", tmp_path / "out", "--image-size", 16) == 3
+    used = {name for name in all_rows(tmp_path / "out") if name.startswith("a/")}
+    assert used == {"a/cmyk.jpg", "a/turned.jpg", "a/sixteen.png", "a/palette.png"}
+    reasons = rejected(tmp_path / "out")
+    for name, reason in {
+        "animated.gif": "an animation of 2 frames",
+        "empty.jpg": "the file is empty",
+        "text.jpg": "not an image",
+        "cut.jpg": "truncated",
+        "bomb.png": "12000 x 9000 pixels",
+    }.items():
+        assert reasons[f"a/{name}"].startswith(reason)
+
+
+def test_nothing_usable(ray_cluster: None, tmp_path: Path) -> None:
+    for domain in ("a", "b"):
+        (tmp_path / "in" / domain).mkdir(parents=True)
+        (tmp_path / "in" / domain / "x.jpg").write_text("text")
+    message = refused("folders", "--source", tmp_path / "in", "--output", tmp_path / "out")
+    assert message.startswith("none of the 2 pictures can be used; the first: a/x.jpg: not an image")
+    assert not (tmp_path / "out/dataset.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["folders", "--output", "OUT"], "--source is missing"),
+        (["folders", "--output", "OUT", "--source", "TMP/nowhere"], "does not exist"),
+        (["folders", "--output", "OUT", "--source", "TMP/empty"], "no pictures in sub-folders"),
+        (["folders", "--output", "OUT", "--source", "TMP/file"], "is a file"),
+        (["folders", "--output", "OUT", "--source", "TMP/one"], "only a; two folders"),
+        (["folders", "--output", "OUT", "--domain", "a"], "write NAME=URI"),
+        (["folders", "--output", "OUT", "--domain", "a=TMP/one/a", "--domain", "a=TMP/one/a"], "given twice"),
+        (["folders", "--output", "OUT", "--domain", "a=TMP/one/a", "--domain", "b=TMP/empty"], "no pictures there"),
+        (["folders", "--output", "OUT", "--domain", "a=TMP/one/a", "--domain", "b=TMP/no"], "--domain b TMP/no"),
+        (["folders", "--output", "TMP/one/out", "--source", "TMP/one"], "lies in --source"),
+        (["day2night", "--output", "OUT", "--source", "TMP/empty"], "no pictures in day/ and night/"),
+        (["celeba", "--output", "OUT", "--source", "TMP/empty"], "no list_attr_celeba"),
+        (["earth", "--output", "/proc/nothing/here"], "--output /proc/nothing/here"),
+        (["earth", "--output", "TMP/file/below"], "TMP/file/below"),
+        (["earth", "--output", "gs://bucket/x"], "gs:// is not supported"),
+        (["earth", "--output", "OUT", "--image-size", "4"], "--image-size is 4"),
+        (["earth", "--output", "OUT", "--image-size", "300"], "at most 256"),
+        (["earth", "--output", "OUT", "--image-size", "many"], "--image-size"),
+        (["earth", "--output", "OUT", "--stride", "0"], "--stride is 0"),
+        (["earth", "--output", "OUT", "--min-land", "2"], "--min-land is 2"),
+        (["earth", "--output", "OUT", "--encoding", "gif"], "gif"),
+        (["earth", "--output", "OUT", "--imge-size", "64"], "--image-size"),
+        (["earth"], "--output"),
+        (["moon", "--output", "OUT"], "earth, celeba, day2night, folders"),
+        ([], "earth"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_refusals(tmp_path: Path, argv: list[str], reason: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    save(drawn(1), tmp_path / "one/a/x.png")
+    filled = [part.replace("TMP", str(tmp_path)).replace("OUT", str(tmp_path / "out")) for part in argv]
+    assert reason.replace("TMP", str(tmp_path)) in refused(*filled)
+    assert not (tmp_path / "out").exists()
+
+
+def test_exit_codes_of_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.prepare", "earth", "--source", "/nowhere", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: --source /nowhere does not exist; check the path"]
+
+
+# ---------------------------------------------------------------------------------------------------- S3
+
+
+def test_from_s3_to_s3(ray_cluster: None, s3: Any, source: CelebA, tmp_path: Path) -> None:
+    uri = f"{s3.uri}/prepare/celeba"
+    for path in source.folder.rglob("*.*"):
+        storage.write_bytes(f"{uri}/{path.relative_to(source.folder)}", path.read_bytes())
+    celeba_set(source, tmp_path / "local")
+    flags = ("--source", uri, "--output", f"{s3.uri}/prepare/out", "--image-size", 16)
+    assert run("celeba", *flags) == 0
+    assert made(f"{s3.uri}/prepare/out") == made(tmp_path / "local")
+    assert run("celeba", *flags) == 0
+
+
+def test_zip_on_s3(s3: Any) -> None:
+    names = {"a/one.jpg": os.urandom(3000), "a/two ü.jpg": b"2" * 5000, "empty.jpg": b""}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in names.items():
+            archive.writestr(name, content)
+    storage.write_bytes(f"{s3.uri}/prepare/x.zip", buffer.getvalue())
+    there = common.Archive(f"{s3.uri}/prepare/x.zip")
+    assert {name: there.read(name) for name in there.members} == names
+    storage.write_bytes(f"{s3.uri}/prepare/y.zip", buffer.getvalue()[:2000])
+    with pytest.raises(InputError, match=r"y\.zip is not a whole zip file"):
+        common.Archive(f"{s3.uri}/prepare/y.zip")
+
+
+def test_s3_refusals(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = f"{s3.uri}/prepare/refused"
+    assert "no such bucket" in refused("earth", "--output", "s3://no-such-bucket/x")
+    assert "does not exist" in refused("folders", "--source", "s3://no-such-bucket/x", "--output", out)
+    for environment in (s3.environment("rw", "wrong"), s3.environment("ro")):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert "access denied; check AWS_ACCESS_KEY_ID" in refused("earth", "--output", out)
+
+
+def test_dataset_json_is_the_last_thing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    write = storage.write_bytes
+    monkeypatch.setattr(storage, "write_bytes", lambda uri, content: (order.append(uri), write(uri, content)))
+    assert run("earth", "--output", tmp_path, "--image-size", 128) == 0
+    assert order[-1].endswith("dataset.json")
+    assert json.loads((tmp_path / "environment.json").read_text())["command"]

@@ -1,0 +1,176 @@
+"""Files by URI: the same verbs on disk and on a real S3 server, and one line for what a user can mend."""
+
+import os
+import pickle
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm_core.errors import InputError
+from jobs import storage
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place of this test's own."""
+    if request.param == "local":
+        return str(tmp_path / "place")
+    return f"{request.getfixturevalue('s3').uri}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def switch(environment: dict[str, str]) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return switch
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("/a/b/", "/a/b"),
+        ("file:///a/b", "/a/b"),
+        ("/a/../b", "/b"),
+        ("s3://bucket", "s3://bucket"),
+        ("s3://bucket/", "s3://bucket"),
+        ("s3://bucket/a/", "s3://bucket/a"),
+        ("~/x", os.path.expanduser("~/x")),
+        ("x", os.path.abspath("x")),
+    ],
+)
+def test_absolute(given: str, expected: str) -> None:
+    assert storage.absolute(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"), [("", "empty"), ("gs://b/x", "gs:// is not supported"), ("s3://", "no bucket")]
+)
+def test_absolute_refuses(given: str, reason: str) -> None:
+    with pytest.raises(InputError, match=f"--data.*{reason}"):
+        storage.absolute(given, flag="--data")
+
+
+def test_relative_paths_are_refused_in_a_submitted_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(InputError, match=r"--data runs/x is relative.*absolute path"):
+        storage.absolute("runs/x", flag="--data")
+    assert storage.absolute("/runs/x") == "/runs/x"
+
+
+def test_write_read_list_delete(folder: str) -> None:
+    assert storage.file_sizes(folder) == {}
+    assert not storage.exists(folder)
+    storage.write_bytes(f"{folder}/b/two.txt", memoryview(b"two!"))
+    storage.write_bytes(f"{folder}/one.txt", b"one")
+    storage.write_bytes(f"{folder}/one.txt", b"ONE")
+    assert storage.read_bytes(f"{folder}/one.txt") == b"ONE"
+    assert storage.file_sizes(folder) == {"b/two.txt": 4, "one.txt": 3}
+    assert storage.list_files(folder, recursive=False) == ["one.txt"]
+    assert storage.list_folders(folder) == ["b"]
+    assert storage.exists(f"{folder}/b")
+    assert storage.is_file(f"{folder}/one.txt")
+    assert not storage.is_file(f"{folder}/b")
+    storage.delete_file(f"{folder}/one.txt")
+    storage.delete_file(f"{folder}/one.txt")  # gone already: fine
+    assert storage.list_files(folder) == ["b/two.txt"]
+    storage.delete_folder(folder)
+    assert storage.list_files(folder) == []
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"{folder}/one.txt")
+
+
+@pytest.mark.parametrize("name", ["my photo.jpg", "Ünïcode ✓.jpg", "a#b.jpg", "50%20off.jpg", "who?.jpg", "a+b&c.jpg"])
+def test_names_mean_themselves(folder: str, name: str) -> None:
+    storage.write_bytes(f"{folder}/{name}", name.encode())
+    assert storage.list_files(folder) == [name]
+    assert storage.read_bytes(f"{folder}/{name}") == name.encode()
+
+
+def test_check_writable_leaves_nothing(folder: str) -> None:
+    storage.check_writable(folder)
+    assert storage.list_files(folder) == []
+
+
+def test_failed_write_leaves_neither_file_nor_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "kept.txt").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="no space left"):
+        storage.write_bytes(str(tmp_path / "kept.txt"), b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+    assert (tmp_path / "kept.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("place", ["/proc/nothing/here", "FILE/below", "FILE"])
+def test_local_places_that_take_no_files(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    uri = place.replace("FILE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=rf"^--output {uri}[: ]") as caught:
+        storage.check_writable(uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_folder_read_as_a_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        storage.read_bytes(str(tmp_path))
+
+
+def test_file_name_that_is_no_text(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.jpg")).write_bytes(b"")
+    with pytest.raises(InputError, match="not valid UTF-8"):
+        storage.list_files(str(tmp_path))
+
+
+def test_wrong_secret_is_not_a_missing_file(s3: Any, use: Any) -> None:
+    storage.write_bytes(f"{s3.uri}/secret/a.txt", b"a")
+    use(s3.environment("rw", "not-the-secret"))
+    for deed in (storage.read_bytes, storage.exists, storage.list_files, storage.check_writable):
+        with pytest.raises(InputError, match=r"access denied; check AWS_ACCESS_KEY_ID"):
+            deed(f"{s3.uri}/secret/a.txt")
+
+
+def test_read_only_user_reads_and_is_told_he_cannot_write(s3: Any, use: Any) -> None:
+    storage.write_bytes(f"{s3.uri}/shared/a.txt", b"a")
+    use(s3.environment("ro"))
+    assert storage.read_bytes(f"{s3.uri}/shared/a.txt") == b"a"
+    with pytest.raises(InputError, match=rf"^--output {s3.uri}/shared: access denied"):
+        storage.check_writable(f"{s3.uri}/shared")
+
+
+def test_missing_bucket(s3: Any) -> None:
+    assert not storage.exists("s3://no-such-bucket/x")
+    with pytest.raises(InputError, match="no such bucket; create it"):
+        storage.check_writable("s3://no-such-bucket/x")
+
+
+def test_server_that_cannot_be_reached(s3: Any, use: Any) -> None:
+    use({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"})
+    with pytest.raises(InputError, match="cannot be reached; check AWS_ENDPOINT_URL"):
+        storage.exists(f"{s3.uri}/x")
+
+
+def test_what_travels_to_workers_carries_no_secret(s3: Any) -> None:
+    fs, _ = storage.filesystem(s3.uri)
+    _, secret = s3.CREDENTIALS["rw"]
+    assert secret.encode() not in pickle.dumps(fs)
+
+
+def test_reading_outlives_the_servers_death(s3: Any) -> None:
+    storage.write_bytes(f"{s3.uri}/outage/a.txt", b"a")
+    s3.kill()
+    program = f"from jobs import storage; print('go', flush=True); print(storage.read_bytes('{s3.uri}/outage/a.txt'))"
+    reader = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "go\n"  # from here on it meets no server, then one that is starting
+    s3.start()
+    assert reader.communicate(timeout=60)[0].strip() == "b'a'"
