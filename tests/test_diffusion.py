@@ -20,9 +20,7 @@ def test_q_sample_is_exact_for_each_picture():
     x_t = q_sample(x_0, T, noise, ABAR)
     for i, t in enumerate(T.tolist()):
         abar = ABAR[t].item()
-        torch.testing.assert_close(
-            x_t[i], abar**0.5 * x_0[i] + (1 - abar) ** 0.5 * noise[i], rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(x_t[i], abar**0.5 * x_0[i] + (1 - abar) ** 0.5 * noise[i], rtol=1e-12, atol=1e-12)
 
 
 def test_q_sample_has_the_moments_of_eq_4():

@@ -1,0 +1,54 @@
+"""Which pictures share a pass through the network: those whose options are equal, and no others."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+
+from .schemas import Options
+
+Translate = Callable[..., np.ndarray]
+"""`ddpm_core.translator.Translator`, or anything called like it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One request as the model gets it."""
+
+    picture: UInt8[np.ndarray, "h w 3"]
+    options: Options
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """One request as the model answers it."""
+
+    picture: UInt8[np.ndarray, "h w 3"]
+    model_ms: float
+    """Time of the pass it was part of."""
+    batch_size: int
+    """Pictures in that pass."""
+
+
+def run(translate: Translate, jobs: Sequence[Job]) -> list[Done]:
+    """The jobs' results in their order; one pass for each set of equal options."""
+    groups: dict[Options, list[int]] = {}
+    for index, job in enumerate(jobs):
+        groups.setdefault(job.options, []).append(index)
+    done: dict[int, Done] = {}
+    for options, members in groups.items():
+        start = time.perf_counter()
+        results = translate(
+            np.stack([jobs[index].picture for index in members]),
+            options.domain,
+            sampler=options.sampler,
+            num_steps=options.num_steps,
+            guidance_scale=options.guidance_scale,
+            seed=options.seed,
+        )
+        model_ms = (time.perf_counter() - start) * 1000
+        for index, picture in zip(members, results, strict=True):
+            done[index] = Done(picture, model_ms, len(members))
+    return [done[index] for index in range(len(jobs))]

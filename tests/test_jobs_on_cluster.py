@@ -1,0 +1,214 @@
+"""The jobs as a user of a cluster runs them: `make cluster`, then `ray job submit`."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, free_port
+
+RAY = Path(sys.executable).parent / "ray"
+
+
+def script(verb: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "cluster/local.sh", verb]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def cluster_environment(state: str, **more: str) -> dict[str, str]:
+    """An environment like a user's: without what the tests set for Ray."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ports = {"DDPM_GCS_PORT": str(free_port()), "DDPM_DASHBOARD_PORT": str(free_port())}
+    path = f"{RAY.parent}:{clean.get('PATH', '')}"
+    return {**clean, **ports, "PATH": path, "DDPM_CLUSTER_DIR": state, "DDPM_OBJECT_STORE_MB": "150", **more}
+
+
+def exported(line: str) -> dict[str, str]:
+    words = shlex.split(line)
+    assert words[0] == "export"
+    return dict(word.split("=", 1) for word in words[1:])
+
+
+def node_processes(state: str) -> list[int]:
+    return [int((Path(state) / f"{name}.pid").read_text()) for name in ("head", "worker")]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def processes_below(folder: str) -> list[str]:
+    """Command lines of the processes that name `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if folder in line:
+            found.append(line)
+    return found
+
+
+@pytest.fixture
+def state() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="cluster", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Cluster:
+    def __init__(self, environment: dict[str, str]) -> None:
+        line = script("env", environment).stdout
+        self.environment = {**environment, **exported(line)}
+
+    def submit(self, entrypoint: str, *, working_dir: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        command = [str(RAY), "job", "submit", "--log-color", "false", "--working-dir", str(working_dir), "--"]
+        return subprocess.run(
+            [*command, *shlex.split(entrypoint)],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+
+    def run(self, entrypoint: str) -> str:
+        """A job that must succeed; its log."""
+        done = self.submit(entrypoint)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    state = tempfile.mkdtemp(prefix="cluster", dir="/tmp")
+    environment = cluster_environment(state)
+    try:
+        up = script("up", environment)
+        assert up.returncode == 0, up.stdout + up.stderr
+        temp = temp_folder(state)
+        yield Cluster(environment)
+    finally:
+        down = script("down", environment)
+        shutil.rmtree(state, ignore_errors=True)
+    assert down.returncode == 0, down.stderr
+    assert processes_below(temp) == []
+
+
+@pytest.mark.slow
+def test_prepare_train_translate_by_ray_job_submit(cluster: Cluster, tmp_path: Path) -> None:
+    data, run, night = tmp_path / "data", tmp_path / "run", tmp_path / "night"
+    cluster.run(f"python -m jobs.prepare earth --output {data} --image-size 32")
+    card = json.loads((data / "dataset.json").read_text())
+    assert card["domains"] == ["day", "night"]
+
+    cluster.run(f"python -m jobs.train --data {data} --output {run} --preset smoke --num-workers 2")
+    best = json.loads((run / "best.json").read_text())
+    assert (run / best["checkpoint"] / "model.safetensors").stat().st_size > 0
+    assert (run / "report.html").stat().st_size > 1000
+
+    translate = f"python -m jobs.translate --checkpoint {run} --input {data} --output {night} --domain night"
+    cluster.run(f"{translate} --num-steps 2")
+    assert len(list(night.rglob("*.png"))) >= card["splits"]["test"]
+
+
+@pytest.mark.slow
+def test_the_cluster_has_two_nodes_and_asks_for_a_token(cluster: Cluster) -> None:
+    code = "import ray; ray.init(log_to_driver=False); print([n['Resources']['CPU'] for n in ray.nodes()])"
+    assert "[2.0, 2.0]" in cluster.run(f"python -c {shlex.quote(code)}")
+    stranger = {**cluster.environment, "RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": "/nowhere"}
+    refused = subprocess.run([RAY, "job", "list"], cwd=ROOT, env=stranger, capture_output=True, text=True, timeout=60)
+    assert refused.returncode != 0
+    assert "401" in refused.stderr or "nauthorized" in refused.stderr or "authentication" in refused.stderr.lower()
+
+
+@pytest.mark.slow
+def test_a_users_mistake_is_a_failed_job_with_one_line_in_its_log(cluster: Cluster, tmp_path: Path) -> None:
+    missing = tmp_path / "nothing"
+    done = cluster.submit(f"python -m jobs.train --data {missing} --output {tmp_path / 'run'} --preset smoke")
+    assert done.returncode != 0
+    errors = {line for line in done.stdout.splitlines() if line.startswith("error: ")}  # Ray shows it twice
+    assert len(errors) == 1
+    assert str(missing) in errors.pop()
+    assert "Traceback" not in done.stdout
+    relative = cluster.submit("python -m jobs.prepare earth --output runs/data")
+    assert relative.returncode != 0
+    assert "runs/data is relative" in relative.stdout
+
+
+@pytest.mark.slow
+def test_up_and_down_are_idempotent_and_leave_others_alone(state: str, cluster: Cluster) -> None:
+    """Beside another cluster, without tokens, over pid files whose numbers belong to somebody else."""
+    bystander = subprocess.Popen(["sleep", "600"])
+    for name in ("head", "worker"):
+        (Path(state) / f"{name}.pid").write_text(f"{bystander.pid}\n")
+    environment = cluster_environment(state, RAY_AUTH_MODE="disabled")
+    try:
+        first = script("up", environment)
+        assert first.returncode == 0, first.stdout + first.stderr
+        temp = temp_folder(state)
+        pids = node_processes(state)
+        assert bystander.pid not in pids
+        assert "up already" in script("up", environment).stdout
+        assert node_processes(state) == pids
+        line = exported(script("env", environment).stdout)
+        assert line["RAY_AUTH_MODE"] == "disabled"
+        listed = subprocess.run(
+            [RAY, "job", "list"], env={**environment, **line}, capture_output=True, text=True, timeout=60
+        )
+        assert listed.returncode == 0, listed.stderr
+    finally:
+        down = script("down", environment)
+    assert down.stdout == "The cluster is down.\n"
+    assert not any(map(is_running, pids))
+    assert processes_below(temp) == []
+    assert not Path(temp).exists()
+    assert script("down", environment).stdout == "No cluster of ours was up.\n"
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+    mine = cluster.environment["DDPM_CLUSTER_DIR"]
+    assert all(map(is_running, node_processes(mine)))
+
+
+def temp_folder(state: str) -> str:
+    lines = (Path(state) / "address").read_text().splitlines()
+    return next(line.removeprefix("temp=") for line in lines if line.startswith("temp="))
+
+
+def test_the_uploaded_package_is_small_and_holds_the_code_only(tmp_path: Path) -> None:
+    """Ray's own packing, of a working tree with the clutter that real ones have."""
+    from ray._private.runtime_env.packaging import create_package
+
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*_cache", "runs")
+    shutil.copytree(ROOT, tree, ignore=ignored, symlinks=True)
+    for clutter in (
+        "runs/x/model.safetensors",
+        ".git/objects/x",
+        "data/part-0.parquet",
+        "faces.zip",
+        "jobs/x.safetensors",
+    ):
+        (tree / clutter).parent.mkdir(parents=True, exist_ok=True)
+        (tree / clutter).write_bytes(os.urandom(2_000_000))
+    package = tmp_path / "package.zip"
+    create_package(str(tree), package, include_gitignore=True)
+    with zipfile.ZipFile(package) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    assert package.stat().st_size < 1_000_000, sorted(names)
+    assert {name.partition("/")[0] for name in names} == {"ddpm_core", "jobs", "serve", "pyproject.toml"}
+    assert {"jobs/datasets/earth_maps/day.avif", "jobs/datasets/earth_maps/night.avif"} <= names
+    assert {"jobs/train.py", "serve/page/index.html", "ddpm_core/unet.py"} <= names
+    assert not any(name.endswith((".safetensors", ".pyc")) for name in names)

@@ -1,0 +1,150 @@
+"""The page, driven in a real browser: drop a picture, see the translation, read what went wrong."""
+
+import base64
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, free_port
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from ddpm_core import checkpoint, images
+from ddpm_core.translator import Translator
+from serve import app
+
+BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not BROWSER or not DRIVER, reason="chromium and chromium-driver are not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster: None, checkpoint_folder: str) -> Iterator[str]:
+    import ray.serve
+
+    port = free_port()
+    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
+    args = {"checkpoint": checkpoint_folder, "device": "cpu", "precision": "fp32", "max_body_mb": 1}
+    ray.serve.run(app.build_app(args), route_prefix="/demo")  # behind a prefix, as behind a reverse proxy
+    yield f"http://127.0.0.1:{port}/demo"
+    ray.serve.shutdown()
+
+
+@pytest.fixture
+def page(endpoint: str) -> Iterator[webdriver.Chrome]:
+    profile = tempfile.mkdtemp(prefix="page")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    flags = (
+        "headless=new no-sandbox disable-gpu disable-dev-shm-usage disable-quic no-first-run disable-sync "
+        f"disable-background-networking disable-component-update window-size=1100,900 user-data-dir={profile}"
+    )
+    for flag in flags.split():
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.get(endpoint)
+    wait(lambda: text(driver, "about").startswith("A diffusion model"))
+    yield driver
+    driver.quit()
+    shutil.rmtree(profile, ignore_errors=True)
+
+
+def wait(condition: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def text(page: webdriver.Chrome, name: str) -> str:
+    return page.find_element(By.ID, name).text
+
+
+def pixels(page: webdriver.Chrome, canvas: str) -> np.ndarray:
+    """A canvas of the page as h w 3."""
+    script = f"return document.getElementById('{canvas}').toDataURL('image/png').split(',')[1]"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(page.execute_script(script)))).convert("RGB"))
+
+
+def likeness(shown: np.ndarray, small: np.ndarray) -> float:
+    """Correlation of a smoothly enlarged picture with the small one it should be of."""
+    back = np.asarray(Image.fromarray(shown).resize(small.shape[:2], Image.Resampling.BOX))
+    return float(np.corrcoef(back.ravel(), small.ravel())[0, 1])
+
+
+def day_picture(folder: Path) -> Path:
+    """A real picture: part of the Earth by day, wider than high."""
+    path = folder / "day.png"
+    with Image.open(ROOT / "jobs/datasets/earth_maps/day.avif") as earth:
+        earth.convert("RGB").crop((1000, 200, 1120, 280)).save(path)
+    return path
+
+
+def test_a_person_translates_a_picture(page: webdriver.Chrome, checkpoint_folder: str, tmp_path: Path) -> None:
+    assert not page.find_element(By.ID, "translate").is_enabled()
+    assert "Licence of the training data" in text(page, "licence")
+    source = day_picture(tmp_path)
+    page.find_element(By.ID, "file").send_keys(str(source))
+    wait(lambda: "day.png · 120 × 80" in text(page, "source-note"))
+    square = images.to_square(images.decode(source.read_bytes()), 16)
+    assert likeness(pixels(page, "source"), square) > 0.97  # the centre square at the model's size
+
+    page.find_element(By.CSS_SELECTOR, "#domains input[value=day]").send_keys(Keys.SPACE)
+    page.find_element(By.ID, "guidance_scale").send_keys(Keys.ARROW_RIGHT)
+    page.find_element(By.ID, "num_steps").send_keys(Keys.ARROW_RIGHT)
+    page.find_element(By.ID, "seed").send_keys(Keys.ENTER)
+    wait(lambda: text(page, "status").startswith("Done in"))
+    assert text(page, "result-note") == "day · guidance 1.6 · 3 steps · seed 0"
+    translate = Translator(checkpoint.load(checkpoint_folder), device="cpu", precision="fp32")
+    expected = translate(square[None], "day", guidance_scale=1.6, num_steps=3)[0]
+    assert likeness(pixels(page, "result"), expected) > 0.9
+
+    link = page.find_element(By.ID, "download")
+    assert link.is_displayed()
+    assert link.get_attribute("download") == "day-day.png"
+    page.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    link.click()
+    wait((tmp_path / "day-day.png").exists)
+    with Image.open(tmp_path / "day-day.png") as saved:
+        assert np.abs(np.asarray(saved, int) - expected).max() <= 1  # the model's own pixels, not the enlarged ones
+
+
+def test_a_dropped_picture_is_taken_and_what_is_wrong_is_said(page: webdriver.Chrome, tmp_path: Path) -> None:
+    drop = """
+      const files = new DataTransfer();
+      files.items.add(new File([new Uint8Array(arguments[1])], arguments[0]));
+      document.getElementById("drop").dispatchEvent(
+        new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
+    """
+    page.execute_script(drop, "day.png", list(day_picture(tmp_path).read_bytes()))
+    wait(lambda: "day.png" in text(page, "source-note"))
+    page.execute_script(drop, "notes.txt", list(b"no picture at all"))
+    wait(lambda: "cannot show it" in text(page, "source-note"))
+    page.find_element(By.ID, "translate").click()
+    wait(lambda: "not an image" in text(page, "status"))
+    assert "bad" in page.find_element(By.ID, "status").get_attribute("class")
+    assert page.find_element(By.ID, "translate").is_enabled()
+    page.execute_script(drop, "large.png", [0] * 1_000_001)
+    wait(lambda: "larger than 1 MB" in text(page, "status"))
+
+
+def test_the_page_asks_nobody_but_the_endpoint(page: webdriver.Chrome, endpoint: str) -> None:
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = {
+        message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
+    }
+    assert {url for url in asked if not url.startswith((endpoint, "data:", "chrome"))} == set()
+    assert f"{endpoint}/v1/model" in asked
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []

@@ -1,0 +1,283 @@
+"""The endpoint: what is refused and how, which pictures share a pass, and the real thing on Ray Serve."""
+
+import asyncio
+import concurrent.futures
+import http.client
+import io
+import json
+import socket
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import httpx
+import numpy as np
+import pyarrow.fs
+import pytest
+from conftest import ROOT, S3Server, free_port
+from PIL import Image
+
+from ddpm_core import checkpoint, images
+from ddpm_core.config import ModelConfig
+from ddpm_core.errors import InputError
+from ddpm_core.translator import Translator
+from serve import app, scheduler
+from serve.schemas import Arguments, Options, Query, complete, validate
+
+PLAIN = Options(domain="night", sampler="ddim", num_steps=2, guidance_scale=1.0, seed=0)
+
+
+def png(seed: int = 0, size: tuple[int, int] = (40, 24)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return images.encode_png(pixels)
+
+
+def test_arguments_are_typed_and_unknown_ones_refused() -> None:
+    arguments = validate(Arguments, {"checkpoint": "runs/demo", "max_batch_size": "4"})  # `serve run` passes strings
+    assert arguments.max_batch_size == 4
+    assert arguments.replica_gpus == 0
+    assert validate(Arguments, {"checkpoint": "x", "device": "cuda"}).replica_gpus == 1
+    with pytest.raises(InputError, match=r"unknown option 'max_batchsize' \(did you mean 'max_batch_size'\?\)"):
+        validate(Arguments, {"checkpoint": "x", "max_batchsize": "4"})
+    with pytest.raises(InputError, match="checkpoint is missing; give checkpoint=VALUE"):
+        validate(Arguments, {})
+    with pytest.raises(InputError, match="num_replicas is '0': input should be greater than or equal to 1"):
+        validate(Arguments, {"checkpoint": "x", "num_replicas": "0"})
+
+
+def test_options_are_completed_from_the_checkpoint() -> None:
+    config = ModelConfig(domains=("day", "night"), target_domains=("night",))
+    assert complete(Query(), config) == Options("night", "ddim", 50, 1.5, 0)
+    assert complete(Query(guidance_scale=0, num_steps=7), config).guidance_scale == 0
+    with pytest.raises(InputError, match=r"domain is missing; add \?domain= with one of day, night"):
+        complete(Query(), ModelConfig(domains=("day", "night")))
+    with pytest.raises(InputError, match="'day' is not produced by this checkpoint; known are: night"):
+        complete(Query(domain="day"), config)
+    with pytest.raises(InputError, match="at most 1000"):
+        complete(Query(num_steps=1001), config)
+
+
+def test_a_wrong_checkpoint_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(click.ClickException, match="no checkpoint here") as caught:
+        app.build_app({"checkpoint": str(tmp_path / "nowhere")})
+    assert "\n" not in caught.value.message
+    assert caught.value.exit_code == 2
+    with pytest.raises(click.ClickException, match="gs://x/y is not supported; give a folder or s3://bucket/prefix"):
+        app.build_app({"checkpoint": "gs://x/y"})
+
+
+def test_serve_run_ends_with_that_line_and_no_traceback(tmp_path: Path) -> None:
+    serve = Path(sys.executable).parent / "serve"
+    command = [str(serve), "run", "serve.app:build_app", f"checkpoint={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith(f"Error: {tmp_path}: no checkpoint here")
+
+
+def test_relative_paths_mean_the_folder_serve_run_was_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert app.absolute("runs/demo") == str(tmp_path / "runs/demo")
+    assert app.absolute("s3://bucket/run/") == "s3://bucket/run"
+
+
+def test_a_checkpoint_in_a_bucket(s3: S3Server, checkpoint_folder: str) -> None:
+    uri = f"{s3.uri}/serve/run"
+    filesystem, prefix = pyarrow.fs.FileSystem.from_uri(uri)
+    for path in Path(checkpoint_folder).iterdir():
+        with filesystem.open_output_stream(f"{prefix}/{path.name}") as stream:
+            stream.write(path.read_bytes())
+    assert app.load(uri).config == checkpoint.load(checkpoint_folder).config
+    for wrong, message in ((f"{uri}/nothing", "no checkpoint here"), ("s3://no-such-bucket/run", "no-such-bucket/run")):
+        with pytest.raises(InputError, match=message) as caught:
+            app.load(wrong)
+        assert "\n" not in str(caught.value)
+
+
+class Recorder:
+    """Stands where the translator does; its output tells the options it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, str, int, int]] = []
+
+    def __call__(self, pictures, domain, *, sampler, num_steps, guidance_scale, seed):  # type: ignore[no-untyped-def]
+        self.calls.append((len(pictures), domain, num_steps, seed))
+        return pictures + np.uint8(num_steps)
+
+
+def test_only_equal_options_share_a_pass_and_order_is_kept() -> None:
+    def job(value: int, **changes: int) -> scheduler.Job:
+        options = Options(**{**PLAIN.__dict__, **changes})
+        return scheduler.Job(np.full((2, 2, 3), value, np.uint8), options)
+
+    translate = Recorder()
+    jobs = [
+        job(10),
+        job(20, num_steps=5),
+        job(30),
+        job(40, seed=1),
+        job(50, num_steps=5),
+        job(60, guidance_scale=2),
+    ]
+    done = scheduler.run(translate, jobs)
+    assert [int(result.picture[0, 0, 0]) for result in done] == [12, 25, 32, 42, 55, 62]
+    assert [result.batch_size for result in done] == [2, 2, 2, 1, 2, 1]
+    assert sorted(translate.calls) == [
+        (1, "night", 2, 0),
+        (1, "night", 2, 1),
+        (2, "night", 2, 0),
+        (2, "night", 5, 0),
+    ]
+
+
+def test_a_header_carries_any_licence() -> None:
+    text = "CC BY 4.0 — “Müller” 100 %\r\nX-Evil: 1"
+    assert app.header(text).isascii()
+    assert "\n" not in app.header(text)
+    assert urllib.parse.unquote(app.header(text)) == text
+    assert app.header("CC-BY 4.0 (see https://x.org/a?b)") == "CC-BY 4.0 (see https://x.org/a?b)"
+
+
+def test_a_body_without_length_is_refused_where_it_grows_too_large() -> None:
+    taken = 0
+
+    class Endless:
+        def __init__(self) -> None:
+            self.headers: dict[str, str] = {}
+
+        async def stream(self):  # type: ignore[no-untyped-def]
+            nonlocal taken
+            while True:
+                taken += 1000
+                yield b"x" * 1000
+
+    with pytest.raises(app.fastapi.HTTPException) as caught:
+        asyncio.run(app.read_body(Endless(), 5_000))  # type: ignore[arg-type]
+    assert caught.value.status_code == 413
+    assert taken == 6_000
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster: None, checkpoint_folder: str) -> Iterator[str]:
+    import ray.serve
+
+    port = free_port()
+    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
+    args = {"checkpoint": checkpoint_folder, "device": "cpu", "precision": "fp32", "max_batch_size": "4"}
+    ray.serve.run(app.build_app({**args, "batch_wait_ms": "200", "max_body_mb": "2"}))
+    yield f"http://127.0.0.1:{port}"
+    ray.serve.shutdown()
+
+
+def test_a_picture_in_a_picture_out(endpoint: str, checkpoint_folder: str) -> None:
+    """The endpoint gives what the library gives for the same picture, options and seed."""
+    query = {"domain": "night", "guidance_scale": 2, "num_steps": 3, "sampler": "ddpm", "seed": 5}
+    answer = httpx.post(f"{endpoint}/v1/translate", params=query, content=png(), timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "image/png"
+    assert json.loads(answer.headers["x-options"]) == query
+    assert answer.headers["x-licence"] == "unknown"
+    assert "model;dur=" in answer.headers["server-timing"]
+    result = np.asarray(Image.open(io.BytesIO(answer.content)))
+
+    translator = Translator(checkpoint.load(checkpoint_folder), device="cpu", precision="fp32")
+    source = images.to_square(images.decode(png()), 16)
+    expected = translator(source[None], "night", guidance_scale=2, num_steps=3, sampler="ddpm", seed=5)[0]
+    assert result.shape == (16, 16, 3)
+    assert np.abs(result.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_pictures_sent_together_share_a_pass_but_never_across_options(endpoint: str) -> None:
+    def send(i: int) -> tuple[bytes, int]:
+        query = {"domain": "night", "num_steps": 2 + i % 2}
+        answer = httpx.post(f"{endpoint}/v1/translate", params=query, content=png(i // 2), timeout=60)
+        assert json.loads(answer.headers["x-options"])["num_steps"] == 2 + i % 2
+        return answer.content, int(answer.headers["x-batch-size"])
+
+    alone = [send(i)[0] for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(send, range(8)))
+    assert max(size for _, size in together) > 1
+    for (data, _), reference in zip(together, alone, strict=True):
+        difference = np.asarray(Image.open(io.BytesIO(data)), int) - np.asarray(Image.open(io.BytesIO(reference)), int)
+        assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "status", "message"),
+    [
+        ("domain=night", b"", 400, "picture: the file is empty"),
+        ("domain=night", b"no picture", 400, "picture: not an image"),
+        ("domain=night", png()[:200], 400, "picture: truncated or corrupt"),
+        ("", png(), 422, "domain is missing; add ?domain= with one of day, night"),
+        ("domain=nigth", png(), 422, "did you mean 'night'?"),
+        ("domain=night&num_steps=many", png(), 422, "num_steps is 'many'"),
+        ("domain=night&num_steps=5000", png(), 422, "at most 1000"),
+        ("domain=night&guidance_scale=nan", png(), 422, "guidance_scale is 'nan'"),
+        ("domain=night&guidance=2", png(), 422, "unknown option 'guidance' (did you mean 'guidance_scale'?)"),
+        ("domain=night", b"x" * 2_000_001, 413, "larger than 2 MB"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(endpoint: str, query: str, body: bytes, status: int, message: str) -> None:
+    answer = httpx.post(f"{endpoint}/v1/translate?{query}", content=body, timeout=60)
+    assert answer.status_code == status, answer.text
+    assert list(answer.json()) == ["error"]
+    assert message in answer.json()["error"]
+    assert "\n" not in answer.json()["error"]
+
+
+def test_a_body_announced_too_large_is_refused_before_it_is_sent(endpoint: str) -> None:
+    address = urllib.parse.urlsplit(endpoint)
+    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+        lines = ["POST /v1/translate?domain=night HTTP/1.1", f"Host: {address.netloc}", "Content-Length: 999999999"]
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == 413
+        assert "2 MB" in json.loads(response.read())["error"]
+
+
+def test_the_other_addresses(endpoint: str) -> None:
+    model = httpx.get(f"{endpoint}/v1/model").json()
+    assert model["domains"] == ["day", "night"]
+    assert model["image_size"] == 16
+    assert model["defaults"] == {"sampler": "ddim", "num_steps": 2, "guidance_scale": 1.5}
+    assert model["licence"] == "unknown"
+    assert httpx.get(f"{endpoint}/healthz").json() == {"status": "ok"}
+    page = httpx.get(endpoint)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    wrong = httpx.get(f"{endpoint}/v2/translate")
+    assert wrong.status_code == 404
+    assert "/v1/translate" in wrong.json()["error"]
+    assert httpx.get(f"{endpoint}/v1/translate").status_code == 405
+
+
+def test_overload_is_answered_429_with_retry_after(endpoint: str, checkpoint_folder: str) -> None:
+    """One picture at a time, one that may wait: of twelve at once some are refused, the others served."""
+    import ray.serve
+
+    args = {
+        "checkpoint": checkpoint_folder,
+        "device": "cpu",
+        "max_batch_size": "1",
+        "max_queued_requests": "1",
+    }
+    ray.serve.run(app.build_app(args), name="narrow", route_prefix="/narrow")
+
+    def send(i: int) -> httpx.Response:
+        query = {"domain": "night", "num_steps": 60}
+        return httpx.post(f"{endpoint}/narrow/v1/translate", params=query, content=png(i), timeout=60)
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(send, range(12)))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert all(answer.headers["retry-after"] == "2" for answer in refused)
+    assert "try again" in refused[0].json()["error"]
+    ray.serve.delete("narrow")
