@@ -1,0 +1,433 @@
+"""report.html: one file that shows what a run or an evaluation came to; nothing in it is fetched from anywhere."""
+
+import base64
+import contextlib
+import html
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from jobs import storage
+
+CELL = 128
+"""Pictures in a grid are enlarged by whole factors to about this side."""
+HEADER = 26
+"""Height of a grid's row of headings, in pixels."""
+CREDITS = {"licence": "Licence of the pictures", "credit": "Credit", "source": "Source"}
+NOTES = (
+    "PSNR and SSIM are means over pictures with a 95 % bootstrap interval. KID is the mean over 200 random halves "
+    "with the range of 95 % of them; it compares only with figures made with the same net and sizes. The linear colour "
+    "map is the best affine map from a pixel's colour to its counterpart's, fitted on all training pairs."
+)
+
+
+def write_report(
+    output_uri: str,
+    *,
+    run_uri: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    images: Sequence[tuple[str, bytes]] = (),
+) -> str:
+    """Write OUTPUT/report.html and return its URI.
+
+    `run_uri`: a run's folder, for curves and configuration. `evaluation`: the content of a `metrics.json`.
+    `images`: (caption, PNG) shown below the verdicts.
+    """
+    page = build(_read_run(run_uri) if run_uri else {}, evaluation or {}, images)
+    uri = storage.join(output_uri, "report.html")
+    storage.write_bytes(uri, page.encode())
+    return uri
+
+
+def build(run: Mapping[str, Any], evaluation: Mapping[str, Any], images: Sequence[tuple[str, bytes]]) -> str:
+    """The page. `run`: config, environment, rows of metrics.jsonl; any may be missing."""
+    config = run.get("config") or evaluation.get("model") or {}
+    rows = run.get("rows") or []
+    parts = [
+        _headline(config, run, evaluation),
+        *(_verdicts(name, domain) for name, domain in evaluation.get("domains", {}).items()),
+        *(_figure(caption, png) for caption, png in images),
+        _metrics_tables(evaluation),
+        _curves(rows),
+        _details(config, run, evaluation),
+    ]
+    title = html.escape(_title(config, evaluation))
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _read_run(uri: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"uri": uri}
+    for key, name in {"config": "config.json", "environment": "environment.json", "best": "best.json"}.items():
+        with contextlib.suppress(FileNotFoundError):
+            found[key] = json.loads(storage.read_bytes(storage.join(uri, name)))
+    with contextlib.suppress(FileNotFoundError):
+        lines = storage.read_bytes(storage.join(uri, "metrics.jsonl")).decode().splitlines()
+        found["rows"] = [json.loads(line) for line in lines if line.strip()]
+    return found
+
+
+# -- sections -----------------------------------------------------------------------------------------------------
+
+
+def _title(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    name = (config.get("data") or {}).get("name") or "translation"
+    domains = config.get("domains") or []
+    made = list(evaluation.get("domains", {})) or config.get("target_domains") or domains
+    sides = [side for side in domains if side not in made] if len(made) == 1 else []
+    arrow = f"{' / '.join(sides)} → {made[0]}" if sides else " ⇄ ".join(domains)
+    return f"{name}: {arrow}" if arrow else str(name)
+
+
+def _headline(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    environment = evaluation.get("environment") or run.get("environment") or {}
+    facts = []
+    if config.get("image_size"):
+        facts.append(f"{config['image_size']} × {config['image_size']} px")
+    if pairing := (config.get("data") or {}).get("pairing"):
+        facts.append(f"{pairing} training data")
+    if seen := max((row.get("images_seen", 0) for row in run.get("rows") or []), default=0):
+        facts.append(f"{seen:,} pictures seen")
+    if sampling := evaluation.get("sampling"):
+        facts.append(f"{sampling['sampler']}, {sampling['num_steps']} steps, guidance {sampling['guidance_scale']:g}")
+    if date := environment.get("date"):
+        facts.append(str(date)[:10])
+    where = evaluation.get("checkpoint") or run.get("uri") or ""
+    return (
+        f"<header><h1>{html.escape(_title(config, evaluation))}</h1>"
+        f'<p class="facts">{" · ".join(html.escape(fact) for fact in facts)}</p>'
+        f'<p class="where">{html.escape(str(where))}</p></header>'
+    )
+
+
+def _verdicts(name: str, domain: Mapping[str, Any]) -> str:
+    sign = {True: ("good", "✓"), False: ("bad", "✗"), None: ("even", "≈")}
+    items = []
+    for verdict in domain.get("verdicts", []):
+        kind, mark = sign[verdict["better"]]
+        items.append(
+            f'<li class="{kind}"><span class="mark">{mark}</span>'
+            f"<div><b>{html.escape(verdict['text'])}</b><br><span>{html.escape(verdict['figures'])}</span></div></li>"
+        )
+    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in domain.get("notes", []))
+    count = domain.get("num_images", 0)
+    return (
+        f"<section><h2>To {html.escape(name)}, {count:,} held-out pictures</h2>"
+        f'<p class="headline">{html.escape(domain.get("headline", ""))}</p>'
+        f'<ul class="verdicts">{"".join(items)}</ul>{notes}</section>'
+    )
+
+
+def _figure(caption: str, png: bytes) -> str:
+    with Image.open(io.BytesIO(png)) as image:
+        width, height = image.size
+    return (
+        f'<section><figure><img class="grid" src="{_data_uri(png)}" width="{width}" height="{height}" '
+        f'alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure></section>'
+    )
+
+
+def _metrics_tables(evaluation: Mapping[str, Any]) -> str:
+    domains = evaluation.get("domains", {})
+    if not domains:
+        return ""
+    tables = "".join(_metrics_table(name, domain) for name, domain in domains.items())
+    net = html.escape(str(evaluation.get("feature_net", "")))
+    return f'<section><h2>Measurements</h2>{tables}<p class="note">{NOTES} Feature net: {net}.</p></section>'
+
+
+def _metrics_table(name: str, domain: Mapping[str, Any]) -> str:
+    methods = domain["methods"]
+    metrics = list(dict.fromkeys(metric for values in methods.values() for metric in values["metrics"]))
+    labels = domain.get("metric_labels", {})
+    head = "".join(f"<th>{html.escape(labels.get(metric, metric))}</th>" for metric in metrics)
+    best = {metric: _best(metric, methods) for metric in metrics}
+    body = ""
+    for key, method in methods.items():
+        cells = ""
+        for metric in metrics:
+            value = method["metrics"].get(metric)
+            mark = ' class="best"' if value is not None and key == best[metric] else ""
+            cells += f"<td{mark}>{_interval(value, 4 if metric == 'kid' else 3 if 'ssim' in metric else 2)}</td>"
+        row = ' class="ours"' if key == "model" else ""
+        body += f"<tr{row}><th>{html.escape(method['name'])}</th>{cells}</tr>"
+    return (
+        f'<div class="scroll"><table><caption>to {html.escape(name)}</caption>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _best(metric: str, methods: Mapping[str, Any]) -> str | None:
+    """The method with the best mean; real pictures do not compete."""
+    means = {
+        key: method["metrics"][metric]["mean"]
+        for key, method in methods.items()
+        if key != "real" and method["metrics"].get(metric) is not None
+    }
+    if not means:
+        return None
+    return min(means, key=means.__getitem__) if metric == "kid" else max(means, key=means.__getitem__)
+
+
+def _interval(value: Mapping[str, float] | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value['mean']:.{digits}f} <small>{value['low']:.{digits}f} … {value['high']:.{digits}f}</small>"
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
+    val = [row for row in rows if row.get("split") == "val"]
+    train = [row for row in rows if row.get("split") == "train"]
+    charts = []
+    if len(val) + len(train) > 1:
+        charts.append(("Loss: training, and validation with its 95 % band", lambda ax: draw_losses(ax, train, val)))
+    bands = sorted({key for row in val for key in row if key.startswith("loss_band_")})
+    if bands and len(val) > 1:
+        charts.append(
+            ("Validation loss by quarter of the noise chain", lambda ax: draw_bands(ax, val, bands)),
+        )
+    if not charts:
+        return ""
+    figures = "".join(f"<figure>{_chart(draw, alt)}<figcaption>{alt}</figcaption></figure>" for alt, draw in charts)
+    return (
+        f'<section><h2>Training</h2><div class="charts">{figures}</div>'
+        '<p class="note">Validation uses the EMA weights and the same timesteps and noise every time, so the curve '
+        "moves only when the network does.</p></section>"
+    )
+
+
+def _details(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    data = {**(config.get("data") or {}), **(evaluation.get("data") or {})}
+    credits = "".join(
+        f"<dt>{label}</dt><dd>{html.escape(str(data[key]))}</dd>" for key, label in CREDITS.items() if data.get(key)
+    )
+    shown = {key: value for key, value in config.items() if key not in ("format", "format_version")}
+    asked = {key: evaluation[key] for key in ("split", "seed", "sampling", "feature_net") if key in evaluation}
+    blocks = {
+        "Model and training options": shown,
+        "Options of the evaluation": asked,
+        "Environment of the training": run.get("environment"),
+        "Environment of the evaluation": evaluation.get("environment"),
+    }
+    folds = "".join(
+        f'<details><summary>{title}</summary><div class="scroll">{_table(values)}</div></details>'
+        for title, values in blocks.items()
+        if values
+    )
+    if not credits and not folds:
+        return ""
+    credit_list = f"<dl>{credits}</dl>" if credits else ""
+    return f"<section><h2>Where it comes from</h2>{credit_list}{folds}</section>"
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in _flat(values))
+    return f'<table class="options">{rows}</table>'
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{key}", " ".join(map(str, value)) or "–"
+        else:
+            yield f"{prefix}{key}", "–" if value in (None, "") else str(value)
+
+
+# -- charts -------------------------------------------------------------------------------------------------------
+
+INK = {"light": "#5b6270", "dark": "#a7afbd"}
+TRAIN, VAL = "#9aa3b2", "#2f6fde"
+BANDS = ("#9ecae9", "#5b9bd5", "#2f6fde", "#173f8f")
+BANDS_DARK = ("#d3e6fb", "#8fc1f5", "#4f94ea", "#2f6fde")
+
+
+def _chart(draw: Any, alt: str) -> str:
+    """The chart drawn twice, for light and for dark pages."""
+    light, dark = (_data_uri(_render(draw, theme)) for theme in ("light", "dark"))
+    alt = html.escape(alt)
+    dark_source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    return f'<picture>{dark_source}<img src="{light}" alt="{alt}"></picture>'
+
+
+def _render(draw: Any, theme: str) -> bytes:
+    import cycler
+    import matplotlib
+    import matplotlib.figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    ink = INK[theme]
+    style: Any = {
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "axes.prop_cycle": cycler.cycler(color=BANDS if theme == "light" else BANDS_DARK),
+    }
+    with matplotlib.rc_context(style):
+        figure = matplotlib.figure.Figure(figsize=(6.4, 3.7), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.grid(axis="y", color=ink, alpha=0.18, linewidth=0.6)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", transparent=True)
+    return buffer.getvalue()
+
+
+def draw_losses(axes: Any, train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> None:
+    """Training loss (each row, and its running median) and validation loss with its band."""
+    if train:
+        x, y = _xy(train, "loss")
+        axes.plot(x, y, color=TRAIN, linewidth=0.7, alpha=0.45)
+        axes.plot(x, _running_median(y), color=TRAIN, linewidth=1.6, label="train")
+    if val:
+        x, y = _xy(val, "loss")
+        axes.plot(x, y, color=VAL, linewidth=2, marker="o", markersize=3, label="validation")
+        bounds = [_bounds(row) for row in val]
+        if all(bound is not None for bound in bounds):
+            low, high = zip(*[bound for bound in bounds if bound is not None], strict=True)
+            axes.fill_between(x, low, high, color=VAL, alpha=0.18, linewidth=0)
+    _finish_axes(axes, [row["loss"] for row in [*train, *val] if row.get("loss")])
+
+
+def draw_bands(axes: Any, val: Sequence[Mapping[str, Any]], bands: Sequence[str]) -> None:
+    """Validation loss of each quarter of t, the least noisy first."""
+    values = []
+    for i, band in enumerate(bands):
+        rows = [row for row in val if row.get(band) is not None]
+        x, y = _xy(rows, band)
+        values += y
+        label = f"t in quarter {i + 1}" + (" (least noisy)" if i == 0 else " (noisiest)" if i == len(bands) - 1 else "")
+        axes.plot(x, y, linewidth=2, marker="o", markersize=3, label=label)
+    _finish_axes(axes, values)
+
+
+def _xy(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    rows = [row for row in rows if row.get(key) is not None]
+    return [float(row.get("images_seen", row.get("step", 0))) for row in rows], [float(row[key]) for row in rows]
+
+
+def _bounds(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """`loss_ci` is the half-width of the 95 % interval."""
+    width = row.get("loss_ci")
+    if width is None or row.get("loss") is None:
+        return None
+    return max(row["loss"] - width, 0.0), row["loss"] + width
+
+
+def _running_median(values: Sequence[float]) -> list[float]:
+    half = max(len(values) // 40, 1)
+    return [statistics.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
+
+
+def _finish_axes(axes: Any, values: Sequence[float]) -> None:
+    import matplotlib.ticker
+
+    positive = [value for value in values if value > 0 and math.isfinite(value)]
+    if positive and max(positive) > 8 * min(positive):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter("")
+    axes.set_xlabel("pictures seen")
+    axes.set_ylabel("loss")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
+    axes.margins(x=0.01)
+    axes.legend(frameon=False, fontsize=9)
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------
+
+
+def labelled_grid(
+    columns: Sequence[str], rows: Sequence[Sequence[UInt8[np.ndarray, "s s 3"]]], *, gap: int = 4
+) -> bytes:
+    """Rows of equally sized pictures under headings, enlarged by a whole factor without smoothing, as PNG."""
+    from ddpm_core import images
+
+    scale = max(round(CELL / rows[0][0].shape[0]), 1)
+    grid = images.grid([list(row) for row in rows], gap=gap, scale=scale)
+    canvas = Image.new("RGB", (grid.shape[1], grid.shape[0] + HEADER), "white")
+    canvas.paste(Image.fromarray(grid), (0, HEADER))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    side = rows[0][0].shape[1] * scale
+    for i, text in enumerate(columns):
+        draw.text((i * (side + gap) + side / 2, HEADER / 2), text, fill=(70, 76, 88), font=font, anchor="mm")
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+CSS = """
+:root { --ink: #1d222b; --soft: #5b6270; --line: #e2e5ea; --page: #f6f7f9; --card: #fff; --accent: #2f6fde;
+  --good: #1c7f4a; --bad: #b3372f; --even: #8a6d1d; --good-bg: #e9f6ef; --bad-bg: #fbeceb; --even-bg: #faf4e3; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #a7afbd; --line: #303642; --page: #14171c;
+  --card: #1c2027; --accent: #7aa9f7; --good: #6fd39b; --bad: #f0918a; --even: #e0c46c; --good-bg: #17291f;
+  --bad-bg: #2f1d1c; --even-bg: #2a2515; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1000px; margin: 0 auto; padding: 40px 20px 80px; }
+header { margin-bottom: 28px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em; }
+h2 { font-size: 18px; margin: 0 0 14px; }
+.facts, .where, .note, figcaption { color: var(--soft); margin: 0; }
+.where { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+.note { font-size: 14px; margin-top: 12px; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 22px; margin: 0 0 18px; }
+.headline { font-size: 18px; margin: 0 0 16px; }
+.verdicts { list-style: none; margin: 0; padding: 0; display: grid; gap: 10px;
+  grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
+.verdicts li { display: flex; gap: 12px; padding: 12px 14px; border-radius: 8px; font-size: 14px; }
+.verdicts span { color: var(--soft); }
+.verdicts .mark { font-size: 20px; line-height: 1.1; font-weight: 700; }
+.good { background: var(--good-bg); } .good b, .good .mark { color: var(--good); }
+.bad { background: var(--bad-bg); } .bad b, .bad .mark { color: var(--bad); }
+.even { background: var(--even-bg); } .even b, .even .mark { color: var(--even); }
+figure { margin: 0; }
+figcaption { font-size: 14px; margin-top: 8px; }
+img { max-width: 100%; height: auto; }
+img.grid { display: block; margin: 0 auto; background: #fff; padding: 6px; border-radius: 6px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 22px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+table + table, .scroll + .scroll { margin-top: 20px; }
+caption { text-align: left; color: var(--soft); padding-bottom: 6px; }
+th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+thead th { font-weight: 600; color: var(--soft); }
+tbody th, tr > th:first-child { text-align: left; font-weight: 400; white-space: normal; }
+td small { color: var(--soft); margin-left: 6px; }
+tbody .ours th, .ours td { font-weight: 600; }
+.best { color: var(--accent); }
+details { border-top: 1px solid var(--line); padding: 10px 0; }
+summary { cursor: pointer; }
+.options { margin-top: 8px; }
+.options th { color: var(--soft); width: 34%; }
+.options td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+dl { margin: 0 0 14px; display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; font-size: 14px; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+"""

@@ -1,0 +1,73 @@
+"""Progress: figures that are right, a line now and then in a log, a bar on a terminal."""
+
+import io
+
+import pytest
+
+from jobs import progress
+from jobs.progress import Progress, duration
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_a_log_gets_a_line_every_ten_seconds_with_rate_and_time_left(clock: Clock) -> None:
+    log = io.StringIO()
+    with Progress(total=200, unit="picture", description="translate", initial=100, stream=log) as bar:
+        for _ in range(30):
+            clock.now += 1
+            bar.update(2, "3 set aside")
+    lines = log.getvalue().splitlines()
+    assert lines == [
+        "translate: 120 of 200 pictures, 2 a second, 40 s left, 3 set aside",
+        "translate: 140 of 200 pictures, 2 a second, 30 s left, 3 set aside",
+        "translate: 160 of 200 pictures, 2 a second, 20 s left, 3 set aside",
+        "translate: 160 of 200 pictures, 2 a second, took 30 s",
+    ]
+
+
+def test_without_a_total_there_is_no_estimate(clock: Clock) -> None:
+    log = io.StringIO()
+    bar = Progress(unit="row", description="read", stream=log)
+    clock.now += 20
+    bar.update(1000)
+    assert log.getvalue() == "read: 1,000 rows, 50 a second\n"
+
+
+def test_nothing_done_says_nothing(clock: Clock) -> None:
+    log = io.StringIO()
+    Progress(total=5, stream=log).close()
+    assert log.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    with Progress(total=4, unit="step", description="train", stream=screen) as bar:
+        bar.update(4, "loss 0.1")
+    assert "train: 100%" in screen.getvalue()
+    assert "4/4" in screen.getvalue()
+    assert "loss 0.1" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3600, "1 h 00 min"), (7500, "2 h 05 min")],
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

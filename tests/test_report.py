@@ -1,0 +1,171 @@
+"""The report: one file, nothing fetched, what it says is what was measured."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_core import images
+from jobs import report, storage
+
+
+def picture(value: int, side: int = 16) -> np.ndarray:
+    return np.full((side, side, 3), value, np.uint8)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = {
+        "format": "ddpm-translate",
+        "image_size": 16,
+        "domains": ["day", "night"],
+        "target_domains": ["night"],
+        "data": {"name": "earth", "licence": "public domain", "pairing": "paired"},
+        "training": {"epochs": 3, "optim": {"learning_rate": 0.0002}, "note": "<script>alert(1)</script>"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "environment.json").write_text(json.dumps({"python": "3.11.2", "date": "2026-01-02T03:04:05"}))
+    rows = []
+    for epoch in (1, 2, 3):
+        at = {"step": epoch * 10, "epoch": epoch, "images_seen": epoch * 640}
+        rows.append({**at, "split": "train", "loss": 1 / epoch, "learning_rate": 2e-4, "images_per_s": 70.0})
+        bands = {f"loss_band_{band}": (band + 1) / epoch for band in range(4)}
+        rows.append({**at, "split": "val", "loss": 1.1 / epoch, "loss_ci": 0.1, **bands})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def interval(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 1, "high": mean + 1}
+
+
+@pytest.fixture
+def evaluation() -> dict[str, Any]:
+    return {
+        "checkpoint": "/runs/earth/checkpoints/step-30",
+        "data": {"licence": "public domain", "source": "NASA Blue Marble"},
+        "sampling": {"sampler": "ddim", "num_steps": 20, "guidance_scale": 1.5},
+        "feature_net": "efficientnet-lite0",
+        "domains": {
+            "night": {
+                "headline": "It beats a copy of the source in PSNR.",
+                "num_images": 123,
+                "metric_labels": {"psnr": "PSNR to the truth, dB", "kid": "KID"},
+                "methods": {
+                    "model": {"name": "this model", "metrics": {"psnr": interval(21.5), "kid": interval(0.2)}},
+                    "copy": {"name": "copy of the source", "metrics": {"psnr": interval(11.25)}},
+                    "real": {"name": "real pictures", "metrics": {"kid": interval(0.01)}},
+                },
+                "verdicts": [
+                    {"better": True, "text": "PSNR: better than a copy by 10.25 dB", "figures": "95 %: 9 to 11"},
+                    {"better": None, "text": "KID: no clear difference", "figures": ""},
+                    {"better": False, "text": "SSIM: worse than a copy", "figures": ""},
+                ],
+                "notes": ["Counterparts are proxies."],
+            }
+        },
+    }
+
+
+def embedded_images(page: str) -> list[Image.Image]:
+    found = re.findall(r'(?:src|srcset)="data:image/png;base64,([^"]+)"', page)
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
+
+
+def test_a_runs_report_has_curves_configuration_and_licence(run: Path) -> None:
+    uri = report.write_report(str(run), run_uri=str(run))
+    assert uri == str(run / "report.html")
+    page = (run / "report.html").read_text()
+    assert "earth: day → night" in page
+    assert "1,920 pictures seen" in page
+    assert "public domain" in page
+    assert "training.optim.learning_rate" in page
+    assert "3.11.2" in page
+    charts = embedded_images(page)
+    assert len(charts) == 4  # loss and bands, each for light and dark pages
+    for chart in charts:
+        assert min(chart.size) > 300
+        assert np.asarray(chart.convert("RGBA"))[..., 3].any()  # something is drawn on the transparent ground
+
+
+def test_an_evaluations_report_shows_verdicts_figures_and_pictures(run: Path, evaluation: dict[str, Any]) -> None:
+    png = images.encode_png(picture(7))
+    report.write_report(str(run), run_uri=str(run), evaluation=evaluation, images=[("held out & shown", png)])
+    page = (run / "report.html").read_text()
+    for text in (
+        "It beats a copy of the source in PSNR.",
+        "better than a copy by 10.25 dB",
+        "Counterparts are proxies.",
+    ):
+        assert text in page
+    assert [page.count(f'<li class="{kind}">') for kind in ("good", "even", "bad")] == [1, 1, 1]
+    assert "21.50 <small>20.50 … 22.50</small>" in page
+    assert "11.25" in page
+    assert "ddim, 20 steps, guidance 1.5" in page
+    assert "123 held-out pictures" in page
+    assert "efficientnet-lite0" in page
+    assert "NASA Blue Marble" in page
+    assert "held out &amp; shown" in page
+    assert any(image.size == (16, 16) and image.getpixel((0, 0)) == (7, 7, 7) for image in embedded_images(page))
+
+
+def test_the_best_method_is_marked_and_real_pictures_do_not_compete(evaluation: dict[str, Any]) -> None:
+    page = report.build({}, evaluation, ())
+    marked = re.findall(r'<td class="best">([\d.]+)', page)
+    assert marked == ["21.50", "0.2000"]
+
+
+def test_nothing_is_fetched_and_nothing_is_executed(run: Path, evaluation: dict[str, Any]) -> None:
+    report.write_report(str(run), run_uri=str(run), evaluation=evaluation)
+    page = (run / "report.html").read_text()
+    assert not re.search(r'(?:src|srcset|href)="(?!data:)', page)
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "<script" not in page  # the one in the configuration is escaped
+
+
+def test_a_run_that_has_hardly_begun_still_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"domains": ["a", "b"], "data": {"name": "mine"}}))
+    (tmp_path / "metrics.jsonl").write_text("")
+    report.write_report(str(tmp_path), run_uri=str(tmp_path))
+    assert "mine: a ⇄ b" in (tmp_path / "report.html").read_text()
+
+
+def test_losses_that_fall_far_are_drawn_on_a_log_scale() -> None:
+    from matplotlib.figure import Figure
+
+    def scale(losses: list[float]) -> str:
+        axes = Figure().add_subplot()
+        report.draw_losses(axes, [{"images_seen": i, "loss": loss} for i, loss in enumerate(losses)], [])
+        return axes.get_yscale()
+
+    assert scale([1.0, 0.5, 0.01]) == "log"
+    assert scale([1.0, 0.9, 0.8]) == "linear"
+
+
+def test_a_grid_has_headings_and_enlarged_pictures_in_order() -> None:
+    png = report.labelled_grid(["source", "result"], [[picture(10), picture(20)], [picture(30), picture(40)]])
+    grid = np.asarray(Image.open(io.BytesIO(png)))
+    side = 128
+    assert grid.shape == (report.HEADER + 2 * side + 4, 2 * side + 4, 3)
+    assert grid[: report.HEADER].min() < 200  # the words
+    centres = [[grid[report.HEADER + 64 + i * 132, 64 + j * 132, 0] for j in (0, 1)] for i in (0, 1)]
+    assert centres == [[10, 20], [30, 40]]
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report.write_report(str(run), run_uri=str(run))
+    before = (run / "report.html").read_text()
+    monkeypatch.setattr(storage.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk gone")))
+    with pytest.raises(OSError, match="disk gone"):
+        report.write_report(str(run))
+    assert (run / "report.html").read_text() == before
+    assert not list(run.glob("*.tmp"))

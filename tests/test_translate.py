@@ -1,0 +1,426 @@
+"""Batch translation: names, resume, bad pictures, exit codes; on the session's Ray with a tiny network."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from ddpm_core import checkpoint, images
+from ddpm_core.errors import InputError
+from ddpm_core.translator import Translator
+from jobs import cli, data, storage, translate, translating
+
+
+def picture(seed: int, side: int = 16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def put(path: Path, seed: int, side: int = 16) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(seed, side)).save(path)
+    return path
+
+
+def command(checkpoint_folder: str, source: Path | str, output: Path | str, *more: str) -> list[str]:
+    where = ["--checkpoint", checkpoint_folder, "--input", str(source), "--output", str(output)]
+    return [*where, "--domain", "night", "--num-workers", "1", "--batch-size", "4", *more]
+
+
+def manifest(output: Path) -> dict[str, dict[str, Any]]:
+    rows = pyarrow.parquet.read_table(output / "manifest.parquet").to_pylist()
+    return {row["id"]: row for row in rows}
+
+
+# -- names
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (["a.jpg", "sub/b.PNG", "c.tar.webp"], ["a.png", "sub/b.png", "c.tar.png"]),
+        (["a.jpg", "a.png"], ["a.jpg.png", "a.png.png"]),
+        (["a.jpg", "A.png"], ["a.jpg.png", "A.png.png"]),  # one file where case does not count
+        (["b.jpg", "b.png", "b.jpg.png"], ["b.jpg.png", "b.png.png", "b.jpg.png.png"]),
+        (["tile 7", "x.y"], ["tile 7.png", "x.y.png"]),  # a data set's ids have no picture's suffix
+        (["../up.jpg", ".hidden/x", "/root.jpg"], ["_../up.png", "_.hidden/x.png", "_/root.png"]),
+    ],
+)
+def test_outputs_keep_the_name_and_never_meet(ids: list[str], expected: list[str]) -> None:
+    assert list(translating.output_names(ids, {}).values()) == expected
+
+
+def test_names_given_before_stay() -> None:
+    names = translating.output_names(["a.jpg", "a.png"], {"a.jpg": "a.png"})
+    assert names == {"a.jpg": "a.png", "a.png": "a.png.png"}
+
+
+def test_a_picture_called_preview_is_not_lost() -> None:
+    assert translating.output_names(["preview.jpg"], {"": "preview.png"}) == {"preview.jpg": "preview.jpg.png"}
+
+
+# -- the listing
+
+
+def test_only_pictures_are_listed_to_any_depth(tmp_path: Path) -> None:
+    for name in ("b.JPG", "x/y/a.png", "._b.jpg", ".thumbs/c.png", "notes.txt", "jpg"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"12345")
+    found, others = translating.list_pictures(str(tmp_path))
+    assert [entry["id"] for entry in found] == ["b.JPG", "x/y/a.png"]
+    assert others == 4
+    assert found[0]["size"] == 5
+    assert found[0]["mtime_ns"] == (tmp_path / "b.JPG").stat().st_mtime_ns
+
+
+# -- the manifest
+
+
+def test_parts_survive_a_kill_and_later_rows_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(name: str, status: str) -> dict[str, Any]:
+        return {"id": name, "output": f"{name}.png", "status": status, "error": "", "size": 1, "mtime_ns": 2}
+
+    monkeypatch.setattr(translating.Manifest, "FLUSH_EVERY_S", 0.0)
+    first = translating.Manifest(str(tmp_path))
+    first.add([row("a", "rejected"), row("b", "ok")])
+    first.add([row("a", "ok")])
+    again = translating.Manifest(str(tmp_path))  # the first was killed here
+    assert {name: entry["status"] for name, entry in again.rows.items()} == {"a": "ok", "b": "ok"}
+    again.add([row("c", "ok")])
+    again.finish()
+    assert not (tmp_path / ".manifest").exists()
+    assert set(manifest(tmp_path)) == {"a", "b", "c"}
+    assert set(translating.Manifest(str(tmp_path)).rows) == {"a", "b", "c"}
+
+
+def test_many_parts_are_put_together_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(translating.Manifest, "FLUSH_EVERY_S", 0.0)
+    monkeypatch.setattr(translating.Manifest, "MAX_PARTS", 3)
+    notes = translating.Manifest(str(tmp_path))
+    for i in range(7):
+        notes.add([{"id": str(i), "output": "x", "status": "ok", "error": "", "size": 1, "mtime_ns": 2}])
+    assert len(list((tmp_path / ".manifest").iterdir())) == 1
+    assert len(translating.Manifest(str(tmp_path)).rows) == 7
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "manifest.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(InputError, match=r"manifest\.parquet is damaged"):
+        translating.Manifest(str(tmp_path))
+
+
+# -- rows
+
+
+def test_reading_prepares_as_training_did_and_keeps_the_reason(tmp_path: Path) -> None:
+    put(tmp_path / "wide.png", 1, side=40)
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    batch = {"id": np.array(["wide.png", "bad.jpg", "gone.png"]), "output": np.array(["1", "2", "3"])}
+    read = translating.read_pictures(batch, root=str(tmp_path), image_size=16, to="night", seed=5)
+    right = images.to_square(images.decode((tmp_path / "wide.png").read_bytes()), 16)
+    assert np.array_equal(read["image"][0], right)
+    assert read["error"][0] == ""
+    assert "bad.jpg: not an image" in read["error"][1]
+    assert "gone.png: gone since" in read["error"][2]
+    assert read["seed"].tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize(("to", "source", "truth"), [("night", "image", "target"), ("day", "target", "image")])
+def test_a_pair_is_read_from_either_side(to: str, source: str, truth: str) -> None:
+    batch = {
+        "id": np.array(["a", "b"]),
+        "domain": np.array([0, 0], np.int8),
+        "image": np.stack([picture(1), picture(2)]),
+        "target": np.stack([picture(3), picture(4)]),
+    }
+    plan = {"b": [(to, 7, "b.png"), (to, 8, "b.png")]}
+    rows = translating.expand_rows(
+        batch, plan=plan, domains=["day", "night"], paired=True, image_size=16, keep_truth=True
+    )
+    assert rows["id"].tolist() == ["b", "b"]
+    assert rows["seed"].tolist() == [7, 8]
+    assert np.array_equal(rows["image"], np.stack([batch[source][1]] * 2))
+    assert np.array_equal(rows["truth"], np.stack([batch[truth][1]] * 2))
+
+
+def test_the_actor_groups_by_wish_and_skips_what_is_set_aside(checkpoint_folder: str) -> None:
+    actor = translating.Translate(checkpoint_uri=checkpoint_folder, sampling={}, output=None, num_threads=1)
+    batch = {
+        "id": np.array(["a", "b", "c"]),
+        "to": np.array(["night", "day", "night"]),
+        "seed": np.array([0, 0, 1]),
+        "image": np.stack([picture(1)] * 3),
+        "error": np.array(["", "", ""], dtype=object),
+    }
+    results = actor(batch)["result"]
+    alone = Translator(checkpoint.load(checkpoint_folder))
+    for i, (to, seed) in enumerate([("night", 0), ("day", 0), ("night", 1)]):
+        assert np.array_equal(results[i], alone(picture(1)[None], to, seed=seed)[0])
+    assert not np.array_equal(results[0], results[2])
+    batch["error"] = np.array(["", "bad", ""], dtype=object)
+    assert not actor(batch)["result"][1].any()
+
+
+# -- the command
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i in range(5):
+        put(tmp_path / "in" / f"{i % 2}" / f"p{i}.png", i)
+    return tmp_path / "in"
+
+
+@pytest.fixture(scope="module")
+def run(ray_cluster: None) -> Any:
+    def call(argv: list[str]) -> int:
+        return translate.main(argv)
+
+    return call
+
+
+def test_a_folder_is_translated_resumed_and_kept_up_to_date(
+    run: Any, folder: Path, tmp_path: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One story, since each step stands on the one before."""
+    output = tmp_path / "out"
+    (folder / "bad.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("hello")
+    argv = command(checkpoint_folder, folder, output)
+    assert run(argv) == cli.SET_ASIDE
+    said = capsys.readouterr()
+    assert "1 of 6 pictures were set aside" in said.err
+    assert str(output / "rejected.txt") in said.err
+    assert "bad.jpg: not an image" in (output / "rejected.txt").read_text()
+
+    # the results are those of the network on each picture alone
+    alone = Translator(checkpoint.load(checkpoint_folder))
+    for i in range(5):
+        found = np.asarray(Image.open(output / f"{i % 2}" / f"p{i}.png"))
+        right = alone(picture(i)[None], "night")[0]
+        assert np.abs(found.astype(int) - right).max() <= 1
+    rows = manifest(output)
+    assert rows["bad.jpg"]["status"] == "rejected"
+    assert sum(row["status"] == "ok" for row in rows.values()) == 5
+    note = json.loads((output / "run.json").read_text())
+    assert note["complete"]
+    assert note["counts"] == {"pictures": 6, "ok": 5, "rejected": 1, "ignored": 1}
+    assert note["options"]["guidance_scale"] == 1.5
+    assert note["licence"] == "unknown"
+    assert Image.open(output / "preview.png").size[0] > 256
+
+    # again: only what was set aside is tried, and what was mended, changed, lost or is new is done
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("p*.png") if path.name != "preview.png"}
+    put(folder / "bad.jpg", 77)
+    put(folder / "0" / "p0.png", 78)
+    put(folder / "0" / "p4.webp", 79)
+    (output / "1" / "p1.png").unlink()
+    assert run(argv) == cli.DONE
+    assert "4 pictures to translate, 3 are done already" in capsys.readouterr().out
+    after = {path: path.stat().st_mtime_ns for path in before}
+    changed = {str(path.relative_to(output)) for path in before if before[path] != after[path]}
+    assert changed == {"0/p0.png", "1/p1.png"}
+    assert (output / "bad.png").exists()
+    assert (output / "0" / "p4.webp.png").exists()  # p4.png was there first
+    assert not (output / "rejected.txt").exists()
+
+    # and again: nothing
+    assert run(argv) == cli.DONE
+    assert "nothing to do, 7 pictures translated already" in capsys.readouterr().out
+
+    # other options do not mix with these results
+    with pytest.raises(InputError, match=r"guidance_scale = 1.5, this command says 3.0"):
+        run([*argv, "--guidance-scale", "3"])
+    with pytest.raises(InputError, match="seed = 0, this command says 1"):
+        run([*argv, "--seed", "1"])
+
+
+def test_a_data_set_is_translated_row_by_row(run: Any, tmp_path: Path, checkpoint_folder: str) -> None:
+    rows = [
+        data.Row(id=f"{i:02d}.jpg", domain=0, image=picture(i), target=picture(50 + i), target_id=f"n{i}")
+        for i in range(6)
+    ]
+    card = data.DatasetCard(
+        name="toy",
+        licence="CC0",
+        source="here",
+        image_size=16,
+        encoding="png",
+        domains=("day", "night"),
+        pairing="paired",
+    )
+    data.write_dataset(str(tmp_path / "set"), {"train": rows[:1], "test": rows[1:]}, card)
+    output = tmp_path / "out"
+    assert run(command(checkpoint_folder, tmp_path / "set", output)) == cli.DONE
+    names = sorted(path.name for path in output.glob("*.png") if path.name != "preview.png")
+    assert names == [f"{i:02d}.png" for i in range(1, 6)]
+    found = np.asarray(Image.open(output / "03.png"))
+    right = Translator(checkpoint.load(checkpoint_folder))(picture(3)[None], "night")[0]
+    assert np.abs(found.astype(int) - right).max() <= 1
+
+
+def test_all_pictures_bad_is_no_crash(run: Any, tmp_path: Path, checkpoint_folder: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"")
+    assert run(command(checkpoint_folder, tmp_path / "in", tmp_path / "out")) == cli.SET_ASIDE
+    assert "the file is empty" in (tmp_path / "out" / "rejected.txt").read_text()
+
+
+# -- what is refused before anything starts: no Ray in these
+
+
+def refused(argv: list[str]) -> str:
+    with pytest.raises(InputError) as error:
+        translate.main(argv)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_wrong_input_is_named(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
+    out = tmp_path / "out"
+    assert "no such folder" in refused(command(checkpoint_folder, tmp_path / "nowhere", out))
+    assert "is a file" in refused(command(checkpoint_folder, folder / "0" / "p0.png", out))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("hello")
+    message = refused(command(checkpoint_folder, tmp_path / "empty", out))
+    assert "holds no pictures (1 other files" in message
+    assert "no checkpoint here" in refused(command(str(tmp_path / "empty"), folder, out))
+    argv = command(checkpoint_folder, folder, out)
+    argv[argv.index("night")] = "nigth"
+    assert "did you mean 'night'" in refused(argv)
+    assert "sampling.num-steps is 0" in refused([*command(checkpoint_folder, folder, out), "--num-steps", "0"])
+    assert "--batch-size is 0" in refused([*command(checkpoint_folder, folder, out), "--batch-size", "0"])
+    assert not out.exists()
+
+
+def test_results_never_land_among_the_inputs(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    for output in (folder, folder / "out", tmp_path / "link" / "out"):
+        assert "lies in the input" in refused(command(checkpoint_folder, folder, output))
+    # the parent of the input holds files that are not ours
+    assert "is not empty" in refused(command(checkpoint_folder, folder, tmp_path))
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1"]
+
+
+def test_an_output_without_permission_is_named(
+    folder: Path, tmp_path: Path, checkpoint_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:  # root, whom CI often is, may write anywhere
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(storage.Path, "mkdir", refuse)
+    message = refused(command(checkpoint_folder, folder, tmp_path / "locked"))
+    assert message.startswith("--output")
+    assert "permission denied" in message
+
+
+def test_an_output_below_a_file_is_named(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
+    (tmp_path / "file").write_text("x")
+    message = refused(command(checkpoint_folder, folder, tmp_path / "file" / "out"))
+    assert message.startswith("--output")
+
+
+def test_a_data_set_of_another_size_is_named(tmp_path: Path, checkpoint_folder: str) -> None:
+    row = data.Row(id="a", domain=0, image=picture(1, 8), target=picture(2, 8), target_id="b")
+    card = data.DatasetCard(
+        name="toy",
+        licence="CC0",
+        source="here",
+        image_size=8,
+        encoding="raw",
+        domains=("day", "night"),
+        pairing="paired",
+    )
+    data.write_dataset(str(tmp_path / "set"), {"train": [row]}, card)
+    message = refused(command(checkpoint_folder, tmp_path / "set", tmp_path / "out"))
+    assert "--image-size 16" in message
+    card = data.read_card(str(tmp_path / "set"))
+    with pytest.raises(InputError, match="no rows in split 'test'; it has train"):
+        translating.split_rows(str(tmp_path / "set"), card, "test")
+
+
+# -- kill -9
+
+
+@pytest.mark.slow
+def test_killed_half_way_and_started_again_equals_an_unbroken_run(
+    run: Any, tmp_path: Path, checkpoint_folder: str
+) -> None:
+    for i in range(40):
+        put(tmp_path / "in" / f"{i:03d}.png", i)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    more = ["--num-steps", "40", "--batch-size", "2"]
+    argv = command(checkpoint_folder, tmp_path / "in", killed, *more)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.translate", *argv],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},  # its own Ray
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    parts = killed / ".manifest"
+    deadline = time.monotonic() + 120
+    while not (parts.exists() and any(parts.glob("*.parquet"))) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = translating.Manifest(str(killed)).rows
+    assert 0 < len(before) < 40, "killed too early or too late to show anything"
+    done = {name: (killed / row["output"]).stat().st_mtime_ns for name, row in before.items()}
+
+    assert run(argv) == cli.DONE
+    assert run(command(checkpoint_folder, tmp_path / "in", whole, *more)) == cli.DONE
+    rows = manifest(killed)
+    assert len(rows) == 40
+    assert not list(killed.rglob("*.tmp"))
+    for name, row in rows.items():
+        assert (killed / row["output"]).read_bytes() == (whole / row["output"]).read_bytes()
+        if name in done:  # not done a second time
+            assert (killed / row["output"]).stat().st_mtime_ns == done[name]
+
+
+def test_temporary_files_of_a_killed_run_are_swept(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
+    args = translate.Args(checkpoint=checkpoint_folder, input=str(folder), output=str(tmp_path / "out"), domain="night")
+    job = translate.prepare(args)
+    notes = translate.open_output(job)
+    debris = tmp_path / "out" / "0" / "p0.png.0123abcd.tmp"
+    storage.write_bytes(str(debris), b"half")
+    assert len(translate.remaining(job, notes)) == 5
+    assert not debris.exists()
+
+
+def test_bucket_to_bucket(
+    run: Any, s3: Any, folder: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoint, pictures and results all on S3; changed objects are found there too."""
+    root = f"{s3.uri}/translate"
+    for path in folder.rglob("*.png"):
+        storage.write_bytes(f"{root}/in/{path.relative_to(folder)}", path.read_bytes())
+    storage.write_bytes(f"{root}/in/bad.jpg", b"no picture")
+    for path in Path(checkpoint_folder).iterdir():
+        storage.write_bytes(f"{root}/checkpoint/{path.name}", path.read_bytes())
+    argv = command(f"{root}/checkpoint", f"{root}/in", f"{root}/out")
+    assert run(argv) == cli.SET_ASIDE
+    names = storage.list_files(f"{root}/out")
+    results = [f"{i % 2}/p{i}.png" for i in (0, 2, 4, 1, 3)]
+    assert names == sorted([*results, "manifest.parquet", "preview.png", "rejected.txt", "run.json"])
+    found = images.to_square(images.decode(storage.read_bytes(f"{root}/out/1/p3.png")), 16)
+    right = Translator(checkpoint.load(checkpoint_folder))(picture(3)[None], "night")[0]
+    assert np.abs(found.astype(int) - right).max() <= 1
+
+    storage.write_bytes(f"{root}/in/bad.jpg", (folder / "0" / "p0.png").read_bytes())
+    capsys.readouterr()
+    assert run(argv) == cli.DONE
+    assert "1 picture to translate, 5 are done already" in capsys.readouterr().out
+    assert "lies in the input" in refused(command(f"{root}/checkpoint", f"{root}/in", f"{root}/in/out"))
