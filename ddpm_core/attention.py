@@ -89,9 +89,7 @@ class CrossAttention(nn.Module):
         self.kv = nn.Conv2d(condition_channels, 2 * channels, 1, bias=False)
         self.out = zeroed(nn.Conv2d(channels, channels, 1))
 
-    def forward(
-        self, skip: Float[Tensor, "b c h w"], features: Float[Tensor, "b k hk wk"]
-    ) -> Float[Tensor, "b c h w"]:
+    def forward(self, skip: Float[Tensor, "b c h w"], features: Float[Tensor, "b k hk wk"]) -> Float[Tensor, "b c h w"]:
         b, c, h, w = skip.shape
         pooled = F.adaptive_avg_pool2d(
             features, (min(self.tokens, features.shape[2]), min(self.tokens, features.shape[3]))

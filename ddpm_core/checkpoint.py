@@ -67,9 +67,7 @@ def resolve(path: str, *, read: Read = read_local) -> tuple[str, dict[str, Any]]
         ) from None
     if best:
         if not isinstance(best, dict) or not isinstance(best.get("checkpoint"), str):
-            raise InputError(
-                f"{path}/best.json names no checkpoint; name a folder under {path}/checkpoints instead"
-            )
+            raise InputError(f"{path}/best.json names no checkpoint; name a folder under {path}/checkpoints instead")
         return f"{path}/{best['checkpoint']}", best
     return path, {}
 
@@ -111,9 +109,7 @@ def load(path: str, *, read: Read = read_local) -> Checkpoint:
     """
     folder, best = resolve(path, read=read)
     config = read_config(folder, read=read)
-    chosen = {
-        f.name: best[f.name] for f in dataclasses.fields(config.sampling) if best.get(f.name) is not None
-    }
+    chosen = {f.name: best[f.name] for f in dataclasses.fields(config.sampling) if best.get(f.name) is not None}
     sampling = configs.from_dict(
         configs.SamplingConfig, {**configs.to_dict(config.sampling), **chosen}, where=f"{path}/best.json"
     )
@@ -136,6 +132,7 @@ def load(path: str, *, read: Read = read_local) -> Checkpoint:
 
 def card(config: ModelConfig) -> str:
     """The checkpoint's card: what it is, on what it was trained, what it may be used for."""
+    sampling = config.sampling
     sides = ", ".join(config.target_domains or config.domains)
     return f"""# {config.data.name}: {" / ".join(config.domains)}
 
@@ -146,7 +143,7 @@ A conditional DDPM that turns {config.image_size} x {config.image_size} pictures
 | data | {config.data.name} (hash `{config.data.content_hash}`), pairing {config.data.pairing} |
 | licence of the data, which binds this checkpoint and what is made with it | {config.data.licence} |
 | prediction, schedule, loss | {config.diffusion.prediction}, {config.diffusion.schedule}, {config.diffusion.loss} |
-| sampling defaults | {config.sampling.sampler}, {config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale} |
+| sampling defaults | {sampling.sampler}, {sampling.num_steps} steps, guidance {sampling.guidance_scale} |
 
 Load it with `ddpm_core.checkpoint.load(folder)` or give the folder to anything that takes `--checkpoint`.
 """

@@ -9,6 +9,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 from ddpm_core.errors import InputError
@@ -19,6 +20,7 @@ FORMAT_VERSION = 1
 Prediction = Literal["eps", "v", "x_0"]
 Schedule = Literal["linear"]
 Loss = Literal["huber", "mse"]
+Weighting = Literal["uniform", "snr"]
 Sampler = Literal["ddpm", "ddim"]
 
 
@@ -61,6 +63,11 @@ class DiffusionConfig:
     """Regression loss on the prediction."""
     huber_delta: float = 1.0
     """Error at which the Huber loss turns from quadratic to linear."""
+    loss_weighting: Weighting = "uniform"
+    """uniform: every timestep counts the same. snr: as a loss on x_0 times the signal-to-noise ratio, held between
+    1 (truncated SNR, Salimans & Ho 2022) and `max_snr` (min-SNR, Hang et al. 2023)."""
+    max_snr: float = 5.0
+    """Ceiling of the snr weighting: higher values put more of the training into fine detail."""
     p_uncond: float = 0.2
     """How often the condition is replaced by the null condition, so that guidance has an unconditional model."""
 
@@ -137,6 +144,7 @@ def check(config: ModelConfig) -> None:
         "unet.patch-size": unet.patch_size,
         "diffusion.num-timesteps": diffusion.num_timesteps,
         "diffusion.huber-delta": diffusion.huber_delta,
+        "diffusion.max-snr": diffusion.max_snr,
         "sampling.num-steps": sampling.num_steps,
         **{f"unet.channel-mult[{i}]": mult for i, mult in enumerate(unet.channel_mult)},
     }
@@ -178,13 +186,11 @@ def domain_index(config: ModelConfig, name: str) -> int:
         InputError: listing the sides there are.
     """
     if name not in config.domains:
-        raise InputError(
-            f"unknown domain {name!r}{did_you_mean(name, config.domains)}: {', '.join(config.domains)}"
-        )
+        raise InputError(f"unknown domain {name!r}{did_you_mean(name, config.domains)}: {', '.join(config.domains)}")
     return config.domains.index(name)
 
 
-def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?); known are` or `; known are`, to build an error message with."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?); known are" if near else "; known are"
@@ -198,7 +204,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
-def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "config") -> T:
+def from_dict(cls: type[T], values: Any, *, where: str = "config") -> T:
     """The inverse of `to_dict`: strict, so that a misspelt or newer field is never ignored.
 
     Raises:
@@ -209,9 +215,7 @@ def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "config") ->
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise InputError(
-                f"{where}: unknown field {name!r}{did_you_mean(name, hints)}: {', '.join(hints)}"
-            )
+            raise InputError(f"{where}: unknown field {name!r}{did_you_mean(name, hints)}: {', '.join(hints)}")
     return cls(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 

@@ -96,7 +96,5 @@ def seeded(*parts: int | str) -> torch.Generator:
 
 def draw_noise(generators: list[torch.Generator], like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """N(0, I) for a batch, each picture from its own generator, so that no picture's draw depends on its batch."""
-    noise = [
-        torch.randn(like.shape[1:], generator=generator, dtype=torch.float32) for generator in generators
-    ]
+    noise = [torch.randn(like.shape[1:], generator=generator, dtype=torch.float32) for generator in generators]
     return torch.stack(noise).to(like)

@@ -1,7 +1,8 @@
-"""Training losses: each takes prediction and target, b c h w, and returns one value a picture, b."""
+"""Training losses: prediction and target, b c h w, to one value a picture, b; and how timesteps are weighted."""
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ddpm_core.config import DiffusionConfig
@@ -20,3 +21,19 @@ def per_image_loss(
     else:
         loss = F.mse_loss(output, target, reduction="none")
     return loss.flatten(1).mean(1)
+
+
+def timestep_weight(
+    config: DiffusionConfig, t: Int64[Tensor, " b"], alphas_cumprod: Float[Tensor, " T"]
+) -> Float[Tensor, " b"]:
+    """What each picture's loss is multiplied by.
+
+    With snr = abar / (1 - abar), an error e of x_0 is an error sqrt(snr) e of eps and sqrt(snr + 1) e of v; so the
+    squared losses of the three are brought to the same weight of x_0 by dividing by 1, snr and snr + 1.
+    """
+    if config.loss_weighting == "uniform":
+        return torch.ones(t.shape, device=t.device)
+    abar = alphas_cumprod.to(t.device)[t]
+    snr = abar / (1 - abar)
+    of_prediction = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[config.prediction]
+    return (snr.clamp(min(1.0, config.max_snr), config.max_snr) / of_prediction).float()

@@ -20,9 +20,7 @@ def resolve(precision: str, device: torch.device) -> torch.dtype:
         InputError: an unknown name.
     """
     if precision == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        )
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     if precision not in ("fp32", "bf16"):
         raise InputError(f"precision is {precision!r}; it must be auto, fp32 or bf16")

@@ -106,10 +106,7 @@ def ddpm(
         t_batch = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
         output = denoiser(x_t, t_batch).to(x_t)
         pred = predicted(prediction, output, x_t, t_batch, alphas_cumprod, clip=clip)
-        x_t = (
-            abar_prev**0.5 * (1 - alpha) / (1 - abar) * pred.x_0
-            + alpha**0.5 * (1 - abar_prev) / (1 - abar) * x_t
-        )
+        x_t = abar_prev**0.5 * (1 - alpha) / (1 - abar) * pred.x_0 + alpha**0.5 * (1 - abar_prev) / (1 - abar) * x_t
         variance = (1 - abar_prev) / (1 - abar) * (1 - alpha)
         if variance > 0:
             x_t = x_t + variance**0.5 * draw_noise(generators, x_t)

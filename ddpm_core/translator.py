@@ -60,9 +60,7 @@ class Translator:
         index = configs.domain_index(self.config, domain)
         known = self.config.target_domains or self.config.domains
         if domain not in known:
-            raise InputError(
-                f"this checkpoint was not trained to produce {domain!r}, only {', '.join(known)}"
-            )
+            raise InputError(f"this checkpoint was not trained to produce {domain!r}, only {', '.join(known)}")
         return index
 
     @torch.inference_mode()
@@ -95,9 +93,7 @@ class Translator:
             x_0 = samplers.SAMPLERS[sampling.sampler](
                 denoiser,
                 x_T,
-                timesteps=samplers.trailing_timesteps(
-                    self.config.diffusion.num_timesteps, sampling.num_steps
-                ),
+                timesteps=samplers.trailing_timesteps(self.config.diffusion.num_timesteps, sampling.num_steps),
                 alphas_cumprod=self.alphas_cumprod,
                 prediction=self.config.diffusion.prediction,
                 generators=generators,

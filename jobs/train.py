@@ -138,7 +138,8 @@ def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
     rows = min(card.splits["train"], options.max_train_images or card.splits["train"])
     if rows < options.global_batch_size:
         raise InputError(
-            f"--global-batch-size {options.global_batch_size} is more than the {rows} training rows; give at most {rows}"
+            f"--global-batch-size {options.global_batch_size} is more than the {rows} training rows; "
+            f"give at most {rows}"
         )
     if len(config.domains) < 2:
         raise InputError(f"{args.data} has one domain, {config.domains[0]!r}; translation needs two")

@@ -344,7 +344,8 @@ def batch_loss(model: nn.Module, batch: Batch, config: ModelConfig, abar: Tensor
     target = diffusion.training_target(config.diffusion.prediction, batch.x_0, batch.t, batch.noise, abar)
     with precision.autocast(x_t.device, dtype):
         output = model(x_t, batch.t, condition, domain)
-    return losses.per_image_loss(config.diffusion, output, target)
+    weight = losses.timestep_weight(config.diffusion, batch.t, abar)
+    return weight * losses.per_image_loss(config.diffusion, output, target)
 
 
 def all_mean(value: Tensor, world: int) -> Tensor:

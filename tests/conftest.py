@@ -29,7 +29,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import jaxtyping
 import pytest
+
+jaxtyping.install_import_hook("ddpm_core", "beartype.beartype")  # the shapes in annotations are checked in tests
 
 ROOT = Path(__file__).resolve().parent.parent
 
