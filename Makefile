@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## Earth by day to Earth by night: prepare, train, evaluate, translate (under 10 minutes on 2 cores)
-	@$(BIN)/python -m jobs.prepare earth --output $(RUNS)/earth/data
+	@$(BIN)/python -m jobs.prepare earth --image-size 32 --output $(RUNS)/earth/data
 	@$(BIN)/python -m jobs.train --preset demo --data $(RUNS)/earth/data --output $(RUNS)/earth/run --num-workers 2
 	@$(BIN)/python -m jobs.evaluate --checkpoint $(RUNS)/earth/run --data $(RUNS)/earth/data --output $(RUNS)/earth/evaluation
 	@$(BIN)/python -m jobs.translate --checkpoint $(RUNS)/earth/run --input $(RUNS)/earth/data --split test --output $(RUNS)/earth/translated --domain night

@@ -89,12 +89,11 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "demo": Preset(
-        "`make demo`: Earth by day to Earth by night at 64 px, two CPU cores, about five minutes",
+        "`make demo`: Earth by day to Earth by night at 32 px, two CPU cores, about five minutes",
         TrainOptions(
-            epochs=20,
+            epochs=5,
             global_batch_size=16,
             target_domain="night",
-            validate_every_epochs=2,
             max_val_images=128,
             unet=UNetConfig(
                 model_channels=48,
@@ -103,11 +102,12 @@ PRESETS: dict[str, Preset] = {
                 attn_resolutions=(32, 16),
                 head_channels=24,
                 condition_channels=48,
-                patch_size=2,
             ),
-            diffusion=DiffusionConfig(prediction="v", p_uncond=0.1),
+            # In so few steps, predicting the clean picture gets the colours right long before predicting noise does;
+            # the weighting makes up for the fine detail that it would neglect (docs/log.md).
+            diffusion=DiffusionConfig(prediction="x_0", loss_weighting="snr", max_snr=100.0),
             sampling=SamplingConfig(num_steps=25, guidance_scale=1.0),
-            optim=OptimConfig(learning_rate=8e-4, lr_schedule="cosine", warmup_steps=50),
+            optim=OptimConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=50),
         ),
     ),
     "celeba-64": Preset(

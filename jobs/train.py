@@ -40,6 +40,8 @@ class Args:
     """One GPU for each worker."""
     cpus_per_worker: int = 1
     """CPU cores for each worker, and its number of threads."""
+    wait_for_nodes_s: int = 0
+    """How long to wait for a cluster with an autoscaler to grow to what the workers need, in seconds."""
     max_failures: int = 3
     """How often lost workers are replaced, and training goes on from the last checkpoint, before giving up."""
     options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
@@ -178,25 +180,34 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, 
 
 
 def check_cluster(args: Args) -> None:
-    """The workers must fit, or Ray would wait for ever.
+    """The workers must fit, or Ray would wait for ever; a cluster that grows is asked to, and given time.
 
     Raises:
         InputError: with the arithmetic.
     """
     import ray
+    import ray.autoscaler.sdk
 
-    there = ray.cluster_resources()
-    cpus = args.num_workers * args.cpus_per_worker
-    if there.get("CPU", 0) < cpus:
-        raise InputError(
-            f"--num-workers {args.num_workers} x --cpus-per-worker {args.cpus_per_worker} needs {cpus} CPUs, "
-            f"the cluster has {there.get('CPU', 0):g}: give fewer"
-        )
-    if args.use_gpu and there.get("GPU", 0) < args.num_workers:
-        raise InputError(
-            f"--use-gpu with --num-workers {args.num_workers} needs as many GPUs, the cluster has "
-            f"{there.get('GPU', 0):g}: give fewer workers, or leave --use-gpu out"
-        )
+    worker = {"CPU": args.cpus_per_worker, **({"GPU": 1} if args.use_gpu else {})}
+    deadline = time.monotonic() + args.wait_for_nodes_s
+    asked = False
+    while short := {
+        name: each for name, each in worker.items() if ray.cluster_resources().get(name, 0) < each * args.num_workers
+    }:
+        if time.monotonic() >= deadline:
+            name, each = next(iter(short.items()))
+            raise InputError(
+                f"--num-workers {args.num_workers} with {each} {name} each needs {each * args.num_workers} {name}s, "
+                f"the cluster has {ray.cluster_resources().get(name, 0):g}: give fewer workers, "
+                "or --wait-for-nodes-s 600 to a cluster that grows"
+            )
+        if not asked:
+            ray.autoscaler.sdk.request_resources(bundles=[worker] * args.num_workers)
+            print(f"waiting up to {args.wait_for_nodes_s} s for the cluster to grow", flush=True)
+            asked = True
+        time.sleep(2)
+    if asked:  # or the nodes would be held when the run is over
+        ray.autoscaler.sdk.request_resources(bundles=[])
 
 
 def fit(args: Args, config: ModelConfig, dataset: str, run: str) -> None:

@@ -257,9 +257,9 @@ def test_what_cannot_work_is_refused_in_one_line(dataset_folder, tmp_path, flags
 
 
 def test_more_workers_than_the_cluster_has_are_refused_with_the_arithmetic(ray_cluster, dataset_folder, tmp_path):
-    with pytest.raises(InputError, match="needs 16 CPUs, the cluster has 4"):
+    with pytest.raises(InputError, match="needs 16 CPUs, the cluster has 4: give fewer"):
         run(dataset_folder, tmp_path / "run", "--num-workers", "16")
-    with pytest.raises(InputError, match="as many GPUs, the cluster has 0"):
+    with pytest.raises(InputError, match="needs 1 GPUs, the cluster has 0"):
         run(dataset_folder, tmp_path / "run", "--use-gpu")
 
 
