@@ -91,7 +91,7 @@ PRESETS: dict[str, Preset] = {
     "demo": Preset(
         "`make demo`: Earth by day to Earth by night at 32 px, two CPU cores, about five minutes",
         TrainOptions(
-            epochs=5,
+            epochs=4,
             global_batch_size=16,
             target_domain="night",
             max_val_images=128,

@@ -187,7 +187,7 @@ def test_a_picture_in_a_picture_out(endpoint: str, checkpoint_folder: str) -> No
 
     translator = Translator(checkpoint.load(checkpoint_folder), device="cpu", precision="fp32")
     source = images.to_square(images.decode(png()), 16)
-    expected = translator(source[None], "night", guidance_scale=2, num_steps=3, sampler="ddpm", seed=5)[0]
+    expected = translator(source[None], "night", guidance_scale=2.0, num_steps=3, sampler="ddpm", seed=5)[0]
     assert result.shape == (16, 16, 3)
     assert np.abs(result.astype(int) - expected.astype(int)).max() <= 1
 

@@ -104,7 +104,7 @@ def _make(options: Options, content: dict[str, bytes]) -> common.Made:
 def is_land(day: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
     """Where the day map shows land or ice: water is where blue stands out, or where it is all but black."""
     r, g, b = (day[..., channel].astype(np.int16) for channel in range(3))
-    blue = (b - r > 12) & (2 * b - r - g >= 20) & (r < 110)
+    blue = (b - r > 12) & (4 * (b - r) > b) & (2 * b - r - g >= 20) & (r < 110)  # thin snow is a bluish grey
     black = (r < 8) & (g < 16)
     return ~(blue | black)
 
