@@ -246,7 +246,10 @@ def fit(args: Args, config: ModelConfig, dataset: str, run: str) -> None:
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
     with watching(board):
-        trainer.fit()
+        try:
+            trainer.fit()
+        except SystemExit:  # Ray's answer to Ctrl-C, with exit code 0: what comes next must not take the run for done
+            raise KeyboardInterrupt from None
     storage.delete_folder(attempts)
     report.write_report(run, run_uri=run)
 

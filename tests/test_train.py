@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -102,32 +101,38 @@ def test_two_workers_compute_what_one_does(two_epochs, dataset_folder, tmp_path)
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def started_until(step: int, output: Path, flags: list[str]) -> subprocess.Popen[str]:
+    """`jobs.train` in a process of its own, on the session's Ray, once it has a checkpoint of `step` or later."""
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", *flags],
+        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while train_loop.latest_checkpoint(str(output))[0] < step:
+        if driver.poll() is not None or time.monotonic() > deadline:
+            driver.kill()
+            pytest.fail(f"no checkpoint of step {step}: {driver.communicate()[1]}")
+        time.sleep(0.1)
+    return driver
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(ray_cluster, two_epochs, dataset_folder, tmp_path):
     """kill -9 of the driver in the middle; the same command again ends where the uninterrupted run of its kind ends."""
     output = tmp_path / "run"
     flags = [*SMOKE, "--data", dataset_folder, "--output", str(output), "--epochs", "400"]
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "jobs.train", *flags],
-        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while train_loop.latest_checkpoint(str(output))[0] < 6:
-            assert driver.poll() is None, "the driver ended by itself"
-            assert time.monotonic() < deadline, "no checkpoint within two minutes"
-            time.sleep(0.1)
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+    driver = started_until(6, output, flags)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
     time.sleep(1)
     step, folder = train_loop.latest_checkpoint(str(output))
     assert 6 <= step < 800
-    shutil.rmtree(f"{folder}/../step-99999999", ignore_errors=True)
-    os.mkdir(f"{folder}/../step-99999999")  # a checkpoint cut off while it was written is not taken for one
-    Path(folder, "../step-99999999/model.safetensors").write_bytes(b"half")
+    half = Path(folder, "../step-99999999")  # a checkpoint cut off while it was written is not taken for one
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
     assert train_loop.latest_checkpoint(str(output)) == (step, folder)
     epochs = step // 2 + 2
     assert train.main([*flags[:-1], str(epochs)]) == 0
@@ -135,6 +140,17 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(ray_cluster, two_epochs, 
     assert [row["step"] for row in rows if row["split"] == "val"] == list(range(2, 2 * epochs + 1, 2))
     whole = [json.loads(line) for line in (two_epochs / "metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows[:4]] == [row["loss"] for row in whole]
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_not_taken_for_success(ray_cluster, dataset_folder, tmp_path):
+    flags = [*SMOKE, "--data", dataset_folder, "--output", str(tmp_path / "run"), "--epochs", "400"]
+    driver = started_until(2, tmp_path / "run", flags)
+    driver.send_signal(signal.SIGINT)
+    told = driver.communicate(timeout=60)[1]
+    assert driver.returncode == 130, told
+    assert "interrupted; the same command goes on from here" in told
+    assert not (tmp_path / "run/report.html").exists()
 
 
 def loaded(dataset_folder: str, split: str = "train") -> data.SplitArrays:
