@@ -1,7 +1,6 @@
 """What the command lines share: parsing, presets, exit codes, a quiet Ray."""
 
 import contextlib
-import difflib
 import logging
 import os
 import re
@@ -67,11 +66,6 @@ def _one_line(pieces: list[str], prog: str) -> str:
     body = re.sub(r"\s*For full helptext.*$", "", body)
     body = re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error|Invalid choice)\s+", "", body)
     return f"{body or 'wrong arguments'} (python -m {prog} --help lists the options)"
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def run(main: Callable[[], int]) -> None:

@@ -12,7 +12,7 @@ import posixpath
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs
@@ -135,11 +135,6 @@ def read_bytes(uri: str) -> bytes:
                 raise
             time.sleep(wait_s)
     raise AssertionError("the last attempt returns or raises")
-
-
-def reader(uri: str) -> Callable[[str], bytes]:
-    """`read` for `ddpm_core.checkpoint.load`: works for any path below `uri`."""
-    return read_bytes
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:

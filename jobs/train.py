@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     with cli.ray_session():
         check_cluster(args)
         fit(args, config, dataset, run)
-    best = checkpoint.load(run, read=storage.reader(run))
+    best = checkpoint.load(run, read=storage.read_bytes)
     print(f"best checkpoint: {best.path}\nreport: {storage.join(run, 'report.html')}")
     return cli.DONE
 
@@ -154,7 +154,7 @@ def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
         InputError: it holds another run, or something else.
     """
     try:
-        there = checkpoint.read_config(run, read=storage.reader(run))
+        there = checkpoint.read_config(run, read=storage.read_bytes)
     except InputError:
         if storage.exists(storage.join(run, "config.json")):
             raise

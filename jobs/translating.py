@@ -44,7 +44,7 @@ class Translate:
     def __init__(self, *, checkpoint_uri: str, sampling: dict[str, Any], output: str | None, num_threads: int) -> None:
         """`sampling`: sampler, num_steps, guidance_scale. `output`: where results go, None to keep them in `result`."""
         torch.set_num_threads(num_threads)
-        loaded = checkpoint.load(checkpoint_uri, read=storage.reader(checkpoint_uri))
+        loaded = checkpoint.load(checkpoint_uri, read=storage.read_bytes)
         self.translator = Translator(loaded)
         self.sampling, self.output = sampling, output
 
