@@ -42,6 +42,14 @@ test: setup ## all tests
 
 check: lint types test ## what must be green before a commit
 
+bench: ## our network beside its peers' on this machine: steps, memory, denoising loss (about 40 minutes)
+	@$(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@.venv-bench/bin/python -m jobs.benchmark
+
+mutants: setup ## plant faults in the numerics and see that the tests catch them (about 15 minutes)
+	@$(BIN)/python tests/mutants.py
+
 cluster: setup ## a real Ray cluster of two nodes on this machine
 	@PATH="$(abspath $(BIN)):$$PATH" bash cluster/local.sh up
 
@@ -51,4 +59,4 @@ cluster-down: ## stop exactly that cluster
 clean: ## remove what the demo made (runs/earth)
 	@rm -rf $(RUNS)/earth
 
-.PHONY: help setup demo format lint types test check cluster cluster-down clean
+.PHONY: help setup demo format lint types test check bench mutants cluster cluster-down clean

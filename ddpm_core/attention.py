@@ -1,11 +1,11 @@
 """Attention where the mission puts it.
 
     LinearAttention   high-resolution maps: cost linear in pixels
-    SelfAttention     bottleneck: every pixel sees every other
-    CrossAttention    skip connections: pixels ask, the condition's pooled features answer
+    SelfAttention     bottleneck: every place sees every other
+    CrossAttention    skip connections, and every depth where asked for: places ask, the condition's features answer
 
-All take and return b c h w and add to their input; output projections start at zero, so that each block starts
-as the identity.
+All take and return maps, b c h w, and add to their input; output projections start at zero, so that each block
+starts as the identity. Inside they work on tokens, b n c with n = h w: of a channels_last map these are a view.
 """
 
 import math
@@ -21,6 +21,42 @@ def zeroed(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+    """The places of a map in a row."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def as_map(x: Float[Tensor, "b n c"], like: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b c h w"]:
+    """The inverse of `tokens`."""
+    return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def heads(x: Float[Tensor, "b n c"], num_heads: int) -> Float[Tensor, "b k n d"]:
+    """Channels shared out among `num_heads` heads."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def merged(x: Float[Tensor, "b k n d"]) -> Float[Tensor, "b n c"]:
+    """The inverse of `heads`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def num_heads(channels: int, head_channels: int) -> int:
+    """As many heads as share `channels` evenly with at least `head_channels` each; one where there are fewer."""
+    wanted = max(channels // head_channels, 1)
+    return next(count for count in range(wanted, 0, -1) if channels % count == 0)
+
+
+def attend(
+    q: Float[Tensor, "b k n d"], k: Float[Tensor, "b k m d"], v: Float[Tensor, "b k m d"]
+) -> Float[Tensor, "b k n d"]:
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 256:
+        # With so few keys on a CPU, two matrix products beat the fused kernel, by 3 x with the backward pass.
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1).to(v) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def position_encoding(h: int, w: int, channels: int, like: Tensor) -> Float[Tensor, "1 c h w"]:
@@ -39,71 +75,57 @@ class LinearAttention(nn.Module):
 
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
-        self.num_heads = channels // head_channels
+        self.num_heads = num_heads(channels, head_channels)
         self.norm = nn.GroupNorm(1, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.num_heads, c // self.num_heads, h * w).unbind(1)
-        q = q.softmax(dim=-2) * (c // self.num_heads) ** -0.5
-        k = k.softmax(dim=-1)
-        context = k @ v.transpose(-1, -2)  # b heads d d: no h*w by h*w matrix anywhere
-        attended = context.transpose(-1, -2) @ q.to(context)
-        return x + self.out(attended.reshape(b, c, h, w).to(v))
+        q, k, v = (heads(part, self.num_heads) for part in self.qkv(tokens(self.norm(x))).chunk(3, dim=2))
+        q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
+        k = k.softmax(dim=-2)
+        context = k.to(v).transpose(-1, -2) @ v  # b heads d d: no n by n matrix anywhere
+        return x + as_map(self.out(merged(q.to(context) @ context)), x)
 
 
 class SelfAttention(nn.Module):
-    """Softmax attention between all places (Vaswani et al. 2017)."""
+    """Softmax attention between all places."""
 
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
-        self.num_heads = channels // head_channels
+        self.num_heads = num_heads(channels, head_channels)
         self.norm = nn.GroupNorm(1, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.num_heads, c // self.num_heads, h * w)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(attended.transpose(-1, -2).reshape(b, c, h, w))
+        q, k, v = (heads(part, self.num_heads) for part in self.qkv(tokens(self.norm(x))).chunk(3, dim=2))
+        return x + as_map(self.out(merged(attend(q, k, v))), x)
 
 
 class CrossAttention(nn.Module):
-    """A skip connection asks, the condition answers: what the decoder receives depends on the reference image.
+    """A map asks, the condition answers: what comes through depends on the reference image.
 
-    Keys and values come from the condition's features pooled to at most `tokens` x `tokens`, so the cost stays
-    linear in the skip's pixels. Both sides carry their place.
+    Keys and values come from the condition's features pooled to at most `num_tokens` x `num_tokens`, so the cost
+    stays linear in the map's pixels. Both sides carry their place.
     """
 
-    def __init__(self, channels: int, condition_channels: int, head_channels: int, tokens: int) -> None:
+    def __init__(self, channels: int, condition_channels: int, head_channels: int, num_tokens: int) -> None:
         super().__init__()
-        self.num_heads = channels // head_channels
-        self.tokens = tokens
+        self.num_heads = num_heads(channels, head_channels)
+        self.num_tokens = num_tokens
         self.norm = nn.GroupNorm(1, channels)
         self.condition_norm = nn.GroupNorm(1, condition_channels)
-        self.q = nn.Conv2d(channels, channels, 1, bias=False)
-        self.kv = nn.Conv2d(condition_channels, 2 * channels, 1, bias=False)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.q = nn.Linear(channels, channels, bias=False)
+        self.kv = nn.Linear(condition_channels, 2 * channels, bias=False)
+        self.out = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, skip: Float[Tensor, "b c h w"], features: Float[Tensor, "b k hk wk"]) -> Float[Tensor, "b c h w"]:
-        b, c, h, w = skip.shape
-        pooled = F.adaptive_avg_pool2d(
-            features, (min(self.tokens, features.shape[2]), min(self.tokens, features.shape[3]))
-        )
-        queries = self.norm(skip)
-        queries = queries + position_encoding(h, w, c, queries)
-        keys = self.condition_norm(pooled)
+    def forward(self, x: Float[Tensor, "b c h w"], features: Float[Tensor, "b k hk wk"]) -> Float[Tensor, "b c h w"]:
+        side = self.num_tokens
+        pooled = F.adaptive_avg_pool2d(features, (min(side, features.shape[2]), min(side, features.shape[3])))
+        queries, keys = self.norm(x), self.condition_norm(pooled)
+        queries = queries + position_encoding(x.shape[2], x.shape[3], x.shape[1], queries)
         keys = keys + position_encoding(pooled.shape[2], pooled.shape[3], pooled.shape[1], keys)
-        q = self.q(queries).reshape(b, self.num_heads, c // self.num_heads, h * w).transpose(-1, -2)
-        k, v = (
-            self.kv(keys)
-            .reshape(b, 2, self.num_heads, c // self.num_heads, pooled.shape[2] * pooled.shape[3])
-            .transpose(-1, -2)
-            .unbind(1)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return skip + self.out(attended.transpose(-1, -2).reshape(b, c, h, w))
+        q = heads(self.q(tokens(queries)), self.num_heads)
+        k, v = (heads(part, self.num_heads) for part in self.kv(tokens(keys)).chunk(2, dim=2))
+        return x + as_map(self.out(merged(attend(q, k, v))), x)

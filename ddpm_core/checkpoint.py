@@ -1,12 +1,15 @@
 """Checkpoints: a folder with `model.safetensors` (EMA weights), `config.json` and `card.md`.
 
+Beside them lie the weights of the EMA's other lengths, `ema-0.050.safetensors`; `config.json` says under `training`
+which were kept (`optim.ema_sigma_rels`) and which of them became `model.safetensors` (`ema_sigma_rel`).
+
 Nothing here unpickles anything. Whoever reads from a bucket passes `read`, which returns a file's bytes by its
 path and raises FileNotFoundError where there is none; the default reads local files.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
+from ddpm_core.gan import Generator
 from ddpm_core.unet import UNet
 
 Read = Callable[[str], bytes]
@@ -26,7 +30,8 @@ Read = Callable[[str], bytes]
 class Checkpoint:
     """A network ready to sample from, with what is needed to prepare its inputs."""
 
-    model: UNet
+    model: UNet | Generator
+    """By the configuration's `method`."""
     config: ModelConfig
     path: str
     """The checkpoint's own folder (a run resolves to its best one)."""
@@ -36,18 +41,34 @@ def read_local(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def files(state: dict[str, Tensor], config: ModelConfig) -> dict[str, bytes]:
+def build(config: ModelConfig) -> UNet | Generator:
+    """The network that `config` describes, with fresh weights."""
+    return UNet(config) if config.method == "diffusion" else Generator(config)
+
+
+def files(
+    state: dict[str, Tensor], config: ModelConfig, *, others: Mapping[float, dict[str, Tensor]] | None = None
+) -> dict[str, bytes]:
     """A checkpoint as file name → bytes, for the caller to write where it likes.
 
-    `config.json` comes last: a folder that has it is complete.
+    `others`: weights of the EMA's other lengths by their `sigma_rel`. `config.json` comes last: a folder that has it
+    is complete.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     meta = {"format": "ddpm-translate", "format_version": configs.FORMAT_VERSION, **configs.to_dict(config)}
     return {
-        "model.safetensors": safetensors.torch.save(state),
+        "model.safetensors": serialised(state),
+        **{ema_file(sigma_rel): serialised(other) for sigma_rel, other in (others or {}).items()},
         "card.md": card(config).encode(),
         "config.json": json.dumps(meta, indent=2).encode(),
     }
+
+
+def serialised(state: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+
+def ema_file(sigma_rel: float) -> str:
+    return f"ema-{sigma_rel:.3f}.safetensors"
 
 
 def resolve(path: str, *, read: Read = read_local) -> tuple[str, dict[str, Any]]:
@@ -99,13 +120,15 @@ def read_config(path: str, *, read: Read = read_local) -> ModelConfig:
     return config
 
 
-def load(path: str, *, read: Read = read_local) -> Checkpoint:
+def load(path: str, *, ema: float | None = None, read: Read = read_local) -> Checkpoint:
     """A checkpoint folder, or a run (its best checkpoint), as a network in eval mode on the CPU.
 
-    A run's `best.json` overrides the sampling defaults (sampler, num_steps, guidance_scale).
+    A run's `best.json` overrides the sampling defaults. `ema` picks the weights averaged over another share of the
+    run than the best of the validation.
 
     Raises:
-        InputError: nothing there, damaged files, another version, weights that do not fit the configuration.
+        InputError: nothing there, damaged files, another version, weights that do not fit the configuration, no
+            weights of that `ema`.
     """
     folder, best = resolve(path, read=read)
     config = read_config(folder, read=read)
@@ -115,13 +138,14 @@ def load(path: str, *, read: Read = read_local) -> Checkpoint:
     )
     config = dataclasses.replace(config, sampling=sampling)
     configs.check(config)
+    file = weights_file(folder, config, ema)
     try:
-        state = safetensors.torch.load(read(f"{folder}/model.safetensors"))
+        state = safetensors.torch.load(read(f"{folder}/{file}"))
     except FileNotFoundError:
-        raise InputError(f"{folder}: model.safetensors is missing; the checkpoint is incomplete") from None
+        raise InputError(f"{folder}: {file} is missing; the checkpoint is incomplete") from None
     except safetensors.SafetensorError as error:
-        raise InputError(f"{folder}/model.safetensors is damaged: {error}") from None
-    model = UNet(config)
+        raise InputError(f"{folder}/{file} is damaged: {error}") from None
+    model = build(config)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -130,20 +154,39 @@ def load(path: str, *, read: Read = read_local) -> Checkpoint:
     return Checkpoint(model=model.eval().requires_grad_(False), config=config, path=folder)
 
 
+def weights_file(folder: str, config: ModelConfig, ema: float | None) -> str:
+    """The file with the weights of that `ema`.
+
+    Raises:
+        InputError: there is none; lists those there are.
+    """
+    best = config.training.get("ema_sigma_rel")
+    if ema is None or ema == best:
+        return "model.safetensors"
+    kept = config.training.get("optim", {}).get("ema_sigma_rels", []) if best is not None else []
+    if ema not in kept:
+        there = f"there are {', '.join(map(str, kept))}" if kept else "this checkpoint does not say which it holds"
+        raise InputError(f"{folder} holds no weights of EMA length {ema}; {there}")
+    return ema_file(ema)
+
+
 def card(config: ModelConfig) -> str:
     """The checkpoint's card: what it is, on what it was trained, what it may be used for."""
     sampling = config.sampling
     sides = ", ".join(config.target_domains or config.domains)
+    kind = {"diffusion": "conditional DDPM", "pix2pix": "pix2pix generator", "cyclegan": "CycleGAN generator"}
+    diffusion = config.diffusion
+    how = f"""| prediction, schedule, loss | {diffusion.prediction}, {diffusion.schedule}, {diffusion.loss} |
+| sampling defaults | {sampling.sampler}, {sampling.num_steps} steps, guidance {sampling.guidance_scale} |
+"""
     return f"""# {config.data.name}: {" / ".join(config.domains)}
 
-A conditional DDPM that turns {config.image_size} x {config.image_size} pictures into: {sides}.
+A {kind[config.method]} that turns {config.image_size} x {config.image_size} pictures into: {sides}.
 
 | | |
 |---|---|
 | data | {config.data.name} (hash `{config.data.content_hash}`), pairing {config.data.pairing} |
 | licence of the data, which binds this checkpoint and what is made with it | {config.data.licence} |
-| prediction, schedule, loss | {config.diffusion.prediction}, {config.diffusion.schedule}, {config.diffusion.loss} |
-| sampling defaults | {sampling.sampler}, {sampling.num_steps} steps, guidance {sampling.guidance_scale} |
-
+{how if config.method == "diffusion" else ""}
 Load it with `ddpm_core.checkpoint.load(folder)` or give the folder to anything that takes `--checkpoint`.
 """

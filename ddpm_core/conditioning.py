@@ -1,7 +1,8 @@
 """What the network is told: the condition picture, the domain to produce, and their null forms.
 
 The null condition is a picture of zeros (mid-grey, no information) and the null domain is the label
-`num_domains`. Training drops to them with probability `p_uncond`; guidance compares against them.
+`num_domains`. Training drops to them with probabilities `p_uncond` and `p_uncond_domain`, each on its own; guidance
+compares against them.
 """
 
 import torch
@@ -13,12 +14,13 @@ def drop(
     condition: Float[Tensor, "b 3 h w"],
     domain: Int64[Tensor, " b"],
     dropped: Bool[Tensor, " b"],
+    domain_dropped: Bool[Tensor, " b"],
     num_domains: int,
 ) -> tuple[Float[Tensor, "b 3 h w"], Int64[Tensor, " b"]]:
-    """Replace condition and domain by their null forms where `dropped`."""
+    """Replace the condition by its null form where `dropped`, the domain where `domain_dropped`."""
     return (
         torch.where(dropped[:, None, None, None], torch.zeros_like(condition), condition),
-        torch.where(dropped, torch.full_like(domain, num_domains), domain),
+        torch.where(domain_dropped, torch.full_like(domain, num_domains), domain),
     )
 
 
@@ -44,3 +46,33 @@ class ConditionEncoder(nn.Module):
             h = level(h)
             features.append(h)
         return features
+
+
+class Anchor(nn.Module):
+    """What the condition's encoder writes into the reserved channels of one level's feature maps.
+
+    With `landmarks` it writes around these places only and the reserved channels are zero elsewhere.
+    """
+
+    def __init__(self, condition_channels: int, channels: int, landmarks: tuple[float, ...], radius: float) -> None:
+        super().__init__()
+        self.landmarks, self.radius = landmarks, radius
+        self.project = nn.Conv2d(condition_channels, channels, 1)
+
+    def forward(self, features: Float[Tensor, "b k h w"]) -> Float[Tensor, "b c h w"]:
+        written = self.project(features)
+        if self.landmarks:
+            written = written * landmark_mask(self.landmarks, self.radius, *written.shape[2:]).to(written)
+        return written
+
+
+def landmark_mask(landmarks: tuple[float, ...], radius: float, h: int, w: int) -> Float[Tensor, "1 1 h w"]:
+    """1 at places within `radius` of a landmark (x0, y0, x1, y1, ...; both in shares of the side), else 0.
+
+    The place that holds the landmark always counts, however coarse the map is.
+    """
+    x, y = torch.tensor(landmarks).reshape(-1, 2).T[:, :, None, None]
+    columns, rows = (torch.arange(w) + 0.5) / w, (torch.arange(h)[:, None] + 0.5) / h
+    near = (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
+    holds = ((columns - x).abs() * w <= 0.5) & ((rows - y).abs() * h <= 0.5)
+    return (near | holds).any(dim=0).float()[None, None]

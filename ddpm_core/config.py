@@ -17,11 +17,15 @@ from ddpm_core.errors import InputError
 FORMAT_VERSION = 1
 """Version of `config.json`; raised when an older reader would misread a newer file."""
 
+Method = Literal["diffusion", "pix2pix", "cyclegan"]
+Injection = Literal["concat", "cross_attention", "anchor"]
 Prediction = Literal["eps", "v", "x_0"]
-Schedule = Literal["linear"]
+Schedule = Literal["linear", "cosine"]
 Loss = Literal["huber", "mse"]
-Weighting = Literal["uniform", "snr"]
-Sampler = Literal["ddpm", "ddim"]
+Weighting = Literal["uniform", "snr", "min_snr"]
+Sampler = Literal["ddpm", "ddim", "dpm_solver"]
+Spacing = Literal["trailing", "leading", "linspace"]
+Start = Literal["noise", "sdedit", "ddib"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,17 @@ class UNetConfig:
     condition_tokens: int = 8
     """The condition's features are pooled to at most this many rows and columns, so that cross-attention
     stays linear in the number of pixels."""
+    injection: tuple[Injection, ...] = ("concat",)
+    """How the condition reaches the network, besides the skip connections that always attend to it. concat: beside
+    the noisy picture at the input. cross_attention: every residual block attends to it, at every depth. anchor:
+    `anchor_channels` of each level's feature map are written by the condition's encoder and by nothing else."""
+    anchor_channels: int = 16
+    """Channels of each level's feature map that the anchor reserves."""
+    anchor_landmarks: tuple[float, ...] = ()
+    """Places the anchor is bound to, as x0 y0 x1 y1 ... in shares of the picture's side (aligned portraits share
+    their landmarks); empty means the whole map."""
+    anchor_radius: float = 0.15
+    """How far the anchor reaches around each of `anchor_landmarks`, in shares of the side."""
     patch_size: int = 1
     """Pixels folded into channels at the input, per side: 2 quarters the cost of the whole network."""
     dropout: float = 0.0
@@ -56,7 +71,10 @@ class DiffusionConfig:
     num_timesteps: int = 1000
     """Length of the training chain."""
     schedule: Schedule = "linear"
-    """Noise schedule (Ho et al. 2020: beta from 1e-4 to 0.02, scaled to `num_timesteps`)."""
+    """linear: beta from 1e-4 to 0.02, scaled to `num_timesteps` (Ho et al. 2020). cosine: Nichol & Dhariwal 2021."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that the last step is pure noise (Lin et al. 2024): dark and bright pictures need it.
+    The last step then tells nothing about the noise, so `prediction` must be v or x_0."""
     prediction: Prediction = "eps"
     """What the network outputs: the noise, the velocity (Salimans & Ho 2022) or the clean image."""
     loss: Loss = "huber"
@@ -64,12 +82,15 @@ class DiffusionConfig:
     huber_delta: float = 1.0
     """Error at which the Huber loss turns from quadratic to linear."""
     loss_weighting: Weighting = "uniform"
-    """uniform: every timestep counts the same. snr: as a loss on x_0 times the signal-to-noise ratio, held between
-    1 (truncated SNR, Salimans & Ho 2022) and `max_snr` (min-SNR, Hang et al. 2023)."""
+    """uniform: every timestep counts the same. min_snr: as a loss on x_0 times the signal-to-noise ratio, at most
+    `max_snr` (Hang et al. 2023). snr: the same, and at least 1 (truncated SNR, Salimans & Ho 2022)."""
     max_snr: float = 5.0
-    """Ceiling of the snr weighting: higher values put more of the training into fine detail."""
+    """Ceiling of the snr weightings: higher values put more of the training into fine detail."""
     p_uncond: float = 0.2
     """How often the condition is replaced by the null condition, so that guidance has an unconditional model."""
+    p_uncond_domain: float = 0.2
+    """How often, independently of that, the domain is replaced by the null domain: it gets a guidance weight of its
+    own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,11 +98,47 @@ class SamplingConfig:
     """How pictures are drawn from the network unless the caller says otherwise."""
 
     sampler: Sampler = "ddim"
-    """ddpm: ancestral (Ho et al. 2020). ddim: deterministic (Song et al. 2021)."""
+    """ddpm: ancestral (Ho et al. 2020). ddim: deterministic (Song et al. 2021). dpm_solver: DPM-Solver++(2M), second
+    order (Lu et al. 2022)."""
     num_steps: int = 50
     """Network evaluations along the chain."""
+    spacing: Spacing = "trailing"
+    """Which timesteps are visited (Lin et al. 2024, table 2): only trailing starts where the chain ends."""
+    eta: float = 0.0
+    """Of ddim: 0 deterministic, 1 ancestral."""
     guidance_scale: float = 1.5
     """0 unconditional, 1 plain, above 1 guided towards the condition (Ho & Salimans 2022)."""
+    domain_guidance_scale: float | None = None
+    """A weight of the domain's own; `guidance_scale` is then the picture's (Brooks et al. 2023, eq. 3)."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide only at these timesteps, in shares of the chain, 1 the noisiest (Kynkäänniemi et al. 2024)."""
+    guidance_rescale: float = 0.0
+    """Pull the guided prediction's spread back to the plain one's, 0 not at all, 1 wholly (Lin et al. 2024)."""
+    start: Start = "noise"
+    """noise: pure noise. sdedit: the source with noise of `strength` (Meng et al. 2022). ddib: the noise that DDIM
+    finds for the source in its own domain (Su et al. 2023); the last two for networks trained without pairs."""
+    strength: float = 1.0
+    """Of sdedit: share of the chain that is noised and drawn again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GANConfig:
+    """The baselines: pix2pix (Isola et al. 2017) for pairs, CycleGAN (Zhu et al. 2017) without."""
+
+    channels: int = 64
+    """Channels of the first level of generator and discriminator."""
+    num_levels: int = 4
+    """Levels of the generator's U-Net (pix2pix); each halves the side."""
+    num_res_blocks: int = 6
+    """Residual blocks of the generator (CycleGAN)."""
+    num_discriminator_levels: int = 2
+    """Halvings in the patch discriminator: sets how large a patch it judges."""
+    l1_weight: float = 100.0
+    """Of |result - target| (pix2pix)."""
+    cycle_weight: float = 10.0
+    """Of |source - there and back| (CycleGAN)."""
+    identity_weight: float = 5.0
+    """Of |picture - itself translated to its own domain| (CycleGAN)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,10 +167,14 @@ class ModelConfig:
     """Names of the sides; a picture's domain is its index here."""
     target_domains: tuple[str, ...] = ()
     """The sides this network was trained to produce; empty means all of them."""
+    method: Method = "diffusion"
+    """The conditional diffusion model, or a GAN baseline."""
     unet: UNetConfig = UNetConfig()
     """The network."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """The forward process and the loss."""
+    gan: GANConfig = GANConfig()
+    """Networks and losses of the GAN baselines."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling defaults; a run's `best.json` overrides them."""
     data: DataCard = DataCard()
@@ -133,24 +194,74 @@ def check(config: ModelConfig) -> None:
     Raises:
         InputError: naming the field, its value and what would be right.
     """
-    unet, diffusion, sampling = config.unet, config.diffusion, config.sampling
-    positive = {
-        "image_size": config.image_size,
-        "unet.model-channels": unet.model_channels,
-        "unet.num-res-blocks": unet.num_res_blocks,
-        "unet.head-channels": unet.head_channels,
-        "unet.condition-channels": unet.condition_channels,
-        "unet.condition-tokens": unet.condition_tokens,
-        "unet.patch-size": unet.patch_size,
-        "diffusion.num-timesteps": diffusion.num_timesteps,
-        "diffusion.huber-delta": diffusion.huber_delta,
-        "diffusion.max-snr": diffusion.max_snr,
-        "sampling.num-steps": sampling.num_steps,
-        **{f"unet.channel-mult[{i}]": mult for i, mult in enumerate(unet.channel_mult)},
+    unet, diffusion, gan = config.unet, config.diffusion, config.gan
+    _positive(
+        {
+            "image_size": config.image_size,
+            "unet.model-channels": unet.model_channels,
+            "unet.num-res-blocks": unet.num_res_blocks,
+            "unet.head-channels": unet.head_channels,
+            "unet.condition-channels": unet.condition_channels,
+            "unet.condition-tokens": unet.condition_tokens,
+            "unet.patch-size": unet.patch_size,
+            "unet.anchor-radius": unet.anchor_radius,
+            **{f"unet.channel-mult[{i}]": mult for i, mult in enumerate(unet.channel_mult)},
+            "diffusion.num-timesteps": diffusion.num_timesteps,
+            "diffusion.huber-delta": diffusion.huber_delta,
+            "diffusion.max-snr": diffusion.max_snr,
+            "gan.channels": gan.channels,
+            "gan.num-levels": gan.num_levels,
+            "gan.num-res-blocks": gan.num_res_blocks,
+            "gan.num-discriminator-levels": gan.num_discriminator_levels,
+        }
+    )
+    _check_unet(unet)
+    if config.image_size % stride(unet):
+        raise InputError(
+            f"image_size is {config.image_size}; with {len(unet.channel_mult)} levels and patch size "
+            f"{unet.patch_size} it must be a multiple of {stride(unet)}"
+        )
+    shares = {
+        "diffusion.p-uncond": diffusion.p_uncond,
+        "diffusion.p-uncond-domain": diffusion.p_uncond_domain,
+        "unet.dropout": unet.dropout,
     }
-    for name, value in positive.items():
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise InputError(f"{name} is {value}; it must lie in [0, 1)")
+    for name, value in {
+        "gan.l1-weight": gan.l1_weight,
+        "gan.cycle-weight": gan.cycle_weight,
+        "gan.identity-weight": gan.identity_weight,
+    }.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{name} is {value}; it must be 0 or more")
+    if diffusion.zero_terminal_snr and diffusion.prediction == "eps":
+        raise InputError(
+            "diffusion.zero-terminal-snr with diffusion.prediction eps: at the last step the noise is all there is to "
+            "see, so predicting it teaches nothing; predict v or x_0"
+        )
+    if diffusion.zero_terminal_snr and diffusion.loss_weighting == "min_snr":
+        raise InputError(
+            "diffusion.loss-weighting min_snr with diffusion.zero-terminal-snr: the last step, where sampling starts, "
+            "would have the weight 0; take snr"
+        )
+    check_sampling(config.sampling, diffusion.num_timesteps)
+    if len(config.domains) < 1 or len(set(config.domains)) != len(config.domains):
+        raise InputError(f"domains are {list(config.domains)}; give distinct names")
+    for name in config.target_domains:
+        domain_index(config, name)
+    if config.method == "cyclegan" and len(config.domains) != 2:
+        raise InputError(f"method is cyclegan, which knows two domains; there are {len(config.domains)}")
+
+
+def _positive(values: dict[str, int | float]) -> None:
+    for name, value in values.items():
         if not value > 0 or not math.isfinite(value):
             raise InputError(f"{name} is {value}; it must be positive and finite")
+
+
+def _check_unet(unet: UNetConfig) -> None:
     if not unet.channel_mult:
         raise InputError("unet.channel-mult is empty; give one multiple for each level, such as 1 2 2 4")
     if unet.model_channels % unet.head_channels:
@@ -158,25 +269,56 @@ def check(config: ModelConfig) -> None:
             f"unet.model-channels is {unet.model_channels}; it must be a multiple of "
             f"unet.head-channels = {unet.head_channels}"
         )
-    if config.image_size % stride(unet):
+    if not unet.injection or len(set(unet.injection)) != len(unet.injection):
         raise InputError(
-            f"image_size is {config.image_size}; with {len(unet.channel_mult)} levels and patch size "
-            f"{unet.patch_size} it must be a multiple of {stride(unet)}"
+            f"unet.injection is {list(unet.injection)}; give one or more different of "
+            f"{', '.join(typing.get_args(Injection))}"
         )
-    for name, value in {"diffusion.p-uncond": diffusion.p_uncond, "unet.dropout": unet.dropout}.items():
-        if not 0 <= value < 1:
-            raise InputError(f"{name} is {value}; it must lie in [0, 1)")
-    if sampling.num_steps > diffusion.num_timesteps:
+    if "anchor" in unet.injection and not 0 < unet.anchor_channels < unet.model_channels:
         raise InputError(
-            f"sampling.num-steps is {sampling.num_steps}; it must not exceed "
-            f"diffusion.num-timesteps = {diffusion.num_timesteps}"
+            f"unet.anchor-channels is {unet.anchor_channels}; it must be positive and less than "
+            f"unet.model-channels = {unet.model_channels}"
         )
-    if sampling.guidance_scale < 0 or not math.isfinite(sampling.guidance_scale):
-        raise InputError(f"sampling.guidance-scale is {sampling.guidance_scale}; it must be 0 or more")
-    if len(config.domains) < 1 or len(set(config.domains)) != len(config.domains):
-        raise InputError(f"domains are {list(config.domains)}; give distinct names")
-    for name in config.target_domains:
-        domain_index(config, name)
+    if len(unet.anchor_landmarks) % 2 or not all(0 <= place <= 1 for place in unet.anchor_landmarks):
+        raise InputError(
+            f"unet.anchor-landmarks is {list(unet.anchor_landmarks)}; give x0 y0 x1 y1 ..., each in [0, 1]"
+        )
+    if unet.anchor_landmarks and "anchor" not in unet.injection:
+        raise InputError("unet.anchor-landmarks has no effect without anchor in unet.injection")
+
+
+def check_sampling(sampling: SamplingConfig, num_timesteps: int) -> None:
+    """Refuse sampling options that cannot work or would have no effect, by name.
+
+    Raises:
+        InputError: naming the field, its value and what would be right.
+    """
+    if not 1 <= sampling.num_steps <= num_timesteps:
+        raise InputError(
+            f"sampling.num-steps is {sampling.num_steps}; it must be positive and must not exceed "
+            f"diffusion.num-timesteps = {num_timesteps}"
+        )
+    scales = {
+        "guidance-scale": sampling.guidance_scale,
+        "domain-guidance-scale": sampling.domain_guidance_scale or 0.0,
+        "eta": sampling.eta,
+    }
+    for name, value in scales.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"sampling.{name} is {value}; it must be 0 or more")
+    low, high = sampling.guidance_interval
+    if not 0 <= low < high <= 1:
+        raise InputError(f"sampling.guidance-interval is {low} {high}; it must be two shares, 0 <= low < high <= 1")
+    if not 0 <= sampling.guidance_rescale <= 1:
+        raise InputError(f"sampling.guidance-rescale is {sampling.guidance_rescale}; it must lie in [0, 1]")
+    if not 0 < sampling.strength <= 1:
+        raise InputError(f"sampling.strength is {sampling.strength}; it must lie in (0, 1]")
+    if sampling.eta and sampling.sampler != "ddim":
+        raise InputError(f"sampling.eta has no effect on the sampler {sampling.sampler}; it is ddim's")
+    if sampling.strength != 1 and sampling.start != "sdedit":
+        raise InputError(f"sampling.strength has no effect with sampling.start {sampling.start}; it is sdedit's")
+    if sampling.start == "ddib" and (sampling.sampler != "ddim" or sampling.eta):
+        raise InputError("sampling.start ddib goes there and back by DDIM; it needs sampler ddim and eta 0")
 
 
 def domain_index(config: ModelConfig, name: str) -> int:
@@ -240,6 +382,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise InputError(f"{where} is {value!r}; it must be a list")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise InputError(f"{where} is {list(value)}; it must have {len(args)} values")
         return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     expected = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(hint)
     if expected and (not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool)):

@@ -29,11 +29,14 @@ def timestep_weight(
     """What each picture's loss is multiplied by.
 
     With snr = abar / (1 - abar), an error e of x_0 is an error sqrt(snr) e of eps and sqrt(snr + 1) e of v; so the
-    squared losses of the three are brought to the same weight of x_0 by dividing by 1, snr and snr + 1.
+    squared losses of the three are brought to the same weight of x_0 by dividing by 1, snr and snr + 1. That weight
+    is min(snr, max_snr) for min_snr (Hang et al. 2023), which gives a step of pure noise none, and at
+    least 1 for snr (Salimans & Ho 2022, section 4).
     """
     if config.loss_weighting == "uniform":
         return torch.ones(t.shape, device=t.device)
     abar = alphas_cumprod.to(t.device)[t]
     snr = abar / (1 - abar)
     of_prediction = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[config.prediction]
-    return (snr.clamp(min(1.0, config.max_snr), config.max_snr) / of_prediction).float()
+    floor = {"min_snr": 0.0, "snr": 1.0}[config.loss_weighting]
+    return (snr.clamp(floor, config.max_snr) / of_prediction).float()

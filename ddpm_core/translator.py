@@ -5,11 +5,14 @@ translate = translator.Translator(checkpoint.load("runs/earth"))
 night = translate(day, "night")          # uint8 b h w 3 → uint8 b h w 3
 """
 
-import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
 
 from ddpm_core import config as configs
 from ddpm_core import guidance, images, samplers, schedule
@@ -17,7 +20,13 @@ from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.diffusion import draw_noise, seeded
 from ddpm_core.errors import InputError
+from ddpm_core.guidance import Denoiser
 from ddpm_core.precision import autocast, resolve
+
+Preview = Callable[[int, UInt8[np.ndarray, "b h w 3"]], None]
+"""Called after each step with the number of steps done and how the pictures look by then."""
+NUM_FIXED_POINT_STEPS = 3
+"""Evaluations for each step of the inversion that start ddib makes."""
 
 
 class Translator:
@@ -27,28 +36,47 @@ class Translator:
     last bit where the kernels allow it; batched convolutions may differ by a rounding).
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str | None = None, precision: str = "auto") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str | None = None,
+        precision: str = "auto",
+        guide: Checkpoint | None = None,
+        guide_scale: float = 1.5,
+    ) -> None:
+        """`guide`: an earlier or smaller network of the same kind, to be led away from with weight `guide_scale`
+        (autoguidance).
+
+        Raises:
+            InputError: `guide` is of another kind.
+        """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.config = checkpoint.config
         self.model = checkpoint.model.to(self.device)
         self.dtype = resolve(precision, self.device)
         self.alphas_cumprod = schedule.alphas_cumprod(self.config.diffusion).to(self.device)
+        self.guide_scale = guide_scale
+        self.guide: nn.Module | None = None
+        if guide is not None:
+            _check_guide(checkpoint, guide)
+            self.guide = guide.model.to(self.device)
 
-    def options(
-        self, *, sampler: str | None = None, num_steps: int | None = None, guidance_scale: float | None = None
-    ) -> SamplingConfig:
-        """The checkpoint's sampling defaults with what is given put in their place.
+    def options(self, **overrides: Any) -> SamplingConfig:
+        """The checkpoint's sampling defaults with any of `SamplingConfig`'s fields in their place; None is the default.
 
         Raises:
-            InputError: an option that cannot work, by name.
+            InputError: an option that is unknown, cannot work or has no effect, by name.
         """
-        given = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
-        values = {
-            **configs.to_dict(self.config.sampling),
-            **{k: v for k, v in given.items() if v is not None},
-        }
-        sampling = configs.from_dict(SamplingConfig, values, where="sampling")
-        configs.check(dataclasses.replace(self.config, sampling=sampling))
+        defaults = configs.to_dict(self.config.sampling)
+        given = {name: value for name, value in overrides.items() if value is not None or name not in defaults}
+        sampling = configs.from_dict(SamplingConfig, {**defaults, **given}, where="sampling")
+        configs.check_sampling(sampling, self.config.diffusion.num_timesteps)
+        if self.config.method != "diffusion" and sampling != self.config.sampling:
+            changed = [name for name in given if getattr(sampling, name) != getattr(self.config.sampling, name)]
+            raise InputError(
+                f"{', '.join(changed)}: no effect on {self.config.method}, which does not sample; leave it out"
+            )
         return sampling
 
     def domain_index(self, domain: str) -> int:
@@ -63,39 +91,125 @@ class Translator:
             raise InputError(f"this checkpoint was not trained to produce {domain!r}, only {', '.join(known)}")
         return index
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         pictures: UInt8[np.ndarray, "b h w 3"],
         domain: str,
         *,
-        sampler: str | None = None,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
         seed: int = 0,
+        source_domain: str | None = None,
+        callback: Preview | None = None,
+        **overrides: Any,
     ) -> UInt8[np.ndarray, "b h w 3"]:
-        """Translate square pictures of the model's size to `domain`; options default to the checkpoint's."""
-        sampling = self.options(sampler=sampler, num_steps=num_steps, guidance_scale=guidance_scale)
-        index = self.domain_index(domain)
+        """Translate square pictures of the model's size to `domain`.
+
+        `overrides`: as `options` takes them. `source_domain`: of start ddib, the side the pictures are on, by default
+        the other of two.
+
+        Raises:
+            InputError: an option or a side that cannot be used, by name.
+        """
+        sampling = self.options(**overrides)
+        target = self.domain_index(domain)
+        if source_domain is not None and sampling.start != "ddib":
+            raise InputError(f"source_domain has no effect with sampling.start {sampling.start}; leave it out")
+        source = self._source_index(domain, source_domain) if sampling.start == "ddib" else None
         if len(pictures) == 0:
             return pictures
         condition = images.to_tensor(pictures, self.device)
-        generators = [seeded(seed, images.content_hash(picture)) for picture in pictures]
+        with autocast(self.device, self.dtype):
+            if self.config.method != "diffusion":
+                return images.to_uint8(self.model(condition, _labels(target, condition)))
+            generators = [seeded(seed, images.content_hash(picture)) for picture in pictures]
+            return images.to_uint8(self._sample(condition, target, source, generators, sampling, _as_seen(callback)))
+
+    def _sample(
+        self,
+        condition: Float[Tensor, "b 3 h w"],
+        target: int,
+        source: int | None,
+        generators: list[torch.Generator],
+        sampling: SamplingConfig,
+        callback: samplers.Callback | None,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """x_0 for each condition; `source` is the side they are on where start is ddib."""
+        chain: Any = {"alphas_cumprod": self.alphas_cumprod, "prediction": self.config.diffusion.prediction}
+        timesteps = samplers.SPACINGS[sampling.spacing](len(self.alphas_cumprod), sampling.num_steps)
         x_T = draw_noise(generators, condition)
-        denoiser = guidance.classifier_free(
+        if sampling.start == "sdedit":
+            x_T, timesteps = samplers.sdedit_start(
+                condition, timesteps, sampling.strength, noise=x_T, alphas_cumprod=self.alphas_cumprod
+            )
+        elif source is not None:
+            # x_T will hold the picture, so the network is shown none: the label alone makes the difference
+            picture, condition = condition, torch.zeros_like(condition)
+            plain = self._classifier_free(self.model, condition, source, guidance_scale=1.0)
+            x_T = samplers.invert(
+                plain, picture, timesteps=timesteps, num_fixed_point_steps=NUM_FIXED_POINT_STEPS, **chain
+            )
+        sampler = samplers.SAMPLERS[sampling.sampler]
+        if sampling.eta:
+            sampler = functools.partial(samplers.ddim, eta=sampling.eta)
+        return sampler(
+            self._denoiser(condition, target, sampling),
+            x_T,
+            timesteps=timesteps,
+            generators=generators,
+            clip=source is None,  # inversion does not clip: the way back must not either
+            callback=callback,
+            **chain,
+        )
+
+    def _denoiser(self, condition: Float[Tensor, "b 3 h w"], domain: int, sampling: SamplingConfig) -> Denoiser:
+        """The network with all of the configured guidance."""
+        plain = self._classifier_free(self.model, condition, domain, guidance_scale=1.0)
+        guided = self._classifier_free(
             self.model,
             condition,
-            torch.full((len(pictures),), index, dtype=torch.int64, device=self.device),
-            num_domains=len(self.config.domains),
+            domain,
             guidance_scale=sampling.guidance_scale,
+            domain_guidance_scale=sampling.domain_guidance_scale,
+            guidance_rescale=sampling.guidance_rescale,
         )
-        with autocast(self.device, self.dtype):
-            x_0 = samplers.SAMPLERS[sampling.sampler](
-                denoiser,
-                x_T,
-                timesteps=samplers.trailing_timesteps(self.config.diffusion.num_timesteps, sampling.num_steps),
-                alphas_cumprod=self.alphas_cumprod,
-                prediction=self.config.diffusion.prediction,
-                generators=generators,
+        if self.guide is not None:
+            weak = self._classifier_free(self.guide, condition, domain, guidance_scale=1.0)
+            guided = guidance.autoguidance(guided, weak, self.guide_scale)
+        return guidance.limited(guided, plain, sampling.guidance_interval, len(self.alphas_cumprod))
+
+    def _classifier_free(
+        self, model: nn.Module, condition: Float[Tensor, "b 3 h w"], domain: int, **scales: Any
+    ) -> Denoiser:
+        labels, num_domains = _labels(domain, condition), len(self.config.domains)
+        return guidance.classifier_free(model, condition, labels, num_domains=num_domains, **scales)
+
+    def _source_index(self, domain: str, source_domain: str | None) -> int:
+        """Index of the side the pictures are on, by default the other of two."""
+        others = [name for name in self.config.domains if name != domain]
+        if source_domain is None and len(others) != 1:
+            raise InputError(
+                f"sampling.start ddib: the pictures may be on any of the sides {', '.join(others)}; give source_domain"
             )
-        return images.to_uint8(x_0)
+        return self.domain_index(source_domain or others[0])
+
+
+def _labels(domain: int, like: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
+    return torch.full((len(like),), domain, dtype=torch.int64, device=like.device)
+
+
+def _as_seen(preview: Preview | None) -> samplers.Callback | None:
+    return None if preview is None else lambda done, x_0: preview(done, images.to_uint8(x_0))
+
+
+def _check_guide(checkpoint: Checkpoint, guide: Checkpoint) -> None:
+    ours, theirs = checkpoint.config, guide.config
+    if ours.method != "diffusion":
+        raise InputError(f"guide has no effect on {ours.method}, which does not sample; leave it out")
+    for name in ("method", "image_size", "domains", "target_domains"):
+        if getattr(theirs, name) != getattr(ours, name):
+            raise InputError(
+                f"guide {guide.path}: its {name} is {getattr(theirs, name)}, it must be {getattr(ours, name)}"
+            )
+    for name in ("num_timesteps", "schedule", "zero_terminal_snr", "prediction"):
+        if (its := getattr(theirs.diffusion, name)) != (wanted := getattr(ours.diffusion, name)):
+            raise InputError(f"guide {guide.path}: its diffusion.{name} is {its}, it must be {wanted}")

@@ -1,24 +1,30 @@
 """The noise-predicting U-Net.
 
-output = unet(x_t, t, condition, domain)      b 3 h w, what `DiffusionConfig.prediction` names
+    output = unet(x_t, t, condition, domain)      b 3 h w, what `DiffusionConfig.prediction` names
+           = F(x_t, ...) + scale x_t + shift      scale and shift: one a channel, learned functions of t and domain
 
 condition ──┬─────────────► ConditionEncoder ── features of each level ──┐
             │ concat                                                     ▼ keys, values
-x_t ────────┴─► [ResBlock, LinearAttention] x n ─── skips ──► CrossAttention ──► [ResBlock, LinearAttention] x n ─► out
-                     │ /2 at each level                                          ▲ x2 at each level
-                     └────────────► ResBlock, SelfAttention, ResBlock ───────────┘
+x_t ────────┴─► [Block] x n ─────────────────── skips ──► CrossAttention ──► [Block] x n ─► F
+                     │ /2 at each level                                         ▲ x2 at each level
+                     └────────────► Block, SelfAttention, Block ────────────────┘
+
+Block = residual block, linear attention at high resolutions, and as `UNetConfig.injection` asks: cross-attention to
+the condition, or channels that only the condition's encoder writes (anchor).
 """
 
 import math
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ddpm_core.attention import CrossAttention, LinearAttention, SelfAttention, zeroed
-from ddpm_core.conditioning import ConditionEncoder
-from ddpm_core.config import ModelConfig, check, stride
+from ddpm_core.conditioning import Anchor, ConditionEncoder
+from ddpm_core.config import ModelConfig, UNetConfig, check, stride
 from ddpm_core.errors import InputError
 
 IMAGE_CHANNELS = 3
@@ -44,36 +50,59 @@ class UNet(nn.Module):
         )
         self.domain_embedding = nn.Embedding(self.num_domains + 1, embedding)
         self.condition_encoder = ConditionEncoder(pixels, unet.condition_channels, len(widths))
-        self.stem = nn.Conv2d(2 * pixels, widths[0], 3, padding=1)
-
-        def block(in_channels: int, out_channels: int, attend: bool) -> "Block":
-            return Block(in_channels, out_channels, embedding, unet.dropout, unet.head_channels if attend else 0)
+        self.anchors = nn.ModuleList(
+            Anchor(unet.condition_channels, unet.anchor_channels, unet.anchor_landmarks, unet.anchor_radius)
+            for _ in widths
+            if "anchor" in unet.injection
+        )
+        self.stem = nn.Conv2d(2 * pixels if "concat" in unet.injection else pixels, widths[0], 3, padding=1)
 
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         channels = widths[0]
         for level, width in enumerate(widths):
-            blocks = [block(channels if i == 0 else width, width, linear[level]) for i in range(unet.num_res_blocks)]
+            blocks = [
+                Block(channels if i == 0 else width, width, embedding, unet, attend=linear[level])
+                for i in range(unet.num_res_blocks)
+            ]
             last = level == len(widths) - 1
             shrink = nn.Identity() if last else nn.Conv2d(width, width, 3, stride=2, padding=1)
             self.down.append(Down(blocks, shrink))
             channels = width
-        self.middle_in = block(channels, channels, False)
+        self.middle_in = Block(channels, channels, embedding, unet, attend=False)
         self.middle_attention = SelfAttention(channels, unet.head_channels)
-        self.middle_out = block(channels, channels, False)
+        self.middle_out = Block(channels, channels, embedding, unet, attend=False)
         for level, width in reversed(list(enumerate(widths))):
             blocks = [
-                block((channels if i == 0 else width) + width, width, linear[level]) for i in range(unet.num_res_blocks)
+                Block(2 * width, width, embedding, unet, attend=linear[level]) for _ in range(unet.num_res_blocks)
             ]
             attentions = [
                 CrossAttention(width, unet.condition_channels, unet.head_channels, unet.condition_tokens)
                 for _ in range(unet.num_res_blocks)
             ]
-            grow = nn.Identity() if level == 0 else Upsample(width)
+            grow = nn.Identity() if level == 0 else Upsample(width, widths[level - 1])
             self.up.append(Up(blocks, attentions, grow))
-            channels = width
-        self.out_norm = group_norm(channels)
-        self.out = zeroed(nn.Conv2d(channels, pixels, 3, padding=1))
+        self.out_norm = group_norm(widths[0])
+        self.out = zeroed(nn.Conv2d(widths[0], pixels, 3, padding=1))
+        # Most of what there is to predict is a linear function of x_t; without this path the first thousand steps go
+        # into learning it (docs/log.md).
+        self.shortcut = zeroed(nn.Linear(embedding, 2 * IMAGE_CHANNELS))
+        # Convolutions and attention over tokens are faster so (docs/results.md has the measurement).
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping what it computed: less memory, more time."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = on
+
+    def compile_blocks(self) -> None:
+        """torch.compile the blocks, in place: regions that repeat, instead of the whole network."""
+        # Every shape of block is a variant of one piece of code, of which PyTorch keeps eight by default.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile()
 
     def forward(
         self,
@@ -96,15 +125,26 @@ class UNet(nn.Module):
         embedding = F.silu(embedding + self.domain_embedding(domain))
         condition = F.pixel_unshuffle(condition, unet.patch_size)
         features = self.condition_encoder(condition)
-        h = self.stem(torch.cat([F.pixel_unshuffle(x_t, unet.patch_size), condition], dim=1))
+        h = F.pixel_unshuffle(x_t, unet.patch_size)
+        h = self.stem(torch.cat([h, condition], dim=1) if "concat" in unet.injection else h)
+        anchors = [anchor(feature) for anchor, feature in zip(self.anchors, features, strict=False)]
+        shown = list(zip(features, anchors or [None] * len(features), strict=True))
 
         skips: list[Tensor] = []
-        for level in self.down:
-            h = level(h, embedding, skips)
-        h = self.middle_out(self.middle_attention(self.middle_in(h, embedding)), embedding)
-        for level, feature in zip(self.up, reversed(features), strict=True):
-            h = level(h, embedding, skips, feature)
-        return F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), unet.patch_size)
+        for level, see in zip(self.down, shown, strict=True):
+            h = level(h, embedding, see, skips)
+        h = self.middle_in(h, embedding, *shown[-1])
+        h = self.middle_out(self.middle_attention(h), embedding, *shown[-1])
+        for level, see in zip(self.up, reversed(shown), strict=True):
+            h = level(h, embedding, see, skips)
+        h = F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), unet.patch_size)
+        with torch.autocast(x_t.device.type, enabled=False):
+            scale, shift = self.shortcut(embedding.to(x_t))[:, :, None, None].chunk(2, dim=1)
+        return h.to(x_t) + scale * x_t + shift
+
+
+Shown = tuple[Tensor, Tensor | None]
+"""What one level sees of the condition: the encoder's features, and the anchor where there is one."""
 
 
 class Down(nn.Module):
@@ -115,9 +155,9 @@ class Down(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.resample = resample
 
-    def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor, shown: Shown, skips: list[Tensor]) -> Tensor:
         for block in self.blocks:
-            h = block(h, embedding)
+            h = block(h, embedding, *shown)
             skips.append(h)
         return self.resample(h)
 
@@ -131,44 +171,67 @@ class Up(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.resample = resample
 
-    def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor], features: Tensor) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor, shown: Shown, skips: list[Tensor]) -> Tensor:
         for block, attention in zip(self.blocks, self.attentions, strict=True):
-            h = block(torch.cat([h, attention(skips.pop(), features)], dim=1), embedding)
+            h = block(torch.cat([h, attention(skips.pop(), shown[0])], dim=1), embedding, *shown)
         return self.resample(h)
 
 
 class Block(nn.Module):
-    """A residual block (BigGAN's, with the embedding as scale and shift), then linear attention where asked for."""
+    """A residual block (BigGAN's, with the embedding as scale and shift), then attention where asked for.
+
+    With an anchor the last `anchor_channels` of the output are the anchor; the block itself writes the others.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, embedding_channels: int, dropout: float, head_channels: int
+        self, in_channels: int, out_channels: int, embedding_channels: int, unet: UNetConfig, *, attend: bool
     ) -> None:
         super().__init__()
+        own = out_channels - (unet.anchor_channels if "anchor" in unet.injection else 0)
+        self.recompute = False
         self.norm_in = group_norm(in_channels)
-        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.modulation = nn.Linear(embedding_channels, 2 * out_channels)
-        self.norm_out = group_norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
-        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        self.attention = LinearAttention(out_channels, head_channels) if head_channels else nn.Identity()
+        self.conv_in = nn.Conv2d(in_channels, own, 3, padding=1)
+        self.modulation = nn.Linear(embedding_channels, 2 * own)
+        self.norm_out = group_norm(own)
+        self.dropout = nn.Dropout(unet.dropout)
+        self.conv_out = zeroed(nn.Conv2d(own, own, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == own else nn.Conv2d(in_channels, own, 1)
+        self.attention = LinearAttention(own, unet.head_channels) if attend else nn.Identity()
+        self.cross_attention = (
+            CrossAttention(own, unet.condition_channels, unet.head_channels, unet.condition_tokens)
+            if "cross_attention" in unet.injection
+            else None
+        )
 
-    def forward(self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]) -> Float[Tensor, "b k h w"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        embedding: Float[Tensor, "b e"],
+        features: Float[Tensor, "b f h w"],
+        anchor: Float[Tensor, "b a h w"] | None,
+    ) -> Float[Tensor, "b k h w"]:
+        if self.recompute and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(self.compute, x, embedding, features, anchor, use_reentrant=False)
+        return self.compute(x, embedding, features, anchor)
+
+    def compute(self, x: Tensor, embedding: Tensor, features: Tensor, anchor: Tensor | None) -> Tensor:
         h = self.conv_in(F.silu(self.norm_in(x)))
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.norm_out(h) * (1 + scale) + shift
-        h = self.conv_out(self.dropout(F.silu(h)))
-        return self.attention(self.skip(x) + h)
+        h = self.attention(self.skip(x) + self.conv_out(self.dropout(F.silu(h))))
+        if self.cross_attention is not None:
+            h = self.cross_attention(h, features)
+        return h if anchor is None else torch.cat([h, anchor.to(h)], dim=1)
 
 
 class Upsample(nn.Module):
     """Twice the side by nearest neighbour, then a convolution (no checkerboard: Odena et al. 2016)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c H W"]:
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k H W"]:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

@@ -10,20 +10,20 @@ import dataclasses
 import json
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import tyro
 from jaxtyping import UInt8
 from torch import Tensor
 
 from ddpm_core import config as configs
 from ddpm_core import metrics, provenance
-from ddpm_core.config import Sampler, SamplingConfig
+from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
-from ddpm_core.translator import Translator
 from jobs import cli, data, storage
-from jobs.translate import open_checkpoint
+from jobs.inference import SamplingOverrides, check_least, open_checkpoint
 
 Pictures = UInt8[np.ndarray, "b h w 3"]
 
@@ -59,12 +59,9 @@ class Args:
     """Rows to measure on."""
     domain: str | None = None
     """The side to produce; by default each that the checkpoint was trained for."""
-    guidance_scale: float | None = None
-    """1 plain, above 1 guided more strongly; the checkpoint's own by default."""
-    num_steps: int | None = None
-    """Network evaluations for one picture; the checkpoint's own by default."""
-    sampler: Sampler | None = None
-    """ddim or ddpm; the checkpoint's own by default."""
+    sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
+    ema: float | None = None
+    """Weights averaged over this share of the training; those that validated best by default."""
     seed: int = 0
     """Of the sampling noise, the bootstrap and the KID halves."""
     batch_size: int = 16
@@ -134,22 +131,19 @@ def prepare(args: Args) -> Job:
         data=storage.absolute(args.data, flag="--data"),
         output=storage.absolute(args.output, flag="--output"),
     )
-    limits = {"--num-images": (args.num_images, 0), "--batch-size": (args.batch_size, 1)}
-    if args.num_workers is not None:
-        limits["--num-workers"] = (args.num_workers, 1)
-    for flag, (value, least) in limits.items():
-        if value < least:
-            raise InputError(f"{flag} is {value}; it must be at least {least}")
-    loaded, fingerprint = open_checkpoint(args.checkpoint)
-    translator = Translator(loaded, device="cpu")
-    domains = (args.domain,) if args.domain else loaded.config.target_domains or loaded.config.domains
-    for domain in domains:
-        translator.domain_index(domain)
-    sampling = translator.options(sampler=args.sampler, num_steps=args.num_steps, guidance_scale=args.guidance_scale)
+    check_least(
+        {
+            "--num-images": (args.num_images, 0),
+            "--batch-size": (args.batch_size, 1),
+            "--num-workers": (args.num_workers, 1),
+        }
+    )
+    opened = open_checkpoint(args.checkpoint, args.domain, args.sampling, ema=args.ema)
+    config, domains, sampling = opened.loaded.config, opened.domains, opened.sampling
     card = data.read_card(args.data)
-    check_dataset(args.data, card, loaded.config)
+    check_dataset(args.data, card, config)
     options = {
-        "checkpoint": fingerprint,
+        "checkpoint": opened.fingerprint,
         "data": card.content_hash,
         "split": args.split,
         "domains": list(domains),
@@ -157,8 +151,8 @@ def prepare(args: Args) -> Job:
         **configs.to_dict(sampling),
         "seed": args.seed,
     }
-    plan = make_plan(args, card, tuple(domains))
-    return Job(args, loaded.path, loaded.config, sampling, card, tuple(domains), options, plan)
+    plan = make_plan(args, card, domains, num_samples(config))
+    return Job(args, opened.loaded.path, config, sampling, card, domains, options, plan)
 
 
 def finished(job: Job) -> bool:
@@ -202,8 +196,9 @@ def evaluate(job: Job) -> tuple[dict[str, Any], dict[str, bytes]]:
         for i in spread(len(there.ids), NUM_SHOWN):
             last = [] if there.truths is None else [there.truths[i]]
             rows.append([there.sources[i], *there.samples[there.ids[i]], *last])
+        columns = [f"sample {n + 1}" for n in range(num_samples(job.config))]
         truth = {"paired": ["truth"], "matched": ["proxy"], "unpaired": []}[job.card.pairing]
-        grids[domain] = labelled_grid(["source", *[f"sample {n + 1}" for n in range(NUM_SAMPLES)], *truth], rows)
+        grids[domain] = labelled_grid(["source", *columns, *truth], rows)
     evaluation = {
         "format": "ddpm-translate-evaluation",
         "format_version": 1,
@@ -252,6 +247,7 @@ def translate(job: Job) -> dict[str, Translated]:
         ),
         num_rows=num_rows,
         checkpoint_uri=job.checkpoint_path,
+        ema=job.args.ema,
         sampling=job.sampling,
         output=None,
         batch_size=job.args.batch_size,
@@ -269,7 +265,14 @@ def translate(job: Job) -> dict[str, Translated]:
     return {domain: gather(job, domain, found) for domain in job.domains}
 
 
-def make_plan(args: Args, card: data.DatasetCard, domains: tuple[str, ...]) -> dict[str, list[tuple[str, int, str]]]:
+def num_samples(config: configs.ModelConfig) -> int:
+    """How many results of a picture are shown: a GAN has but one."""
+    return NUM_SAMPLES if config.method == "diffusion" else 1
+
+
+def make_plan(
+    args: Args, card: data.DatasetCard, domains: tuple[str, ...], num_shown_samples: int
+) -> dict[str, list[tuple[str, int, str]]]:
     """Which rows to translate to what with which seeds.
 
     Raises:
@@ -288,7 +291,7 @@ def make_plan(args: Args, card: data.DatasetCard, domains: tuple[str, ...]) -> d
             raise InputError(f"{args.data}: no row of split {args.split!r} can be turned into {domain!r}")
         shown = {chosen[i] for i in spread(len(chosen), NUM_SHOWN)}
         for name in chosen:
-            seeds = range(args.seed, args.seed + (NUM_SAMPLES if name in shown else 1))
+            seeds = range(args.seed, args.seed + (num_shown_samples if name in shown else 1))
             plan.setdefault(name, []).extend((domain, seed, "") for seed in seeds)
     return plan
 
@@ -299,10 +302,11 @@ def gather(job: Job, domain: str, found: dict[tuple[str, str, int], dict[str, An
     ids = sorted(name for to, name, number in found if to == domain and number == seed)
     main = [found[domain, name, seed] for name in ids]
     has_truth = "truth" in main[0]
+    last = num_samples(job.config) - 1
     samples = {
-        name: [found[domain, name, seed + n]["result"] for n in range(NUM_SAMPLES)]
+        name: [found[domain, name, seed + n]["result"] for n in range(last + 1)]
         for name in ids
-        if (domain, name, seed + 1) in found
+        if (domain, name, seed + last) in found
     }
     return Translated(
         ids,
@@ -489,9 +493,11 @@ def write(job: Job, evaluation: dict[str, Any], grids: dict[str, bytes]) -> None
     evaluation["grids"] = names
     for domain, png in grids.items():
         storage.write_bytes(storage.join(job.args.output, names[domain]), png)
+    count = num_samples(job.config)
+    made = "the result" if count == 1 else f"{count} samples that differ in their noise only"
     images = [
         (
-            f"Held-out pictures to {domain}: the source, {NUM_SAMPLES} samples that differ in their noise only"
+            f"Held-out pictures to {domain}: the source, {made}"
             + {"paired": ", the truth.", "matched": ", the proxy (another person).", "unpaired": "."}[job.card.pairing],
             png,
         )

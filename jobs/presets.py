@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from ddpm_core.config import DiffusionConfig, SamplingConfig, UNetConfig
+from ddpm_core.config import DiffusionConfig, GANConfig, Method, SamplingConfig, UNetConfig
 from ddpm_core.precision import Precision
 
 
@@ -12,17 +12,17 @@ class OptimConfig:
     """Optimisation."""
 
     learning_rate: float = 2e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW, or of the GANs' Adam, which wants 2e-4."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a cosine down to zero at the last step."""
     warmup_steps: int = 200
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay; diffusion only."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; longer ones are scaled down."""
-    ema_sigma_rel: float = 0.1
-    """Length of the EMA as a share of the run so far (power-function EMA)."""
+    """Largest norm of the gradient; longer ones are scaled down; diffusion only."""
+    ema_sigma_rels: tuple[float, ...] = (0.05, 0.1)
+    """Lengths of the EMAs as shares of the run so far (power-function EMA). All are validated and kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,24 @@ class TrainOptions:
     """Validate and write a checkpoint after every so many epochs, and after the last."""
     precision: Precision = "auto"
     """Arithmetic of the network: auto takes bf16 where the hardware has it."""
+    gradient_checkpointing: bool = False
+    """Compute activations again instead of keeping them: large pictures in less memory, a third slower."""
+    compile: bool = False
+    """torch.compile the network's repeated blocks."""
+    identity_encoder: str | None = None
+    """Checkpoint of an encoder, local or s3://, that says how alike two pictures are to the losses below."""
+    identity_weight: float = 0.0
+    """Weight of the loss that keeps who is in the source, by the encoder's embedding."""
+    perceptual_weight: float = 0.0
+    """Weight of the loss that keeps what the source looks like, by the encoder's feature maps."""
+    method: Method = "diffusion"
+    """The diffusion model, or a GAN to compare it with: pix2pix learns from pairs, cyclegan without."""
     unet: UNetConfig = UNetConfig()
     """The network."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """The forward process and the loss."""
+    gan: GANConfig = GANConfig()
+    """Networks and losses of the GANs."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling defaults that the checkpoint carries."""
     optim: OptimConfig = OptimConfig()
@@ -84,8 +98,9 @@ PRESETS: dict[str, Preset] = {
                 condition_channels=32,
                 patch_size=2,
             ),
+            gan=GANConfig(channels=8, num_levels=3, num_res_blocks=1, num_discriminator_levels=1),
             sampling=SamplingConfig(num_steps=4),
-            optim=OptimConfig(warmup_steps=2),
+            optim=OptimConfig(warmup_steps=2, ema_sigma_rels=(0.1,)),
         ),
     ),
     "demo": Preset(
@@ -107,7 +122,18 @@ PRESETS: dict[str, Preset] = {
             # the weighting makes up for the fine detail that it would neglect (docs/log.md).
             diffusion=DiffusionConfig(prediction="x_0", loss_weighting="snr", max_snr=100.0),
             sampling=SamplingConfig(num_steps=25, guidance_scale=1.0),
-            optim=OptimConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=50),
+            optim=OptimConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=50, ema_sigma_rels=(0.1,)),
+        ),
+    ),
+    "demo-pix2pix": Preset(
+        "the baseline on the demo's data: pix2pix, two CPU cores, about five minutes",
+        TrainOptions(
+            method="pix2pix",
+            epochs=4,
+            global_batch_size=16,
+            target_domain="night",
+            max_val_images=128,
+            optim=OptimConfig(learning_rate=2e-4, warmup_steps=50, ema_sigma_rels=(0.1,)),
         ),
     ),
     "celeba-64": Preset(

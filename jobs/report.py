@@ -18,6 +18,8 @@ from jobs import storage
 
 CELL = 128
 """Pictures in a grid are enlarged by whole factors to about this side."""
+PARTS = ("adversarial", "discriminator", "identity", "perceptual")
+"""Training losses beside `loss`, as `jobs.objectives` names them."""
 HEADER = 26
 """Height of a grid's row of headings, in pixels."""
 CREDITS = {"licence": "Licence of the pictures", "credit": "Credit", "source": "Source"}
@@ -100,7 +102,10 @@ def _headline(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Map
         facts.append(f"{pairing} training data")
     if seen := max((row.get("images_seen", 0) for row in run.get("rows") or []), default=0):
         facts.append(f"{seen:,} pictures seen")
-    if sampling := evaluation.get("sampling"):
+    method = config.get("method", "diffusion")
+    if method != "diffusion":
+        facts.append(method)
+    elif sampling := evaluation.get("sampling"):
         facts.append(f"{sampling['sampler']}, {sampling['num_steps']} steps, guidance {sampling['guidance_scale']:g}")
     if date := environment.get("date"):
         facts.append(str(date)[:10])
@@ -193,19 +198,32 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     charts = []
     if len(val) + len(train) > 1:
         charts.append(("Loss: training, and validation with its 95 % band", lambda ax: draw_losses(ax, train, val)))
-    bands = sorted({key for row in val for key in row if key.startswith("loss_band_")})
+    bands, lengths = _named(val, "loss_band_"), _named(val, "loss_ema_")
     if bands and len(val) > 1:
-        charts.append(
-            ("Validation loss by quarter of the noise chain", lambda ax: draw_bands(ax, val, bands)),
-        )
+        charts.append(("Validation loss by quarter of the noise chain", lambda ax: draw_lines(ax, val, bands)))
+    if len(lengths) > 1 and len(val) > 1:
+        charts.append(("Validation loss by length of the weights' average", lambda ax: draw_lines(ax, val, lengths)))
+    parts = {f"loss_{name}": name for name in PARTS}
+    parts = {key: name for key, name in parts.items() if any(key in row for row in train)}
+    if parts and len(train) > 1:
+        charts.append(("The other training losses", lambda ax: draw_lines(ax, train, parts)))
     if not charts:
         return ""
     figures = "".join(f"<figure>{_chart(draw, alt)}<figcaption>{alt}</figcaption></figure>" for alt, draw in charts)
     return (
         f'<section><h2>Training</h2><div class="charts">{figures}</div>'
-        '<p class="note">Validation uses the EMA weights and the same timesteps and noise every time, so the curve '
-        "moves only when the network does.</p></section>"
+        '<p class="note">Validation uses the EMA weights, and the same pictures, timesteps and noise every time, so '
+        "the curve moves only when the network does.</p></section>"
     )
+
+
+def _named(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, str]:
+    """The keys of `rows` that start so, each with what a legend says of it."""
+    keys = sorted({key for row in rows for key in row if key.startswith(prefix)})
+    if prefix == "loss_ema_":
+        return {key: f"{float(key.removeprefix(prefix)):.1%} of the run" for key in keys}
+    ends = {keys[0]: " (least noisy)", keys[-1]: " (noisiest)"} if keys else {}
+    return {key: f"t in quarter {i + 1}{ends.get(key, '')}" for i, key in enumerate(keys)}
 
 
 def _details(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
@@ -309,14 +327,12 @@ def draw_losses(axes: Any, train: Sequence[Mapping[str, Any]], val: Sequence[Map
     _finish_axes(axes, [row["loss"] for row in [*train, *val] if row.get("loss")])
 
 
-def draw_bands(axes: Any, val: Sequence[Mapping[str, Any]], bands: Sequence[str]) -> None:
-    """Validation loss of each quarter of t, the least noisy first."""
+def draw_lines(axes: Any, rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> None:
+    """A line for each of these keys of the rows, in this order."""
     values = []
-    for i, band in enumerate(bands):
-        rows = [row for row in val if row.get(band) is not None]
-        x, y = _xy(rows, band)
+    for key, label in labels.items():
+        x, y = _xy(rows, key)
         values += y
-        label = f"t in quarter {i + 1}" + (" (least noisy)" if i == 0 else " (noisiest)" if i == len(bands) - 1 else "")
         axes.plot(x, y, linewidth=2, marker="o", markersize=3, label=label)
     _finish_axes(axes, values)
 

@@ -8,6 +8,7 @@ The same command again resumes. Ctrl-C or a kill loses at most the steps since t
 
 import contextlib
 import dataclasses
+import math
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ddpm_core import checkpoint
+from ddpm_core import checkpoint, encoders, gan
 from ddpm_core import config as configs
 from ddpm_core.config import DataCard, ModelConfig
 from ddpm_core.errors import InputError
@@ -50,6 +51,7 @@ class Args:
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     dataset, run = storage.absolute(args.data, flag="--data"), storage.absolute(args.output, flag="--output")
+    args = with_absolute_encoder(args)
     card = data.read_card(dataset)
     config = model_config(card, args.options)
     check_fit(card, config, args)
@@ -73,6 +75,15 @@ def parse(argv: list[str]) -> Args:
     return cli.parse(Args, argv, prog="jobs.train", description=f"{__doc__}\npresets:\n{presets}", default=default)
 
 
+def with_absolute_encoder(args: Args) -> Args:
+    """The workers run in other folders than the command."""
+    uri = args.options.identity_encoder
+    if uri is None:
+        return args
+    options = dataclasses.replace(args.options, identity_encoder=storage.absolute(uri, flag="--identity-encoder"))
+    return dataclasses.replace(args, options=options)
+
+
 def preset_name(argv: list[str]) -> str:
     name = Args.preset
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
@@ -91,8 +102,10 @@ def model_config(card: data.DatasetCard, options: TrainOptions) -> ModelConfig:
         image_size=card.image_size,
         domains=card.domains,
         target_domains=() if options.target_domain is None else (options.target_domain,),
+        method=options.method,
         unet=options.unet,
         diffusion=options.diffusion,
+        gan=options.gan,
         sampling=options.sampling,
         data=DataCard(
             name=card.name,
@@ -104,6 +117,8 @@ def model_config(card: data.DatasetCard, options: TrainOptions) -> ModelConfig:
         training=configs.to_dict(options),
     )
     configs.check(config)
+    if config.method != "diffusion":
+        gan.check(config)
     return config
 
 
@@ -127,8 +142,11 @@ def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
     for flag, value in positive.items():
         if not value > 0:
             raise InputError(f"{flag} is {value}; it must be positive")
-    if not 0 < options.optim.ema_sigma_rel < 0.28:
-        raise InputError(f"--optim.ema-sigma-rel is {options.optim.ema_sigma_rel}; it must lie between 0 and 0.28")
+    lengths = options.optim.ema_sigma_rels
+    if not lengths or len({checkpoint.ema_file(each) for each in lengths}) < len(lengths):
+        raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; give one or more different lengths, such as 0.1")
+    if not all(0 < each < 0.28 for each in lengths):
+        raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; each must lie between 0 and 0.28")
     if options.global_batch_size % workers:
         raise InputError(
             f"--global-batch-size {options.global_batch_size} cannot be shared by {workers} workers; "
@@ -145,6 +163,49 @@ def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
         )
     if len(config.domains) < 2:
         raise InputError(f"{args.data} has one domain, {config.domains[0]!r}; translation needs two")
+    check_method(card, options)
+    check_added_losses(options)
+
+
+def check_method(card: data.DatasetCard, options: TrainOptions) -> None:
+    """Refuse a method that these data or these options do not suit.
+
+    Raises:
+        InputError: naming the flag and what would be right.
+    """
+    method = options.method
+    if method == "pix2pix" and card.pairing == "unpaired":
+        raise InputError(f"--method pix2pix learns from pairs, {card.name} has none; give --method cyclegan")
+    shown = card.domain_counts.get("train", {})
+    if card.pairing == "unpaired" and (empty := [name for name in card.domains if not shown.get(name)]):
+        raise InputError(f"{card.name} has no picture of {', '.join(empty)} in its train split; translation needs both")
+    without_effect = {
+        "--gradient-checkpointing": options.gradient_checkpointing,
+        "--compile": options.compile,
+        "--identity-weight": options.identity_weight,
+        "--perceptual-weight": options.perceptual_weight,
+    }
+    for flag, value in without_effect.items():
+        if method != "diffusion" and value:
+            raise InputError(f"{flag} has no effect with --method {method}; leave it out")
+
+
+def check_added_losses(options: TrainOptions) -> None:
+    """Refuse weights without an encoder, an encoder without weights, and what is no encoder.
+
+    Raises:
+        InputError: naming the flag and what would be right.
+    """
+    weights = {"--identity-weight": options.identity_weight, "--perceptual-weight": options.perceptual_weight}
+    for flag, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise InputError(f"{flag} is {weight}; it must be 0 or more")
+        if weight and options.identity_encoder is None:
+            raise InputError(f"{flag} needs an encoder to compare pictures by; give --identity-encoder URI")
+    if options.identity_encoder is not None:
+        if not any(weights.values()):
+            raise InputError("--identity-encoder has no effect without --identity-weight or --perceptual-weight")
+        encoders.load_identity_encoder(options.identity_encoder, read=storage.read_bytes)
 
 
 def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:

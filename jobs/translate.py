@@ -8,22 +8,23 @@ new and changed pictures, and tries again those set aside.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from ddpm_core import checkpoint, images, provenance
+import tyro
+
 from ddpm_core import config as configs
+from ddpm_core import images, provenance
 from ddpm_core.checkpoint import Checkpoint
-from ddpm_core.config import Sampler, SamplingConfig
+from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
-from ddpm_core.translator import Translator
 from jobs import cli, data, storage
+from jobs.inference import SamplingOverrides, check_least, open_checkpoint
 
 if TYPE_CHECKING:
     import ray.data
@@ -46,12 +47,9 @@ class Args:
     """Folder or s3:// prefix for the results; outside the input."""
     domain: str
     """The side to produce, such as night."""
-    guidance_scale: float | None = None
-    """1 plain, above 1 guided more strongly; the checkpoint's own by default."""
-    num_steps: int | None = None
-    """Network evaluations for one picture; the checkpoint's own by default."""
-    sampler: Sampler | None = None
-    """ddim or ddpm; the checkpoint's own by default."""
+    sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
+    ema: float | None = None
+    """Weights averaged over this share of the training; those that validated best by default."""
     seed: int = 0
     """Another seed gives another result for each picture."""
     batch_size: int = 16
@@ -107,23 +105,19 @@ def prepare(args: Args) -> Job:
         input=storage.absolute(args.input, flag="--input"),
         output=storage.absolute(args.output, flag="--output"),
     )
-    for flag, value in {"--batch-size": args.batch_size, "--num-workers": args.num_workers}.items():
-        if value is not None and value < 1:
-            raise InputError(f"{flag} is {value}; it must be at least 1")
+    check_least({"--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 1)})
     if inside(args.output, args.input):
         raise InputError(
             f"--output {args.output} lies in the input; results would be taken for pictures: write elsewhere"
         )
-    loaded, fingerprint = open_checkpoint(args.checkpoint)
-    translator = Translator(loaded, device="cpu")
-    translator.domain_index(args.domain)
-    sampling = translator.options(sampler=args.sampler, num_steps=args.num_steps, guidance_scale=args.guidance_scale)
+    opened = open_checkpoint(args.checkpoint, args.domain, args.sampling, ema=args.ema)
+    loaded, sampling = opened.loaded, opened.sampling
     options = {
         "input": args.input,
         "domain": args.domain,
         **configs.to_dict(sampling),
         "seed": args.seed,
-        "checkpoint": fingerprint,
+        "checkpoint": opened.fingerprint,
     }
     card = data.find_card(args.input)
     if card is not None:
@@ -144,20 +138,6 @@ def inside(uri: str, folder: str) -> bool:
     if not storage.is_remote(uri) and not storage.is_remote(folder):
         uri, folder = os.path.realpath(uri), os.path.realpath(folder)
     return f"{uri.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
-
-
-def open_checkpoint(uri: str) -> tuple[Checkpoint, str]:
-    """The checkpoint, and a hash of its weights that tells it from another one at the same place."""
-    digest = hashlib.blake2b(digest_size=8)
-
-    def read(path: str) -> bytes:
-        content = storage.read_bytes(path)
-        if path.endswith(".safetensors"):
-            digest.update(content)
-        return content
-
-    loaded = checkpoint.load(uri, read=read)
-    return loaded, digest.hexdigest()
 
 
 def dataset_sources(
@@ -239,6 +219,7 @@ def translate(job: Job, manifest: "Manifest", todo: list[dict[str, Any]]) -> Non
         source_rows(job, todo),
         num_rows=len(todo),
         checkpoint_uri=job.loaded.path,
+        ema=job.args.ema,
         sampling=job.sampling,
         output=job.args.output,
         batch_size=job.args.batch_size,

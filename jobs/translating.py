@@ -21,6 +21,7 @@ import ray.data
 import torch
 
 from ddpm_core import checkpoint, images
+from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
@@ -41,10 +42,12 @@ CPUS_PER_ACTOR = 0.5
 class Translate:
     """Ray Data actor: rows with a source picture become rows with the result, or with the result written."""
 
-    def __init__(self, *, checkpoint_uri: str, sampling: dict[str, Any], output: str | None, num_threads: int) -> None:
-        """`sampling`: sampler, num_steps, guidance_scale. `output`: where results go, None to keep them in `result`."""
+    def __init__(
+        self, *, checkpoint_uri: str, ema: float | None, sampling: dict[str, Any], output: str | None, num_threads: int
+    ) -> None:
+        """`sampling`: fields of SamplingConfig. `output`: where results go, None to keep them in `result`."""
         torch.set_num_threads(num_threads)
-        loaded = checkpoint.load(checkpoint_uri, read=storage.read_bytes)
+        loaded = checkpoint.load(checkpoint_uri, ema=ema, read=storage.read_bytes)
         self.translator = Translator(loaded)
         self.sampling, self.output = sampling, output
 
@@ -95,6 +98,7 @@ def translate_rows(
     *,
     num_rows: int,
     checkpoint_uri: str,
+    ema: float | None,
     sampling: SamplingConfig,
     output: str | None,
     batch_size: int,
@@ -104,11 +108,8 @@ def translate_rows(
     pool = actor_pool(num_rows, batch_size, num_workers)
     pool["fn_constructor_kwargs"] |= {
         "checkpoint_uri": checkpoint_uri,
-        "sampling": {
-            "sampler": sampling.sampler,
-            "num_steps": sampling.num_steps,
-            "guidance_scale": sampling.guidance_scale,
-        },
+        "ema": ema,
+        "sampling": configs.to_dict(sampling),
         "output": output,
     }
     return rows.map_batches(Translate, **pool)

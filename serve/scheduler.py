@@ -40,14 +40,8 @@ def run(translate: Translate, jobs: Sequence[Job]) -> list[Done]:
     done: dict[int, Done] = {}
     for options, members in groups.items():
         start = time.perf_counter()
-        results = translate(
-            np.stack([jobs[index].picture for index in members]),
-            options.domain,
-            sampler=options.sampler,
-            num_steps=options.num_steps,
-            guidance_scale=options.guidance_scale,
-            seed=options.seed,
-        )
+        pictures = np.stack([jobs[index].picture for index in members])
+        results = translate(pictures, **dataclasses.asdict(options))
         model_ms = (time.perf_counter() - start) * 1000
         for index, picture in zip(members, results, strict=True):
             done[index] = Done(picture, model_ms, len(members))

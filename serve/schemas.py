@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ddpm_core import config as configs
-from ddpm_core.config import ModelConfig
+from ddpm_core.config import ModelConfig, Sampler, SamplingConfig, Start
 from ddpm_core.errors import InputError
 
 
@@ -66,8 +66,14 @@ class Query(BaseModel):
     """0 ignores the picture, 1 is plain, above 1 follows it harder."""
     num_steps: Annotated[int, Field(ge=1)] | None = None
     """Network evaluations: more are slower and finer."""
-    sampler: Literal["ddim", "ddpm"] | None = None
-    """ddim: deterministic, good with few steps. ddpm: ancestral."""
+    sampler: Sampler | None = None
+    """ddim: deterministic, good with few steps. ddpm: ancestral. dpm_solver: second order, fewer steps still."""
+    domain_guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """A weight of the domain's own; guidance_scale is then the picture's."""
+    start: Start | None = None
+    """noise; sdedit: the picture, noised; ddib: the noise that DDIM finds for the picture in its own domain."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of sdedit: share of the chain that is noised and drawn again."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Another seed draws another sample for the same picture."""
 
@@ -77,9 +83,12 @@ class Options:
     """A request's options in full: requests with equal options may share a batch."""
 
     domain: str
-    sampler: str
+    sampler: Sampler
     num_steps: int
     guidance_scale: float
+    domain_guidance_scale: float | None
+    start: Start
+    strength: float
     seed: int
 
 
@@ -87,7 +96,7 @@ def complete(query: Query, config: ModelConfig) -> Options:
     """`query` with the checkpoint's defaults in the gaps.
 
     Raises:
-        InputError: no domain where there is a choice, an unknown one, more steps than the chain has.
+        InputError: no domain where there is a choice, an unknown one, options that cannot work or have no effect.
     """
     targets = config.target_domains or config.domains
     if query.domain is None and len(targets) != 1:
@@ -99,14 +108,14 @@ def complete(query: Query, config: ModelConfig) -> Options:
     num_timesteps = config.diffusion.num_timesteps
     if query.num_steps is not None and query.num_steps > num_timesteps:
         raise InputError(f"num_steps is {query.num_steps}; this checkpoint takes at most {num_timesteps}")
+    names = [field.name for field in dataclasses.fields(SamplingConfig) if field.name in Query.model_fields]
     defaults = config.sampling
-    return Options(
-        domain=domain,
-        sampler=query.sampler or defaults.sampler,
-        num_steps=query.num_steps or defaults.num_steps,
-        guidance_scale=defaults.guidance_scale if query.guidance_scale is None else query.guidance_scale,
-        seed=query.seed,
-    )
+    given = {name: value for name in names if (value := getattr(query, name)) not in (None, getattr(defaults, name))}
+    if given and config.method != "diffusion":
+        raise InputError(f"{', '.join(given)}: no effect on {config.method}, which does not sample; leave it out")
+    sampling = dataclasses.replace(defaults, **given)
+    configs.check_sampling(sampling, num_timesteps)
+    return Options(domain=domain, seed=query.seed, **{name: getattr(sampling, name) for name in names})
 
 
 M = TypeVar("M", bound=BaseModel)

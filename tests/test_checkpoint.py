@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_core import checkpoint
+from ddpm_core import checkpoint, gan, images
+from ddpm_core.config import GANConfig, ModelConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 
@@ -34,6 +35,39 @@ def test_a_run_means_its_best_checkpoint_and_its_sampling(checkpoint_folder, tmp
     assert loaded.path.endswith("step-00000002")
     sampling = loaded.config.sampling
     assert (sampling.guidance_scale, sampling.num_steps, sampling.sampler) == (2.5, 3, "ddpm")
+
+
+@pytest.mark.parametrize("method", ["pix2pix", "cyclegan"])
+def test_the_method_decides_the_network(tmp_path, method):
+    config = ModelConfig(
+        image_size=16,
+        domains=("day", "night"),
+        method=method,
+        gan=GANConfig(channels=4, num_levels=2, num_res_blocks=1, num_discriminator_levels=1),
+        training={"optim": {"ema_sigma_rels": [0.05, 0.1]}, "ema_sigma_rel": 0.1},
+    )
+    torch.manual_seed(0)
+    best, other = checkpoint.build(config), checkpoint.build(config)
+    for name, content in checkpoint.files(best.state_dict(), config, others={0.05: other.state_dict()}).items():
+        (tmp_path / name).write_bytes(content)
+    loaded = checkpoint.load(str(tmp_path))
+    assert isinstance(loaded.model, gan.Generator)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    condition = images.to_tensor(pictures)
+    for ema, network in ((None, best), (0.1, best), (0.05, other)):
+        translate = Translator(checkpoint.load(str(tmp_path), ema=ema), precision="fp32")
+        right = images.to_uint8(network(condition, torch.tensor([1, 1])).detach())
+        assert np.array_equal(translate(pictures, "night", seed=3), right)
+    with pytest.raises(InputError, match=r"holds no weights of EMA length 0\.2; there are 0\.05, 0\.1"):
+        checkpoint.load(str(tmp_path), ema=0.2)
+    (tmp_path / "ema-0.050.safetensors").unlink()
+    with pytest.raises(InputError, match=r"ema-0\.050\.safetensors is missing"):
+        checkpoint.load(str(tmp_path), ema=0.05)
+
+
+def test_a_checkpoint_that_does_not_say_which_ema_it_holds(checkpoint_folder):
+    with pytest.raises(InputError, match=r"EMA length 0\.1; this checkpoint does not say"):
+        checkpoint.load(checkpoint_folder, ema=0.1)
 
 
 def damage(folder, name, change):
@@ -99,19 +133,3 @@ def test_wrong_options_are_refused_by_name(checkpoint_folder):
     ):
         with pytest.raises(InputError, match=message):
             translate(picture, **options)
-
-
-def test_ema_of_a_linear_path_has_the_power_functions_mean_and_width():
-    """Weights that grow by one each step: the average's lag is that of the profile s^gamma, in closed form."""
-    from ddpm_core.ema import EMA, gamma_of
-
-    model = torch.nn.Linear(1, 1, bias=False)
-    ema = EMA(model, sigma_rel=0.1)
-    steps = 4000
-    for step in range(1, steps + 1):
-        with torch.no_grad():
-            model.weight.fill_(step / steps)
-        ema.update(model, step)
-    gamma = gamma_of(0.1)
-    assert gamma == pytest.approx(6.94, abs=0.01)  # Karras et al. 2024, appendix C
-    assert ema.model.weight.item() == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-3)

@@ -7,6 +7,7 @@ import pytest
 
 from ddpm_core.config import (
     DiffusionConfig,
+    GANConfig,
     ModelConfig,
     SamplingConfig,
     UNetConfig,
@@ -37,6 +38,7 @@ def test_round_trip_through_json():
         ({"unet": 3}, "config.unet must be an object"),
         ({"diffusion": {"prediction": "noise"}}, "must be one of eps, v, x_0"),
         ({"domains": "day"}, "config.domains is 'day'; it must be a list"),
+        ({"sampling": {"guidance_interval": [0.5]}}, "guidance_interval is [0.5]; it must have 2 values"),
     ],
 )
 def test_what_is_unknown_or_of_the_wrong_type_is_refused_by_name(change, message):
@@ -57,6 +59,23 @@ def test_what_is_unknown_or_of_the_wrong_type_is_refused_by_name(change, message
         ({"sampling": SamplingConfig(num_steps=1001)}, "must not exceed diffusion.num-timesteps = 1000"),
         ({"sampling": SamplingConfig(guidance_scale=float("nan"))}, "guidance-scale is nan"),
         ({"domains": ("a", "a")}, "give distinct names"),
+        ({"sampling": SamplingConfig(guidance_interval=(0.5, 0.2))}, "guidance-interval is 0.5 0.2"),
+        ({"sampling": SamplingConfig(guidance_rescale=1.5)}, "guidance-rescale is 1.5"),
+        ({"sampling": SamplingConfig(domain_guidance_scale=-1.0)}, "domain-guidance-scale is -1.0"),
+        ({"sampling": SamplingConfig(sampler="ddpm", eta=0.5)}, "eta has no effect on the sampler ddpm"),
+        ({"sampling": SamplingConfig(strength=0.5)}, "strength has no effect with sampling.start noise"),
+        ({"sampling": SamplingConfig(start="ddib", sampler="ddpm")}, "needs sampler ddim"),
+        ({"unet": UNetConfig(injection=())}, "injection is []; give one or more"),
+        ({"unet": UNetConfig(injection=("anchor",), anchor_channels=64)}, "anchor-channels is 64"),
+        ({"unet": UNetConfig(injection=("anchor",), anchor_landmarks=(0.5, 1.5))}, "anchor-landmarks is [0.5, 1.5]"),
+        ({"unet": UNetConfig(anchor_landmarks=(0.5, 0.5))}, "no effect without anchor"),
+        ({"diffusion": DiffusionConfig(zero_terminal_snr=True)}, "predict v or x_0"),
+        (
+            {"diffusion": DiffusionConfig(zero_terminal_snr=True, prediction="v", loss_weighting="min_snr")},
+            "would have the weight 0; take snr",
+        ),
+        ({"gan": GANConfig(l1_weight=-1.0)}, "gan.l1-weight is -1.0"),
+        ({"method": "cyclegan", "domains": ("a", "b", "night")}, "knows two domains; there are 3"),
         ({"target_domains": ("nite",)}, "unknown domain 'nite' (did you mean 'night'?)"),
     ],
 )

@@ -62,3 +62,38 @@ def test_noise_depends_on_the_generator_and_not_on_the_batch():
 def test_seeds_of_different_parts_differ():
     assert seeded(1, 23).initial_seed() != seeded(12, 3).initial_seed()
     assert seeded(0, 1, "x").initial_seed() == seeded(0, 1, "x").initial_seed()
+
+
+ZERO_ABAR = alphas_cumprod(DiffusionConfig(zero_terminal_snr=True, prediction="v"))
+
+
+@pytest.mark.parametrize("prediction", ["v", "x_0"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_pure_noise_is_noise_and_its_prediction_goes_round(prediction, clip):
+    x_0, noise = 0.1 * pictures(0), pictures(1)
+    t = torch.full_like(T, 999)
+    x_t = q_sample(x_0, t, noise, ZERO_ABAR)
+    assert torch.equal(x_t, noise)
+    target = training_target(prediction, x_0, t, noise, ZERO_ABAR)
+    pred = predicted(prediction, target, x_t, t, ZERO_ABAR, clip=clip)
+    torch.testing.assert_close(pred.x_0, x_0, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pred.eps, noise, rtol=1e-12, atol=1e-12)
+
+
+def test_v_is_the_velocity_of_the_angle():
+    """v = d x_t / d phi with a = cos phi, s = sin phi (Salimans & Ho 2022, appendix D)."""
+    x_0, noise = pictures(0), pictures(1)
+    for i, t in enumerate(T.tolist()):
+        a, s = ABAR[t].item() ** 0.5, (1 - ABAR[t].item()) ** 0.5
+        v = training_target("v", x_0, T, noise, ABAR)[i]
+        torch.testing.assert_close(v, a * noise[i] - s * x_0[i], rtol=1e-12, atol=1e-12)
+
+
+def test_drawn_noise_is_standard_normal_and_goes_on():
+    generator, like = seeded("moments"), torch.zeros(1, 1, 400, 500, dtype=torch.float64)
+    first, second = draw_noise([generator], like), draw_noise([generator], like)
+    assert first.dtype == torch.float64
+    assert first.mean().item() == pytest.approx(0, abs=0.01)
+    assert first.std().item() == pytest.approx(1, rel=0.01)
+    assert not torch.equal(first, second)
+    assert torch.equal(first[0], torch.randn(1, 400, 500, generator=seeded("moments")).double())

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ddpm_core import checkpoint, metrics
-from ddpm_core.config import ModelConfig
+from ddpm_core import config as configs
+from ddpm_core.config import GANConfig, ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 from jobs import cli, data, evaluate, scores
@@ -104,7 +105,7 @@ def test_true_pairs_are_measured_to_the_truth(
     assert against["psnr", "a copy of the source"]["better"] is False
     assert against["kid", "the best linear colour map"]["better"] is False
 
-    assert found["sampling"] == {"sampler": "ddim", "num_steps": 2, "guidance_scale": 1.5}
+    assert found["sampling"] == configs.to_dict(SamplingConfig(num_steps=2))
     assert found["feature_net"]
     assert found["data"]["licence"] == "CC0"
     grid = Image.open(output / "grid.png")
@@ -153,6 +154,31 @@ def test_without_true_pairs_nothing_claims_a_truth(
     assert ("proxies" in page) == (pairing == "matched")
     assert ("no pairs" in page) == (pairing == "unpaired")
     assert "the truth" not in page
+
+
+def test_a_gan_takes_the_same_path_and_has_one_result(ray_cluster: None, tmp_path: Path) -> None:
+    config = ModelConfig(
+        image_size=SIDE,
+        domains=("day", "night"),
+        target_domains=("night",),
+        method="pix2pix",
+        gan=GANConfig(channels=4, num_levels=2, num_discriminator_levels=1),
+    )
+    network = checkpoint.build(config)
+    (tmp_path / "gan").mkdir()
+    for name, content in checkpoint.files(network.state_dict(), config).items():
+        (tmp_path / "gan" / name).write_bytes(content)
+    dataset, output = write_set(tmp_path / "set", "paired"), tmp_path / "out"
+    assert evaluate.main(command(str(tmp_path / "gan"), dataset, output, "--num-images", "6")) == cli.DONE
+    found = read(output)
+    sources = np.stack([scene(100 + i) for i in evaluate.spread(24, 6)])
+    results = Translator(checkpoint.load(str(tmp_path / "gan")))(sources, "night")
+    psnr = found["domains"]["night"]["methods"]["model"]["metrics"]["psnr"]["mean"]
+    assert psnr == pytest.approx(scores.psnr(results, by_night(sources)).mean(), abs=0.02)
+    assert Image.open(output / "grid.png").size[0] == 3 * 128 + 2 * 4  # source, result, truth
+    page = (output / "report.html").read_text()
+    assert "pix2pix" in page
+    assert "noise only" not in page
 
 
 def test_rows_come_back_by_id_whatever_their_order() -> None:

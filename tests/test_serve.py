@@ -21,13 +21,23 @@ from conftest import ROOT, S3Server, free_port
 from PIL import Image
 
 from ddpm_core import checkpoint, images
-from ddpm_core.config import ModelConfig
+from ddpm_core import config as configs
+from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 from serve import app, scheduler
 from serve.schemas import Arguments, Options, Query, complete, validate
 
-PLAIN = Options(domain="night", sampler="ddim", num_steps=2, guidance_scale=1.0, seed=0)
+PLAIN = Options(
+    domain="night",
+    sampler="ddim",
+    num_steps=2,
+    guidance_scale=1.0,
+    domain_guidance_scale=None,
+    start="noise",
+    strength=1.0,
+    seed=0,
+)
 
 
 def png(seed: int = 0, size: tuple[int, int] = (40, 24)) -> bytes:
@@ -50,7 +60,16 @@ def test_arguments_are_typed_and_unknown_ones_refused() -> None:
 
 def test_options_are_completed_from_the_checkpoint() -> None:
     config = ModelConfig(domains=("day", "night"), target_domains=("night",))
-    assert complete(Query(), config) == Options("night", "ddim", 50, 1.5, 0)
+    assert complete(Query(), config) == Options("night", "ddim", 50, 1.5, None, "noise", 1.0, 0)
+    given = {"sampler": "dpm_solver", "domain_guidance_scale": 2.0, "start": "sdedit", "strength": 0.5}
+    asked = complete(Query(**given), config)
+    assert {name: getattr(asked, name) for name in given} == given
+    with pytest.raises(InputError, match=r"strength has no effect with sampling\.start noise"):
+        complete(Query(strength=0.5), config)
+    gan = ModelConfig(domains=("day", "night"), target_domains=("night",), method="pix2pix")
+    assert complete(Query(num_steps=50), gan) == complete(Query(), gan)  # the page sends what it was given
+    with pytest.raises(InputError, match="num_steps: no effect on pix2pix"):
+        complete(Query(num_steps=7), gan)
     assert complete(Query(guidance_scale=0, num_steps=7), config).guidance_scale == 0
     with pytest.raises(InputError, match=r"domain is missing; add \?domain= with one of day, night"):
         complete(Query(), ModelConfig(domains=("day", "night")))
@@ -105,7 +124,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[int, str, int, int]] = []
 
-    def __call__(self, pictures, domain, *, sampler, num_steps, guidance_scale, seed):  # type: ignore[no-untyped-def]
+    def __call__(self, pictures, domain, *, num_steps, seed, **options):  # type: ignore[no-untyped-def]
         self.calls.append((len(pictures), domain, num_steps, seed))
         return pictures + np.uint8(num_steps)
 
@@ -180,7 +199,8 @@ def test_a_picture_in_a_picture_out(endpoint: str, checkpoint_folder: str) -> No
     answer = httpx.post(f"{endpoint}/v1/translate", params=query, content=png(), timeout=60)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "image/png"
-    assert json.loads(answer.headers["x-options"]) == query
+    defaults = {"domain_guidance_scale": None, "start": "noise", "strength": 1.0}
+    assert json.loads(answer.headers["x-options"]) == {**query, **defaults}
     assert answer.headers["x-licence"] == "unknown"
     assert "model;dur=" in answer.headers["server-timing"]
     result = np.asarray(Image.open(io.BytesIO(answer.content)))
@@ -218,6 +238,9 @@ def test_pictures_sent_together_share_a_pass_but_never_across_options(endpoint: 
         ("domain=nigth", png(), 422, "did you mean 'night'?"),
         ("domain=night&num_steps=many", png(), 422, "num_steps is 'many'"),
         ("domain=night&num_steps=5000", png(), 422, "at most 1000"),
+        ("domain=night&strength=0", png(), 422, "strength is '0'"),
+        ("domain=night&start=sdedit&strength=0.5&eta=1", png(), 422, "unknown option 'eta'"),
+        ("domain=night&strength=0.5", png(), 422, "no effect with sampling.start noise"),
         ("domain=night&guidance_scale=nan", png(), 422, "guidance_scale is 'nan'"),
         ("domain=night&guidance=2", png(), 422, "unknown option 'guidance' (did you mean 'guidance_scale'?)"),
         ("domain=night", b"x" * 2_000_001, 413, "larger than 2 MB"),
@@ -246,7 +269,7 @@ def test_the_other_addresses(endpoint: str) -> None:
     model = httpx.get(f"{endpoint}/v1/model").json()
     assert model["domains"] == ["day", "night"]
     assert model["image_size"] == 16
-    assert model["defaults"] == {"sampler": "ddim", "num_steps": 2, "guidance_scale": 1.5}
+    assert model["defaults"] == configs.to_dict(SamplingConfig(num_steps=2))
     assert model["licence"] == "unknown"
     assert httpx.get(f"{endpoint}/healthz").json() == {"status": "ok"}
     page = httpx.get(endpoint)

@@ -1,5 +1,6 @@
 """Training: the run's layout, resuming, an order that restarts and workers cannot change, refusals."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,14 +13,21 @@ import numpy as np
 import pytest
 import ray
 import torch
+from PIL import Image
 
-from ddpm_core import checkpoint, precision, schedule
-from ddpm_core.config import ModelConfig
+from ddpm_core import checkpoint, encoders, identity
+from ddpm_core.config import DiffusionConfig, ModelConfig
+from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
-from jobs import data, train, train_loop
+from ddpm_core.gan import Generator
+from ddpm_core.translator import Translator
+from jobs import data, objectives, samples, train, train_loop, translate
 from jobs.presets import PRESETS, TrainOptions
 
+CPU = torch.device("cpu")
+
 SMOKE = ["--preset", "smoke", "--precision", "fp32"]
+LENGTHS = ["--optim.ema-sigma-rels", "0.05", "0.1"]
 
 
 def run(dataset: str, output: Path | str, *flags: str) -> int:
@@ -32,9 +40,9 @@ def weights(run_folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def two_epochs(ray_cluster, dataset_folder, tmp_path_factory) -> Path:
-    """A run of two epochs, four steps, by one worker."""
+    """A run of two epochs, four steps, by one worker, with two lengths of EMA."""
     output = tmp_path_factory.mktemp("runs") / "run"
-    assert run(dataset_folder, output) == 0
+    assert run(dataset_folder, output, *LENGTHS) == 0
     return output
 
 
@@ -65,26 +73,47 @@ def test_a_run_leaves_what_the_design_promises(two_epochs):
     ]
     best = json.loads((two_epochs / "best.json").read_text())
     assert best["metric"]["loss"] == min(row["loss"] for row in rows if row["split"] == "val")
+    for row in rows[1::2]:
+        of_each = {0.05: row["loss_ema_0.050"], 0.1: row["loss_ema_0.100"]}
+        assert row["loss"] == of_each[row["ema_sigma_rel"]] == min(of_each.values())
     assert "CC0" in (two_epochs / last / "card.md").read_text()
+
+
+@pytest.mark.slow
+def test_every_length_of_the_ema_can_be_picked_afterwards(two_epochs):
+    best = json.loads((two_epochs / "best.json").read_text())
+    chosen, folder = best["ema_sigma_rel"], two_epochs / best["checkpoint"]
+    (other,) = {0.05, 0.1} - {chosen}
+    assert (folder / f"ema-{other:.3f}.safetensors").exists()
+    assert not (folder / f"ema-{chosen:.3f}.safetensors").exists()
+    loaded = checkpoint.load(str(two_epochs))
+    assert loaded.config.training["ema_sigma_rel"] == chosen
+    state = torch.load(folder / "train_state/state.pt", weights_only=True)
+    for sigma_rel in (chosen, other):
+        found = checkpoint.load(str(two_epochs), ema=sigma_rel).model.state_dict()
+        for name, tensor in state["ema"][sigma_rel].items():
+            assert torch.equal(found[name], tensor), name
+    with pytest.raises(InputError, match=r"holds no weights of EMA length 0\.2; there are 0\.05, 0\.1"):
+        checkpoint.load(str(two_epochs), ema=0.2)
 
 
 @pytest.mark.slow
 def test_the_same_command_again_has_nothing_to_do(two_epochs, dataset_folder, capsys):
     before = (two_epochs / "metrics.jsonl").stat().st_mtime_ns
-    assert run(dataset_folder, two_epochs) == 0
+    assert run(dataset_folder, two_epochs, *LENGTHS) == 0
     assert "already trained" in capsys.readouterr().out
     assert (two_epochs / "metrics.jsonl").stat().st_mtime_ns == before
 
 
 def test_other_options_are_refused_by_name(two_epochs, dataset_folder):
     with pytest.raises(InputError, match=r"training\.seed = 0, this command says 7"):
-        run(dataset_folder, two_epochs, "--seed", "7")
+        run(dataset_folder, two_epochs, *LENGTHS, "--seed", "7")
 
 
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, dataset_folder, tmp_path):
-    assert run(dataset_folder, tmp_path / "run", "--epochs", "1") == 0
-    assert run(dataset_folder, tmp_path / "run") == 0
+    assert run(dataset_folder, tmp_path / "run", *LENGTHS, "--epochs", "1") == 0
+    assert run(dataset_folder, tmp_path / "run", *LENGTHS) == 0
     whole = [json.loads(line) for line in (two_epochs / "metrics.jsonl").read_text().splitlines()]
     resumed = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     for one, two in zip(whole, resumed, strict=True):
@@ -95,7 +124,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, dataset_folder, t
 
 @pytest.mark.slow
 def test_two_workers_compute_what_one_does(two_epochs, dataset_folder, tmp_path):
-    assert run(dataset_folder, tmp_path / "run", "--num-workers", "2") == 0
+    assert run(dataset_folder, tmp_path / "run", *LENGTHS, "--num-workers", "2") == 0
     one, two = weights(two_epochs), weights(tmp_path / "run")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
@@ -123,7 +152,7 @@ def started_until(step: int, output: Path, flags: list[str]) -> subprocess.Popen
 def test_a_killed_run_goes_on_from_its_last_checkpoint(ray_cluster, two_epochs, dataset_folder, tmp_path):
     """kill -9 of the driver in the middle; the same command again ends where the uninterrupted run of its kind ends."""
     output = tmp_path / "run"
-    flags = [*SMOKE, "--data", dataset_folder, "--output", str(output), "--epochs", "400"]
+    flags = [*SMOKE, *LENGTHS, "--data", dataset_folder, "--output", str(output), "--epochs", "400"]
     driver = started_until(6, output, flags)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
@@ -158,16 +187,23 @@ def loaded(dataset_folder: str, split: str = "train") -> data.SplitArrays:
 
 
 def config_for(options: TrainOptions) -> ModelConfig:
-    return ModelConfig(image_size=16, domains=("day", "night"), unet=options.unet, diffusion=options.diffusion)
+    return ModelConfig(
+        image_size=16,
+        domains=("day", "night"),
+        method=options.method,
+        unet=options.unet,
+        diffusion=options.diffusion,
+        gan=options.gan,
+    )
 
 
 def test_samples_are_functions_of_seed_epoch_and_id(ray_cluster, dataset_folder):
     options = PRESETS["smoke"].options
-    sampler = train_loop.Sampler(loaded(dataset_folder), config_for(options), options)
+    sampler = samples.Sampler(loaded(dataset_folder), config_for(options), options)
     rows = np.arange(8)
     whole = sampler.train(rows, epoch=3)
     halves = [sampler.train(rows[:4], epoch=3), sampler.train(rows[4:], epoch=3)]
-    for name in ("x_0", "condition", "domain", "t", "noise", "dropped"):
+    for name in ("x_0", "condition", "domain", "t", "noise", "dropped", "domain_dropped"):
         together = torch.cat([getattr(half, name) for half in halves])
         assert torch.equal(getattr(whole, name), together), name
     other = sampler.train(rows, epoch=4)
@@ -176,76 +212,223 @@ def test_samples_are_functions_of_seed_epoch_and_id(ray_cluster, dataset_folder)
 
 
 def test_each_epoch_visits_every_row_once_in_its_own_order():
-    first, second = (train_loop.epoch_order(0, epoch, 50) for epoch in (0, 1))
+    first, second = (samples.epoch_order(0, epoch, 50) for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(50))
     assert list(first) != list(second)
-    assert list(train_loop.epoch_order(0, 1, 50)) == list(second)
+    assert list(samples.epoch_order(0, 1, 50)) == list(second)
 
 
 def test_both_directions_and_one(ray_cluster, dataset_folder):
     arrays = loaded(dataset_folder)
     rows = np.arange(len(arrays))
     options = TrainOptions(flip=False)
-    both = train_loop.Sampler(arrays, config_for(options), options).train(rows, 0)
+    both = samples.Sampler(arrays, config_for(options), options).train(rows, 0)
     assert set(both.domain.tolist()) == {0, 1}
     for i, domain in enumerate(both.domain.tolist()):
         dimmer, brighter = both.x_0[i].mean(), both.condition[i].mean()
         assert (dimmer < brighter) == (domain == 1)  # night is darker: the picture fits its label
     one = TrainOptions(flip=False, target_domain="night")
-    assert set(train_loop.Sampler(arrays, config_for(one), one).train(rows, 0).domain.tolist()) == {1}
+    assert set(samples.Sampler(arrays, config_for(one), one).train(rows, 0).domain.tolist()) == {1}
 
 
-def test_conditions_are_dropped_as_often_as_asked(ray_cluster, dataset_folder):
-    arrays, options = loaded(dataset_folder), TrainOptions()
-    sampler = train_loop.Sampler(arrays, config_for(options), options)
-    dropped = torch.cat([sampler.train(np.arange(len(arrays)), epoch).dropped for epoch in range(40)])
+def test_conditions_and_domains_are_dropped_apart_as_often_as_asked(ray_cluster, dataset_folder):
+    arrays = loaded(dataset_folder)
+    options = TrainOptions(diffusion=DiffusionConfig(p_uncond=0.2, p_uncond_domain=0.5))
+    sampler = samples.Sampler(arrays, config_for(options), options)
+    batches = [sampler.train(np.arange(len(arrays)), epoch) for epoch in range(40)]
+    dropped, domain_dropped = (
+        torch.cat([getattr(each, name) for each in batches]) for name in ("dropped", "domain_dropped")
+    )
     assert dropped.float().mean().item() == pytest.approx(0.2, abs=0.04)
-    assert not sampler.validation(np.arange(4), np.arange(4)).dropped.any()
+    assert domain_dropped.float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (dropped & domain_dropped).float().mean().item() == pytest.approx(0.1, abs=0.03)
+    shown = sampler.validation(np.arange(4), np.arange(4))
+    assert not (shown.dropped | shown.domain_dropped).any()
 
 
-def test_validation_gives_the_same_number_every_time(ray_cluster, dataset_folder):
-    options = PRESETS["smoke"].options
-    config = config_for(options)
-    from ddpm_core.unet import UNet
+def test_cyclegan_is_shown_no_pairs(ray_cluster, dataset_folder):
+    arrays = loaded(dataset_folder)
+    options = TrainOptions(method="cyclegan", flip=False)
+    batch = samples.Sampler(arrays, config_for(options), options).train(np.arange(len(arrays)), 0)
+    days = {tuple(picture.flatten().tolist()) for picture in arrays.images(range(len(arrays)))}
+    pairs = 0
+    for x_0, condition, domain in zip(batch.x_0, batch.condition, batch.domain.tolist(), strict=True):
+        day, night = ((picture + 1) * 127.5 for picture in ((condition, x_0) if domain else (x_0, condition)))
+        assert tuple(day.round().permute(1, 2, 0).flatten().to(torch.uint8).tolist()) in days  # each on its side
+        dimmed = day * torch.tensor([0.2, 0.3, 0.5])[:, None, None]
+        pairs += int((dimmed - night).abs().max() < 2)
+    assert pairs < 8  # of 32 draws, one in 32 is its own counterpart
 
-    model = UNet(config).eval()
-    validate = train_loop.Validation(loaded(dataset_folder, "val"), config, options, torch.device("cpu"), 0, 1)
-    first = validate(model)
+
+@pytest.mark.parametrize("method", ["diffusion", "pix2pix", "cyclegan"])
+def test_validation_gives_the_same_numbers_every_time_and_picks_the_best_length(ray_cluster, dataset_folder, method):
+    options = dataclasses.replace(PRESETS["smoke"].options, method=method)
+    config, arrays = config_for(options), loaded(dataset_folder, "val")
+    torch.manual_seed(0)
+    objective = objectives.objective(config, options, CPU)
+    ema = EMA(objective.network, sigma_rels=(0.05, 0.1))
+    batch = samples.Sampler(arrays, config, options).train(np.arange(8), 0)
+    for step in range(4):
+        objective.step(batch, 1e-3, step)
+        ema.update(objective.network, step + 1)
+    validate = train_loop.Validation(arrays, config, options, objective, CPU, 0, 1)
+    first = validate(ema)
     torch.rand(7)
-    assert validate(model) == first
-    assert {f"loss_band_{band}" for band in range(4)} <= set(first)
-    assert np.mean([first[f"loss_band_{band}"] for band in range(4)]) == pytest.approx(first["loss"], rel=0.05)
+    assert validate(ema) == first
+    of_each = {each: float(validate.losses(track).mean()) for each, track in ema.tracks.items()}
+    assert of_each[0.05] != of_each[0.1]
+    assert (first["loss_ema_0.050"], first["loss_ema_0.100"]) == (of_each[0.05], of_each[0.1])
+    assert first["loss"] == of_each[first["ema_sigma_rel"]] == min(of_each.values())
+    bands = [first[name] for name in sorted(first) if name.startswith("loss_band_")]
+    assert len(bands) == (4 if method == "diffusion" else 0)
+    if bands:
+        assert np.mean(bands) == pytest.approx(first["loss"], rel=0.05)
 
 
 def test_timesteps_of_validation_are_stratified():
-    ts = train_loop.stratified_timesteps(200, 1000)
+    ts = samples.stratified_timesteps(200, 1000)
     assert np.histogram(ts, bins=10, range=(0, 1000))[0].tolist() == pytest.approx([20] * 10, abs=1)
 
 
+def one_batch(**changes) -> samples.Batch:
+    x_0, condition, noise = torch.randn(3, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    whole = {
+        "x_0": x_0,
+        "condition": condition,
+        "domain": torch.tensor([0, 1, 0, 1]),
+        "t": torch.tensor([0, 10, 500, 999]),
+        "noise": noise,
+        "dropped": torch.tensor([True, False, True, False]),
+        "domain_dropped": torch.tensor([False, False, True, True]),
+    }
+    return samples.Batch(**{**whole, **changes})
+
+
+class Oracle(torch.nn.Module):
+    """Predicts what it is told to, and remembers what it is shown."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = torch.nn.Parameter(output.clone())
+
+    def forward(self, x_t, t, condition, domain):
+        self.condition, self.domain = condition, domain
+        return self.output
+
+
 def test_a_perfect_network_has_no_loss():
-    config = ModelConfig()
-    abar = schedule.alphas_cumprod(config.diffusion)
-    x_0, condition, noise = torch.randn(3, 4, 3, 8, 8)
-    batch = train_loop.Batch(
-        x_0=x_0,
-        condition=condition,
-        domain=torch.tensor([0, 1, 0, 1]),
-        t=torch.tensor([0, 10, 500, 999]),
-        noise=noise,
-        dropped=torch.tensor([True, False, True, False]),
-    )
-    seen = {}
-
-    class Oracle(torch.nn.Module):
-        def forward(self, x_t, t, condition, domain):
-            seen.update(condition=condition, domain=domain)
-            return noise
-
-    loss = train_loop.batch_loss(Oracle(), batch, config, abar, precision.resolve("fp32", torch.device("cpu")))
+    options, batch = PRESETS["smoke"].options, one_batch()
+    oracle = Oracle(batch.noise)
+    loss = objectives.Diffusion(config_for(options), options, CPU).validation_loss(oracle, batch)
     assert loss.tolist() == [0, 0, 0, 0]
-    assert seen["domain"].tolist() == [2, 1, 2, 1]  # dropped: the null label
-    assert not seen["condition"][[0, 2]].any()
-    assert torch.equal(seen["condition"][1], condition[1])
+    assert oracle.domain.tolist() == [0, 1, 2, 2]  # dropped: the null label
+    assert not oracle.condition[[0, 2]].any()
+    assert torch.equal(oracle.condition[[1, 3]], batch.condition[[1, 3]])
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory) -> str:
+    config = encoders.EncoderConfig(kind="identity", image_size=16, widths=(8, 8), embedding_channels=8)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    for name, content in encoders.encoder_files(encoders.IdentityEncoder(config).state_dict(), config).items():
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def test_added_losses_are_the_librarys_on_what_was_shown(encoder_folder):
+    """With x_0 predicted as it is, the predicted picture is known, and so are the losses on it."""
+    smoke = dataclasses.replace(PRESETS["smoke"].options, diffusion=DiffusionConfig(prediction="x_0"))
+    options = dataclasses.replace(
+        smoke, identity_encoder=encoder_folder, identity_weight=0.5, perceptual_weight=2.0, precision="fp32"
+    )
+    objective, batch = objectives.Diffusion(config_for(options), options, CPU), one_batch()
+    predicted = torch.randn(4, 3, 16, 16).clamp(-1, 1)
+    objective.model = Oracle(predicted)
+    found = objective.step(batch, 0.0, 0)
+    encoder, abar = encoders.load_encoder(encoder_folder), objective.alphas_cumprod
+    of_each = identity.identity_loss(predicted, batch.condition, encoder, t=batch.t, alphas_cumprod=abar)
+    assert found["loss_identity"].item() == pytest.approx((of_each[1] + of_each[3]).item() / 4)  # the others: dropped
+    of_each = identity.perceptual_loss(predicted, batch.x_0, encoder.maps, t=batch.t, alphas_cumprod=abar)
+    assert found["loss_perceptual"].item() == pytest.approx(of_each.mean().item())
+
+    # and they pull with their weights: the gradient is the sum of the parts'
+    def gradient(**weights: float) -> torch.Tensor:
+        alone = objectives.Diffusion(config_for(options), dataclasses.replace(options, **weights), CPU)
+        alone.model = Oracle(predicted)
+        alone.step(batch, 0.0, 0)
+        return alone.model.output.grad
+
+    none = gradient(identity_weight=0.0, perceptual_weight=0.0)
+    by_identity = gradient(identity_weight=1.0, perceptual_weight=0.0) - none
+    by_perception = gradient(identity_weight=0.0, perceptual_weight=1.0) - none
+    assert by_identity[1].any()
+    assert not by_identity[[0, 2]].any()
+    whole = objective.model.output.grad
+    torch.testing.assert_close(whole, none + 0.5 * by_identity + 2.0 * by_perception, rtol=1e-3, atol=1e-8)
+
+
+def test_gradient_checkpointing_changes_no_number():
+    smoke, batch, found = PRESETS["smoke"].options, one_batch(), []
+    for checkpointing in (False, True):
+        options = dataclasses.replace(smoke, gradient_checkpointing=checkpointing, precision="fp32")
+        torch.manual_seed(0)
+        objective = objectives.Diffusion(config_for(options), options, CPU)
+        objective.distribute(lambda network: network)
+        losses = [objective.step(batch, 1e-2, step)["loss"].item() for step in range(3)]
+        found.append((losses, [*objective.network.state_dict().values()]))
+    assert found[0][0] == found[1][0]
+    assert found[0][0][2] < found[0][0][0]
+    for plain, again in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_gans_name_their_losses_and_measure_the_same_in_training_and_validation():
+    for method, names in (
+        ("pix2pix", {"loss", "loss_adversarial", "loss_discriminator"}),
+        ("cyclegan", {"loss", "loss_identity", "loss_adversarial", "loss_discriminator"}),
+    ):
+        options = dataclasses.replace(PRESETS["smoke"].options, method=method, precision="fp32")
+        torch.manual_seed(0)
+        gan, batch = objectives.objective(config_for(options), options, CPU), one_batch()
+        expected = gan.validation_loss(gan.network, batch).mean().item()
+        if method == "cyclegan":  # training goes round from either side
+            back = dataclasses.replace(batch, condition=batch.x_0, domain=1 - batch.domain)
+            expected = (expected + gan.validation_loss(gan.network, back).mean().item()) / 2
+        found = gan.step(batch, 1e-3, 0)
+        assert set(found) == names
+        assert found["loss"].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, capsys):
+    """Trained, resumed and put to use by the same commands; two workers compute what one does."""
+    flags = ["--method", "pix2pix", "--epochs", "3"]
+    output = tmp_path / "run"
+    assert run(dataset_folder, output, *flags[:2], "--epochs", "1") == 0
+    assert run(dataset_folder, output, *flags) == 0
+    assert run(dataset_folder, tmp_path / "whole", *flags, "--num-workers", "2") == 0
+    one, two = weights(output), weights(tmp_path / "whole")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["split"] for row in rows] == ["train", "val"] * 3
+    assert {"loss", "loss_adversarial", "loss_discriminator"} <= set(rows[-2])
+    assert rows[-1]["loss"] < rows[1]["loss"]
+    assert "The other training losses" in (output / "report.html").read_text()
+    loaded = checkpoint.load(str(output))
+    assert isinstance(loaded.model, Generator)
+    assert "pix2pix" in (Path(loaded.path) / "card.md").read_text()
+
+    where = ["--checkpoint", str(output), "--num-workers", "1"]
+    made = ["--input", dataset_folder, "--output", str(tmp_path / "made"), "--domain", "night"]
+    assert translate.main([*where, *made]) == 0
+    source = data.load_split(data.read_split(dataset_folder, "test")).images([0])
+    right = Translator(loaded)(source, "night")[0]
+    found = np.asarray(Image.open(tmp_path / "made/test-000.png"), int)
+    assert np.abs(found - right).max() <= 1
+    with pytest.raises(InputError, match="num_steps: no effect on pix2pix"):
+        translate.main([*where, *made, "--num-steps", "3"])
 
 
 @pytest.mark.parametrize(
@@ -259,6 +442,18 @@ def test_a_perfect_network_has_no_loss():
         (["--global-batch-size", "15", "--num-workers", "2"], "cannot be shared by 2 workers; 14 can"),
         (["--target-domain", "nite"], "unknown domain 'nite' (did you mean 'night'?)"),
         (["--unet.channel-mult", "1", "2", "2", "2", "2"], "must be a multiple of 32"),
+        (["--method", "pix2pix", "--gan.num-levels", "5"], "for pix2pix both must be multiples of 32"),
+        (["--method", "pix2pix", "--compile"], "--compile has no effect with --method pix2pix"),
+        (["--method", "cyclegan", "--perceptual-weight", "1"], "--perceptual-weight has no effect with --method cycle"),
+        (
+            ["--identity-weight", "0.1"],
+            "--identity-weight needs an encoder to compare pictures by; give --identity-enc",
+        ),
+        (["--identity-weight", "-1"], "--identity-weight is -1.0; it must be 0 or more"),
+        (["--identity-encoder", "/nowhere"], "has no effect without --identity-weight or --perceptual-weight"),
+        (["--identity-encoder", "/nowhere", "--identity-weight", "1"], "/nowhere: no encoder here"),
+        (["--optim.ema-sigma-rels", "0.1", "0.3"], "each must lie between 0 and 0.28"),
+        (["--optim.ema-sigma-rels", "0.1", "0.1"], "give one or more different lengths"),
         (["--output", "/proc/run"], "--output /proc/run"),
         (["--output", "gs://bucket/run"], "scheme gs:// is not supported"),
     ],
@@ -270,6 +465,37 @@ def test_what_cannot_work_is_refused_in_one_line(dataset_folder, tmp_path, flags
         train.main([part for pair in given.items() for part in pair] + flags[2:])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def unpaired(folder: Path, *domains: int) -> str:
+    rows = [
+        data.Row(id=f"{i:02d}", domain=side, image=np.zeros((16, 16, 3), np.uint8)) for i, side in enumerate(domains)
+    ]
+    card = data.DatasetCard(
+        name="toy",
+        licence="CC0",
+        source="x",
+        image_size=16,
+        encoding="raw",
+        domains=("day", "night"),
+        pairing="unpaired",
+    )
+    val = [dataclasses.replace(row, id=f"v{row.id}") for row in rows]
+    data.write_dataset(str(folder), {"train": rows, "val": val}, card)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "domains", "message"),
+    [
+        ("pix2pix", (0, 1) * 10, "pix2pix learns from pairs, toy has none; give --method cyclegan"),
+        ("cyclegan", (0,) * 20, "toy has no picture of night in its train split"),
+        ("diffusion", (1,) * 20, "toy has no picture of day in its train split"),
+    ],
+)
+def test_methods_that_do_not_suit_the_data_are_refused(tmp_path, method, domains, message):
+    with pytest.raises(InputError, match=message):
+        run(unpaired(tmp_path / "set", *domains), tmp_path / "run", "--method", method)
 
 
 def test_more_workers_than_the_cluster_has_are_refused_with_the_arithmetic(ray_cluster, dataset_folder, tmp_path):

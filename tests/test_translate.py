@@ -1,5 +1,6 @@
 """Batch translation: names, resume, bad pictures, exit codes; on the session's Ray with a tiny network."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,8 @@ from conftest import ROOT
 from PIL import Image
 
 from ddpm_core import checkpoint, images
+from ddpm_core import config as configs
+from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 from jobs import cli, data, storage, translate, translating
@@ -154,7 +157,7 @@ def test_a_pair_is_read_from_either_side(to: str, source: str, truth: str) -> No
 
 
 def test_the_actor_groups_by_wish_and_skips_what_is_set_aside(checkpoint_folder: str) -> None:
-    actor = translating.Translate(checkpoint_uri=checkpoint_folder, sampling={}, output=None, num_threads=1)
+    actor = translating.Translate(checkpoint_uri=checkpoint_folder, ema=None, sampling={}, output=None, num_threads=1)
     batch = {
         "id": np.array(["a", "b", "c"]),
         "to": np.array(["night", "day", "night"]),
@@ -301,6 +304,49 @@ def test_wrong_input_is_named(folder: Path, tmp_path: Path, checkpoint_folder: s
     assert "sampling.num-steps is 0" in refused([*command(checkpoint_folder, folder, out), "--num-steps", "0"])
     assert "--batch-size is 0" in refused([*command(checkpoint_folder, folder, out), "--batch-size", "0"])
     assert not out.exists()
+
+
+SAMPLING = [
+    *("--sampler", "ddim", "--num-steps", "3", "--spacing", "leading", "--eta", "0.5", "--guidance-scale", "2"),
+    *("--domain-guidance-scale", "1.5", "--guidance-interval", "0.25", "0.75", "--guidance-rescale", "0.5"),
+    *("--start", "sdedit", "--strength", "0.8"),
+]
+
+
+def test_every_sampling_option_reaches_the_network(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
+    argv = command(checkpoint_folder, folder, tmp_path / "out", *SAMPLING)
+    args = cli.parse(translate.Args, argv, prog="jobs.translate")
+    assert all(value is not None for value in vars(args.sampling).values())
+    assert vars(args.sampling).keys() == {field.name for field in dataclasses.fields(SamplingConfig)}
+    job = translate.prepare(args)
+    wanted = SamplingConfig(
+        sampler="ddim",
+        num_steps=3,
+        spacing="leading",
+        eta=0.5,
+        guidance_scale=2.0,
+        domain_guidance_scale=1.5,
+        guidance_interval=(0.25, 0.75),
+        guidance_rescale=0.5,
+        start="sdedit",
+        strength=0.8,
+    )
+    assert job.sampling == wanted
+    actor = translating.Translate(
+        checkpoint_uri=checkpoint_folder, ema=None, sampling=configs.to_dict(job.sampling), output=None, num_threads=1
+    )
+    batch = {
+        "id": np.array(["a"]),
+        "to": np.array(["night"]),
+        "seed": np.array([0]),
+        "image": picture(1)[None],
+        "error": np.array([""], dtype=object),
+    }
+    right = Translator(checkpoint.load(checkpoint_folder))(picture(1)[None], "night", **vars(args.sampling))
+    assert np.array_equal(actor(batch)["result"], right)
+    refusal = refused(command(checkpoint_folder, folder, tmp_path / "out", "--strength", "0.5"))
+    assert "strength has no effect with sampling.start noise" in refusal
+    assert "EMA length 0.1" in refused(command(checkpoint_folder, folder, tmp_path / "out", "--ema", "0.1"))
 
 
 def test_results_never_land_among_the_inputs(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:

@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from ddpm_core.attention import CrossAttention, LinearAttention, SelfAttention
+from ddpm_core.attention import CrossAttention, LinearAttention, SelfAttention, attend, num_heads
+from ddpm_core.conditioning import Anchor, drop, landmark_mask
 from ddpm_core.config import ModelConfig, UNetConfig, stride
+from ddpm_core.diffusion import seeded
 from ddpm_core.errors import InputError
-from ddpm_core.unet import UNet
+from ddpm_core.unet import Block, UNet
 
 CONFIG = ModelConfig(
     image_size=32,
@@ -39,6 +41,19 @@ def inputs(batch: int = 3, side: int = 32):
     return x_t, torch.tensor([5, 500, 999])[:batch], condition, torch.tensor([0, 1, 2])[:batch]
 
 
+def with_unet(**changes) -> ModelConfig:
+    return dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, **changes))
+
+
+INJECTIONS = [
+    ("concat",),
+    ("cross_attention",),
+    ("anchor",),
+    ("concat", "cross_attention"),
+    ("concat", "cross_attention", "anchor"),
+]
+
+
 def test_output_has_the_inputs_shape_and_starts_at_zero():
     x_t, t, condition, domain = inputs()
     output = built(perturbed=False)(x_t, t, condition, domain)
@@ -46,16 +61,32 @@ def test_output_has_the_inputs_shape_and_starts_at_zero():
     assert not output.any()
 
 
-def test_every_parameter_gets_a_gradient():
-    model = built()
+def test_the_shortcut_is_a_line_through_the_noisy_picture_for_each_channel():
+    model = built(perturbed=False)  # F is zero
+    with torch.no_grad():
+        model.shortcut.weight.normal_()
+        model.shortcut.bias.copy_(torch.tensor([2.0, 3.0, 4.0, 0.5, 0.6, 0.7]))
+    x_t, t, condition, domain = inputs()
+    shift = model(torch.zeros_like(x_t), t, condition, domain)
+    slope = model(torch.ones_like(x_t), t, condition.flip(0), domain) - shift
+    for value in (shift, slope):
+        assert torch.equal(value, value[:, :, :1, :1].expand_as(value))
+        assert (value[0] - value[1]).abs().min() > 1e-3  # another at each t and domain
+    torch.testing.assert_close(model(x_t, t, condition, domain), slope * x_t + shift, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_every_parameter_gets_a_gradient(injection):
+    model = built(with_unet(injection=injection))
     x_t, t, condition, domain = inputs()
     model(x_t, t, condition, domain).square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
 
 
-def test_no_picture_sees_its_neighbour():
-    model = built()
+@pytest.mark.parametrize("injection", [INJECTIONS[0], INJECTIONS[-1]])
+def test_no_picture_sees_its_neighbour(injection):
+    model = built(with_unet(injection=injection))
     x_t, t, condition, domain = inputs()
     whole = model(x_t, t, condition, domain)
     for i in range(3):
@@ -65,9 +96,10 @@ def test_no_picture_sees_its_neighbour():
         )
 
 
+@pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("what", ["x_t", "t", "condition", "domain"])
-def test_the_output_depends_on_every_input(what: str):
-    model = built()
+def test_the_output_depends_on_every_input(what: str, injection):
+    model = built(with_unet(injection=injection))
     named = dict(zip(("x_t", "t", "condition", "domain"), inputs(2), strict=True))
     before = model(**named)
     named[what] = named[what].flip(0)
@@ -88,7 +120,7 @@ def test_attention_is_where_the_mission_puts_it():
 
 def test_the_condition_decides_what_the_skips_carry():
     torch.manual_seed(0)
-    attention = CrossAttention(32, 16, 16, tokens=4)
+    attention = CrossAttention(32, 16, 16, num_tokens=4)
     with torch.no_grad():
         attention.out.weight.normal_()
     skip, first, second = torch.randn(1, 32, 8, 8), *torch.randn(2, 1, 16, 8, 8)
@@ -99,9 +131,10 @@ def test_linear_attention_is_its_definition():
     torch.manual_seed(0)
     attention = LinearAttention(8, 4)
     with torch.no_grad():
-        attention.out.weight.copy_(torch.eye(8)[..., None, None])
+        attention.out.weight.copy_(torch.eye(8))
     x = torch.randn(2, 8, 3, 5)
-    q, k, v = attention.qkv(attention.norm(x)).reshape(2, 3, 2, 4, 15).unbind(1)
+    normed = attention.norm(x).flatten(2)
+    q, k, v = (attention.qkv.weight @ normed).reshape(2, 3, 2, 4, 15).unbind(1)
     q, k = q.softmax(2) / 2, k.softmax(3)
     expected = torch.zeros(2, 2, 4, 15)
     for place in range(15):  # each query reads the keys' mean values, feature by feature
@@ -109,6 +142,93 @@ def test_linear_attention_is_its_definition():
             mean = (k[:, :, feature, None, :] * v).sum(-1)
             expected[..., place] += q[:, :, feature, place, None] * mean
     torch.testing.assert_close(attention(x), x + expected.reshape(2, 8, 3, 5), rtol=1e-4, atol=1e-5)
+
+
+def test_self_attention_is_its_definition():
+    torch.manual_seed(0)
+    attention = SelfAttention(8, 4)
+    with torch.no_grad():
+        attention.out.weight.copy_(torch.eye(8))
+    x = torch.randn(2, 8, 3, 5)
+    q, k, v = (attention.qkv.weight @ attention.norm(x).flatten(2)).reshape(2, 3, 2, 4, 15).unbind(1)
+    weights = (torch.einsum("bhdq,bhdk->bhqk", q, k) / 2).softmax(-1)
+    expected = torch.einsum("bhqk,bhdk->bhdq", weights, v)
+    torch.testing.assert_close(attention(x), x + expected.reshape(2, 8, 3, 5), rtol=1e-4, atol=1e-5)
+
+
+def test_both_ways_of_attending_agree():
+    q, k, v = torch.randn(3, 2, 4, 100, 16, generator=seeded("attend")).bfloat16()
+    explicit = attend(q, k, v)  # bf16 and few keys on a CPU: by two matrix products
+    torch.testing.assert_close(explicit.float(), attend(q.float(), k.float(), v.float()), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("channels", "head_channels", "heads"), [(64, 32, 2), (48, 32, 1), (80, 32, 2), (112, 32, 2), (16, 32, 1)]
+)
+def test_heads_share_any_number_of_channels_evenly(channels, head_channels, heads):
+    assert num_heads(channels, head_channels) == heads
+    assert channels % heads == 0
+
+
+def test_cross_attention_at_every_depth_starts_as_the_baseline():
+    torch.manual_seed(0)
+    baseline = built(CONFIG)
+    extended = UNet(with_unet(injection=("concat", "cross_attention"))).eval()
+    missing, unexpected = extended.load_state_dict(baseline.state_dict(), strict=False)
+    assert not unexpected
+    assert all(".cross_attention." in name for name in missing)
+    assert len({name.split(".cross_attention.")[0] for name in missing}) == 3 * 2 * 2 + 2  # every block there is
+    torch.testing.assert_close(extended(*inputs()), baseline(*inputs()), rtol=0, atol=0)
+
+
+def test_an_anchors_channels_are_written_by_the_condition_alone():
+    model = built(with_unet(injection=("anchor",), anchor_channels=8))
+    maps: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Block):
+            module.register_forward_hook(lambda _, __, output, name=name: maps.setdefault(name, []).append(output))
+    x_t, t, condition, domain = inputs()
+    model(x_t, t, condition, domain)
+    model(x_t.flip(0), t.flip(0), condition, domain.flip(0))
+    model(x_t, t, condition.flip(0), domain)
+    assert len(maps) == 3 * 2 * 2 + 2  # at every depth
+    for first, other_picture, other_condition in maps.values():
+        assert torch.equal(first[:, -8:], other_picture[:, -8:])
+        assert not torch.equal(first[:, :-8], other_picture[:, :-8])
+        assert not torch.equal(first[:, -8:], other_condition[:, -8:])
+
+
+def test_an_anchor_bound_to_landmarks_is_zero_elsewhere():
+    anchor = Anchor(4, 2, (0.25, 0.25, 0.75, 0.5), 0.1)
+    written = anchor(torch.ones(1, 4, 16, 16))
+    there = written.abs().sum(1)[0] > 0
+    assert there[4, 4]
+    assert there[8, 12]
+    assert there.sum() == landmark_mask((0.25, 0.25, 0.75, 0.5), 0.1, 16, 16).sum() < 30
+    assert not there[12:].any()
+    coarse = landmark_mask((0.25, 0.25, 0.75, 0.5), 0.01, 4, 4)  # smaller than a place: its own place counts
+    assert coarse[0, 0, 0, 0] == 1
+    assert coarse.sum() >= 2
+
+
+def test_recomputing_in_the_backward_pass_changes_nothing():
+    gradients = []
+    for recompute in (False, True):
+        model = built(with_unet(dropout=0.1)).train()
+        model.set_gradient_checkpointing(recompute)
+        torch.manual_seed(3)
+        model(*inputs()).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_dropping_condition_and_domain():
+    x, domain = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 0, 1])
+    dropped, domain_dropped = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    condition, label = drop(x, domain, dropped, domain_dropped, num_domains=2)
+    assert torch.equal(condition, torch.stack([0 * x[0], 0 * x[1], x[2], x[3]]))
+    assert label.tolist() == [2, 1, 2, 1]
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])

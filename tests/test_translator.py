@@ -1,0 +1,325 @@
+"""The translator: every sampling option reaches the sampler, costs what it should, and is refused where it is idle."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_core import guidance, images, samplers
+from ddpm_core.checkpoint import Checkpoint, build
+from ddpm_core.config import DiffusionConfig, GANConfig, ModelConfig, SamplingConfig, UNetConfig
+from ddpm_core.diffusion import draw_noise, q_sample, seeded
+from ddpm_core.errors import InputError
+from ddpm_core.translator import Translator
+
+TINY = ModelConfig(
+    image_size=8,
+    domains=("day", "night"),
+    unet=UNetConfig(
+        model_channels=16,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        head_channels=8,
+        condition_channels=8,
+        condition_tokens=2,
+    ),
+    gan=GANConfig(channels=8, num_levels=2, num_res_blocks=1, num_discriminator_levels=1),
+    sampling=SamplingConfig(num_steps=4, guidance_scale=1.0),
+)
+V_PREDICTION = DiffusionConfig(prediction="v", zero_terminal_snr=True)
+
+
+def network(config=TINY, *, seed=0, size=0.02) -> Checkpoint:
+    """Random weights, those of the branches that start at zero too."""
+    torch.manual_seed(seed)
+    model = build(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn_like(parameter))
+    return Checkpoint(model=model.eval().requires_grad_(False), config=config, path=f"seed-{seed}")
+
+
+def replace(config=TINY, *, sampling=None, **changes):
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **(sampling or {})), **changes)
+
+
+def translator(config=TINY, **options) -> Translator:
+    return Translator(network(config), device="cpu", precision="fp32", **options)
+
+
+def pictures(count=3):
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+
+
+def count_passes(translate: Translator) -> list[int]:
+    """Grows by the number of pictures in each forward pass."""
+    rows: list[int] = []
+    translate.model.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    return rows
+
+
+# -- options --------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_ddim_over_trailing_steps():
+    """Put together by hand from the parts."""
+    translate, sources = translator(), pictures(2)
+    condition = images.to_tensor(sources)
+    generators = [seeded(7, images.content_hash(picture)) for picture in sources]
+    with torch.no_grad():
+        x_0 = samplers.ddim(
+            guidance.classifier_free(
+                translate.model, condition, torch.tensor([1, 1]), num_domains=2, guidance_scale=1.0
+            ),
+            draw_noise(generators, condition),
+            timesteps=torch.tensor([999, 749, 499, 249]),
+            alphas_cumprod=translate.alphas_cumprod,
+            prediction="eps",
+            generators=generators,
+        )
+    assert np.array_equal(translate(sources, "night", seed=7), images.to_uint8(x_0))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"sampler": "ddpm"},
+        {"sampler": "dpm_solver"},
+        {"num_steps": 7},
+        {"spacing": "leading"},
+        {"spacing": "linspace"},
+        {"eta": 0.5},
+        {"guidance_scale": 3.0},
+        {"domain_guidance_scale": 3.0},
+        {"guidance_scale": 3.0, "guidance_interval": [0.0, 0.5]},
+        {"guidance_scale": 3.0, "guidance_rescale": 0.7},
+        {"start": "sdedit", "strength": 0.5},
+        {"start": "ddib"},
+    ],
+    ids=str,
+)
+def test_every_option_reaches_the_result(overrides):
+    translate, sources = translator(), pictures()
+    result = translate(sources, "night", **overrides)
+    fewer = {name: value for name, value in overrides.items() if name == "guidance_scale" and len(overrides) > 1}
+    assert not np.array_equal(result, translate(sources, "night", **fewer))
+    as_default = translator(replace(sampling={k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}))
+    assert np.array_equal(result, as_default(sources, "night"))
+
+
+def test_none_is_the_default():
+    sampling = translator().options(sampler=None, num_steps=None, guidance_scale=None, strength=None)
+    assert sampling == TINY.sampling
+    assert translator().options(num_steps=9).num_steps == 9
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"num_stepz": 5}, "num_stepz.*num_steps"),
+        ({"num_stepz": None}, "num_stepz.*num_steps"),
+        ({"num_steps": 0}, "num-steps is 0"),
+        ({"num_steps": 1001}, "num-steps is 1001"),
+        ({"num_steps": "many"}, "num_steps is 'many'"),
+        ({"sampler": "euler"}, "sampler is 'euler'"),
+        ({"spacing": "karras"}, "spacing is 'karras'"),
+        ({"eta": 0.5, "sampler": "ddpm"}, "eta has no effect"),
+        ({"strength": 0.5}, "strength has no effect"),
+        ({"start": "ddib", "sampler": "ddpm"}, "ddib"),
+        ({"start": "sdedit", "strength": 0.1}, "strength is 0.1: none of the 4 steps is left; give at least 0.25"),
+        ({"source_domain": "day"}, "source_domain has no effect"),
+        ({"start": "ddib", "source_domain": "dusk"}, "unknown domain 'dusk'"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_refused_by_name(overrides, named):
+    with pytest.raises(InputError, match=named) as raised:
+        translator()(pictures(), "night", **overrides)
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_domains_are_refused():
+    with pytest.raises(InputError, match=r"unknown domain 'nihgt' .*'night'"):
+        translator()(pictures(), "nihgt")
+    with pytest.raises(InputError, match="not trained to produce 'day', only night"):
+        translator(replace(target_domains=("night",)))(pictures(), "day")
+
+
+def test_no_pictures_give_no_pictures():
+    assert translator()(pictures(0), "night").shape == (0, 8, 8, 3)
+
+
+# -- what a result depends on ---------------------------------------------------------------------------------------
+
+WAYS = pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"sampler": "ddpm"},
+        {"sampler": "dpm_solver"},
+        {"eta": 0.7},
+        {"start": "sdedit", "strength": 0.5},
+        {"start": "ddib"},
+        {"guidance_scale": 2.0, "domain_guidance_scale": 3.0, "guidance_rescale": 0.5, "guidance_interval": [0.2, 0.9]},
+    ],
+    ids=str,
+)
+
+
+@WAYS
+def test_a_pictures_result_does_not_depend_on_its_batch(overrides):
+    translate, sources = translator(), pictures()
+    together = translate(sources, "night", **overrides).astype(int)
+    alone = np.concatenate([translate(sources[i : i + 1], "night", **overrides) for i in range(3)])
+    assert np.abs(together - alone).max() <= 1
+
+
+@WAYS
+def test_the_same_call_gives_the_same_result(overrides):
+    translate, sources = translator(), pictures()
+    assert np.array_equal(translate(sources, "night", **overrides), translate(sources, "night", **overrides))
+
+
+@WAYS
+def test_the_seed_matters_where_noise_is_drawn(overrides):
+    translate, sources = translator(), pictures()
+    results = [translate(sources, "night", seed=seed, **overrides) for seed in (0, 1)]
+    assert np.array_equal(*results) == (overrides.get("start") == "ddib")
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+def test_a_network_for_zero_terminal_snr_works_with_everything(sampler, spacing):
+    translate = translator(replace(diffusion=V_PREDICTION))
+    result = translate(pictures(), "night", sampler=sampler, spacing=spacing, guidance_scale=2.0)
+    assert len({picture.tobytes() for picture in result}) == 3
+
+
+# -- cost -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        ({}, [3] * 4),
+        ({"guidance_scale": 0.0}, [3] * 4),
+        ({"guidance_scale": 2.0}, [6] * 4),
+        ({"guidance_scale": 2.0, "domain_guidance_scale": 3.0}, [9] * 4),
+        ({"guidance_scale": 2.0, "guidance_interval": [0.3, 0.8]}, [3, 6, 6, 3]),  # shares 1, 0.75, 0.5, 0.25
+        ({"start": "sdedit", "strength": 0.5, "sampler": "dpm_solver"}, [3, 3]),
+        ({"start": "ddib"}, [3] * 4 * 3 + [3] * 4),
+    ],
+    ids=str,
+)
+def test_passes_through_the_network(overrides, passes):
+    translate = translator()
+    rows = count_passes(translate)
+    translate(pictures(), "night", **overrides)
+    assert rows == passes
+
+
+# -- starts ---------------------------------------------------------------------------------------------------------
+
+
+def test_sdedit_starts_from_the_noised_source():
+    translate, sources, shown = translator(), pictures(2), []
+    translate.model.register_forward_pre_hook(lambda module, args: shown.append(args[:2]))
+    translate(sources, "night", start="sdedit", strength=0.5, seed=3)
+    condition = images.to_tensor(sources)
+    noise = draw_noise([seeded(3, images.content_hash(picture)) for picture in sources], condition)
+    x_t, t = shown[0]
+    assert [step[1].tolist() for step in shown] == [[499, 499], [249, 249]]
+    torch.testing.assert_close(x_t, q_sample(condition, t, noise, translate.alphas_cumprod))
+
+
+@pytest.mark.parametrize("diffusion", [DiffusionConfig(), V_PREDICTION], ids=["eps", "v"])
+def test_ddib_to_the_pictures_own_side_is_the_picture(diffusion):
+    """There and back through the same labels; through others it is another picture."""
+    translate, sources = translator(replace(diffusion=diffusion)), pictures()
+    if diffusion.prediction == "eps":  # as a trained network: at the noisy end eps is x_t, or inversion is hopeless
+        with torch.no_grad():
+            translate.model.shortcut.weight.zero_()
+            translate.model.shortcut.bias.copy_(torch.tensor([1.0, 1, 1, 0, 0, 0]))
+    back = translate(sources, "day", start="ddib", source_domain="day", num_steps=50).astype(int)
+    assert np.abs(back - sources).max() <= 2
+    assert np.abs(translate(sources, "night", start="ddib", num_steps=50).astype(int) - sources).max() > 2
+
+
+def test_ddib_shows_the_network_no_picture_and_the_right_labels():
+    translate, seen = translator(), []
+    translate.model.register_forward_pre_hook(
+        lambda module, args: seen.append((args[2].abs().max().item(), *args[3].tolist()))
+    )
+    translate(pictures(1), "night", start="ddib")
+    assert seen == [(0.0, 0)] * 12 + [(0.0, 1)] * 4
+
+
+def test_ddib_must_know_the_pictures_side():
+    three = replace(domains=("day", "dusk", "night"))
+    with pytest.raises(InputError, match="day, dusk; give source_domain"):
+        translator(three)(pictures(), "night", start="ddib")
+    assert translator(three)(pictures(), "night", start="ddib", source_domain="dusk").shape == (3, 8, 8, 3)
+    with pytest.raises(InputError, match="not trained to produce 'day'"):
+        translator(replace(target_domains=("night",)))(pictures(), "night", start="ddib")
+
+
+# -- previews, guide, GANs ------------------------------------------------------------------------------------------
+
+
+@WAYS
+def test_previews_end_in_the_result(overrides):
+    seen = []
+    result = translator()(pictures(), "night", callback=lambda done, shown: seen.append((done, shown)), **overrides)
+    assert [done for done, _ in seen] == list(range(1, 3 if overrides.get("strength") else 5))
+    assert all(shown.dtype == np.uint8 and shown.shape == result.shape for _, shown in seen)
+    assert np.array_equal(seen[-1][1], result)
+
+
+def test_a_guide_leads_away_from_itself():
+    strong, weak = network(), network(seed=1)
+    sources = pictures()
+    one_step = {"num_steps": 1, "spacing": "leading"}  # x_0 is then linear in the prediction, and small
+
+    def x_0(**options):
+        return Translator(strong, device="cpu", precision="fp32", **options)(sources, "night", **one_step).astype(int)
+
+    plain = x_0()
+    assert np.array_equal(x_0(guide=strong, guide_scale=3.0), plain)
+    assert np.array_equal(x_0(guide=weak, guide_scale=1.0), plain)
+    only_weak = Translator(weak, device="cpu", precision="fp32")(sources, "night", **one_step)
+    assert np.array_equal(x_0(guide=weak, guide_scale=0.0), only_weak)
+    assert not np.array_equal(x_0(guide=weak, guide_scale=50.0), plain)
+
+
+def test_a_guide_of_another_kind_is_refused_by_name():
+    for changes, named in [
+        ({"domains": ("night", "day")}, "its domains"),
+        ({"image_size": 16}, "its image_size"),
+        ({"diffusion": DiffusionConfig(prediction="v")}, "its diffusion.prediction is v, it must be eps"),
+        ({"diffusion": DiffusionConfig(schedule="cosine")}, "its diffusion.schedule"),
+        ({"method": "pix2pix"}, "its method is pix2pix"),
+    ]:
+        with pytest.raises(InputError, match=f"guide seed-0: {named}"):
+            translator(guide=network(replace(**changes)))
+    with pytest.raises(InputError, match="no effect on pix2pix"):
+        translator(replace(method="pix2pix"), guide=network())
+
+
+@pytest.mark.parametrize("method", ["pix2pix", "cyclegan"])
+def test_a_gan_draws_in_one_pass(method):
+    translate, sources = translator(replace(method=method)), pictures()
+    with torch.no_grad():
+        expected = images.to_uint8(translate.model(images.to_tensor(sources), torch.ones(3, dtype=torch.int64)))
+    rows = count_passes(translate)
+    assert np.array_equal(translate(sources, "night", seed=5), expected)
+    assert rows == [3]
+
+
+def test_sampling_options_are_refused_for_a_gan():
+    translate = translator(replace(method="pix2pix"))
+    with pytest.raises(InputError, match="num_steps: no effect on pix2pix"):
+        translate(pictures(), "night", num_steps=9, guidance_scale=1.0)
+    # What callers hand on without having been asked, the checkpoint's own values, is no mistake.
+    assert translate.options(num_steps=4, sampler="ddim") == TINY.sampling
