@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from ddpm_core.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of `config.json`; raised when an older reader would misread a newer file."""
 
 Method = Literal["diffusion", "pix2pix", "cyclegan"]

@@ -1,7 +1,7 @@
 """The noise-predicting U-Net.
 
     output = unet(x_t, t, condition, domain)      b 3 h w, what `DiffusionConfig.prediction` names
-           = F(x_t, ...) + scale x_t + shift      scale and shift: one a channel, learned functions of t and domain
+           = F(x_t, ...) + scale x_t + shift      one scale and shift a channel, learned functions of t and domain
 
 condition ──┬─────────────► ConditionEncoder ── features of each level ──┐
             │ concat                                                     ▼ keys, values
@@ -84,9 +84,10 @@ class UNet(nn.Module):
             self.up.append(Up(blocks, attentions, grow))
         self.out_norm = group_norm(widths[0])
         self.out = zeroed(nn.Conv2d(widths[0], pixels, 3, padding=1))
-        # Most of what there is to predict is a linear function of x_t; without this path the first thousand steps go
-        # into learning it (docs/log.md).
-        self.shortcut = zeroed(nn.Linear(embedding, 2 * IMAGE_CHANNELS))
+        # Most of eps and v is a linear function of x_t: without this path the first thousand steps go into learning it.
+        # To x_0 it would carry noise that F has to cancel (docs/log.md).
+        linear_path = zeroed(nn.Linear(embedding, 2 * IMAGE_CHANNELS))
+        self.shortcut = None if config.diffusion.prediction == "x_0" else linear_path
         # Convolutions and attention over tokens are faster so (docs/results.md has the measurement).
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -138,6 +139,8 @@ class UNet(nn.Module):
         for level, see in zip(self.up, reversed(shown), strict=True):
             h = level(h, embedding, see, skips)
         h = F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), unet.patch_size)
+        if self.shortcut is None:
+            return h.to(x_t)
         with torch.autocast(x_t.device.type, enabled=False):
             scale, shift = self.shortcut(embedding.to(x_t))[:, :, None, None].chunk(2, dim=1)
         return h.to(x_t) + scale * x_t + shift

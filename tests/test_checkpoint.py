@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_core import checkpoint, gan, images
-from ddpm_core.config import GANConfig, ModelConfig
+from ddpm_core.config import FORMAT_VERSION, GANConfig, ModelConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 
@@ -19,7 +19,7 @@ def test_a_loaded_checkpoint_is_the_saved_one(checkpoint_folder):
     assert first.config == second.config
     again = checkpoint.files(first.model.state_dict(), first.config)
     assert again["model.safetensors"] == Path(checkpoint_folder, "model.safetensors").read_bytes()
-    assert json.loads(again["config.json"])["format_version"] == 1
+    assert json.loads(again["config.json"])["format_version"] == FORMAT_VERSION
 
 
 def test_a_run_means_its_best_checkpoint_and_its_sampling(checkpoint_folder, tmp_path):
@@ -83,7 +83,7 @@ def edited(**changes):
     ("name", "change", "message"),
     [
         ("config.json", lambda data: data[:40], "config.json is damaged"),
-        ("config.json", edited(format_version=99), "format version 99, this program reads version 1"),
+        ("config.json", edited(format_version=99), f"format version 99, this program reads version {FORMAT_VERSION}"),
         ("config.json", edited(format="diffusers"), "is not a ddpm-translate checkpoint's"),
         ("config.json", edited(colour="red"), "unknown field 'colour'"),
         ("config.json", edited(domains=["day", "night", "dusk"]), "the weights do not fit config.json"),

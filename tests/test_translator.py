@@ -1,6 +1,7 @@
 """The translator: every sampling option reaches the sampler, costs what it should, and is refused where it is idle."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -323,3 +324,17 @@ def test_sampling_options_are_refused_for_a_gan():
         translate(pictures(), "night", num_steps=9, guidance_scale=1.0)
     # What callers hand on without having been asked, the checkpoint's own values, is no mistake.
     assert translate.options(num_steps=4, sampler="ddim") == TINY.sampling
+
+
+# -- the README -----------------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_library_example_runs():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    examples = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    example = next(block for block in examples if "pairs" in block)
+    pairs = [torch.rand(2, 2, 3, 32, 32, generator=seeded("pairs")) * 2 - 1]
+    found = {"pairs": [tuple(pair) for pair in pairs]}
+    exec(example, found)
+    assert found["night"].shape == (2, 3, 32, 32)
+    assert found["night"].isfinite().all()

@@ -7,7 +7,7 @@ import torch
 
 from ddpm_core.attention import CrossAttention, LinearAttention, SelfAttention, attend, num_heads
 from ddpm_core.conditioning import Anchor, drop, landmark_mask
-from ddpm_core.config import ModelConfig, UNetConfig, stride
+from ddpm_core.config import DiffusionConfig, ModelConfig, UNetConfig, stride
 from ddpm_core.diffusion import seeded
 from ddpm_core.errors import InputError
 from ddpm_core.unet import Block, UNet
@@ -73,6 +73,10 @@ def test_the_shortcut_is_a_line_through_the_noisy_picture_for_each_channel():
         assert torch.equal(value, value[:, :, :1, :1].expand_as(value))
         assert (value[0] - value[1]).abs().min() > 1e-3  # another at each t and domain
     torch.testing.assert_close(model(x_t, t, condition, domain), slope * x_t + shift, rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_to_be_the_clean_picture_has_no_path_around_the_network():
+    assert UNet(dataclasses.replace(CONFIG, diffusion=DiffusionConfig(prediction="x_0"))).shortcut is None
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
