@@ -16,7 +16,6 @@ the condition, or channels that only the condition's encoder writes (anchor).
 import math
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from jaxtyping import Float, Int64
@@ -99,6 +98,8 @@ class UNet(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile the blocks, in place: regions that repeat, instead of the whole network."""
+        import torch._dynamo  # takes a second
+
         # Every shape of block is a variant of one piece of code, of which PyTorch keeps eight by default.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for module in self.modules():

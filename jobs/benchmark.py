@@ -67,9 +67,9 @@ class Args:
     """Which of the three."""
     sizes: tuple[Size, ...] = ("9M", "35M")
     """Parameter counts for step and memory; the race is run by the first."""
-    rounds: int = 5
+    rounds: int = 4
     """Times each training step is measured; medians are shown."""
-    race_s: float = 240.0
+    race_s: float = 180.0
     """Wall seconds of training for each network and learning rate."""
     learning_rates: tuple[float, ...] = (5e-4, 1e-3)
     """Peak learning rates; each network is shown at its best."""

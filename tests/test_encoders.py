@@ -1,6 +1,7 @@
 """Encoders and the losses that use them: exact values, no neighbour seen, and nets that learn what they are for."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ddpm_core import encoders
+from ddpm_core import encoders, guidance, samplers
 from ddpm_core.config import DataCard, DiffusionConfig
 from ddpm_core.diffusion import q_sample, seeded
 from ddpm_core.encoders import AttributeClassifier, EncoderConfig, IdentityEncoder, margin_softmax_loss
@@ -324,6 +325,27 @@ def test_the_classifiers_learn_and_the_noise_aware_one_knows_what_it_cannot_see(
     assert (unseen.std(0) < 0.1).all()
     # And of clean pictures, probabilities that are right on average.
     np.testing.assert_allclose(torch.sigmoid(clean(x_0)).numpy().mean(0), (truth > 0).mean(0), atol=0.05)
+
+    def drawn(scale: float, present: bool) -> torch.Tensor:
+        """Pixels from N(0, 0.3^2), steered by the classifier."""
+        denoiser = guidance.classifier_guidance(
+            lambda x_t, t: (1 - ABAR[t[0]]).sqrt() * x_t / (1 - ABAR[t[0]] * (1 - 0.3**2)),
+            functools.partial(noise_aware.log_prob, "red", present),
+            scale,
+            prediction="eps",
+            alphas_cumprod=ABAR,
+        )
+        x_T = torch.randn(16, 3, 16, 16, generator=seeded("x_T"))
+        generators = [seeded(i) for i in range(16)]
+        steps = samplers.trailing(1000, 20)
+        return samplers.ddim(
+            denoiser, x_T, timesteps=steps, alphas_cumprod=ABAR, prediction="eps", generators=generators
+        ).float()
+
+    def cast(pictures: torch.Tensor) -> float:
+        return float((pictures[:, 0] - pictures[:, 1:].mean(1)).mean())
+
+    assert cast(drawn(20.0, False)) < cast(drawn(0.0, True)) - 0.02 < cast(drawn(20.0, True)) - 0.04
 
 
 @pytest.mark.parametrize("config", [IDENTITY, NOISE_AWARE], ids=["identity", "noise-aware"])

@@ -245,3 +245,21 @@ def test_other_sizes_of_the_stride_work_and_others_are_refused(patch_size: int):
     x_t, t, condition, domain = inputs(1, side + 1)
     with pytest.raises(InputError, match=f"multiples of {stride(config.unet)}"):
         model(x_t, t, condition, domain)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same():
+    config = with_unet(model_channels=16, head_channels=16, channel_mult=(1,), num_res_blocks=1, attn_resolutions=(32,))
+    model = built(config).train()
+    expected = model(*inputs(2))
+    expected.square().mean().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    names = list(model.state_dict())
+    model.zero_grad()
+    model.compile_blocks()
+    output = model(*inputs(2))
+    output.square().mean().backward()
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
+    assert list(model.state_dict()) == names
