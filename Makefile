@@ -47,7 +47,7 @@ bench: ## our network beside its peers' on this machine: steps, memory, denoisin
 	@.venv-bench/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@.venv-bench/bin/python -m jobs.benchmark
 
-mutants: setup ## plant faults in the numerics and see that the tests catch them (about 15 minutes)
+mutants: setup ## plant faults in the numerics and see that the tests catch them (about 5 minutes)
 	@$(BIN)/python tests/mutants.py
 
 cluster: setup ## a real Ray cluster of two nodes on this machine

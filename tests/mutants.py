@@ -1,6 +1,6 @@
 """Do the tests notice? Plants one realistic fault at a time in a copy of ddpm_core and runs the tests that should fail.
 
-    python tests/mutants.py [module ...]    all, or those of the named modules; two processes, ten minutes if idle
+    python tests/mutants.py [module ...]    all, or those of the named modules; two processes, five minutes if idle
 
 Prints a table and exits with 1 if fewer than 95 % are caught. A fault is (module, text, faulty text); a text that is
 not found exactly once is an error, so that the list follows the code.
