@@ -42,7 +42,7 @@ test: setup ## all tests
 
 check: lint types test ## what must be green before a commit
 
-bench: ## our network beside its peers' on this machine: steps, memory, denoising loss (about 30 minutes)
+bench: ## our network beside its peers' on this machine: steps, memory, denoising loss (about 40 minutes)
 	@$(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@.venv-bench/bin/python -m jobs.benchmark

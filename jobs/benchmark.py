@@ -71,7 +71,7 @@ class Args:
     """Times each training step is measured; medians are shown."""
     race_s: float = 180.0
     """Wall seconds of training for each network and learning rate."""
-    learning_rates: tuple[float, ...] = (5e-4, 1e-3)
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     """Peak learning rates; each network is shown at its best."""
     num_threads: int = os.cpu_count() or 1
     """Threads of the process, on CPUs."""
