@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig
@@ -24,6 +24,9 @@ from ddpm_core.gan import Generator
 from ddpm_core.unet import UNet
 
 Read = Callable[[str], bytes]
+FORMAT, ENCODER_FORMAT = "ddpm-translate", "ddpm-translate-encoder"
+FORMATS = {FORMAT: "a ddpm-translate checkpoint's", ENCODER_FORMAT: "an encoder's"}
+"""What a `config.json` may be of, in words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ def files(
     `others`: weights of the EMA's other lengths by their `sigma_rel`. `config.json` comes last: a folder that has it
     is complete.
     """
-    meta = {"format": "ddpm-translate", "format_version": configs.FORMAT_VERSION, **configs.to_dict(config)}
+    meta = {"format": FORMAT, "format_version": configs.FORMAT_VERSION, **configs.to_dict(config)}
     return {
         "model.safetensors": serialised(state),
         **{ema_file(sigma_rel): serialised(other) for sigma_rel, other in (others or {}).items()},
@@ -99,25 +102,36 @@ def read_config(path: str, *, read: Read = read_local) -> ModelConfig:
     Raises:
         InputError: there is none, it is damaged, or it is of another version.
     """
-    try:
-        meta = json.loads(read(f"{path}/config.json"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no checkpoint here (no best.json, no config.json); give a run's folder or one of its checkpoints"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}/config.json is damaged: {error}") from None
-    if not isinstance(meta, dict) or meta.pop("format", None) != "ddpm-translate":
-        raise InputError(f"{path}/config.json is not a ddpm-translate checkpoint's")
-    version = meta.pop("format_version", None)
-    if version != configs.FORMAT_VERSION:
-        raise InputError(
-            f"{path}: checkpoint of format version {version}, this program reads version {configs.FORMAT_VERSION}: "
-            "use the release that wrote it, or train again"
-        )
+    nothing = "no checkpoint here (no best.json, no config.json); give a run's folder or one of its checkpoints"
+    meta = read_meta(path, read, FORMAT, configs.FORMAT_VERSION, nothing=nothing)
     config = configs.from_dict(ModelConfig, meta, where=f"{path}/config.json")
     configs.check(config)
     return config
+
+
+def read_meta(path: str, read: Read, wanted: str, version: int, *, nothing: str) -> dict[str, Any]:
+    """The fields of the `config.json` of a checkpoint or an encoder, without its format and version.
+
+    Raises:
+        InputError: there is none (`nothing` says so), it is damaged, or of another format or version.
+    """
+    try:
+        meta = json.loads(read(f"{path}/config.json"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: {nothing}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}/config.json is damaged: {error}") from None
+    found = meta.pop("format", None) if isinstance(meta, dict) else None
+    if found != wanted:
+        instead = f" but {FORMATS[found]}" if found in FORMATS else ""
+        raise InputError(f"{path}/config.json is not {FORMATS[wanted]}{instead}; give another folder")
+    found_version = meta.pop("format_version", None)
+    if found_version != version:
+        raise InputError(
+            f"{path}: format version {found_version}, this program reads version {version}: "
+            "use the release that wrote it, or train again"
+        )
+    return meta
 
 
 def load(path: str, *, ema: float | None = None, read: Read = read_local) -> Checkpoint:
@@ -139,19 +153,26 @@ def load(path: str, *, ema: float | None = None, read: Read = read_local) -> Che
     config = dataclasses.replace(config, sampling=sampling)
     configs.check(config)
     file = weights_file(folder, config, ema)
+    model = build(config)
+    load_weights(model, folder, file, read)
+    return Checkpoint(model=model.eval().requires_grad_(False), config=config, path=folder)
+
+
+def load_weights(network: nn.Module, folder: str, file: str, read: Read) -> None:
+    """Fill a network from a safetensors file.
+
+    Raises:
+        InputError: the file is missing or damaged, or holds another network's weights.
+    """
     try:
-        state = safetensors.torch.load(read(f"{folder}/{file}"))
+        network.load_state_dict(safetensors.torch.load(read(f"{folder}/{file}")))
     except FileNotFoundError:
-        raise InputError(f"{folder}: {file} is missing; the checkpoint is incomplete") from None
+        raise InputError(f"{folder}: {file} is missing; the folder is incomplete") from None
     except safetensors.SafetensorError as error:
         raise InputError(f"{folder}/{file} is damaged: {error}") from None
-    model = build(config)
-    try:
-        model.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise InputError(f"{folder}: the weights do not fit config.json: {first[0].strip()}") from None
-    return Checkpoint(model=model.eval().requires_grad_(False), config=config, path=folder)
 
 
 def weights_file(folder: str, config: ModelConfig, ema: float | None) -> str:

@@ -216,7 +216,7 @@ def check(config: ModelConfig) -> None:
         }
     )
     _check_unet(unet)
-    if config.image_size % stride(unet):
+    if config.method == "diffusion" and config.image_size % stride(unet):
         raise InputError(
             f"image_size is {config.image_size}; with {len(unet.channel_mult)} levels and patch size "
             f"{unet.patch_size} it must be a multiple of {stride(unet)}"

@@ -15,15 +15,13 @@ from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ddpm_core import config as configs
-from ddpm_core.checkpoint import Read, read_local, serialised
+from ddpm_core.checkpoint import ENCODER_FORMAT, Read, load_weights, read_local, read_meta, serialised
 from ddpm_core.config import DataCard, DiffusionConfig
 from ddpm_core.diffusion import q_sample, seeded
 from ddpm_core.errors import InputError
@@ -32,7 +30,7 @@ from ddpm_core.images import to_tensor
 from ddpm_core.schedule import alphas_cumprod
 from ddpm_core.unet import IMAGE_CHANNELS, group_norm, timestep_embedding
 
-FORMAT, FORMAT_VERSION = "ddpm-translate-encoder", 1
+FORMAT_VERSION = 1
 """What an encoder's `config.json` says it is; the version is raised when an older reader would misread a newer file."""
 
 Kind = Literal["identity", "attributes"]
@@ -405,7 +403,7 @@ def _check_pictures(images: np.ndarray, labels: np.ndarray, name: str, shape: tu
 
 def encoder_files(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, bytes]:
     """An encoder as file name → bytes; `config.json` comes last: a folder that has it is complete."""
-    meta = {"format": FORMAT, "format_version": FORMAT_VERSION, **configs.to_dict(config)}
+    meta = {"format": ENCODER_FORMAT, "format_version": FORMAT_VERSION, **configs.to_dict(config)}
     return {
         "model.safetensors": serialised(state),
         "config.json": json.dumps(meta, indent=2).encode(),
@@ -435,40 +433,12 @@ def load_encoder(path: str, *, read: Read = read_local) -> Encoder:
         InputError: nothing there, damaged files, another format or version, weights that do not fit the configuration.
     """
     path = path.rstrip("/")
-    config = _read_config(path, read)
-    encoder = IdentityEncoder(config) if config.kind == "identity" else AttributeClassifier(config)
-    try:
-        encoder.load_state_dict(safetensors.torch.load(read(f"{path}/model.safetensors")))
-    except FileNotFoundError:
-        raise InputError(f"{path}: model.safetensors is missing; the encoder is incomplete") from None
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path}/model.safetensors is damaged: {error}") from None
-    except RuntimeError as error:
-        first = str(error).splitlines()[1:2] or [str(error)]
-        raise InputError(f"{path}: the weights do not fit config.json: {first[0].strip()}") from None
-    return encoder.eval().requires_grad_(False)
-
-
-def _read_config(path: str, read: Read) -> EncoderConfig:
-    try:
-        meta = json.loads(read(f"{path}/config.json"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no encoder here (no config.json); give the folder that training wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}/config.json is damaged: {error}") from None
-    found = meta.pop("format", None) if isinstance(meta, dict) else None
-    if found == "ddpm-translate":
-        raise InputError(f"{path} is a translation model's checkpoint; give an identity or attribute encoder's")
-    if found != FORMAT:
-        raise InputError(f"{path}/config.json is not an encoder's; give the folder that training wrote")
-    version = meta.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: encoder of format version {version}, this program reads version {FORMAT_VERSION}: "
-            "use the release that wrote it, or train again"
-        )
+    nothing = "no encoder here (no config.json); give the folder that training wrote"
+    meta = read_meta(path, read, ENCODER_FORMAT, FORMAT_VERSION, nothing=nothing)
     if "kind" not in meta:
         raise InputError(f"{path}/config.json names no kind; it must be identity or attributes")
     config = configs.from_dict(EncoderConfig, meta, where=f"{path}/config.json")
     check(config)
-    return config
+    encoder = IdentityEncoder(config) if config.kind == "identity" else AttributeClassifier(config)
+    load_weights(encoder, path, "model.safetensors", read)
+    return encoder.eval().requires_grad_(False)

@@ -8,6 +8,7 @@ a, s               sqrt(abar), sqrt(1 - abar): x_t = a x_0 + s noise
 generators         one for each picture: a picture's result does not depend on its batch
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -105,30 +106,9 @@ def ddim(
     return x_t
 
 
-def ddpm(
-    denoiser: Denoiser,
-    x_T: Float[Tensor, "b c h w"],
-    *,
-    timesteps: Int64[Tensor, " n"],
-    alphas_cumprod: Float[Tensor, " T"],
-    prediction: Prediction,
-    generators: list[torch.Generator],
-    clip: bool = True,
-    callback: Callback | None = None,
-) -> Float[Tensor, "b c h w"]:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2) from the posterior q(x_prev | x_t, x_0) of eq. 6 and 7, whose
-    variance is beta-tilde: DDIM with eta 1 (Song et al. 2021, section 4.1)."""
-    return ddim(
-        denoiser,
-        x_T,
-        timesteps=timesteps,
-        alphas_cumprod=alphas_cumprod,
-        prediction=prediction,
-        generators=generators,
-        clip=clip,
-        callback=callback,
-        eta=1.0,
-    )
+ddpm: SamplerFunction = functools.partial(ddim, eta=1.0)
+"""Ancestral sampling (Ho et al. 2020, algorithm 2) from the posterior q(x_prev | x_t, x_0) of eq. 6 and 7, whose
+variance is beta-tilde: DDIM with eta 1 (Song et al. 2021, section 4.1)."""
 
 
 def dpm_solver(

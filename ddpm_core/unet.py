@@ -85,8 +85,9 @@ class UNet(nn.Module):
         self.out = zeroed(nn.Conv2d(widths[0], pixels, 3, padding=1))
         # Most of eps and v is a linear function of x_t: without this path the first thousand steps go into learning it.
         # To x_0 it would carry noise that F has to cancel (docs/log.md).
-        linear_path = zeroed(nn.Linear(embedding, 2 * IMAGE_CHANNELS))
-        self.shortcut = None if config.diffusion.prediction == "x_0" else linear_path
+        self.shortcut = (
+            None if config.diffusion.prediction == "x_0" else zeroed(nn.Linear(embedding, 2 * IMAGE_CHANNELS))
+        )
         # Convolutions and attention over tokens are faster so (docs/results.md has the measurement).
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -16,7 +16,7 @@ class SamplingOverrides:
     """How pictures are drawn; what is not given is the checkpoint's own."""
 
     sampler: Sampler | None = None
-    """ddim: deterministic. ddpm: ancestral. dpm_solver: second order, good in few steps."""
+    """ddim: deterministic. ddpm: ancestral. dpm_solver: DPM-Solver++(2M), second order."""
     num_steps: int | None = None
     """Network evaluations for one picture."""
     spacing: Spacing | None = None

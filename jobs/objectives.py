@@ -27,6 +27,9 @@ GAN_LOSS = {"pix2pix": "l1", "cyclegan": "cycle"}
 class Objective(Protocol):
     """Networks, optimisers and losses of one method."""
 
+    comparable: bool
+    """Whether a lower validation loss is a better network; where not, the last one counts as the best."""
+
     @property
     def network(self) -> nn.Module:
         """What the EMA follows and a checkpoint keeps."""
@@ -51,6 +54,8 @@ def objective(config: ModelConfig, options: TrainOptions, device: torch.device) 
 
 class Diffusion:
     """The conditional diffusion model under AdamW; `identity` and `perceptual` are losses that may be added."""
+
+    comparable = True
 
     def __init__(self, config: ModelConfig, options: TrainOptions, device: torch.device) -> None:
         self.config, self.options, self.device = config, options, device
@@ -132,6 +137,7 @@ class GAN:
 
     def __init__(self, config: ModelConfig, options: TrainOptions, device: torch.device) -> None:
         self.method = config.method
+        self.comparable = config.method == "pix2pix"  # CycleGAN's: a generator that copies comes back exactly
         dtype = precision.resolve(options.precision, device)
         self.trainer = gan.GANTrainer(config, device=device, dtype=dtype, seed=options.seed)
         self.network: nn.Module = self.trainer.generator

@@ -163,31 +163,36 @@ def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
         )
     if len(config.domains) < 2:
         raise InputError(f"{args.data} has one domain, {config.domains[0]!r}; translation needs two")
-    check_method(card, options)
+    check_method(card, args)
     check_added_losses(options)
 
 
-def check_method(card: data.DatasetCard, options: TrainOptions) -> None:
+def check_method(card: data.DatasetCard, args: Args) -> None:
     """Refuse a method that these data or these options do not suit.
 
     Raises:
         InputError: naming the flag and what would be right.
     """
-    method = options.method
+    options, method = args.options, args.options.method
     if method == "pix2pix" and card.pairing == "unpaired":
         raise InputError(f"--method pix2pix learns from pairs, {card.name} has none; give --method cyclegan")
     shown = card.domain_counts.get("train", {})
     if card.pairing == "unpaired" and (empty := [name for name in card.domains if not shown.get(name)]):
         raise InputError(f"{card.name} has no picture of {', '.join(empty)} in its train split; translation needs both")
-    without_effect = {
-        "--gradient-checkpointing": options.gradient_checkpointing,
-        "--compile": options.compile,
-        "--identity-weight": options.identity_weight,
-        "--perceptual-weight": options.perceptual_weight,
-    }
-    for flag, value in without_effect.items():
-        if method != "diffusion" and value:
+    preset = PRESETS[args.preset].options  # what it says of the other method is not the user's doing
+    given = {name for name, _, _ in differences(configs.to_dict(preset), configs.to_dict(options))}
+    for name in sorted(given):
+        if name.startswith(ONLY_GAN if method == "diffusion" else ONLY_DIFFUSION):
+            flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} has no effect with --method {method}; leave it out")
+
+
+ONLY_GAN = ("gan.",)
+ONLY_DIFFUSION = (
+    *("unet.", "diffusion.", "sampling.", "optim.weight_decay", "optim.grad_clip"),
+    *("gradient_checkpointing", "compile", "identity_encoder", "identity_weight", "perceptual_weight"),
+)
+"""Options, by how their dotted names start, that only one kind of method looks at."""
 
 
 def check_added_losses(options: TrainOptions) -> None:

@@ -25,7 +25,7 @@ import ray.train.torch
 import tensorboardX
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_core import checkpoint, provenance
 from ddpm_core import config as configs
@@ -67,8 +67,9 @@ def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:
 class Run:
     """The folder of a run, as rank 0 writes it: checkpoints, metrics, TensorBoard events."""
 
-    def __init__(self, uri: str, config: ModelConfig) -> None:
-        self.uri, self.config = uri, config
+    def __init__(self, uri: str, config: ModelConfig, *, comparable: bool) -> None:
+        """`comparable`: as the objective's."""
+        self.uri, self.config, self.comparable = uri, config, comparable
         self.metrics: list[dict[str, Any]] = []
         self.events = tempfile.mkdtemp(prefix="events") if storage.is_remote(uri) else uri
         self.writer: tensorboardX.SummaryWriter | None = None
@@ -98,7 +99,8 @@ class Run:
                     storage.write_bytes(storage.join(self.uri, name), storage.read_bytes(f"{self.events}/{name}"))
 
     def save(self, step: int, ema: EMA, state: dict[str, Any], val: dict[str, Any]) -> None:
-        """Write a checkpoint, point `best.json` at the best one, drop those that are neither best nor last."""
+        """Write a checkpoint, point `best.json` at the best one (the last, where losses do not compare), drop those
+        that are neither best nor last."""
         name = f"checkpoints/step-{step:08d}"
         folder = storage.join(self.uri, name)
         buffer = io.BytesIO()
@@ -111,7 +113,7 @@ class Run:
         for file, data in checkpoint.files(weights, config, others=others).items():  # config.json last: then complete
             storage.write_bytes(storage.join(folder, file), data)
         best = read_best(self.uri)
-        if not best or val["loss"] <= best["metric"]["loss"]:
+        if not best or val["loss"] <= best["metric"]["loss"] or not self.comparable:
             sampling = configs.to_dict(self.config.sampling)
             best = {
                 "checkpoint": name,
@@ -163,7 +165,7 @@ def train_loop(job: dict[str, Any]) -> None:
         state = torch.load(io.BytesIO(storage.read_bytes(f"{folder}/train_state/state.pt")), weights_only=True)
         ema.load_state_dict(state.pop("ema"))
         method.load_state_dict(state)
-    run = Run(job["run"], config)
+    run = Run(job["run"], config, comparable=method.comparable)
     if rank == 0:
         run.resume(start)
     method.distribute(ray.train.torch.prepare_model)
@@ -263,9 +265,9 @@ class Validation:
     def __call__(self, ema: EMA) -> dict[str, float]:
         """The best length of the EMA, its mean loss, the half-width of the 95 % interval and, of a diffusion model,
         the mean in each quarter of the chain; the mean loss of every length."""
-        by_track = {sigma_rel: self.losses(network) for sigma_rel, network in ema.tracks.items()}
+        by_track = self.losses(ema)
         means = {sigma_rel: float(values.mean()) for sigma_rel, values in by_track.items()}
-        best = min(means, key=means.__getitem__)
+        best = min(means, key=means.__getitem__) if self.method.comparable else next(iter(means))
         values = by_track[best]
         found = {
             "loss": means[best],
@@ -279,17 +281,18 @@ class Validation:
         return found
 
     @torch.inference_mode()
-    def losses(self, network: nn.Module) -> np.ndarray:
-        """(n,) float64, the loss of each row, the workers sharing the work."""
-        values = torch.zeros(len(self.rows), device=self.device)
+    def losses(self, ema: EMA) -> dict[float, np.ndarray]:
+        """(n,) float64 for each length of the EMA, the loss of each row; the workers share the work."""
+        values = torch.zeros(len(ema.tracks), len(self.rows), device=self.device)
         mine = np.arange(self.rank, len(self.rows), self.world)
         for first in range(0, len(mine), self.batch_size):
             index = mine[first : first + self.batch_size]
             batch = to_device(self.sampler.validation(self.rows[index], self.ts[index]), self.device)
-            values[torch.as_tensor(index, device=self.device)] = self.method.validation_loss(network, batch)
+            for track, network in enumerate(ema.tracks.values()):
+                values[track, torch.as_tensor(index, device=self.device)] = self.method.validation_loss(network, batch)
         if self.world > 1:
             torch.distributed.all_reduce(values)
-        return values.double().cpu().numpy()
+        return dict(zip(ema.tracks, values.double().cpu().numpy(), strict=True))
 
 
 def describe(config: ModelConfig, options: TrainOptions) -> dict[str, bytes]:

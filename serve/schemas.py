@@ -67,7 +67,7 @@ class Query(BaseModel):
     num_steps: Annotated[int, Field(ge=1)] | None = None
     """Network evaluations: more are slower and finer."""
     sampler: Sampler | None = None
-    """ddim: deterministic, good with few steps. ddpm: ancestral. dpm_solver: second order, fewer steps still."""
+    """ddim: deterministic. ddpm: ancestral. dpm_solver: DPM-Solver++(2M), second order."""
     domain_guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """A weight of the domain's own; guidance_scale is then the picture's."""
     start: Start | None = None

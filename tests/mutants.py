@@ -121,12 +121,8 @@ MUTANTS = [
     Mutant("samplers", "x_t + sigma * draw_noise(generators, x_t)", "x_t + sigma * torch.randn_like(x_t)"),
     Mutant("samplers", "callback(i + 1, pred.x_0)", "callback(i, pred.x_0)"),
     Mutant("samplers", "callback(i + 1, pred.x_0)", "callback(i + 1, x_t)"),
-    Mutant("samplers", "        eta=1.0,\n", "        eta=0.0,\n"),
-    Mutant(
-        "samplers",
-        "        clip=clip,\n        callback=callback,\n        eta=1.0",
-        "        callback=callback,\n        eta=1.0",
-    ),
+    Mutant("samplers", "partial(ddim, eta=1.0)", "partial(ddim, eta=0.0)"),
+    Mutant("samplers", "partial(ddim, eta=1.0)", "partial(ddim, eta=0.5)"),
     Mutant(
         "samplers",
         "h = _half_log_snr(abar_prev) - _half_log_snr(abar)",

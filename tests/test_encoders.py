@@ -476,7 +476,7 @@ def test_damage_is_named_in_one_line(tmp_path, name, change, message):
 def test_what_is_missing_or_of_another_kind_is_named(tmp_path, checkpoint_folder):
     with pytest.raises(InputError, match="no encoder here"):
         encoders.load_encoder(str(tmp_path))
-    with pytest.raises(InputError, match="is a translation model's checkpoint"):
+    with pytest.raises(InputError, match="is not an encoder's but a ddpm-translate checkpoint's"):
         encoders.load_encoder(checkpoint_folder)
     files = encoders.encoder_files(net_of(IDENTITY).state_dict(), IDENTITY)
     write(tmp_path, {"config.json": files["config.json"]})

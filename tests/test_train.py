@@ -275,10 +275,12 @@ def test_validation_gives_the_same_numbers_every_time_and_picks_the_best_length(
     first = validate(ema)
     torch.rand(7)
     assert validate(ema) == first
-    of_each = {each: float(validate.losses(track).mean()) for each, track in ema.tracks.items()}
+    of_each = {each: float(values.mean()) for each, values in validate.losses(ema).items()}
     assert of_each[0.05] != of_each[0.1]
     assert (first["loss_ema_0.050"], first["loss_ema_0.100"]) == (of_each[0.05], of_each[0.1])
-    assert first["loss"] == of_each[first["ema_sigma_rel"]] == min(of_each.values())
+    # CycleGAN's losses do not compare networks: the first length is taken, whatever its loss
+    assert first["ema_sigma_rel"] == (0.05 if method == "cyclegan" else min(of_each, key=of_each.__getitem__))
+    assert first["loss"] == of_each[first["ema_sigma_rel"]]
     bands = [first[name] for name in sorted(first) if name.startswith("loss_band_")]
     assert len(bands) == (4 if method == "diffusion" else 0)
     if bands:
@@ -443,6 +445,12 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
         (["--target-domain", "nite"], "unknown domain 'nite' (did you mean 'night'?)"),
         (["--unet.channel-mult", "1", "2", "2", "2", "2"], "must be a multiple of 32"),
         (["--method", "pix2pix", "--gan.num-levels", "5"], "for pix2pix both must be multiples of 32"),
+        (
+            ["--method", "pix2pix", "--diffusion.schedule", "cosine"],
+            "--diffusion.schedule has no effect with --method pix",
+        ),
+        (["--method", "pix2pix", "--optim.grad-clip", "2"], "--optim.grad-clip has no effect with --method pix2pix"),
+        (["--gan.l1-weight", "5"], "--gan.l1-weight has no effect with --method diffusion"),
         (["--method", "pix2pix", "--compile"], "--compile has no effect with --method pix2pix"),
         (["--method", "cyclegan", "--perceptual-weight", "1"], "--perceptual-weight has no effect with --method cycle"),
         (
@@ -519,3 +527,15 @@ def test_learning_rate():
     assert train_loop.learning_rate(options, 999, 1000) < peak * 1e-4
     constant = TrainOptions()
     assert train_loop.learning_rate(constant, 10_000, 10_000) == constant.optim.learning_rate
+
+
+@pytest.mark.parametrize("comparable", [True, False])
+def test_the_best_checkpoint_is_the_last_where_losses_do_not_compare(tmp_path, comparable):
+    """A generator that copies has CycleGAN's lowest loss: the untrained one must not stay the best for ever."""
+    run = train_loop.Run(str(tmp_path), ModelConfig(), comparable=comparable)
+    ema = EMA(torch.nn.Linear(1, 1), sigma_rels=(0.1,))
+    for step, loss in ((1, 0.1), (2, 0.3)):
+        run.save(step, ema, {}, {"loss": loss, "ema_sigma_rel": 0.1})
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best["checkpoint"] == f"checkpoints/step-{1 if comparable else 2:08d}"
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} >= {"step-00000002"}
