@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (about a minute, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; make PYTHON=python3.12 names another")'
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,features]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,features,faces]'
 	@$(BIN)/python -c 'import torch, ray, tyro'
 	@touch $@
 
@@ -42,10 +42,11 @@ test: setup ## all tests
 
 check: lint types test ## what must be green before a commit
 
-bench: ## our network beside its peers' on this machine: steps, memory, denoising loss (about 40 minutes)
+bench: ## our network and our data path beside their peers' on this machine (about 45 minutes)
 	@$(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	@.venv-bench/bin/python -m jobs.benchmark
+	@.venv-bench/bin/python -m jobs.benchmark data
+	@.venv-bench/bin/python -m jobs.benchmark network
 
 mutants: setup ## plant faults in the numerics and see that the tests catch them (about 5 minutes)
 	@$(BIN)/python tests/mutants.py

@@ -24,6 +24,29 @@ def drop(
     )
 
 
+def structure(pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    """Shapes without colour and brightness: what a picture keeps when its domain is taken away, in [-1, 1].
+
+    Local contrast normalisation (Jarrett et al. 2009, section 2.1) of the grey level: its difference from the mean of
+    its surroundings in units of their standard deviation, three of which are 1. Surroundings are a Gaussian of an
+    eighth of the side; plain areas, where the deviation is noise, stay near 0.
+    """
+    side = pictures.shape[-1]
+    sigma = side / 8
+    reach = min(int(2 * sigma + 0.5), side - 1)  # mirrored edges reach no further
+    offsets = torch.arange(-reach, reach + 1, device=pictures.device, dtype=pictures.dtype)
+    window = torch.softmax(-0.5 * (offsets / sigma) ** 2, dim=0)
+
+    def surroundings(values: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
+        padded = nn.functional.pad(values, (reach,) * 4, mode="reflect")
+        return nn.functional.conv2d(nn.functional.conv2d(padded, window[None, None, None]), window[None, None, :, None])
+
+    grey = pictures.mean(dim=1, keepdim=True)
+    centred = grey - surroundings(grey)
+    deviation = surroundings(centred.square()).sqrt()
+    return (centred / (3 * (deviation + 0.02))).clamp(-1, 1).expand_as(pictures)
+
+
 class ConditionEncoder(nn.Module):
     """A light pyramid over the condition: one feature map a level, which the skip connections attend to."""
 

@@ -155,6 +155,9 @@ class DataCard:
     """How sources and targets were paired in training: paired, matched or unpaired."""
     mean_color: tuple[float, ...] = (0.0, 0.0, 0.0)
     """Mean colour of the training pictures, in [-1, 1]."""
+    landmarks: tuple[float, ...] = ()
+    """Where faces have eyes, nose and corners of the mouth in the training pictures, x0 y0 x1 y1 ..., in shares of the
+    side; empty where they are not aligned portraits. Photos to translate are aligned to them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +172,8 @@ class ModelConfig:
     """The sides this network was trained to produce; empty means all of them."""
     method: Method = "diffusion"
     """The conditional diffusion model, or a GAN baseline."""
+    shown: Literal["source", "structure"] = "source"
+    """What the condition is: the source itself, or its structure alone, so that the domain's label makes the rest."""
     unet: UNetConfig = UNetConfig()
     """The network."""
     diffusion: DiffusionConfig = DiffusionConfig()

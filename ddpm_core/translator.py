@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ddpm_core import config as configs
 from ddpm_core import guidance, images, samplers, schedule
 from ddpm_core.checkpoint import Checkpoint
+from ddpm_core.conditioning import structure
 from ddpm_core.config import SamplingConfig
 from ddpm_core.diffusion import draw_noise, seeded
 from ddpm_core.errors import InputError
@@ -117,15 +118,18 @@ class Translator:
         source = self._source_index(domain, source_domain) if sampling.start == "ddib" else None
         if len(pictures) == 0:
             return pictures
-        condition = images.to_tensor(pictures, self.device)
+        source_pictures = images.to_tensor(pictures, self.device)
+        condition = structure(source_pictures) if self.config.shown == "structure" else source_pictures
         with autocast(self.device, self.dtype):
             if self.config.method != "diffusion":
                 return images.to_uint8(self.model(condition, _labels(target, condition)))
             generators = [seeded(seed, images.content_hash(picture)) for picture in pictures]
-            return images.to_uint8(self._sample(condition, target, source, generators, sampling, _as_seen(callback)))
+            x_0 = self._sample(source_pictures, condition, target, source, generators, sampling, _as_seen(callback))
+            return images.to_uint8(x_0)
 
     def _sample(
         self,
+        pictures: Float[Tensor, "b 3 h w"],
         condition: Float[Tensor, "b 3 h w"],
         target: int,
         source: int | None,
@@ -133,20 +137,20 @@ class Translator:
         sampling: SamplingConfig,
         callback: samplers.Callback | None,
     ) -> Float[Tensor, "b 3 h w"]:
-        """x_0 for each condition; `source` is the side they are on where start is ddib."""
+        """x_0 for each of the pictures; `source` is the side they are on where start is ddib."""
         chain: Any = {"alphas_cumprod": self.alphas_cumprod, "prediction": self.config.diffusion.prediction}
         timesteps = samplers.SPACINGS[sampling.spacing](len(self.alphas_cumprod), sampling.num_steps)
         x_T = draw_noise(generators, condition)
         if sampling.start == "sdedit":
             x_T, timesteps = samplers.sdedit_start(
-                condition, timesteps, sampling.strength, noise=x_T, alphas_cumprod=self.alphas_cumprod
+                pictures, timesteps, sampling.strength, noise=x_T, alphas_cumprod=self.alphas_cumprod
             )
         elif source is not None:
             # x_T will hold the picture, so the network is shown none: the label alone makes the difference
-            picture, condition = condition, torch.zeros_like(condition)
+            condition = torch.zeros_like(condition)
             plain = self._classifier_free(self.model, condition, source, guidance_scale=1.0)
             x_T = samplers.invert(
-                plain, picture, timesteps=timesteps, num_fixed_point_steps=NUM_FIXED_POINT_STEPS, **chain
+                plain, pictures, timesteps=timesteps, num_fixed_point_steps=NUM_FIXED_POINT_STEPS, **chain
             )
         sampler = samplers.SAMPLERS[sampling.sampler]
         if sampling.eta:

@@ -150,8 +150,9 @@ def ray_session() -> Iterator[None]:
     context = ray.data.DataContext.get_current()
     context.use_datasource_v2 = False  # its start-up costs seconds on every execution and ignores block counts
     context.enable_progress_bars = False
-    for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
+    for name in ("ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors also come as exceptions: told once
     try:
         yield
     finally:

@@ -1,30 +1,35 @@
 """The data-set format: written once by `jobs.prepare`, read by every other job through Ray Data.
 
     DATASET/  dataset.json                     written last: a folder without it is not a data set
+              rejected.parquet                 picture, reason, version: what was set aside
+              duplicates.parquet               picture, of, kind, distance, split, split_of, version
               train|val|test/part-00000.parquet
                 id          string             unique; rows are sorted by it
                 domain      int8               index into dataset.json's domains
                 image       binary             square, s s 3 uint8 sRGB, encoded as dataset.json says
-                target      binary | null      the counterpart, encoded likewise; null when unpaired
+                target      binary | null      the counterpart, encoded likewise; null when unpaired or self
                 target_id   string | null      what the counterpart is called at its source
                 identity    int32 | null       of the person or place; no two splits share one
                 attributes  list<int8> | null  one a name of attribute_names
                 landmarks   list<float32> | null   x0 y0 x1 y1 ..., in pixels of the stored picture
 
 `raw` pictures are their s*s*3 bytes, so that a column of them is one array in memory and nothing is decoded.
-The same rows give the same bytes.
+The same rows give the same bytes. An append writes further shards and then replaces dataset.json: rows are sorted
+within a shard, and of the two tables lines whose `version` is above dataset.json's do not count.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import io
-import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -39,13 +44,15 @@ from ddpm_core.config import from_dict, to_dict
 from ddpm_core.errors import InputError
 from jobs import storage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the layout above; raised when an older reader would misread a newer data set."""
 
 Encoding = Literal["raw", "png", "jpeg"]
-Pairing = Literal["paired", "matched", "unpaired"]
+Pairing = Literal["paired", "matched", "unpaired", "self"]
 
 CARD = "dataset.json"
+REJECTED, DUPLICATES = "rejected.parquet", "duplicates.parquet"
+CONTACT_SHEET, ENVIRONMENT = "contact_sheet.png", "environment.json"
 SPLITS = ("train", "val", "test")
 SCHEMA = pyarrow.schema(
     [
@@ -92,6 +99,17 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one append brought."""
+
+    prepared_by: dict[str, Any]
+    """The command and its options, as the card's own."""
+    source_hash: str
+    rows: int
+    """Those that were new."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetCard:
     """All of `dataset.json`."""
 
@@ -110,7 +128,8 @@ class DatasetCard:
     domains: tuple[str, ...]
     """Names of the sides; a row's `domain` is an index into them."""
     pairing: Pairing
-    """paired: true counterparts. matched: nearest neighbours as proxies. unpaired: no targets."""
+    """paired: true counterparts. matched: nearest neighbours as proxies. unpaired: no targets. self: none either, the
+    network is shown the structure of the very picture it is to make."""
     attribute_names: tuple[str, ...] = ()
     """What the numbers of the column `attributes` stand for."""
     prepared_by: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -122,12 +141,18 @@ class DatasetCard:
     num_rejected: int = 0
     """Pictures of the source that could not be used; rejected.parquet says why."""
     # from here on filled in by the writer
+    version: int = 1
+    """1 when made, one more for each append that brought rows."""
+    parts: tuple[Part, ...] = ()
+    """What each append brought, in order."""
     splits: dict[str, int] = dataclasses.field(default_factory=dict)
     """Rows in each split."""
     domain_counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     """Rows of each domain in each split."""
     mean_color: tuple[float, ...] = (0.0, 0.0, 0.0)
     """Mean of the training pictures' pixels, r g b in [-1, 1]."""
+    mean_landmarks: tuple[float, ...] = ()
+    """Mean of the training rows' landmarks, x0 y0 x1 y1 ..., as shares of the side; () where there are none."""
     shards: tuple[Shard, ...] = ()
     """The files that make up the data set."""
     content_hash: str = ""
@@ -135,8 +160,23 @@ class DatasetCard:
     made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Versions of the packages that decide the bytes."""
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether rows have counterparts."""
+        return self.pairing in ("paired", "matched")
+
 
 # ---------------------------------------------------------------------------------------------- writing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Before:
+    """The data set that an append adds to."""
+
+    card: DatasetCard
+    index: Mapping[str, "IndexRow"] = dataclasses.field(default_factory=dict)
+    totals: "Totals" = dataclasses.field(default_factory=lambda: Totals())
+    """Of its training rows; the new ones are added."""
 
 
 def write_dataset(
@@ -148,49 +188,80 @@ def write_dataset(
 ) -> DatasetCard:
     """Write the rows as a data set; dataset.json last, so that a half-written folder is not one.
 
+    Raises:
+        InputError, AssertionError: as `write_rows`.
+    """
+    card = write_rows(uri, rows_by_split, card, on_row=on_row)
+    write_card(uri, card)
+    return card
+
+
+def write_rows(
+    uri: str,
+    rows_by_split: Mapping[str, Iterable[Row]],
+    card: DatasetCard,
+    *,
+    before: Before | None = None,
+    on_row: Callable[[str, Row], None] = lambda split, row: None,
+) -> DatasetCard:
+    """Write the shards; returns the card that tells of them, for `write_card`.
+
     Rows of a split must come sorted by id; they are streamed, at most one shard is held in memory.
-    `on_row` sees each row once, in order.
+    `on_row` sees each row once, in order. With `before` the rows are added to that data set, whose files stay.
 
     Raises:
         InputError: an id or an identity occurs twice, or there are no training rows.
         AssertionError: rows out of order or of another size than the card says.
     """
-    clear(uri)
-    mean, counts = _MeanColor(), {}
-    digest = hashlib.blake2b(digest_size=16)
-    seen = _Unique()
-    shards: list[Shard] = []
+    clear(uri, None if before is None else before.card)
+    if before is None:
+        before = Before(card=dataclasses.replace(card, domain_counts={}, shards=(), content_hash=""))
+    old, totals, seen = before.card, before.totals, _Unique(before.index)
+    counts = {split: dict.fromkeys(card.domains, 0) | old.domain_counts.get(split, {}) for split in SPLITS}
+    digest = hashlib.blake2b(old.content_hash.encode(), digest_size=16)
+    shards: list[Shard] = list(old.shards)
     for split in SPLITS:
-        counts[split] = dict.fromkeys(card.domains, 0)
-        writer = _ShardWriter(uri, split, card)
+        writer = _ShardWriter(uri, split, card, sum(shard.file.startswith(f"{split}/") for shard in old.shards))
         for row in rows_by_split.get(split, ()):
             seen.check(row, split)
             counts[split][card.domains[row.domain]] += 1
             if split == "train":
-                mean.add(row.image)
+                totals.add(row.image[None], [row.landmarks])
             digest.update(split.encode() + writer.add(row))
             on_row(split, row)
         shards += writer.close()
     if not sum(counts["train"].values()):
         raise InputError(f"{uri}: no picture for training is left; give a source with more pictures")
-    card = dataclasses.replace(
+    return dataclasses.replace(
         card,
         splits={split: sum(of.values()) for split, of in counts.items()},
         domain_counts=counts,
-        mean_color=mean.value(),
+        mean_color=totals.mean_color(),
+        mean_landmarks=totals.mean_landmarks(card.image_size),
         shards=tuple(shards),
-        content_hash=digest.hexdigest(),
-        made_with={name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pyarrow")},
+        content_hash=digest.hexdigest() if len(shards) > len(old.shards) else old.content_hash,
+        made_with={
+            name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pyarrow", "resvg_py", "torch")
+        },
     )
+
+
+def write_card(uri: str, card: DatasetCard) -> None:
+    """Makes the files at `uri` a data set: in one step, at the end."""
     text = json.dumps(to_dict(card), indent=2, ensure_ascii=False) + "\n"
     storage.write_bytes(storage.join(uri, CARD), text.encode())
-    return card
 
 
-def clear(uri: str) -> None:
-    """Remove a data set, whole or half-written, dataset.json first; other files stay."""
-    ours = re.compile(rf"(({'|'.join(SPLITS)})/part-\d{{5}}\.parquet|{re.escape(CARD)})(\.[0-9a-f]{{8}}\.tmp)?")
-    files = [file for file in storage.list_files(uri) if ours.fullmatch(file)]
+def clear(uri: str, keep: DatasetCard | None = None) -> None:
+    """Remove a data set, whole or half-written, dataset.json first, or all that is not of `keep`; other files stay."""
+    shards = rf"({'|'.join(SPLITS)})/part-\d{{5}}\.parquet"
+    aside = r"\.[0-9a-f]{8}\.tmp"
+    others = "|".join(re.escape(name) for name in (REJECTED, DUPLICATES, CONTACT_SHEET, ENVIRONMENT))
+    ours = re.compile(
+        rf"({shards}|{re.escape(CARD)})({aside})?|({others}){aside}|\.write-probe-[0-9a-f]{{8}}({aside})?"
+    )
+    kept = set() if keep is None else {CARD, *(shard.file for shard in keep.shards)}
+    files = [file for file in storage.list_files(uri) if ours.fullmatch(file) and file not in kept]
     for file in sorted(files, key=lambda file: file != CARD):
         storage.delete_file(storage.join(uri, file))
 
@@ -206,11 +277,16 @@ def encode(image: UInt8[np.ndarray, "s s 3"], encoding: Encoding) -> bytes:
     return buffer.getvalue()
 
 
+def stored(image: UInt8[np.ndarray, "s s 3"], encoding: Encoding) -> UInt8[np.ndarray, "s s 3"]:
+    """A picture as it is read back."""
+    return np.asarray(images.decode(encode(image, encoding))) if encoding == "jpeg" else image
+
+
 class _ShardWriter:
     """Rows of one split into shards of bounded size, 256 rows a row group."""
 
-    def __init__(self, uri: str, split: str, card: DatasetCard) -> None:
-        self.uri, self.split, self.card = uri, split, card
+    def __init__(self, uri: str, split: str, card: DatasetCard, first: int) -> None:
+        self.uri, self.split, self.card, self.first = uri, split, card, first
         self.shards: list[Shard] = []
         self.pending: list[dict[str, Any]] = []
         self._open()
@@ -232,7 +308,7 @@ class _ShardWriter:
         side = self.card.image_size
         for picture in (row.image, row.target):
             assert picture is None or (picture.shape == (side, side, 3) and picture.dtype == np.uint8), row.id
-        assert (row.target is None) == (self.card.pairing == "unpaired"), row.id
+        assert (row.target is not None) == self.card.has_targets, row.id
         image = encode(row.image, self.card.encoding)
         target = None if row.target is None else encode(row.target, self.card.encoding)
         record = {**{name: getattr(row, name) for name in SCHEMA.names}, "image": image, "target": target}
@@ -262,7 +338,7 @@ class _ShardWriter:
     def _finish(self) -> None:
         self.parquet.close()
         data = self.buffer.getvalue()
-        file = f"{self.split}/part-{len(self.shards):05d}.parquet"
+        file = f"{self.split}/part-{self.first + len(self.shards):05d}.parquet"
         storage.write_bytes(storage.join(self.uri, file), memoryview(data))
         self.shards.append(Shard(file=file, rows=self.rows, num_bytes=data.size))
 
@@ -270,9 +346,9 @@ class _ShardWriter:
 class _Unique:
     """Sees to it that ids are unique and sorted and that no two splits share an identity."""
 
-    def __init__(self) -> None:
-        self.ids: set[str] = set()
-        self.identities: dict[int, str] = {}
+    def __init__(self, index: Mapping[str, "IndexRow"]) -> None:
+        self.ids = set(index)
+        self.identities = {row.identity: row.split for row in index.values() if row.identity is not None}
         self.last = ("", "")
 
     def check(self, row: Row, split: str) -> None:
@@ -286,17 +362,38 @@ class _Unique:
             raise InputError(f"identity {row.identity} is in both {other} and {split}; a split must not share one")
 
 
-class _MeanColor:
+class Totals:
+    """Sums over training rows; integers, so that neither the order of rows nor appends leave a trace in the means."""
+
+    LANDMARK_UNIT = 2**-20
+
     def __init__(self) -> None:
-        self.total, self.count = np.zeros(3, np.int64), 0
+        self.color, self.pixels = np.zeros(3, np.int64), 0
+        self.landmarks, self.landmark_rows = np.zeros(0, np.int64), 0
 
-    def add(self, image: UInt8[np.ndarray, "s s 3"]) -> None:
-        self.total += image.sum(axis=(0, 1), dtype=np.int64)
-        self.count += image.shape[0] * image.shape[1]
+    def add(self, pictures: UInt8[np.ndarray, "b s s 3"], landmarks: Sequence[Sequence[float] | None]) -> None:
+        self.color = self.color + pictures.sum(axis=(0, 1, 2), dtype=np.int64)
+        self.pixels += pictures.size // 3
+        for points in landmarks:
+            if points is not None:
+                values = np.round(np.asarray(points, np.float32) / self.LANDMARK_UNIT).astype(np.int64)
+                self.landmarks = values + self.landmarks if self.landmark_rows else values
+                self.landmark_rows += 1
 
-    def value(self) -> tuple[float, ...]:
+    def merge(self, other: "Totals") -> None:
+        self.color, self.pixels = self.color + other.color, self.pixels + other.pixels
+        if other.landmark_rows:
+            self.landmarks = other.landmarks + self.landmarks if self.landmark_rows else other.landmarks
+            self.landmark_rows += other.landmark_rows
+
+    def mean_color(self) -> tuple[float, ...]:
         """r g b in [-1, 1], rounded: the mean needs no more."""
-        return tuple(round(float(c), 6) for c in self.total / max(self.count, 1) / 127.5 - 1)
+        return tuple(round(float(c), 6) for c in self.color / max(self.pixels, 1) / 127.5 - 1)
+
+    def mean_landmarks(self, image_size: int) -> tuple[float, ...]:
+        """x0 y0 x1 y1 ... as shares of the side, rounded; () where no row has any."""
+        scale = self.LANDMARK_UNIT / max(self.landmark_rows, 1) / image_size
+        return tuple(round(float(x), 6) for x in self.landmarks * scale)
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -363,6 +460,34 @@ def missing_shards(uri: str, card: DatasetCard) -> list[str]:
     return [shard.file for shard in card.shards if sizes.get(shard.file) != shard.num_bytes]
 
 
+class IndexRow(NamedTuple):
+    """What a row says of itself, without its pictures."""
+
+    split: str
+    domain: int
+    target_id: str | None
+    identity: int | None
+
+
+def read_index(uri: str, card: DatasetCard) -> dict[str, IndexRow]:
+    """Every row by its id, without Ray; the columns of pictures are not read.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    columns = ["id", "domain", "target_id", "identity"]
+    check_shards(uri, card.shards, columns)
+    fs, path = storage.filesystem(uri)
+    index = {}
+    for shard in card.shards:
+        split = shard.file.partition("/")[0]
+        with storage.explained(uri), fs.open_input_file(storage.join(path, shard.file)) as file:
+            values = pyarrow.parquet.read_table(file, columns=columns).to_pydict()
+        for name, *others in zip(*values.values(), strict=True):
+            index[name] = IndexRow(split, *others)
+    return index
+
+
 def read_split(
     uri: str, split: str, *, columns: Sequence[str] = ("id", "domain", "image", "target")
 ) -> ray.data.Dataset:
@@ -373,15 +498,7 @@ def read_split(
     Raises:
         InputError: no such split, or a file is missing, damaged or lacks a column (file and column named).
     """
-    card = read_card(uri)
-    if not card.splits.get(split):
-        there = ", ".join(name for name, count in card.splits.items() if count)
-        raise InputError(f"{uri} has no rows in split {split!r}; it has {there}")
-    if unknown := [name for name in columns if name not in SCHEMA.names]:
-        raise ValueError(f"columns {unknown} are not of the format: {SCHEMA.names}")
-    columns = [name for name in columns if name != "target" or card.pairing != "unpaired"]
-    shards = [shard for shard in card.shards if shard.file.startswith(f"{split}/")]
-    check_shards(uri, shards, columns)
+    card, columns, shards = _readable(uri, split, columns)
     context = ray.data.DataContext.get_current()
     context.use_datasource_v2 = False  # V2 starts its actors anew on every execution, seconds each time
     fs, path = storage.filesystem(uri)
@@ -399,6 +516,43 @@ def read_split(
     )
 
 
+def read_tables(
+    uri: str, split: str, *, columns: Sequence[str] = ("id", "domain", "image", "target")
+) -> Iterator[pyarrow.Table]:
+    """The rows of `read_split` by this process and its threads alone, without Ray, a few hundred at a time.
+
+    Raises:
+        InputError: as `read_split`.
+    """
+    card, columns, shards = _readable(uri, split, columns)
+    decode = functools.partial(decode_batch, image_size=card.image_size, encoding=card.encoding)
+    num_threads = os.cpu_count() or 1
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        ahead: collections.deque[concurrent.futures.Future[pyarrow.Table]] = collections.deque()
+        for shard in shards:
+            content = pyarrow.BufferReader(storage.read_bytes(storage.join(uri, shard.file)))
+            for batch in pyarrow.parquet.ParquetFile(content).iter_batches(ROWS_PER_GROUP, columns=columns):
+                ahead.append(pool.submit(decode, pyarrow.Table.from_batches([batch])))
+                if len(ahead) > num_threads:
+                    yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _readable(uri: str, split: str, columns: Sequence[str]) -> tuple[DatasetCard, list[str], list[Shard]]:
+    """The card, those of the columns that the data set has, and the split's files, all of them checked."""
+    card = read_card(uri)
+    if not card.splits.get(split):
+        there = ", ".join(name for name, count in card.splits.items() if count)
+        raise InputError(f"{uri} has no rows in split {split!r}; it has {there}")
+    if unknown := [name for name in columns if name not in SCHEMA.names]:
+        raise ValueError(f"columns {unknown} are not of the format: {SCHEMA.names}")
+    columns = [name for name in columns if name != "target" or card.has_targets]
+    shards = [shard for shard in card.shards if shard.file.startswith(f"{split}/")]
+    check_shards(uri, shards, columns)
+    return card, columns, shards
+
+
 def check_shards(uri: str, shards: Sequence[Shard], columns: Sequence[str]) -> None:
     """Read every footer: a wrong file is found now and by name, not in the middle of an epoch.
 
@@ -414,12 +568,14 @@ def _check_shard(uri: str, num_rows: int, columns: Sequence[str]) -> None:
     fs, path = storage.filesystem(uri)
     try:
         with storage.explained(uri), fs.open_input_file(path) as file:
-            parquet = pyarrow.parquet.ParquetFile(file)
+            try:
+                parquet = pyarrow.parquet.ParquetFile(file)
+            except pyarrow.ArrowInvalid as error:
+                reason = str(error).splitlines()[0]
+                raise InputError(f"{uri} is not a readable parquet file ({reason}); {remedy}") from None
             schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
     except FileNotFoundError:
         raise InputError(f"{uri} is missing; {remedy}") from None
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{uri} is not a readable parquet file ({str(error).splitlines()[0]}); {remedy}") from None
     for name in columns:
         if name not in schema.names:
             raise InputError(f"{uri}: column {name!r} is missing; {remedy}")
@@ -473,80 +629,3 @@ def decode_column(
             raise InputError(f"{named(row)}: {picture.shape[1]} x {picture.shape[0]} pixels, expected {image_size}")
         pixels[row] = picture
     return pixels
-
-
-# ------------------------------------------------------------------------------------------- random access
-
-
-class SplitArrays:
-    """A split in memory, rows by index in the order of their ids, whatever order Ray's blocks came in.
-
-    The pictures stay where Ray put them (workers of one machine share its object store); only the rows asked
-    for are copied.
-    """
-
-    def __init__(self, tables: Sequence[pyarrow.Table]) -> None:
-        tables = [table for table in tables if table.num_rows]
-        self._tables = list(tables)  # they own the memory that the views below look at
-        ids = list(itertools.chain.from_iterable(table.column("id").to_pylist() for table in tables))
-        order = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
-        self.ids: list[str] = [ids[row] for row in order]
-        """Ids, sorted."""
-        for one, two in itertools.pairwise(self.ids):
-            assert one < two, f"id {one} came twice"
-        domains = [table.column("domain").to_numpy() for table in tables]
-        self.domain: np.ndarray = np.concatenate(domains)[order].astype(np.int64) if tables else np.zeros(0, np.int64)
-        """(n,) int64 index of each row's domain."""
-        self.has_targets = bool(tables) and "target" in tables[0].column_names
-        """Whether rows have counterparts."""
-        self._images = _Gather([chunk for table in tables for chunk in _tensors(table, "image")], order)
-        targets = [chunk for table in tables for chunk in _tensors(table, "target")] if self.has_targets else []
-        self._targets = _Gather(targets, order) if targets else None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def images(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "b s s 3"]:
-        """Copies of these rows' pictures."""
-        return self._images(np.asarray(indices, dtype=np.int64))
-
-    def targets(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "b s s 3"]:
-        """Copies of these rows' counterparts.
-
-        Raises:
-            ValueError: the data set has none.
-        """
-        if self._targets is None:
-            raise ValueError("the data set is unpaired: it has no targets")
-        return self._targets(np.asarray(indices, dtype=np.int64))
-
-
-def load_split(rows: "ray.data.DataIterator | ray.data.Dataset") -> SplitArrays:
-    """All rows of `read_split`, from the data set itself or from a Train worker's (unsplit) shard of it."""
-    return SplitArrays(list(rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)))
-
-
-def _tensors(table: pyarrow.Table, name: str) -> Iterator[np.ndarray]:
-    for chunk in table.column(name).chunks:
-        if len(chunk):
-            yield chunk.to_numpy(zero_copy_only=True)
-
-
-class _Gather:
-    """Rows of several arrays by their index in a given order."""
-
-    def __init__(self, chunks: Sequence[np.ndarray], order: np.ndarray) -> None:
-        self.chunks = list(chunks)
-        sizes = np.array([len(chunk) for chunk in chunks], dtype=np.int64)
-        starts = np.cumsum(sizes) - sizes
-        self.chunk = np.repeat(np.arange(len(chunks)), sizes)[order]
-        self.row = order - starts[self.chunk]
-        assert sizes.sum() == len(order), "rows and pictures differ in number"
-
-    def __call__(self, indices: np.ndarray) -> np.ndarray:
-        chunk, row = self.chunk[indices], self.row[indices]
-        out = np.empty((len(indices), *self.chunks[0].shape[1:]), self.chunks[0].dtype)
-        for number in np.unique(chunk):
-            here = np.flatnonzero(chunk == number)
-            out[here] = self.chunks[number][row[here]]
-        return out

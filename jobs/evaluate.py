@@ -22,7 +22,7 @@ from ddpm_core import config as configs
 from ddpm_core import metrics, provenance
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
-from jobs import cli, data, storage
+from jobs import arrays, cli, data, storage
 from jobs.inference import SamplingOverrides, check_least, open_checkpoint
 
 Pictures = UInt8[np.ndarray, "b h w 3"]
@@ -197,7 +197,7 @@ def evaluate(job: Job) -> tuple[dict[str, Any], dict[str, bytes]]:
             last = [] if there.truths is None else [there.truths[i]]
             rows.append([there.sources[i], *there.samples[there.ids[i]], *last])
         columns = [f"sample {n + 1}" for n in range(num_samples(job.config))]
-        truth = {"paired": ["truth"], "matched": ["proxy"], "unpaired": []}[job.card.pairing]
+        truth = {"paired": ["truth"], "matched": ["proxy"]}.get(job.card.pairing, [])
         grids[domain] = labelled_grid(["source", *columns, *truth], rows)
     evaluation = {
         "format": "ddpm-translate-evaluation",
@@ -243,7 +243,7 @@ def translate(job: Job) -> dict[str, Translated]:
             job.args.split,
             job.plan,
             batch_size=job.args.batch_size,
-            keep_truth=job.card.pairing != "unpaired",
+            keep_truth=job.card.has_targets,
         ),
         num_rows=num_rows,
         checkpoint_uri=job.checkpoint_path,
@@ -341,7 +341,7 @@ def real_pictures(job: Job, domain: str) -> Pictures:
     side = job.card.domains.index(domain)
     names = [name for name, where in split_rows(job.args.data, job.card, job.args.split) if where == side]
     chosen = {names[i] for i in spread(len(names), job.args.num_images)}
-    split = data.load_split(data.read_split(job.args.data, job.args.split, columns=("id", "domain", "image")))
+    split = arrays.load(job.args.data, job.args.split)
     return split.images([i for i, name in enumerate(split.ids) if name in chosen])
 
 
@@ -394,7 +394,7 @@ def measure(
         "headline": headline(found),
         "num_images": len(there.ids),
         "num_real_images": 0 if real is None else len(real),
-        "reference": {"paired": "true counterpart", "matched": "source and proxy", "unpaired": "source"}[pairing],
+        "reference": {"paired": "true counterpart", "matched": "source and proxy"}.get(pairing, "source"),
         "metric_labels": labels(pairing, domain),
         "methods": table,
         "verdicts": [dataclasses.asdict(verdict) for verdict in found],
@@ -475,7 +475,7 @@ def notes(job: Job, domain: str, has_kid: bool) -> list[str]:
             "These data have no true pairs: the counterparts are the nearest neighbours among other people, proxies. "
             "Closeness to a proxy is not correctness; the figures to the source say how much of the picture was kept."
         )
-    if job.card.pairing == "unpaired":
+    if not job.card.has_targets:
         found.append(
             "These data have no pairs: PSNR and SSIM are to the source and say how much of the picture was kept, "
             "not whether the translation is right."
@@ -498,7 +498,7 @@ def write(job: Job, evaluation: dict[str, Any], grids: dict[str, bytes]) -> None
     images = [
         (
             f"Held-out pictures to {domain}: the source, {made}"
-            + {"paired": ", the truth.", "matched": ", the proxy (another person).", "unpaired": "."}[job.card.pairing],
+            + {"paired": ", the truth.", "matched": ", the proxy (another person)."}.get(job.card.pairing, "."),
             png,
         )
         for domain, png in grids.items()

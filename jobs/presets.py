@@ -5,6 +5,7 @@ from typing import Literal
 
 from ddpm_core.config import DiffusionConfig, GANConfig, Method, SamplingConfig, UNetConfig
 from ddpm_core.precision import Precision
+from jobs.data import Pairing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,13 @@ class TrainOptions:
     """Order of samples, noise, timesteps, dropout and initial weights are functions of it."""
     target_domain: str | None = None
     """Train this direction only; without it one network learns every direction."""
+    pairing: Pairing | None = None
+    """What the network is shown beside x_0, as the data set was prepared unless given. paired, matched: the
+    counterpart. unpaired: any picture of another side. self: the structure of the very picture it is to make."""
     flip: bool = True
     """Mirror source and target together, half of the time."""
+    max_shift: int = 0
+    """Move source and target together by up to this many pixels each way, edges mirrored."""
     max_train_images: int | None = None
     """Use only this many training rows (the first by id)."""
     max_val_images: int = 512
@@ -48,7 +54,7 @@ class TrainOptions:
     precision: Precision = "auto"
     """Arithmetic of the network: auto takes bf16 where the hardware has it."""
     gradient_checkpointing: bool = False
-    """Compute activations again instead of keeping them: large pictures in less memory, a third slower."""
+    """Compute activations again instead of keeping them: large pictures in less memory, for one more forward pass."""
     compile: bool = False
     """torch.compile the network's repeated blocks."""
     identity_encoder: str | None = None

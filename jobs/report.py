@@ -102,6 +102,8 @@ def _headline(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Map
         facts.append(f"{pairing} training data")
     if seen := max((row.get("images_seen", 0) for row in run.get("rows") or []), default=0):
         facts.append(f"{seen:,} pictures seen")
+    if waits := [row["data_wait_share"] for row in run.get("rows") or [] if "data_wait_share" in row]:
+        facts.append(f"{np.mean(waits):.1%} of the time waiting for data")
     method = config.get("method", "diffusion")
     if method != "diffusion":
         facts.append(method)

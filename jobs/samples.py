@@ -1,28 +1,36 @@
 """Training batches: which rows, shown how, with what noise; every number a function of its sample's id.
 
-order of samples                            a function of (seed, epoch)
-noise, t, flip, direction, what is dropped  functions of (seed, epoch, sample id)
+order of samples                                   a function of (seed, epoch)
+noise, t, flip, shift, direction, what is dropped  functions of (seed, epoch, sample id)
 """
 
+import collections
+import concurrent.futures
 import dataclasses
+import functools
 import math
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_core import conditioning, diffusion
 from ddpm_core import config as configs
-from ddpm_core import diffusion
-from ddpm_core import images as pictures
 from ddpm_core.config import ModelConfig
 from ddpm_core.diffusion import seeded
-from jobs.data import SplitArrays
+from ddpm_core.images import to_float
+from jobs.arrays import SplitArrays
 from jobs.presets import TrainOptions
+
+AHEAD = 2
+"""Batches drawn before they are asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One worker's share of a step, on the CPU."""
+    """One worker's share of a step, as the network takes it."""
 
     x_0: Tensor
     condition: Tensor
@@ -35,12 +43,63 @@ class Batch:
     """Whether it is kept from the domain."""
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cpu":
-        return batch
-    return Batch(**{f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in dataclasses.fields(batch)})
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """One worker's share of a step as it is drawn on the CPU: the pictures as they are stored, and what to do to them.
+
+    Small to move (uint8), and flips, shifts and conversion are left to the device.
+    """
+
+    ids: list[str]
+    target: Tensor
+    """b s s 3 uint8, the picture that x_0 is made of."""
+    source: Tensor
+    """Likewise for the condition."""
+    flip: Tensor
+    """(b,) bool"""
+    shift: Tensor
+    """(b, 2) int64: down and right, in pixels."""
+    domain: Tensor
+    t: Tensor
+    noise: Tensor
+    dropped: Tensor
+    domain_dropped: Tensor
+
+    def pinned(self) -> "Draw":
+        """In memory that a GPU copies from by itself."""
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "ids"}
+        return Draw(ids=self.ids, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
+
+    def to(self, device: torch.device, *, shown: str = "source") -> Batch:
+        """On the device; `shown` as ModelConfig's."""
+        target, source, flip, shift, *rest = (
+            getattr(self, field.name).to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if field.name != "ids"
+        )
+        x_0, condition = (moved(pictures, flip, shift) for pictures in (target, source))
+        if shown == "structure":
+            condition = conditioning.structure(condition)
+        return Batch(x_0, condition, *rest)
 
 
+def moved(pictures: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
+    """b s s 3 uint8 as b 3 s s in [-1, 1], flipped left to right where `flip`, then shifted with mirrored edges."""
+    pictures = torch.where(flip[:, None, None, None], pictures.flip(2), pictures)
+    if shift.any():
+        places = torch.arange(pictures.shape[1], device=pictures.device)
+        rows, columns = (mirrored(places - shift[:, axis, None], len(places)) for axis in (0, 1))
+        batch = torch.arange(len(pictures), device=pictures.device)[:, None, None]
+        pictures = pictures[batch, rows[:, :, None], columns[:, None, :]]
+    return to_float(pictures)
+
+
+def mirrored(places: Tensor, side: int) -> Tensor:
+    """Places beyond 0 ... side - 1 brought back as in a mirror that repeats no edge."""
+    return side - 1 - (places.abs() - (side - 1)).abs()
+
+
+@functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     """Row indices of one epoch, in order: a function of (seed, epoch) alone."""
     return torch.randperm(num_rows, generator=seeded("order", seed, epoch)).numpy()
@@ -57,53 +116,67 @@ def training_rows(data: SplitArrays, config: ModelConfig, options: TrainOptions)
 class Sampler:
     """Draws batches of (x_0, condition, domain, t, noise) whose every number is a function of its sample's id.
 
-    The condition is the counterpart of x_0 where there are pairs, any picture of the other side where there are none;
-    CycleGAN draws it so from either, since to learn without pairs is what it is there for.
+    The condition is the counterpart of x_0 where there are pairs, any picture of the other side where there are none or
+    `pairing` is unpaired, and x_0 itself where it is self. CycleGAN draws it from the other side of whatever there is,
+    since to learn without pairs is what it is for.
     """
 
     def __init__(self, data: SplitArrays, config: ModelConfig, options: TrainOptions) -> None:
         self.data, self.options, self.diffusion = data, options, config.diffusion
-        self.mismatched = config.method == "cyclegan"
+        self.itself = config.shown == "structure"
+        self.mismatched = config.method == "cyclegan" or options.pairing == "unpaired"
         wanted = options.target_domain
         self.wanted = None if wanted is None else configs.domain_index(config, wanted)
         self.others = [np.flatnonzero(data.domain != side) for side in range(len(config.domains))]
 
-    def train(self, rows: np.ndarray, epoch: int) -> Batch:
-        return self._batch(rows, [seeded(self.options.seed, epoch, self.data.ids[row]) for row in rows], training=True)
+    def train(self, rows: np.ndarray, epoch: int) -> Draw:
+        return self._draw(rows, [seeded(self.options.seed, epoch, self.data.ids[row]) for row in rows], training=True)
 
-    def validation(self, rows: np.ndarray, ts: np.ndarray) -> Batch:
-        """Fixed noise and given timesteps, nothing dropped or flipped: the same numbers at every validation."""
-        batch = self._batch(rows, [seeded("validation", self.data.ids[row]) for row in rows], training=False)
-        return dataclasses.replace(batch, t=torch.as_tensor(ts, dtype=torch.int64))
+    def validation(self, rows: np.ndarray, ts: np.ndarray) -> Draw:
+        """Fixed noise and given timesteps, nothing dropped or moved: the same numbers at every validation."""
+        draw = self._draw(rows, [seeded("validation", self.data.ids[row]) for row in rows], training=False)
+        return dataclasses.replace(draw, t=torch.as_tensor(ts, dtype=torch.int64))
 
-    def _batch(self, rows: np.ndarray, generators: list[torch.Generator], *, training: bool) -> Batch:
+    def _draw(self, rows: np.ndarray, generators: list[torch.Generator], *, training: bool) -> Draw:
         # Every sample draws the same numbers in the same order, whether they are used or not.
-        draws = torch.stack([torch.rand(6, generator=generator, dtype=torch.float64) for generator in generators])
-        to_t, to_drop, to_flip, to_side, to_other, to_drop_domain = draws.unbind(1)
-        domain = self.data.domain[rows].astype(np.int64)
-        if self.data.has_targets:
-            forward = (to_side < 0.5).numpy() if self.wanted is None else domain != self.wanted
-            domain = np.where(forward, 1 - domain, domain)
-            others = (to_other.numpy() * len(self.data)).astype(np.int64) if self.mismatched else rows
-            x_0, condition = self._showing(rows, domain), self._showing(others, 1 - domain)
-        else:
-            drawn = zip(domain, to_other.tolist(), strict=True)
-            others = np.asarray([self.others[side][int(draw * len(self.others[side]))] for side, draw in drawn])
-            x_0, condition = self.data.images(rows), self.data.images(others)
-        if training and self.options.flip:
-            flip = (to_flip < 0.5).numpy()[:, None, None, None]
-            x_0 = np.where(flip, x_0[:, :, ::-1], x_0)
-            condition = np.where(flip, condition[:, :, ::-1], condition)
-        x_0_tensor = pictures.to_tensor(x_0)
-        return Batch(
-            x_0=x_0_tensor,
-            condition=pictures.to_tensor(condition),
+        draws = torch.stack([torch.rand(8, generator=generator, dtype=torch.float64) for generator in generators])
+        to_t, to_drop, to_flip, to_side, to_other, to_drop_domain, to_down, to_right = draws.unbind(1)
+        domain, target, source = self._pictures(rows, to_side.numpy(), to_other.numpy())
+        reach = self.options.max_shift * training
+        shift = (torch.stack([to_down, to_right], dim=1) * (2 * reach + 1)).long() - reach
+        noise_like = torch.empty(len(rows), 3, *target.shape[1:3])
+        return Draw(
+            ids=[self.data.ids[row] for row in rows],
+            target=torch.from_numpy(target),
+            source=torch.from_numpy(source),
+            flip=(to_flip < 0.5) & (training and self.options.flip),
+            shift=shift,
             domain=torch.as_tensor(domain),
             t=(to_t * self.diffusion.num_timesteps).long(),
-            noise=diffusion.draw_noise(generators, x_0_tensor),
+            noise=diffusion.draw_noise(generators, noise_like),
             dropped=(to_drop < self.diffusion.p_uncond) & training,
             domain_dropped=(to_drop_domain < self.diffusion.p_uncond_domain) & training,
         )
+
+    def _pictures(
+        self, rows: np.ndarray, to_side: np.ndarray, to_other: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Domain, picture to make and picture to show of each sample."""
+        domain = self.data.domain[rows].astype(np.int64)
+        if self.data.has_targets:
+            forward = to_side < 0.5 if self.wanted is None else domain != self.wanted
+            domain = np.where(forward, 1 - domain, domain)
+            target = self._showing(rows, domain)
+            if self.itself:
+                return domain, target, target
+            others = (to_other * len(self.data)).astype(np.int64) if self.mismatched else rows
+            return domain, target, self._showing(others, 1 - domain)
+        target = self.data.images(rows)
+        if self.itself:
+            return domain, target, target
+        drawn = zip(domain, to_other.tolist(), strict=True)
+        others = np.asarray([self.others[side][int(draw * len(self.others[side]))] for side, draw in drawn])
+        return domain, target, self.data.images(others)
 
     def _showing(self, rows: np.ndarray, sides: np.ndarray) -> np.ndarray:
         """Of each row's pair the picture of this side, uint8 b s s 3."""
@@ -111,6 +184,50 @@ class Sampler:
         found = self.data.images(rows)
         found[~on_side] = self.data.targets(rows[~on_side])
         return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which part of every global batch is this worker's."""
+
+    rank: int
+    world: int
+
+    def of(self, global_batch: np.ndarray) -> np.ndarray:
+        each = len(global_batch) // self.world
+        return global_batch[self.rank * each : (self.rank + 1) * each]
+
+
+class Feed:
+    """This worker's draws from step `start` on, made ahead by a thread; `waited_s` is how long they kept us waiting.
+
+    `rows`: those to train on, as `training_rows`. Iterated once.
+    """
+
+    def __init__(self, sampler: Sampler, rows: np.ndarray, share: Share, *, start: int, stop: int, pin: bool) -> None:
+        self.sampler, self.rows, self.share, self.start, self.stop, self.pin = sampler, rows, share, start, stop, pin
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[Draw]:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            ahead = collections.deque(pool.submit(self._make, step) for step in self._steps(self.start, AHEAD))
+            for step in range(self.start, self.stop):
+                before = time.monotonic()
+                draw = ahead.popleft().result()
+                self.waited_s += time.monotonic() - before
+                ahead += [pool.submit(self._make, later) for later in self._steps(step + AHEAD, 1)]
+                yield draw
+
+    def _steps(self, first: int, count: int) -> range:
+        return range(first, min(first + count, self.stop))
+
+    def _make(self, step: int) -> Draw:
+        options = self.sampler.options
+        epoch, offset = divmod(step, len(self.rows) // options.global_batch_size)
+        order = self.rows[epoch_order(options.seed, epoch, len(self.rows))]
+        first = offset * options.global_batch_size
+        draw = self.sampler.train(self.share.of(order[first : first + options.global_batch_size]), epoch)
+        return draw.pinned() if self.pin else draw
 
 
 def stratified_timesteps(num_rows: int, num_timesteps: int) -> np.ndarray:

@@ -3,6 +3,9 @@
 pyarrow's own S3 client is used; it reads AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
 AWS_ENDPOINT_URL and AWS_DEFAULT_REGION from the environment, on every machine that touches the URI.
 Only URIs travel to workers, never a file system: a pickled one carries the secret in clear.
+
+An S3 server that goes away during the work is waited for (OUTAGE_S) and then given up with one line; one that never
+answered is given up within seconds: the endpoint is wrong.
 """
 
 import contextlib
@@ -10,14 +13,26 @@ import functools
 import os
 import posixpath
 import re
+import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+import pyarrow
 import pyarrow.fs
 
 from ddpm_core.errors import InputError
+
+T = TypeVar("T")
+
+OUTAGE_S = 60.0
+"""How long requests go on being repeated to a server that is down."""
+CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 3.0, 10.0
+"""When a connection, and a transfer that does not move, count as lost. One request is tried three times."""
+LONGEST_WAIT_S = 5.0
+"""Longest pause between two requests to a server that is down."""
 
 
 def is_remote(uri: str) -> bool:
@@ -71,8 +86,24 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 @functools.lru_cache(maxsize=8)
 def _s3(bucket: str, environment: tuple[tuple[str, str], ...]) -> pyarrow.fs.FileSystem:
     """One client, and so one pool of connections, for each bucket and set of AWS_* variables."""
+    given = dict(environment)
+    endpoint = given.get("AWS_ENDPOINT_URL_S3") or given.get("AWS_ENDPOINT_URL")
+    if endpoint and not re.match(r"https?://", endpoint):
+        raise InputError(f"AWS_ENDPOINT_URL is {endpoint}; write it with its scheme: http://… or https://…")
+    region = given.get("AWS_DEFAULT_REGION") or given.get("AWS_REGION")
     with explained(f"s3://{bucket}"):
-        return pyarrow.fs.FileSystem.from_uri(f"s3://{bucket}")[0]
+        # Not FileSystem.from_uri: its client repeats nothing but connecting, and that 25 times, 100 s if it hangs.
+        return pyarrow.fs.S3FileSystem(
+            endpoint_override=endpoint,
+            region=region if region or endpoint else pyarrow.fs.resolve_s3_region(bucket),
+            connect_timeout=CONNECT_TIMEOUT_S,
+            request_timeout=REQUEST_TIMEOUT_S,
+            retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=3),
+        )
+
+
+class UnusableNameError(InputError):
+    """A key that the client refuses: one object's fault, not the store's."""
 
 
 @contextlib.contextmanager
@@ -95,56 +126,108 @@ def explained(uri: str) -> Iterator[None]:
         raise InputError(f"{uri} is a folder; a file is expected") from error
     except OSError as error:
         text = str(error)
+        if re.search(_GONE, text):
+            raise FileNotFoundError(f"{uri}: {text}") from error
         for pattern, remedy in _REMEDIES:
             if re.search(pattern, text):
                 raise InputError(f"{uri}: {remedy}") from error
         raise
+    except pyarrow.ArrowInvalid as error:
+        raise UnusableNameError(
+            f"{uri}: a name that cannot be used ({str(error).splitlines()[0]}); rename it"
+        ) from error
 
 
-READ_WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Pauses between attempts to read an object whose transfer broke off: S3's client retries requests, not bodies."""
-_PASSING = r"INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|REQUEST_TIMEOUT"
+_PASSING = (
+    r"NETWORK_CONNECTION|curlCode|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|REQUEST_TIMEOUT|HTTP status 50\d"
+)
+_GONE = r"RESOURCE_NOT_FOUND|NO_SUCH_KEY|NO_SUCH_UPLOAD"
 _REMEDIES = (
     (
         r"NO_SUCH_BUCKET|NoSuchBucket|Bucket .* not found|bucket does not exist",
         "no such bucket; create it first",
     ),
     (
+        r"(?i)expired_?token|token_?expired|token has expired",
+        "the credentials have expired; renew AWS_SESSION_TOKEN and the keys, then give the same command again",
+    ),
+    (
+        r"(?i)request_?time_?too_?skewed",
+        "the store refuses this machine's clock; set the clock",
+    ),
+    (
         r"(?i)access_?denied|HTTP response code 403|invalid_?access_?key|signature_?(does|mismatch|invalid)",
         "access denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
     ),
     (
-        r"NETWORK_CONNECTION|curlCode|Couldn't connect|Could not connect|resolve host",
+        _PASSING,
         "the S3 server cannot be reached; check AWS_ENDPOINT_URL (with its http:// or https://) and the network",
     ),
     (r"path .* is a directory", "it is a folder; a file is expected"),
     (r"No space left", "no space left on the device; free some or write elsewhere"),
     (r"Read-only file system", "the file system is read-only; write elsewhere"),
 )
+_answered: set[str] = set()
+"""Endpoints that this process has had an answer from."""
+_down_since: dict[str, float] = {}
+"""When an endpoint began not to answer: many threads that wait for it give up together, not one after another."""
+
+
+def persistently(uri: str, deed: Callable[[], T]) -> T:
+    """What `deed` gives, a request to the store of `uri`; repeated while the server is down, its errors explained.
+
+    `deed` must be one that may be done twice.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        InputError: the store refuses, or has been down for OUTAGE_S (or, if it never answered, some seconds).
+    """
+    with explained(uri):
+        if not is_remote(uri):
+            return deed()
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+        wait_s = 0.25
+        while True:
+            begun = time.monotonic()
+            try:
+                result = deed()
+                _answered.add(endpoint)
+                _down_since.pop(endpoint, None)
+                return result
+            except OSError as error:
+                if not re.search(_PASSING, str(error)):
+                    raise
+                since = _down_since.setdefault(endpoint, begun)
+                worth_it = endpoint in _answered or _in_ray_worker()
+                if not worth_it or time.monotonic() + wait_s > since + OUTAGE_S:
+                    raise
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+def _in_ray_worker() -> bool:
+    """Whether a driver, which has seen the store answer, gave this process its work."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
 def read_bytes(uri: str) -> bytes:
     """A file's content. Raises FileNotFoundError where there is none, InputError where access fails."""
     fs, path = filesystem(uri)
-    for wait_s in (*READ_WAITS_S, None):
-        try:
-            with explained(uri), fs.open_input_file(path) as stream:
-                return stream.read()
-        except OSError as error:
-            if wait_s is None or not re.search(_PASSING, str(error)):
-                raise
-            time.sleep(wait_s)
-    raise AssertionError("the last attempt returns or raises")
+
+    def read() -> bytes:
+        with fs.open_input_file(path) as stream:
+            return stream.read()
+
+    return persistently(uri, read)
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
-    """Write a whole file or nothing: a local file is written aside and renamed, an S3 object is put in one piece."""
+    """Write a whole file or nothing: a local file is written aside and renamed, an S3 object appears when complete."""
     fs, path = filesystem(uri)
+    if is_remote(uri):
+        return persistently(uri, lambda: _put(fs, path, data))
     with explained(uri):
-        if is_remote(uri):
-            with fs.open_output_stream(path) as stream:
-                stream.write(data)
-            return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
@@ -161,16 +244,23 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
             raise
 
 
+def _put(fs: pyarrow.fs.FileSystem, path: str, data: bytes | memoryview) -> None:
+    # All in one call: a stream that an exception leaves between two calls publishes what it has.
+    with fs.open_output_stream(path) as stream:
+        stream.write(data)
+
+
 def exists(uri: str) -> bool:
-    fs, path = filesystem(uri)
-    with explained(uri):
-        return fs.get_file_info(path).type != pyarrow.fs.FileType.NotFound
+    return _type(uri) != pyarrow.fs.FileType.NotFound
 
 
 def is_file(uri: str) -> bool:
+    return _type(uri) == pyarrow.fs.FileType.File
+
+
+def _type(uri: str) -> pyarrow.fs.FileType:
     fs, path = filesystem(uri)
-    with explained(uri):
-        return fs.get_file_info(path).type == pyarrow.fs.FileType.File
+    return persistently(uri, lambda: fs.get_file_info(path).type)
 
 
 def list_files(uri: str, *, recursive: bool = True) -> list[str]:
@@ -180,31 +270,35 @@ def list_files(uri: str, *, recursive: bool = True) -> list[str]:
 
 def file_sizes(uri: str, *, recursive: bool = True) -> dict[str, int]:
     """Size in bytes of each file below `uri`, by its path relative to it, sorted. {} where there is nothing."""
-    fs, path = filesystem(uri)
-    with explained(uri):
-        infos = fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=recursive, allow_not_found=True))
-        files = [info for info in infos if info.type == pyarrow.fs.FileType.File]
-        return dict(sorted((info.path[len(path) :].lstrip("/"), info.size) for info in files))
+    path = filesystem(uri)[1]
+    files = _listed(uri, pyarrow.fs.FileType.File, recursive=recursive)
+    return dict(sorted((file[len(path) :].lstrip("/"), size) for file, size in files))
 
 
 def list_folders(uri: str) -> list[str]:
     """Names of the folders directly below `uri`, sorted."""
+    return sorted(posixpath.basename(path) for path, _ in _listed(uri, pyarrow.fs.FileType.Directory, recursive=False))
+
+
+def _listed(uri: str, kind: pyarrow.fs.FileType, *, recursive: bool) -> list[tuple[str, int]]:
+    """Path and size of each thing of the kind below `uri`."""
     fs, path = filesystem(uri)
-    with explained(uri):
-        infos = fs.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.Directory)
+    selector = pyarrow.fs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    return persistently(
+        uri, lambda: [(info.path, info.size) for info in fs.get_file_info(selector) if info.type == kind]
+    )
 
 
 def delete_file(uri: str) -> None:
     fs, path = filesystem(uri)
-    with explained(uri), contextlib.suppress(FileNotFoundError):
-        fs.delete_file(path)
+    with contextlib.suppress(FileNotFoundError):
+        persistently(uri, lambda: fs.delete_file(path))
 
 
 def delete_folder(uri: str) -> None:
     fs, path = filesystem(uri)
-    with explained(uri), contextlib.suppress(FileNotFoundError):
-        fs.delete_dir(path)
+    with contextlib.suppress(FileNotFoundError):
+        persistently(uri, lambda: fs.delete_dir(path))
 
 
 def rename_folder(source: str, target: str) -> None:

@@ -98,11 +98,13 @@ def preset_name(argv: list[str]) -> str:
 
 def model_config(card: data.DatasetCard, options: TrainOptions) -> ModelConfig:
     """All that defines the model: the data set's facts and the options, checked together."""
+    pairing = options.pairing or card.pairing
     config = ModelConfig(
         image_size=card.image_size,
         domains=card.domains,
         target_domains=() if options.target_domain is None else (options.target_domain,),
         method=options.method,
+        shown="structure" if pairing == "self" and options.method == "diffusion" else "source",
         unet=options.unet,
         diffusion=options.diffusion,
         gan=options.gan,
@@ -111,8 +113,9 @@ def model_config(card: data.DatasetCard, options: TrainOptions) -> ModelConfig:
             name=card.name,
             licence=card.licence,
             content_hash=card.content_hash,
-            pairing=card.pairing,
+            pairing=pairing,
             mean_color=card.mean_color,
+            landmarks=card.mean_landmarks,
         ),
         training=configs.to_dict(options),
     )
@@ -174,10 +177,22 @@ def check_method(card: data.DatasetCard, args: Args) -> None:
         InputError: naming the flag and what would be right.
     """
     options, method = args.options, args.options.method
-    if method == "pix2pix" and card.pairing == "unpaired":
+    if options.pairing not in (None, card.pairing, "unpaired", "self"):
+        raise InputError(
+            f"--pairing {options.pairing}: {card.name} was prepared {card.pairing}; prepare it anew for that"
+        )
+    if method != "diffusion" and options.pairing == "self":
+        raise InputError(
+            f"--pairing self: {method} would learn to copy; leave it out, or train with --method diffusion"
+        )
+    if not 0 <= options.max_shift < card.image_size:
+        raise InputError(f"--max-shift is {options.max_shift}; it must lie between 0 and {card.image_size - 1}")
+    if method == "pix2pix" and options.pairing == "unpaired":
+        raise InputError("--pairing unpaired: pix2pix learns from pairs; leave it out, or give --method cyclegan")
+    if method == "pix2pix" and not card.has_targets:
         raise InputError(f"--method pix2pix learns from pairs, {card.name} has none; give --method cyclegan")
     shown = card.domain_counts.get("train", {})
-    if card.pairing == "unpaired" and (empty := [name for name in card.domains if not shown.get(name)]):
+    if not card.has_targets and (empty := [name for name in card.domains if not shown.get(name)]):
         raise InputError(f"{card.name} has no picture of {', '.join(empty)} in its train split; translation needs both")
     preset = PRESETS[args.preset].options  # what it says of the other method is not the user's doing
     given = {name for name, _, _ in differences(configs.to_dict(preset), configs.to_dict(options))}
@@ -277,22 +292,23 @@ def check_cluster(args: Args) -> None:
 
 
 def fit(args: Args, config: ModelConfig, dataset: str, run: str) -> None:
-    """Run the loop on Ray Train, with the data read once into the object store by Ray Data."""
+    """Run the loop on Ray Train, the data read and decoded once by Ray Data onto the nodes' disks."""
     import ray
     import ray.train
     import ray.train.torch
 
-    from jobs import report
+    from jobs import arrays, report
     from jobs.train_loop import Board, describe, train_loop
 
     for name, content in describe(config, args.options).items():
         storage.write_bytes(storage.join(run, name), content)
-    splits = {split: data.read_split(dataset, split).materialize() for split in ("train", "val")}
+    arrays.spread(dataset, ("train", "val"), resource="GPU" if args.use_gpu else "CPU")
     board = ray.remote(num_cpus=0)(Board).remote()
     attempts = storage.join(run, ".ray")  # Ray's own notes; ours are what a resumed run reads
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={
+            "data": dataset,
             "run": run,
             "config": configs.to_dict(config),
             "options": configs.to_dict(args.options),
@@ -308,8 +324,6 @@ def fit(args: Args, config: ModelConfig, dataset: str, run: str) -> None:
             storage_path=attempts,
             failure_config=ray.train.FailureConfig(max_failures=args.max_failures, controller_failure_limit=1),
         ),
-        datasets=splits,
-        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
     with watching(board):
         try:

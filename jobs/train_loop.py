@@ -8,7 +8,6 @@ A step is an optimiser step over all workers; `steps_per_epoch` = rows // global
 epoch to epoch.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import io
@@ -16,7 +15,6 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -32,11 +30,11 @@ from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig
 from ddpm_core.diffusion import seeded
 from ddpm_core.ema import EMA
-from jobs import storage
-from jobs.data import SplitArrays, load_split
+from jobs import arrays, storage
+from jobs.arrays import SplitArrays
 from jobs.objectives import Objective, objective
 from jobs.presets import TrainOptions
-from jobs.samples import Batch, Sampler, epoch_order, stratified_timesteps, to_device, training_rows
+from jobs.samples import Feed, Sampler, Share, stratified_timesteps, training_rows
 
 NUM_BANDS = 4
 """Validation is also reported for each quarter of the chain, the least noisy first."""
@@ -145,17 +143,16 @@ def latest_checkpoint(uri: str) -> tuple[int, str]:
 
 
 def train_loop(job: dict[str, Any]) -> None:
-    """One worker of `jobs.train`; `job` is plain data: run, config, options, board."""
+    """One worker of `jobs.train`; `job` is plain data: data, run, config, options, board."""
     config = configs.from_dict(ModelConfig, job["config"])
     options = configs.from_dict(TrainOptions, job["options"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    train, val = (load_split(ray.train.get_dataset_shard(split)) for split in ("train", "val"))
+    train, val = (arrays.load(job["data"], split) for split in ("train", "val"))
     rows = training_rows(train, config, options)
     steps_per_epoch = len(rows) // options.global_batch_size
     total_steps = steps_per_epoch * options.epochs
-    share = options.global_batch_size // world
 
     torch.manual_seed(options.seed)
     method = objective(config, options, device)
@@ -172,28 +169,14 @@ def train_loop(job: dict[str, Any]) -> None:
     sampler = Sampler(train, config, options)
     validate = Validation(val, config, options, method, device, rank, world)
 
-    def batches() -> Iterator[Batch]:
-        """The batches from `start` on, the next one prepared while this one is used."""
-
-        def prepare(step: int) -> Batch:
-            epoch, offset = divmod(step, steps_per_epoch)
-            order = rows[epoch_order(options.seed, epoch, len(rows))]
-            first = offset * options.global_batch_size + rank * share
-            return sampler.train(order[first : first + share], epoch)
-
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(prepare, start)
-            for step in range(start, total_steps):
-                batch = ahead.result()
-                if step + 1 < total_steps:
-                    ahead = pool.submit(prepare, step + 1)
-                yield batch
+    share = Share(rank=rank, world=world)
+    feed = Feed(sampler, rows, share, start=start, stop=total_steps, pin=device.type == "cuda")
 
     sums, count, clock = dict[str, Tensor](), 0, time.monotonic()
-    for step, batch in enumerate(batches(), start=start):
+    for step, draw in enumerate(feed, start=start):
         torch.manual_seed(hash_step(options.seed, step, rank))  # dropout inside the network
         rate = learning_rate(options, step, total_steps)
-        losses = method.step(to_device(batch, device), rate, step)
+        losses = method.step(draw.to(device, shown=config.shown), rate, step)
         sums, count = {name: loss + sums.get(name, 0.0) for name, loss in losses.items()}, count + 1
         done = step + 1
         ema.update(method.network, done)
@@ -206,6 +189,7 @@ def train_loop(job: dict[str, Any]) -> None:
         means = dict(zip(sums, all_mean(torch.stack([*sums.values()]) / count, world).tolist(), strict=True))
         if not all(map(math.isfinite, means.values())):
             raise FloatingPointError(f"the training losses are {means} at step {done}; lower --optim.learning-rate")
+        passed_s = time.monotonic() - clock
         row = {
             "step": done,
             "epoch": epoch,
@@ -213,7 +197,8 @@ def train_loop(job: dict[str, Any]) -> None:
             "split": "train",
             **means,
             "learning_rate": rate,
-            "images_per_s": count * options.global_batch_size / (time.monotonic() - clock),
+            "images_per_s": count * options.global_batch_size / passed_s,
+            "data_wait_share": feed.waited_s / passed_s,
         }
         if rank == 0:
             run.log(row)
@@ -228,7 +213,7 @@ def train_loop(job: dict[str, Any]) -> None:
         if validates:  # not more often: the controller takes one report at a time, twice a second
             report = {"step": done, "loss": means["loss"], **{f"val_{name}": val_row[name] for name in val_row}}
             ray.train.report(report)
-        sums, count, clock = {}, 0, time.monotonic()
+        sums, count, clock, feed.waited_s = {}, 0, time.monotonic(), 0.0
 
 
 def hash_step(seed: int, step: int, rank: int) -> int:
@@ -287,7 +272,8 @@ class Validation:
         mine = np.arange(self.rank, len(self.rows), self.world)
         for first in range(0, len(mine), self.batch_size):
             index = mine[first : first + self.batch_size]
-            batch = to_device(self.sampler.validation(self.rows[index], self.ts[index]), self.device)
+            draw = self.sampler.validation(self.rows[index], self.ts[index])
+            batch = draw.to(self.device, shown=self.config.shown)
             for track, network in enumerate(ema.tracks.values()):
                 values[track, torch.as_tensor(index, device=self.device)] = self.method.validation_loss(network, batch)
         if self.world > 1:

@@ -7,19 +7,20 @@ Each picture keeps its place and name, with the suffix .png. What cannot be read
 new and changed pictures, and tries again those set aside.
 """
 
+import collections
 import dataclasses
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ddpm_core import config as configs
-from ddpm_core import images, provenance
+from ddpm_core import faces, images, provenance
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
@@ -58,6 +59,10 @@ class Args:
     """Copies of the network; by default one for each GPU, or for each CPU where there is none."""
     split: str = "test"
     """Of a data set, the rows to translate."""
+    align: faces.Align = "auto"
+    """faces: photos are turned and cut so that the largest face lies where the training pictures have theirs; those
+    without a face are set aside. auto: faces, where the checkpoint was trained on aligned portraits. none: photos are
+    cut to centred squares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Job:
     """The input's card where it is a data set."""
     options: dict[str, Any]
     """What the results depend on; a folder holds results of one such set only."""
+    template: tuple[float, ...]
+    """Landmarks that faces are aligned to; () where pictures are taken as they are."""
     sources: list[dict[str, Any]]
     """id, size, mtime_ns of each picture."""
     num_others: int
@@ -120,6 +127,11 @@ def prepare(args: Args) -> Job:
         "checkpoint": opened.fingerprint,
     }
     card = data.find_card(args.input)
+    if card is not None and args.align == "faces":
+        raise InputError("--align faces has no effect on a data set, whose pictures are cut already; leave it out")
+    template = () if card is not None else faces.template_for(loaded.config.data.landmarks, args.align)
+    if template:
+        options |= {"align": "faces"}
     if card is not None:
         sources, num_others = dataset_sources(args, card, loaded.config)
         options |= {"split": args.split, "content_hash": card.content_hash}
@@ -130,7 +142,7 @@ def prepare(args: Args) -> Job:
     if not sources:
         also = f" ({num_others:,} other files or rows are there)" if num_others else ""
         raise InputError(f"--input {args.input} holds no pictures{also}; wanted: {' '.join(sorted(images.SUFFIXES))}")
-    return Job(args, loaded, sampling, card, options, sources, num_others)
+    return Job(args, loaded, sampling, card, options, template, sources, num_others)
 
 
 def inside(uri: str, folder: str) -> bool:
@@ -248,7 +260,13 @@ def source_rows(job: Job, todo: list[dict[str, Any]]) -> "ray.data.Dataset":
     if job.card is None:
         items = [{"id": source["id"], "output": source["output"]} for source in todo]
         return translating.file_rows(
-            items, args.input, image_size=size, to=args.domain, seed=args.seed, batch_size=args.batch_size
+            items,
+            args.input,
+            image_size=size,
+            template=job.template,
+            to=args.domain,
+            seed=args.seed,
+            batch_size=args.batch_size,
         )
     plan = {source["id"]: [(args.domain, args.seed, source["output"])] for source in todo}
     return translating.dataset_rows(args.input, job.card, args.split, plan, batch_size=args.batch_size)
@@ -263,10 +281,11 @@ def noted(results: "ray.data.Dataset", facts: dict[str, dict[str, Any]]) -> Iter
                 "output": facts[str(name)]["output"],
                 "status": "rejected" if error else "ok",
                 "error": str(error),
+                "note": str(note),
                 "size": facts[str(name)]["size"],
                 "mtime_ns": facts[str(name)]["mtime_ns"],
             }
-            for name, error in zip(batch["id"], batch["error"], strict=True)
+            for name, error, note in zip(batch["id"], batch["error"], batch["note"], strict=True)
         ]
 
 
@@ -300,12 +319,25 @@ def finish(job: Job, manifest: "Manifest") -> int:
     write_note(job, complete=True, num_rejected=len(bad))
     good = len(job.sources) - len(bad)
     print(f"{counted(good)} translated: {output}")
+    notes = [note for s in job.sources if (note := manifest.rows[s["id"]]["note"])]
+    if notes:
+        what = tally(part for note in notes for part in note.split("; "))
+        print(f"{counted(len(notes))} with a note in manifest.parquet: {what}")
     if bad:
+        why = tally(row["error"].removeprefix(f"{row['id']}: ") for row in bad)
         print(
-            f"{len(bad):,} of {len(job.sources):,} pictures were set aside; the reasons are in {reasons}",
+            f"{len(bad):,} of {len(job.sources):,} pictures were set aside: {why}; the reasons are in {reasons}",
             file=sys.stderr,
         )
     return cli.SET_ASIDE if bad else cli.DONE
+
+
+def tally(reasons: Iterable[str], most: int = 4) -> str:
+    """The commonest reasons, without their particulars, each with how often it is there."""
+    counts = collections.Counter(re.split(r"[;(]", reason)[0].strip() for reason in reasons).most_common()
+    if len(counts) > most:
+        counts[most:] = [("others", sum(count for _, count in counts[most:]))]
+    return ", ".join(f"{reason} ({count:,})" for reason, count in counts)
 
 
 def counted(num: int) -> str:

@@ -1,7 +1,8 @@
 """Translating many pictures with Ray Data: what `jobs.translate` and `jobs.evaluate` share, and what travels.
 
 A row on its way: `id`, `output` (path below the output, "" to keep the picture in the row), `to` (domain),
-`seed`, `image` (uint8 s s 3, the source), `error` ("" while all is well).
+`seed`, `image` (uint8 s s 3, the source), `error` ("" while all is well), `note` (what was done to the source that
+its owner should know, mostly "").
 """
 
 import concurrent.futures
@@ -20,7 +21,7 @@ import ray
 import ray.data
 import torch
 
-from ddpm_core import checkpoint, images
+from ddpm_core import checkpoint, faces, images
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
@@ -119,29 +120,43 @@ def translate_rows(
 
 
 def file_rows(
-    items: list[dict[str, Any]], root: str, *, image_size: int, to: str, seed: int, batch_size: int
+    items: list[dict[str, Any]],
+    root: str,
+    *,
+    image_size: int,
+    template: tuple[float, ...],
+    to: str,
+    seed: int,
+    batch_size: int,
 ) -> ray.data.Dataset:
-    """Rows of the pictures `items` (id = path below `root`, output), read and prepared on the workers."""
+    """Rows of the pictures `items` (id = path below `root`, output), read and prepared on the workers.
+
+    `template`: landmarks that faces are aligned to, () to take pictures as they are.
+    """
     blocks = min(max(math.ceil(len(items) / batch_size), 1), MAX_BLOCKS)
-    read = functools.partial(read_pictures, root=root, image_size=image_size, to=to, seed=seed)
+    read = functools.partial(read_pictures, root=root, image_size=image_size, template=template, to=to, seed=seed)
     return ray.data.from_items(items, override_num_blocks=blocks).map_batches(read, batch_size=batch_size)
 
 
-def read_pictures(batch: Batch, *, root: str, image_size: int, to: str, seed: int) -> Batch:
+def read_pictures(
+    batch: Batch, *, root: str, image_size: int, to: str, seed: int, template: tuple[float, ...] = ()
+) -> Batch:
     """Each file read and prepared as training did it; what cannot be read gets its reason in `error`."""
     with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as threads:
-        read = list(threads.map(functools.partial(read_picture, root=root, image_size=image_size), batch["id"]))
+        one = functools.partial(read_picture, root=root, image_size=image_size, template=template)
+        read = list(threads.map(one, batch["id"]))
     return {
         **batch,
         "to": np.array([to] * len(read)),
         "seed": np.full(len(read), seed, np.int64),
-        "image": np.stack([picture for picture, _ in read]),
-        "error": np.array([error for _, error in read], dtype=object),
+        "image": np.stack([picture for picture, _, _ in read]),
+        "error": np.array([error for _, error, _ in read], dtype=object),
+        "note": np.array([note for _, _, note in read], dtype=object),
     }
 
 
-def read_picture(name: str, *, root: str, image_size: int) -> tuple[np.ndarray, str]:
-    """(picture, "") or (black, why not).
+def read_picture(name: str, *, root: str, image_size: int, template: tuple[float, ...]) -> tuple[np.ndarray, str, str]:
+    """(picture, "", note) or (black, why not, "").
 
     Raises:
         InputError: the storage itself is gone, which no single picture is to blame for.
@@ -149,14 +164,17 @@ def read_picture(name: str, *, root: str, image_size: int) -> tuple[np.ndarray, 
     try:
         data = storage.read_bytes(storage.join(root, name))
     except FileNotFoundError:
-        return _black(image_size), f"{name}: gone since the folder was listed"
+        return _black(image_size), f"{name}: gone since the folder was listed", ""
     except InputError as error:
         storage.exists(root)  # raises where the server is unreachable or refuses everything
-        return _black(image_size), str(error)
+        return _black(image_size), str(error), ""
     try:
-        return images.to_square(images.decode(data, name=name), image_size), ""
+        if template:
+            portrait = faces.read_portrait(data, image_size, template, name=name)
+            return portrait.pixels, "", portrait.note
+        return images.read_square(data, image_size, name=name), "", ""
     except InputError as error:
-        return _black(image_size), str(error)
+        return _black(image_size), str(error), ""
 
 
 def _black(image_size: int) -> np.ndarray:
@@ -204,6 +222,7 @@ def expand_rows(
         "seed": np.array([c[2] for c in chosen], dtype=np.int64),
         "image": pictures(swapped),
         "error": np.array([""] * len(chosen), dtype=object),
+        "note": np.array([""] * len(chosen), dtype=object),
     }
     if keep_truth:
         rows["truth"] = pictures([not s for s in swapped])
@@ -329,6 +348,7 @@ class Manifest:
             ("output", pa.string()),
             ("status", pa.string()),
             ("error", pa.string()),
+            ("note", pa.string()),
             ("size", pa.int64()),
             ("mtime_ns", pa.int64()),
         ]

@@ -31,7 +31,7 @@ import torch
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from ddpm_core import checkpoint, images
+from ddpm_core import checkpoint, faces, images
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
@@ -140,23 +140,29 @@ def later(status: int, reason: str) -> fastapi.HTTPException:
     return fastapi.HTTPException(status, f"{reason}; try again in {RETRY_AFTER_S} s", wait)
 
 
-def prepare(data: bytes, size: int) -> np.ndarray:
-    """A picture file as the square the model takes.
+def prepare(data: bytes, size: int, template: tuple[float, ...]) -> tuple[np.ndarray, str]:
+    """A picture file as the square the model takes, and what its owner should know of it (mostly nothing).
+
+    `template`: landmarks that its face is aligned to, () to take it as it is.
 
     Raises:
-        InputError: it is not a picture that can be used.
+        InputError: it is not a picture that can be used, or (NoFaceError) has no face.
     """
-    return images.to_square(images.decode(data), size)
+    if template:
+        portrait = faces.read_portrait(data, size, template)
+        return portrait.pixels, portrait.note
+    return images.read_square(data, size), ""
 
 
-def describe(config: ModelConfig, options: Options, done: scheduler.Done, total_ms: float) -> dict[str, str]:
-    """Response headers: licence, options used, time taken."""
+def describe(config: ModelConfig, options: Options, done: scheduler.Done, total_ms: float, note: str) -> dict[str, str]:
+    """Response headers: licence, options used, time taken, and what `prepare` noted."""
     return {
         "X-Licence": header(config.data.licence),
         "X-Options": json.dumps(dataclasses.asdict(options)),
         "X-Batch-Size": str(done.batch_size),
         "Server-Timing": f"model;dur={done.model_ms:.1f}, total;dur={total_ms:.1f}",
         "Cache-Control": "no-store",
+        **({"X-Note": header(note)} if note else {}),
     }
 
 
@@ -222,11 +228,15 @@ class Gateway:
         start = time.perf_counter()
         try:
             options = complete(query, self.config)
+            template = faces.template_for(self.config.data.landmarks, query.align)
         except InputError as error:
             raise fastapi.HTTPException(422, str(error)) from None
         data = await read_body(request, self.max_body_bytes)
         async with self.decoding:
-            square = await asyncio.to_thread(prepare, data, self.config.image_size)
+            try:
+                square, note = await asyncio.to_thread(prepare, data, self.config.image_size, template)
+            except faces.NoFaceError as error:
+                raise fastapi.HTTPException(422, str(error)) from None
         del data
         try:
             done: scheduler.Done = await self.model.translate.remote(scheduler.Job(square, options))
@@ -236,7 +246,8 @@ class Gateway:
             raise later(503, "the model is restarting") from None
         png = await asyncio.to_thread(images.encode_png, done.picture)
         total_ms = (time.perf_counter() - start) * 1000
-        return fastapi.Response(png, media_type="image/png", headers=describe(self.config, options, done, total_ms))
+        headers = describe(self.config, options, done, total_ms, note)
+        return fastapi.Response(png, media_type="image/png", headers=headers)
 
     @api.get("/v1/model")
     async def describe_model(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig, Sampler, SamplingConfig, Start
 from ddpm_core.errors import InputError
+from ddpm_core.faces import Align
 
 
 class Arguments(BaseModel):
@@ -76,6 +77,9 @@ class Query(BaseModel):
     """Of sdedit: share of the chain that is noised and drawn again."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Another seed draws another sample for the same picture."""
+    align: Align = "auto"
+    """faces: the largest face is brought to where the training pictures have theirs. none: the centred square is
+    taken. auto: faces, where the checkpoint was trained on aligned portraits."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ os.environ.update(
     AWS_EC2_METADATA_DISABLED="true",
 )  # before ray is imported
 
+import atexit
 import json
 import random
 import shutil
@@ -33,6 +34,10 @@ import jaxtyping
 import pytest
 
 jaxtyping.install_import_hook("ddpm_core", "beartype.beartype")  # the shapes in annotations are checked in tests
+
+# decoded pictures: not among the user's own
+os.environ["DDPM_TRANSLATE_CACHE"] = tempfile.mkdtemp(prefix="ddpm-translate-tests-")
+atexit.register(shutil.rmtree, os.environ["DDPM_TRANSLATE_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -141,6 +141,39 @@ def test_what_is_no_picture_is_refused_in_one_line(data: bytes, reason: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def smooth(width: int, height: int) -> Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 6, width), np.linspace(0, 6, height))
+    waves = np.stack([np.sin(x + y), np.sin(2 * x), np.cos(y - x)], axis=-1)
+    return Image.fromarray((127.5 + 120 * waves).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [(608, 400, (76, 50)), (600, 399, (150, 100)), (401, 200, (101, 50)), (99, 80, (99, 80)), (50, 50, (50, 50))],
+)
+def test_a_jpeg_is_decoded_no_larger_than_needed(width: int, height: int, expected: tuple[int, int]) -> None:
+    jpeg = encoded(smooth(width, height), "JPEG", quality=95)
+    assert images.decode(jpeg, at_least=50).size == expected
+    assert images.decode(jpeg).size == (width, height)
+    assert images.decode(encoded(smooth(width, height), "PNG"), at_least=50).size == (width, height)
+    whole = images.to_square(images.decode(jpeg), 50).astype(float)
+    error = (images.read_square(jpeg, 50).astype(float) - whole)[2:-2, 2:-2]
+    assert np.sqrt((error**2).mean()) < 4
+
+
+def test_a_scaled_jpeg_is_upright_and_in_the_right_colours() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    picture = smooth(400, 200)
+    turned = images.decode(encoded(picture, "JPEG", exif=exif, quality=95), at_least=50)
+    assert turned.size == (50, 100)
+    grey = images.decode(encoded(picture.convert("L"), "JPEG"), at_least=50)
+    cmyk = images.decode(encoded(picture.convert("CMYK"), "JPEG", quality=95), at_least=50)
+    assert (grey.mode, cmyk.mode, cmyk.size) == ("RGB", "RGB", (100, 50))
+    expected = np.asarray(picture.resize((100, 50), Image.Resampling.BOX), dtype=float)
+    assert np.abs(np.asarray(cmyk, dtype=float) - expected).mean() < 4
+
+
 def test_to_square_takes_the_middle() -> None:
     image = Image.new("RGB", (60, 20), (0, 255, 0))
     image.paste((255, 0, 0), (20, 0, 40, 20))

@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -165,12 +163,14 @@ def test_what_travels_to_workers_carries_no_secret(s3: Any) -> None:
     assert secret.encode() not in pickle.dumps(fs)
 
 
-def test_reading_outlives_the_servers_death(s3: Any) -> None:
-    storage.write_bytes(f"{s3.uri}/outage/a.txt", b"a")
-    s3.kill()
-    program = f"from jobs import storage; print('go', flush=True); print(storage.read_bytes('{s3.uri}/outage/a.txt'))"
-    reader = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert reader.stdout is not None
-    assert reader.stdout.readline() == "go\n"  # from here on it meets no server, then one that is starting
-    s3.start()
-    assert reader.communicate(timeout=60)[0].strip() == "b'a'"
+def test_endpoint_without_scheme(s3: Any, use: Any) -> None:
+    use({"AWS_ENDPOINT_URL": "127.0.0.1:9000"})
+    with pytest.raises(InputError, match=r"AWS_ENDPOINT_URL is 127\.0\.0\.1:9000; write it with its scheme"):
+        storage.exists(f"{s3.uri}/x")
+
+
+def test_unknown_key(s3: Any, use: Any) -> None:
+    use({**s3.environment("rw"), "AWS_ACCESS_KEY_ID": "nobody"})
+    for deed in (storage.read_bytes, storage.exists, storage.list_files):
+        with pytest.raises(InputError, match="access denied; check AWS_ACCESS_KEY_ID"):
+            deed(f"{s3.uri}/x")

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from ddpm_core import checkpoint, encoders, identity
+from ddpm_core.conditioning import structure
 from ddpm_core.config import DiffusionConfig, ModelConfig
 from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from ddpm_core.gan import Generator
 from ddpm_core.translator import Translator
-from jobs import data, objectives, samples, train, train_loop, translate
+from jobs import arrays, data, objectives, samples, train, train_loop, translate
 from jobs.presets import PRESETS, TrainOptions
 
 CPU = torch.device("cpu")
@@ -117,7 +118,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, dataset_folder, t
     whole = [json.loads(line) for line in (two_epochs / "metrics.jsonl").read_text().splitlines()]
     resumed = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     for one, two in zip(whole, resumed, strict=True):
-        assert {**one, "images_per_s": 0} == {**two, "images_per_s": 0}
+        clocks = {"images_per_s": 0, "data_wait_share": 0}
+        assert one | clocks == two | clocks
     for name, tensor in weights(two_epochs).items():
         assert torch.equal(tensor, weights(tmp_path / "run")[name]), name
 
@@ -182,8 +184,8 @@ def test_ctrl_c_is_not_taken_for_success(ray_cluster, dataset_folder, tmp_path):
     assert not (tmp_path / "run/report.html").exists()
 
 
-def loaded(dataset_folder: str, split: str = "train") -> data.SplitArrays:
-    return data.load_split(data.read_split(dataset_folder, split))
+def loaded(dataset_folder: str, split: str = "train") -> arrays.SplitArrays:
+    return arrays.load(dataset_folder, split)
 
 
 def config_for(options: TrainOptions) -> ModelConfig:
@@ -203,12 +205,79 @@ def test_samples_are_functions_of_seed_epoch_and_id(ray_cluster, dataset_folder)
     rows = np.arange(8)
     whole = sampler.train(rows, epoch=3)
     halves = [sampler.train(rows[:4], epoch=3), sampler.train(rows[4:], epoch=3)]
-    for name in ("x_0", "condition", "domain", "t", "noise", "dropped", "domain_dropped"):
+    for name in ("target", "source", "flip", "shift", "domain", "t", "noise", "dropped", "domain_dropped"):
         together = torch.cat([getattr(half, name) for half in halves])
         assert torch.equal(getattr(whole, name), together), name
     other = sampler.train(rows, epoch=4)
     assert not torch.equal(whole.noise, other.noise)
     assert not torch.equal(whole.t, other.t)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 3, 7])  # of five steps an epoch: the beginning, within the first, in the second
+def test_the_order_is_ours(ray_cluster, dataset_folder, workers, start):
+    """Two epochs drawn by processes of their own, from the beginning or taken up again in the middle of an epoch: the
+    global batches are the same, picture by picture, number by number."""
+    options = dataclasses.replace(PRESETS["smoke"].options, global_batch_size=6, max_shift=2, seed=5)
+    config = config_for(options)
+
+    @ray.remote(num_cpus=0.1)
+    def drawn(rank: int, world: int, first: int) -> list[tuple[list[str], list[torch.Tensor]]]:
+        sampler = samples.Sampler(arrays.load(dataset_folder, "train"), config, options)
+        share = samples.Share(rank=rank, world=world)
+        feed = samples.Feed(sampler, np.arange(32), share, start=first, stop=10, pin=False)
+        names = [field.name for field in dataclasses.fields(samples.Draw) if field.name != "ids"]
+        return [(draw.ids, [getattr(draw, name) for name in names]) for draw in feed]
+
+    (whole,) = ray.get([drawn.remote(0, 1, 0)])
+    shares = ray.get([drawn.remote(rank, workers, start) for rank in range(workers)])
+    assert len(shares[0]) == 10 - start
+    for step, (ids, tensors) in enumerate(whole[start:]):
+        assert [name for share in shares for name in share[step][0]] == ids
+        for number, tensor in enumerate(tensors):
+            assert torch.equal(torch.cat([share[step][1][number] for share in shares]), tensor)
+    visited = [name for ids, _ in whole for name in ids]
+    assert len(set(visited[:30])) == len(set(visited[30:])) == 30  # each epoch: no picture twice
+    assert visited[:30] != visited[30:]
+
+
+def test_pictures_are_flipped_and_shifted_together():
+    picture = torch.arange(5 * 5 * 3).reshape(1, 5, 5, 3).to(torch.uint8)
+    plain = samples.moved(picture, torch.tensor([False]), torch.tensor([[0, 0]]))
+    assert torch.equal(((plain + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1), picture)
+    assert torch.equal(samples.moved(picture, torch.tensor([True]), torch.tensor([[0, 0]])), plain.flip(3))
+    down, right = (samples.moved(picture, torch.tensor([False]), torch.tensor([shift])) for shift in ([2, 0], [0, -1]))
+    assert torch.equal(down[:, :, 2:], plain[:, :, :3])
+    assert torch.equal(down[:, :, :2], plain[:, :, [2, 1]])  # the edge mirrored, not repeated
+    assert torch.equal(right[..., :4], plain[..., 1:])
+    assert torch.equal(right[..., 4], plain[..., 3])
+    both = samples.moved(picture, torch.tensor([True]), torch.tensor([[0, 1]]))
+    assert torch.equal(both[..., 1:], plain.flip(3)[..., :4])  # first flipped, then shifted
+
+
+def test_what_the_network_is_shown(ray_cluster, dataset_folder):
+    """The counterpart, any picture of the other side, or the structure of x_0 itself."""
+    rows_of, rows = loaded(dataset_folder), np.arange(32)
+
+    def batch(**changes) -> samples.Batch:
+        options = TrainOptions(max_shift=3, **changes)
+        config = dataclasses.replace(config_for(options), shown="structure" if options.pairing == "self" else "source")
+        return samples.Sampler(rows_of, config, options).train(rows, 0).to(CPU, shown=config.shown)
+
+    def pairs(found: samples.Batch) -> int:
+        """How many conditions are the counterparts of x_0: a night is its day dimmed."""
+        dim = torch.tensor([0.2, 0.3, 0.5])[:, None, None]
+        number = 0
+        for x_0, condition, domain in zip(found.x_0, found.condition, found.domain.tolist(), strict=True):
+            day, night = ((each + 1) * 127.5 for each in ((condition, x_0) if domain else (x_0, condition)))
+            number += int((day * dim - night).abs().max() < 2)
+        return number
+
+    assert pairs(batch()) == 32
+    assert pairs(batch(pairing="unpaired")) < 8
+    found = batch(pairing="self")
+    assert torch.equal(found.condition, structure(found.x_0))
+    assert torch.equal(found.x_0, batch().x_0)
 
 
 def test_each_epoch_visits_every_row_once_in_its_own_order():
@@ -219,23 +288,23 @@ def test_each_epoch_visits_every_row_once_in_its_own_order():
 
 
 def test_both_directions_and_one(ray_cluster, dataset_folder):
-    arrays = loaded(dataset_folder)
-    rows = np.arange(len(arrays))
+    rows_of = loaded(dataset_folder)
+    rows = np.arange(len(rows_of))
     options = TrainOptions(flip=False)
-    both = samples.Sampler(arrays, config_for(options), options).train(rows, 0)
+    both = samples.Sampler(rows_of, config_for(options), options).train(rows, 0).to(CPU)
     assert set(both.domain.tolist()) == {0, 1}
     for i, domain in enumerate(both.domain.tolist()):
         dimmer, brighter = both.x_0[i].mean(), both.condition[i].mean()
         assert (dimmer < brighter) == (domain == 1)  # night is darker: the picture fits its label
     one = TrainOptions(flip=False, target_domain="night")
-    assert set(samples.Sampler(arrays, config_for(one), one).train(rows, 0).domain.tolist()) == {1}
+    assert set(samples.Sampler(rows_of, config_for(one), one).train(rows, 0).domain.tolist()) == {1}
 
 
 def test_conditions_and_domains_are_dropped_apart_as_often_as_asked(ray_cluster, dataset_folder):
-    arrays = loaded(dataset_folder)
+    rows_of = loaded(dataset_folder)
     options = TrainOptions(diffusion=DiffusionConfig(p_uncond=0.2, p_uncond_domain=0.5))
-    sampler = samples.Sampler(arrays, config_for(options), options)
-    batches = [sampler.train(np.arange(len(arrays)), epoch) for epoch in range(40)]
+    sampler = samples.Sampler(rows_of, config_for(options), options)
+    batches = [sampler.train(np.arange(len(rows_of)), epoch) for epoch in range(40)]
     dropped, domain_dropped = (
         torch.cat([getattr(each, name) for each in batches]) for name in ("dropped", "domain_dropped")
     )
@@ -247,10 +316,10 @@ def test_conditions_and_domains_are_dropped_apart_as_often_as_asked(ray_cluster,
 
 
 def test_cyclegan_is_shown_no_pairs(ray_cluster, dataset_folder):
-    arrays = loaded(dataset_folder)
+    rows_of = loaded(dataset_folder)
     options = TrainOptions(method="cyclegan", flip=False)
-    batch = samples.Sampler(arrays, config_for(options), options).train(np.arange(len(arrays)), 0)
-    days = {tuple(picture.flatten().tolist()) for picture in arrays.images(range(len(arrays)))}
+    batch = samples.Sampler(rows_of, config_for(options), options).train(np.arange(len(rows_of)), 0).to(CPU)
+    days = {tuple(picture.flatten().tolist()) for picture in rows_of.images(range(len(rows_of)))}
     pairs = 0
     for x_0, condition, domain in zip(batch.x_0, batch.condition, batch.domain.tolist(), strict=True):
         day, night = ((picture + 1) * 127.5 for picture in ((condition, x_0) if domain else (x_0, condition)))
@@ -263,15 +332,15 @@ def test_cyclegan_is_shown_no_pairs(ray_cluster, dataset_folder):
 @pytest.mark.parametrize("method", ["diffusion", "pix2pix", "cyclegan"])
 def test_validation_gives_the_same_numbers_every_time_and_picks_the_best_length(ray_cluster, dataset_folder, method):
     options = dataclasses.replace(PRESETS["smoke"].options, method=method)
-    config, arrays = config_for(options), loaded(dataset_folder, "val")
+    config, rows_of = config_for(options), loaded(dataset_folder, "val")
     torch.manual_seed(0)
     objective = objectives.objective(config, options, CPU)
     ema = EMA(objective.network, sigma_rels=(0.05, 0.1))
-    batch = samples.Sampler(arrays, config, options).train(np.arange(8), 0)
+    batch = samples.Sampler(rows_of, config, options).train(np.arange(8), 0).to(CPU)
     for step in range(4):
         objective.step(batch, 1e-3, step)
         ema.update(objective.network, step + 1)
-    validate = train_loop.Validation(arrays, config, options, objective, CPU, 0, 1)
+    validate = train_loop.Validation(rows_of, config, options, objective, CPU, 0, 1)
     first = validate(ema)
     torch.rand(7)
     assert validate(ema) == first
@@ -403,6 +472,18 @@ def test_gans_name_their_losses_and_measure_the_same_in_training_and_validation(
 
 
 @pytest.mark.slow
+def test_a_picture_as_its_own_guide(ray_cluster, dataset_folder, tmp_path):
+    """Trained to make a picture from its structure and its label, then asked for the other label."""
+    assert run(dataset_folder, tmp_path / "run", "--pairing", "self", "--max-shift", "1", "--epochs", "1") == 0
+    there = checkpoint.load(str(tmp_path / "run"))
+    assert (there.config.shown, there.config.data.pairing) == ("structure", "self")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert 0 <= rows[0]["data_wait_share"] < 1
+    source = arrays.load(dataset_folder, "test").images([0])
+    assert Translator(there)(source, "night").shape == source.shape
+
+
+@pytest.mark.slow
 def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, capsys):
     """Trained, resumed and put to use by the same commands; two workers compute what one does."""
     flags = ["--method", "pix2pix", "--epochs", "3"]
@@ -425,7 +506,7 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
     where = ["--checkpoint", str(output), "--num-workers", "1"]
     made = ["--input", dataset_folder, "--output", str(tmp_path / "made"), "--domain", "night"]
     assert translate.main([*where, *made]) == 0
-    source = data.load_split(data.read_split(dataset_folder, "test")).images([0])
+    source = arrays.load(dataset_folder, "test").images([0])
     right = Translator(loaded)(source, "night")[0]
     found = np.asarray(Image.open(tmp_path / "made/test-000.png"), int)
     assert np.abs(found - right).max() <= 1
@@ -462,6 +543,10 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
         (["--identity-encoder", "/nowhere", "--identity-weight", "1"], "/nowhere: no encoder here"),
         (["--optim.ema-sigma-rels", "0.1", "0.3"], "each must lie between 0 and 0.28"),
         (["--optim.ema-sigma-rels", "0.1", "0.1"], "give one or more different lengths"),
+        (["--pairing", "matched"], "--pairing matched: gradients was prepared paired; prepare it anew for that"),
+        (["--method", "pix2pix", "--pairing", "unpaired"], "pix2pix learns from pairs; leave it out, or give --method"),
+        (["--method", "cyclegan", "--pairing", "self"], "--pairing self: cyclegan would learn to copy"),
+        (["--max-shift", "16"], "--max-shift is 16; it must lie between 0 and 15"),
         (["--output", "/proc/run"], "--output /proc/run"),
         (["--output", "gs://bucket/run"], "scheme gs:// is not supported"),
     ],

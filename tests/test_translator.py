@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_core import guidance, images, samplers
+from ddpm_core import conditioning, guidance, images, samplers
 from ddpm_core.checkpoint import Checkpoint, build
 from ddpm_core.config import DiffusionConfig, GANConfig, ModelConfig, SamplingConfig, UNetConfig
 from ddpm_core.diffusion import draw_noise, q_sample, seeded
@@ -59,6 +59,19 @@ def count_passes(translate: Translator) -> list[int]:
     rows: list[int] = []
     translate.model.register_forward_hook(lambda module, args, output: rows.append(len(output)))
     return rows
+
+
+def test_a_network_that_is_shown_structure_is_shown_it() -> None:
+    """SDEdit still starts from the picture itself."""
+    translate, sources = translator(replace(shown="structure")), pictures(2)
+    shown: list[torch.Tensor] = []
+    translate.model.register_forward_pre_hook(lambda module, args: shown.append(args[2]))
+    translate(sources, "night")
+    assert torch.equal(shown[0], conditioning.structure(images.to_tensor(sources)))
+    plain = translator(replace(sampling={"start": "sdedit", "strength": 0.01, "num_steps": 1000}))
+    near = translator(replace(shown="structure", sampling={"start": "sdedit", "strength": 0.01, "num_steps": 1000}))
+    for each in (plain, near):
+        assert np.abs(each(sources, "night").astype(int) - sources).mean() < 12
 
 
 # -- options --------------------------------------------------------------------------------------------------------

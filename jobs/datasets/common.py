@@ -15,21 +15,36 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow
 import ray.data
 from jaxtyping import UInt8
 
-from ddpm_core import images
+from ddpm_core import faces, images
 from ddpm_core.errors import InputError
-from jobs import cli, storage
+from jobs import cli, data, storage
 from jobs.data import DatasetCard, Encoding, Row
+from jobs.datasets import duplicates
 from jobs.progress import Progress
+from jobs.survey import mark, name_hash, survey
 
 PICTURES_PER_TASK = 64
 """Pictures that one Ray task decodes."""
+UNREADABLE = {".heic", ".heif"}
+"""What phones write and Pillow does not read: set aside with the reason rather than passed over."""
+DECODED = pyarrow.schema(
+    [
+        pyarrow.field("pixels", pyarrow.binary()),
+        pyarrow.field("marks", pyarrow.list_(pyarrow.binary())),
+        pyarrow.field("enlarged", pyarrow.bool_()),
+        pyarrow.field("landmarks", pyarrow.list_(pyarrow.float32())),
+        pyarrow.field("num_faces", pyarrow.int32()),
+        pyarrow.field("error", pyarrow.string()),
+    ]
+)
+"""What comes back of a picture."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +64,17 @@ class Common:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FromFiles(Common):
+    """Options of sources that read the user's own pictures."""
+
+    append: bool = False
+    """Add the pictures that are not in the data set at --output yet to it, as its next version."""
+    duplicates: Literal["report", "drop"] = "report"
+    """Pictures that come twice, exactly or nearly: list them in duplicates.parquet, or also set the copies aside (first
+    in training, then in validation)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Made:
     """What `Draft.make` gives: rows to write and what to tell."""
 
@@ -57,6 +83,8 @@ class Made:
     num_rows: int
     rejected: Sequence[tuple[str, str]] = ()
     """(picture, reason) of those that could not be used."""
+    copies: Sequence[duplicates.Copy] = ()
+    """Pictures that come twice."""
     notes: Sequence[str] = ()
     """What a reader of results should know."""
 
@@ -113,7 +141,7 @@ def picture_files(files: Iterable[str]) -> list[str]:
     return [
         file
         for file in files
-        if posixpath.splitext(file)[1].lower() in images.SUFFIXES
+        if posixpath.splitext(file)[1].lower() in images.SUFFIXES | UNREADABLE
         and not any(part.startswith((".", "__MACOSX")) for part in file.split("/"))
     ]
 
@@ -131,8 +159,8 @@ def fingerprint(*parts: Any) -> str:
 
 
 def prepared_by(command: str, options: Common) -> dict[str, Any]:
-    """The command and every option that decides the rows."""
-    elsewhere = ("output", "source", "overwrite")
+    """The command and every option that decides the rows; which files are read, `fingerprint` tells."""
+    elsewhere = ("output", "source", "overwrite", "append", "domain", "pairs")
     values = {key: value for key, value in dataclasses.asdict(options).items() if key not in elsewhere}
     return {"command": command, **values}
 
@@ -140,56 +168,103 @@ def prepared_by(command: str, options: Common) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ splits
 
 
-def name_hash(name: str) -> bytes:
-    """Orders names at random, always in the same way."""
-    return hashlib.blake2b(name.encode(), digest_size=8).digest()
-
-
-def split_names(names: Iterable[str], held_out: Sequence[str] = ("val", "test")) -> dict[str, str]:
+def split_names(
+    names: Iterable[str], held_out: Sequence[str] = ("val", "test"), kept: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """A tenth of the names for each held-out split and the rest for training, by hash of the name.
 
-    No split is empty as long as there is a name for each.
+    No split is empty as long as there is a name for each. With `kept` (names that an earlier version has) those keep
+    their split, and each other name has a chance of a tenth: of a handful none need be held out.
     """
     ranked = sorted(set(names), key=lambda name: (name_hash(name), name))
+    if kept:
+        share = 2**64 // 10
+        ends = dict(enumerate(held_out))
+        drawn = {name: ends.get(int.from_bytes(name_hash(name), "big") // share, "train") for name in ranked}
+        return drawn | {name: kept[name] for name in ranked if name in kept}
     tenth = max(1, round(len(ranked) / 10)) if len(ranked) > len(held_out) else 0
-    ends = [split for split in held_out for _ in range(tenth)]
-    return {name: ends[rank] if rank < len(ends) else "train" for rank, name in enumerate(ranked)}
+    ends_of = [split for split in held_out for _ in range(tenth)]
+    return {name: ends_of[rank] if rank < len(ends_of) else "train" for rank, name in enumerate(ranked)}
+
+
+def rows_there(options: FromFiles) -> dict[str, data.IndexRow]:
+    """Rows of the data set that --append adds to, by id; {} without it.
+
+    Raises:
+        InputError: there is no data set, or it is damaged.
+    """
+    if not options.append:
+        return {}
+    output = storage.absolute(options.output, flag="--output")
+    card = data.find_card(output)
+    if card is None:
+        raise InputError(f"--append: there is no data set at {output}; leave --append out to make one")
+    return data.read_index(output, card)
 
 
 # ---------------------------------------------------------------------------------------------- decoding
 
 
 class Pixels:
-    """Decoded pictures on disk: (n, parts, s, s, 3) uint8, so that 200,000 of them need no memory."""
+    """Decoded pictures in a file, (n, parts, s, s, 3) uint8, so that 200,000 of them need no memory."""
 
-    def __init__(self, array: np.ndarray, ok: np.ndarray) -> None:
-        self.array, self.ok = array, ok
-        """ok: (n,) bool, whether the picture could be decoded."""
+    def __init__(self, shape: tuple[int, int, int, int, int], scratch: Path) -> None:
+        self.shape = shape
+        # It has no name: nothing of it is left when the process is killed.
+        self.file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
+        self.ok = np.zeros(shape[0], bool)
+        """(n,) whether the picture is used."""
+        self.marks: list[tuple[bytes, ...]] = [()] * shape[0]
+        """`survey.mark` of each part."""
+        self.num_enlarged = 0
+        """Pictures that are smaller than they are stored."""
+        self.landmarks: list[list[float] | None] = [None] * shape[0]
+        """In pixels of the stored picture, of those that were aligned."""
+        self.num_several = 0
+        """Aligned pictures with other faces than the one that was taken."""
+
+    def __setitem__(self, row: int, pixels: bytes) -> None:
+        size = int(np.prod(self.shape[1:]))
+        assert len(pixels) == size, row
+        self.file.seek(row * size)
+        self.file.write(pixels)
 
     def __getitem__(self, index: tuple[int, int]) -> UInt8[np.ndarray, "s s 3"]:
-        return np.array(self.array[index])
+        row, part = index
+        size = int(np.prod(self.shape[2:]))
+        self.file.seek((row * self.shape[1] + part) * size)
+        return np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape[2:])
 
     def means(self) -> np.ndarray:
         """(parts,) mean grey level of each part over the decoded pictures."""
-        per_picture = np.array([self.array[row].mean(axis=(1, 2, 3)) for row in np.flatnonzero(self.ok)])
-        return per_picture.mean(axis=0)
+        rows = np.flatnonzero(self.ok).tolist()
+        return np.array([[self[row, part].mean() for part in range(self.shape[1])] for row in rows]).mean(axis=0)
+
+    def notes(self) -> list[str]:
+        """What a reader should know of how they were decoded."""
+        words = []
+        if self.num_enlarged:
+            what = "1 picture is" if self.num_enlarged == 1 else f"{self.num_enlarged:,} pictures are"
+            was = "was" if self.num_enlarged == 1 else "were"
+            words.append(f"{what} smaller than {self.shape[2]} pixels and {was} enlarged")
+        if any(points is not None for points in self.landmarks):
+            words.append(f"aligned to CelebA's landmarks; of several faces ({self.num_several:,} pictures) the largest")
+        return words
 
 
 def decode_pictures(
-    pictures: Sequence[Picture], *, size: int, halves: bool, scratch: Path
+    pictures: Sequence[Picture], *, size: int, halves: bool, scratch: Path, template: tuple[float, ...] = ()
 ) -> tuple[Pixels, list[tuple[str, str]]]:
     """Every picture cut to a centred square of `size`, by Ray Data over all its CPUs.
 
-    With `halves` a picture is two side by side, and each becomes a part.
+    With `halves` a picture is two side by side, and each becomes a part. With `template` (`faces.CELEBA`) the square
+    is not the centred one but that which brings the largest face there.
     Returns the pixels and (name, reason) of each picture that could not be decoded.
 
     Raises:
         InputError: none could be decoded, or the store refuses.
     """
-    parts = 2 if halves else 1
-    shape = (len(pictures), parts, size, size, 3)
-    array = np.memmap(scratch / "pixels.raw", np.uint8, "w+", shape=shape)
-    ok = np.zeros(len(pictures), bool)
+    pixels = Pixels((len(pictures), 2 if halves else 1, size, size, 3), scratch)
     rejected = []
     tables = [
         pyarrow.table(
@@ -205,22 +280,84 @@ def decode_pictures(
     ]
     with cli.ray_session(), Progress(total=len(pictures), description="decode") as progress:
         decoded = ray.data.from_arrow(tables).map_batches(
-            decode_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"size": size, "halves": halves}
+            decode_batch,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={"size": size, "halves": halves, "template": template},
         )
         for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            indices, names, errors = (batch.column(name).to_pylist() for name in ("index", "name", "error"))
-            values = batch.column("pixels").to_pylist()
-            for index, name, value, error in zip(indices, names, values, errors, strict=True):
-                if error is None:
-                    array[index] = np.frombuffer(value, np.uint8).reshape(shape[1:])
-                    ok[index] = True
-                else:
-                    rejected.append((name, error))
-            progress.update(len(indices))
-    if not ok.any():
+            for line in batch.to_pylist():
+                if line["error"] is not None:
+                    rejected.append((line["name"], line["error"]))
+                    continue
+                pixels[line["index"]] = line["pixels"]
+                pixels.ok[line["index"]] = True
+                pixels.marks[line["index"]] = tuple(line["marks"])
+                pixels.num_enlarged += line["enlarged"]
+                pixels.landmarks[line["index"]] = line["landmarks"]
+                pixels.num_several += (line["num_faces"] or 0) > 1
+            progress.update(len(batch))
+    if not pixels.ok.any():
         name, reason = min(rejected)
         raise InputError(f"none of the {len(pictures)} pictures can be used; the first: {name}: {reason}")
-    return Pixels(array, ok), sorted(rejected)
+    return pixels, sorted(rejected)
+
+
+def weed(
+    pixels: Pixels,
+    names: Sequence[str],
+    splits: Sequence[str],
+    options: FromFiles,
+    *,
+    known: Sequence[bool] | None = None,
+    groups: Sequence[int] | None = None,
+) -> tuple[list[duplicates.Copy], list[tuple[str, str]], str]:
+    """Pictures that come twice; with `--duplicates drop` they are no longer `ok`, and are given as rejected too.
+
+    `known`: those that an earlier version has already, which are not looked at. `groups`: pictures are compared with
+    those of their group only (default: all); for pairs the group is the domain, since counterparts may well be alike.
+    Returns the copies, the rejected, and a note.
+    """
+    fresh = [i for i in np.flatnonzero(pixels.ok).tolist() if known is None or not known[i]]
+    new = duplicates.Pool(
+        names=[names[i] for i in fresh],
+        splits=[splits[i] for i in fresh],
+        groups=[0 if groups is None else groups[i] for i in fresh],
+        marks=[pixels.marks[i] for i in fresh],
+    )
+    found = duplicates.find(new, _pool_there(options, pixels.shape[1], grouped=groups is not None))
+    copies, dropped = [copy for _, copy in found], options.duplicates == "drop"
+    rejected = []
+    if dropped:
+        for place, copy in found:
+            pixels.ok[fresh[place]] = False
+            same = (
+                "the same picture as" if copy.kind == "exact" else f"nearly the same picture ({copy.distance} bits) as"
+            )
+            rejected.append((copy.picture, f"{same} {copy.of} in {copy.split_of}"))
+    return copies, rejected, duplicates.note(copies, dropped)
+
+
+def _pool_there(options: FromFiles, parts: int, *, grouped: bool) -> duplicates.Pool:
+    """The pictures of the data set that --append adds to."""
+    there: list[tuple[str, str, int, tuple[bytes, ...]]] = []
+    if options.append:
+        output = storage.absolute(options.output, flag="--output")
+        card = data.read_card(output)
+        marks = survey(output, card.content_hash).marks
+        for name, row in sorted(data.read_index(output, card).items()):
+            if parts == 2:
+                there.append((name, row.split, 0, marks[name]))
+                continue
+            there.append((name, row.split, row.domain if grouped else 0, marks[name][:1]))
+            if grouped:  # the targets are pictures of the source too
+                there.append((row.target_id or name, row.split, 1 - row.domain, marks[name][1:]))
+    return duplicates.Pool(
+        names=[name for name, _, _, _ in there],
+        splits=[split for _, split, _, _ in there],
+        groups=[group for _, _, group, _ in there],
+        marks=[marks for _, _, _, marks in there],
+    )
 
 
 def _batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -228,45 +365,54 @@ def _batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
-def decode_batch(batch: pyarrow.Table, size: int, halves: bool) -> pyarrow.Table:
-    """One task's pictures: pixels, or the reason why there are none."""
-    pixels: list[bytes | None] = []
-    errors: list[str | None] = []
+def decode_batch(batch: pyarrow.Table, size: int, halves: bool, template: tuple[float, ...] = ()) -> pyarrow.Table:
+    """One task's pictures: pixels and their marks, or the reason why there are none."""
+    done: list[dict[str, Any]] = []
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # reading waits on the network, decoding does not
-        contents = pool.map(_read_or_error, batch.column("uri").to_pylist())
-        for content in contents:
+        for content in pool.map(_read_or_error, batch.column("uri").to_pylist()):
             try:
                 if isinstance(content, InputError):
                     raise content
-                pixels.append(decode_one(content, size, halves).tobytes())
-                errors.append(None)
+                squares, facts = portrait(content, size, template) if template else decode_one(content, size, halves)
+                marks = [mark(square) for square in squares]
+                done.append({"pixels": squares.tobytes(), "marks": marks, **facts})
             except InputError as error:
-                pixels.append(None)
-                errors.append(str(error).removeprefix("picture: "))
-    return pyarrow.table(
-        {
-            "index": batch.column("index"),
-            "name": batch.column("name"),
-            "pixels": pyarrow.array(pixels, pyarrow.binary()),
-            "error": pyarrow.array(errors, pyarrow.string()),
-        }
-    )
+                reason = str(error).removeprefix("picture: ")
+                done.append({"pixels": None, "error": reason})
+    columns = pyarrow.Table.from_pylist(done, schema=DECODED)
+    return columns.append_column("index", batch.column("index")).append_column("name", batch.column("name"))
 
 
-def decode_one(content: bytes, size: int, halves: bool) -> UInt8[np.ndarray, "parts size size 3"]:
-    """A file's bytes as one square, or as two where it is two pictures side by side.
+def portrait(
+    content: bytes, size: int, template: tuple[float, ...]
+) -> tuple[UInt8[np.ndarray, "1 size size 3"], dict[str, Any]]:
+    """A file's bytes as the square around its largest face; and what else `DECODED` asks for.
+
+    Raises:
+        InputError: not a usable picture, or there is no face.
+    """
+    found = faces.read_portrait(content, size, template)
+    landmarks = [value * size for value in found.landmarks]
+    return found.pixels[None], {"enlarged": found.zoom > 1, "landmarks": landmarks, "num_faces": found.num_faces}
+
+
+def decode_one(
+    content: bytes, size: int, halves: bool
+) -> tuple[UInt8[np.ndarray, "parts size size 3"], dict[str, Any]]:
+    """A file's bytes as one square, or as two where it is two pictures side by side; and whether that enlarged it.
 
     Raises:
         InputError: not a usable picture.
     """
-    image = images.decode(content)
-    if not halves:
-        return images.to_square(image, size)[None]
-    if image.width % 2 or not image.width / image.height >= 1.2:
-        raise InputError(f"{image.width} x {image.height} pixels; two pictures side by side are expected")
-    middle = image.width // 2
-    left, right = image.crop((0, 0, middle, image.height)), image.crop((middle, 0, image.width, image.height))
-    return np.stack([images.to_square(left, size), images.to_square(right, size)])
+    image = images.decode(content, at_least=None if halves else size)
+    pieces = [image]
+    if halves:
+        if image.width % 2 or not image.width / image.height >= 1.2:
+            raise InputError(f"{image.width} x {image.height} pixels; two pictures side by side are expected")
+        middle = image.width // 2
+        pieces = [image.crop((0, 0, middle, image.height)), image.crop((middle, 0, image.width, image.height))]
+    enlarged = min(min(piece.size) for piece in pieces) < size
+    return np.stack([images.to_square(piece, size) for piece in pieces]), {"enlarged": enlarged}
 
 
 def _read_or_error(uri: str) -> bytes | InputError:
@@ -279,7 +425,7 @@ def _read_or_error(uri: str) -> bytes | InputError:
     except (zipfile.BadZipFile, KeyError) as error:
         return InputError(f"cannot be read from the archive ({error})")
     except InputError as error:
-        if storage.is_remote(uri):
+        if storage.is_remote(uri) and not isinstance(error, storage.UnusableNameError):
             raise
         return InputError(str(error).removeprefix(f"{uri}: "))
 
@@ -289,10 +435,10 @@ class Archive:
 
     def __init__(self, uri: str) -> None:
         fs, path = storage.filesystem(uri)
+        self.uri = uri
         try:
-            with storage.explained(uri):
-                self.file = fs.open_input_file(path)
-                listing = zipfile.ZipFile(self.file).infolist()
+            self.file = storage.persistently(uri, lambda: fs.open_input_file(path))
+            listing = storage.persistently(uri, lambda: zipfile.ZipFile(self.file).infolist())
         except zipfile.BadZipFile as error:
             raise InputError(f"{uri} is not a whole zip file ({error}); download it again") from None
         self.members = {info.filename: info for info in listing if not info.is_dir()}
@@ -306,7 +452,7 @@ class Archive:
         info = self.members[member]
         # local header: 30 bytes, name and extra field (whose length may differ from the listing's), then data
         start, size = info.header_offset, 30 + len(info.filename.encode()) + 2**10 + info.compress_size
-        data = self.file.read_at(size, start)
+        data = storage.persistently(self.uri, lambda: self.file.read_at(size, start))
         if len(data) < 30 or data[:4] != b"PK\x03\x04" or info.flag_bits & 1:
             raise zipfile.BadZipFile("damaged or encrypted member")
         skip = 30 + int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")

@@ -21,7 +21,7 @@ DOMAINS = ("day", "night")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(common.Common):
+class Options(common.FromFiles):
     """True pairs of the same place by day and by night."""
 
     left: Literal["auto", "day", "night"] = "auto"
@@ -77,7 +77,9 @@ def draft(options: Options) -> common.Draft:
 
 
 def _make(items: Sequence[Item], options: Options, scratch: Path) -> common.Made:
-    splits, note = folders.assign_splits({"": items})
+    there = common.rows_there(options)
+    kept = {posixpath.splitext(name)[0]: row.split for name, row in there.items()}
+    splits, note = folders.assign_splits({"": items}, kept)
     pictures = [Picture(name=item.file, uri=item.uri) for item in items]
     pixels, rejected = common.decode_pictures(pictures, size=options.image_size, halves=True, scratch=scratch)
     left, notes = options.left, [note]
@@ -86,9 +88,14 @@ def _make(items: Sequence[Item], options: Options, scratch: Path) -> common.Made
         left = "day" if means[0] >= means[1] else "night"
         notes.append(f"left halves taken for {left} (mean grey {means[0]:.0f}, right {means[1]:.0f})")
     day = 0 if left == "day" else 1
+    pixels.marks = [(marks[day], marks[1 - day]) if marks else () for marks in pixels.marks]
+    names = [item.file for item in items]
+    copies, dropped, word = common.weed(
+        pixels, names, [splits["", name] for name in names], options, known=[name in there for name in names]
+    )
     plans = [
         (splits["", item.file], Plan(item.file, 0, (number, day), (number, 1 - day), item.file))
         for number, item in enumerate(items)
         if pixels.ok[number]
     ]
-    return folders.planned(plans, pixels, rejected, notes)
+    return folders.planned(plans, pixels, sorted([*rejected, *dropped]), [*notes, *pixels.notes(), word], copies)

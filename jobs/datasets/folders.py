@@ -3,12 +3,15 @@
     SOURCE/cats/…  SOURCE/dogs/…              --source SOURCE
     SOURCE/train/cats/…  SOURCE/test/cats/…   the same, split already
     anywhere                                  --domain cats=URI --domain dogs=URI
+    pairs.csv                                 cats,dogs / sub/1.jpg,7.png / …: --pairs pairs.csv
 
 Folders are read to any depth. A `train`, `val` or `test` folder within a domain (or around the domains) decides the
 split of what it holds.
 """
 
+import csv
 import dataclasses
+import io
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,23 +19,31 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ddpm_core import faces
 from ddpm_core.errors import InputError
-from jobs import storage
+from jobs import data, storage
 from jobs.data import SPLITS, DatasetCard, Row
-from jobs.datasets import common
+from jobs.datasets import common, duplicates
 from jobs.datasets.common import Picture, Pixels
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(common.Common):
+class Options(common.FromFiles):
     """Two or more folders of your own, one a domain."""
 
     domain: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=URI, once for each domain; without it every folder in --source is a domain."""
-    pairing: Literal["unpaired", "paired"] = "unpaired"
-    """paired: pictures of equal name (up to the ending) in two folders show the same."""
+    pairing: Literal["unpaired", "paired", "self"] = "unpaired"
+    """paired: pictures of equal name (up to the ending) in two folders show the same. unpaired: training shows the
+    network any picture of another domain. self: it shows the structure of the very picture to make."""
+    pairs: str | None = None
+    """A CSV file that says which pictures are pairs: the first line names two domains, each other line a picture of
+    either, by its path in the domain's folder (or in --source)."""
+    align: Literal["none", "faces"] = "none"
+    """faces: portraits are turned and cut so that the largest face lies where CelebA has its own; those without a face
+    are set aside. none: pictures are cut to centred squares."""
     name: str = "folders"
     """Name of the data set."""
     licence: str = "unknown"
@@ -61,16 +72,39 @@ def draft(options: Options) -> common.Draft:
     if options.domain:
         if options.source:
             raise InputError("--source and --domain are both given; give one of them")
-        domains, sizes = _named_domains(options.domain)
+        domains, sizes = _named_domains(options.domain, may_be_empty=options.append)
     else:
         source = common.source_folder(options, "a folder with one folder for each domain, or --domain NAME=URI ...")
         domains, sizes = domains_in(source)
+    domains = _as_before(domains, options)
+    pairs = None
+    if options.pairs is not None:
+        if options.pairing == "self":
+            raise InputError("--pairs has no effect with --pairing self; give one of them")
+        pairs = parse_pairs(storage.absolute(options.pairs, flag="--pairs"), domains, options.source)
+        domains = {domain: domains[domain] for domain in pairs.domains}
     return draft_domains(
-        domains, sizes, options, command="folders", name=options.name, licence=options.licence, pairing=options.pairing
+        domains,
+        sizes,
+        options,
+        command="folders",
+        name=options.name,
+        licence=options.licence,
+        pairing=options.pairing if pairs is None else "paired",
+        pairs=pairs,
+        template=faces.template_for(faces.CELEBA, options.align),
     )
 
 
-def _named_domains(pairs: Sequence[str]) -> tuple[dict[str, list[Item]], dict[str, int]]:
+def _as_before(domains: dict[str, list[Item]], options: Options) -> dict[str, list[Item]]:
+    """With --append: the domains of the data set that is there, some of which may bring nothing new."""
+    card = data.find_card(storage.absolute(options.output, flag="--output")) if options.append else None
+    if card is None or not set(domains) <= set(card.domains) or not any(domains.values()):
+        return domains
+    return {domain: domains.get(domain, []) for domain in card.domains}
+
+
+def _named_domains(pairs: Sequence[str], *, may_be_empty: bool) -> tuple[dict[str, list[Item]], dict[str, int]]:
     domains: dict[str, list[Item]] = {}
     sizes: dict[str, int] = {}
     for pair in pairs:
@@ -118,14 +152,16 @@ def _split_folder(file: str) -> str | None:
 def draft_domains(
     domains: Mapping[str, list[Item]],
     sizes: Mapping[str, int],
-    options: common.Common,
+    options: common.FromFiles,
     *,
     command: str,
     name: str,
     licence: str,
-    pairing: Literal["unpaired", "paired"],
+    pairing: Literal["unpaired", "paired", "self"],
+    pairs: "Pairs | None" = None,
+    template: tuple[float, ...] = (),
 ) -> common.Draft:
-    """A draft of these domains (also what day2night's two folders become).
+    """A draft of these domains (also what day2night's two folders become); `template` as in `decode_pictures`.
 
     Raises:
         InputError: too few domains, an empty one, or (paired) not two of them or no common names.
@@ -134,9 +170,10 @@ def draft_domains(
     if len(domains) < 2:
         there = f"only {', '.join(domains)}" if domains else "no pictures in sub-folders"
         raise InputError(f"{where}: {there}; two folders of pictures or more are needed, one a domain")
-    if empty := [domain for domain, items in domains.items() if not items]:
+    empty = [domain for domain, items in domains.items() if not items]
+    if empty and (pairing == "paired" or not options.append or len(empty) == len(domains)):
         raise InputError(f"--domain {empty[0]}: no pictures there; check the path")
-    if pairing == "paired":
+    if pairing == "paired" and pairs is None:
         check_pairs(domains)
     card = DatasetCard(
         name=name,
@@ -147,9 +184,9 @@ def draft_domains(
         domains=tuple(domains),
         pairing=pairing,
         prepared_by=common.prepared_by(command, options),
-        source_hash=common.fingerprint(sizes, *domains),
+        source_hash=common.fingerprint(sizes, *domains, *([] if pairs is None else [pairs.content])),
     )
-    return common.Draft(card=card, make=lambda scratch: _make(domains, pairing, options.image_size, scratch))
+    return common.Draft(card=card, make=lambda scratch: _make(domains, pairing, pairs, options, template, scratch))
 
 
 def check_pairs(domains: Mapping[str, list[Item]]) -> None:
@@ -172,27 +209,98 @@ def check_pairs(domains: Mapping[str, list[Item]]) -> None:
         )
 
 
-def assign_splits(domains: Mapping[str, Sequence[Item]]) -> tuple[dict[tuple[str, str], str], str]:
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """What --pairs says."""
+
+    domains: tuple[str, str]
+    lines: list[tuple[Item, Item]]
+    content: bytes
+
+
+def parse_pairs(uri: str, domains: Mapping[str, list[Item]], source: str | None) -> Pairs:
+    """Raises InputError with the number of the line that is wrong: no such domain or picture, a pair twice."""
+    try:
+        content = storage.read_bytes(uri)
+        lines = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+    except FileNotFoundError:
+        raise InputError(f"--pairs {uri} does not exist; check the path") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--pairs {uri} is not a CSV file in UTF-8 ({error})") from None
+    if len(lines) < 2:
+        raise InputError(f"--pairs {uri} lists no pairs; the first line names two domains, each other line a pair")
+    header = [name.strip() for name in lines[0]]
+    if len(header) != 2 or len(set(header)) != 2:
+        raise InputError(f"--pairs {uri} line 1: two different domains are needed, it has {', '.join(header)!r}")
+    for name in header:
+        if name not in domains:
+            raise InputError(f"--pairs {uri} line 1: there is no domain {name!r}; there are {', '.join(domains)}")
+    known = [_by_path(name, domains[name], source) for name in header]
+    pairs: dict[tuple[str, str], int] = {}
+    found = []
+    for number, line in enumerate(lines[1:], 2):
+        if not line:
+            continue
+        if len(line) != 2:
+            raise InputError(f"--pairs {uri} line {number}: two pictures are expected, it has {len(line)} columns")
+        for name, path, items in zip(header, line, known, strict=True):
+            if path.strip() not in items:
+                raise InputError(f"--pairs {uri} line {number}: there is no picture {path.strip()!r} in {name}")
+        one, two = (items[path.strip()] for path, items in zip(line, known, strict=True))
+        if (first := pairs.setdefault((one.file, two.file), number)) != number:
+            raise InputError(f"--pairs {uri} line {number}: the same pair as in line {first}")
+        found.append((one, two))
+    if not found:
+        raise InputError(f"--pairs {uri} lists no pairs; the first line names two domains, each other line a pair")
+    return Pairs((header[0], header[1]), found, content)
+
+
+def _by_path(domain: str, items: Sequence[Item], source: str | None) -> dict[str, Item]:
+    """Items by their path in the source and, before that, in the domain's folder."""
+    root = storage.join(storage.absolute(source), "") if source else None
+    in_source = {item.uri.removeprefix(root): item for item in items} if root else {}
+    return in_source | {item.file: item for item in items}
+
+
+def assign_splits(
+    domains: Mapping[str, Sequence[Item]], kept: Mapping[str, str] | None = None
+) -> tuple[dict[tuple[str, str], str], str]:
     """The split of each (domain, file), and a word on how it was found.
 
-    Folders decide; splits that no folder names take a tenth each of what is left, by hash of the name, so that
-    pictures of equal name in two domains are never in two splits.
+    Names in `kept` (an earlier version's) keep their split. Otherwise folders decide; splits that no folder names take
+    a tenth each of what is left, by hash of the name, so that pictures of equal name in two domains are never in two
+    splits.
     """
+    kept = kept or {}
     given = {item.split for items in domains.values() for item in items if item.split}
     held_out = [split for split in ("val", "test") if split not in given]
     by_name: dict[str, str] = {}
     for items in domains.values():
         free = {item.name for item in items if item.split in (None, "train")} - set(by_name)
-        by_name |= common.split_names(free, held_out)
+        by_name |= common.split_names(free, held_out, kept)
     splits = {
-        (domain, item.file): item.split if item.split in ("val", "test") else by_name[item.name]
+        (domain, item.file): kept.get(item.name)
+        or (item.split if item.split in ("val", "test") else by_name[item.name])
         for domain, items in domains.items()
         for item in items
     }
+    return splits, _how_split(held_out, bool(given))
+
+
+def _how_split(held_out: Sequence[str], given: bool) -> str:
     if not held_out:
-        return splits, "split as the folders say"
+        return "split as the folders say"
     drawn = " and ".join(f"10% {split}" for split in held_out)
-    return splits, f"split by hash of the name: {drawn}" + (", the rest as the folders say" if given else "")
+    return f"split by hash of the name: {drawn}" + (", the rest as the folders say" if given else "")
+
+
+def kept_names(there: Mapping[str, data.IndexRow], domains: Sequence[str], pairing: str) -> dict[str, str]:
+    """Split of each `Item.name` that an earlier version has."""
+    if pairing == "paired":
+        return {name: row.split for name, row in there.items()}
+    return {
+        posixpath.splitext(name.removeprefix(f"{domains[row.domain]}/"))[0]: row.split for name, row in there.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,15 +315,43 @@ class Plan:
     target_id: str | None = None
 
 
-def _make(domains: Mapping[str, list[Item]], pairing: str, size: int, scratch: Path) -> common.Made:
-    splits, note = assign_splits(domains)
+def _make(
+    domains: Mapping[str, list[Item]],
+    pairing: str,
+    pairs: Pairs | None,
+    options: common.FromFiles,
+    template: tuple[float, ...],
+    scratch: Path,
+) -> common.Made:
+    there = common.rows_there(options)
+    torn: list[tuple[str, str]] = []
+    if pairs is None:
+        splits, note = assign_splits(domains, kept_names(there, list(domains), pairing))
+    else:
+        splits, torn, note = split_pairs(pairs, there)
+        domains = {domain: [item for item in of if (domain, item.file) in splits] for domain, of in domains.items()}
     flat = [(domain, item) for domain, items in domains.items() for item in items]
-    pictures = [Picture(name=f"{domain}/{item.file}", uri=item.uri) for domain, item in flat]
-    pixels, rejected = common.decode_pictures(pictures, size=size, halves=False, scratch=scratch)
+    names = [f"{domain}/{item.file}" for domain, item in flat]
+    pictures = [Picture(name=name, uri=item.uri) for name, (_, item) in zip(names, flat, strict=True)]
+    pixels, rejected = common.decode_pictures(
+        pictures, size=options.image_size, halves=False, scratch=scratch, template=template
+    )
+    order = list(domains)
+    earlier = pictures_there(there, order) if pairing == "paired" else there
+    copies, dropped, word = common.weed(
+        pixels,
+        names,
+        [splits[domain, item.file] for domain, item in flat],
+        options,
+        known=[not {name, posixpath.splitext(name)[0]}.isdisjoint(earlier) for name in names],
+        groups=[order.index(domain) for domain, _ in flat] if pairing == "paired" else None,
+    )
     index = {(domain, item.file): i for i, (domain, item) in enumerate(flat) if pixels.ok[i]}
-    if pairing == "paired":
+    alone: list[tuple[str, str]] = []
+    if pairs is not None:
+        plans, alone = _listed(pairs, splits, index, {name for name, _ in torn})
+    elif pairing == "paired":
         plans, alone = _paired(domains, splits, index)
-        rejected = sorted([*rejected, *alone])
     else:
         plans = [
             (splits[domain, item.file], Plan(f"{domain}/{item.file}", number, (index[domain, item.file], 0)))
@@ -223,7 +359,91 @@ def _make(domains: Mapping[str, list[Item]], pairing: str, size: int, scratch: P
             for item in items
             if (domain, item.file) in index
         ]
-    return planned(plans, pixels, rejected, [note])
+    return planned(plans, pixels, sorted([*rejected, *dropped, *torn, *alone]), [note, *pixels.notes(), word], copies)
+
+
+PAIR = "~"
+"""Between the files of a pair that --pairs lists, in its id."""
+
+
+def pictures_there(there: Mapping[str, data.IndexRow], domains: Sequence[str]) -> dict[str, str]:
+    """Split of each picture of an earlier version's pairs; where they were pairs by name, those of the first domain
+    stand without their ending."""
+    first, second = domains
+    found = {}
+    for name, row in there.items():
+        target = row.target_id or ""
+        found[target] = row.split
+        found[f"{first}/{name.removesuffix(PAIR + target.removeprefix(f'{second}/'))}"] = row.split
+    return found
+
+
+def split_pairs(
+    pairs: Pairs, there: Mapping[str, data.IndexRow]
+) -> tuple[dict[tuple[str, str], str], list[tuple[str, str]], str]:
+    """The split of each (domain, file) in a pair, pairs that cannot have one, and a word on how it was found.
+
+    Pictures that hang together by pairs share a split: that of an earlier version, else the one a folder says (test
+    before val), else one by hash. Where an earlier version has them in two splits, new pairs among them are refused.
+    """
+    kept = pictures_there(there, pairs.domains)
+    above: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(node: tuple[str, str]) -> tuple[str, str]:
+        while (parent := above.setdefault(node, node)) != node:
+            above[node] = above[parent]
+            node = parent
+        return node
+
+    a, b = pairs.domains
+    for one, two in pairs.lines:
+        first, second = sorted((root((a, one.file)), root((b, two.file))))
+        above[second] = first  # so the root is the first of its group by name
+    items = {(domain, item.file): item for line in pairs.lines for domain, item in zip((a, b), line, strict=True)}
+    old: dict[tuple[str, str], set[str]] = {root(node): set() for node in items}
+    given: dict[tuple[str, str], set[str]] = {root(node): set() for node in items}
+    for (domain, file), item in items.items():
+        names = (f"{domain}/{file}", f"{domain}/{item.name}")
+        old[root((domain, file))] |= {kept[name] for name in names if name in kept}
+        given[root((domain, file))] |= {item.split} if item.split else set()
+    held_out = [split for split in ("val", "test") if split not in set().union(*given.values())]
+    free = {"/".join(node): node for node in old if not old[node] and given[node] <= {"train"}}
+    drawn = common.split_names(free, held_out, dict.fromkeys(there, "train"))
+    splits = {node: drawn[name] for name, node in free.items()}
+    for node in set(old) - set(splits):
+        splits[node] = min(old[node] or given[node], key=lambda split: duplicates.RANK[split])
+    torn = [
+        (
+            pair_id(one, two),
+            f"earlier versions have pictures of it in {' and in '.join(sorted(old[root((a, one.file))]))}",
+        )
+        for one, two in pairs.lines
+        if len(old[root((a, one.file))]) > 1 and pair_id(one, two) not in there
+    ]
+    note = _how_split(held_out, any(given.values()))
+    return {node: splits[root(node)] for node in items}, torn, note
+
+
+def pair_id(one: Item, two: Item) -> str:
+    """The id of a pair that --pairs lists: a picture may be in several."""
+    return f"{one.file}{PAIR}{two.file}"
+
+
+def _listed(
+    pairs: Pairs, splits: dict[tuple[str, str], str], index: dict[tuple[str, str], int], torn: set[str]
+) -> tuple[list[tuple[str, Plan]], list[tuple[str, str]]]:
+    """Rows of the pairs that --pairs lists; and those that are not usable, with the reason."""
+    a, b = pairs.domains
+    plans, alone = [], []
+    for one, two in pairs.lines:
+        name = pair_id(one, two)
+        gone = [f"{domain}/{file}" for domain, file in ((a, one.file), (b, two.file)) if (domain, file) not in index]
+        if gone:
+            alone.append((name, f"{gone[0]} cannot be used"))
+        elif name not in torn:
+            image, target = (index[a, one.file], 0), (index[b, two.file], 0)
+            plans.append((splits[a, one.file], Plan(name, 0, image, target, f"{b}/{two.file}")))
+    return plans, [line for line in alone if line[0] not in torn]
 
 
 def _paired(
@@ -248,7 +468,11 @@ def _paired(
 
 
 def planned(
-    plans: Sequence[tuple[str, Plan]], pixels: Pixels, rejected: Sequence[tuple[str, str]], notes: Sequence[str]
+    plans: Sequence[tuple[str, Plan]],
+    pixels: Pixels,
+    rejected: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    copies: Sequence[duplicates.Copy],
 ) -> common.Made:
     """(split, plan) of every row, as rows sorted by id."""
     ordered = sorted(plans, key=lambda item: item[1].id)
@@ -257,6 +481,7 @@ def planned(
         num_rows=len(ordered),
         rejected=rejected,
         notes=notes,
+        copies=copies,
     )
 
 
@@ -268,4 +493,5 @@ def _rows(plans: Sequence[Plan], pixels: Pixels) -> Iterator[Row]:
             image=pixels[plan.image],
             target=None if plan.target is None else pixels[plan.target],
             target_id=plan.target_id,
+            landmarks=pixels.landmarks[plan.image[0]],
         )

@@ -1,0 +1,285 @@
+"""Rows of a split by index, from this node's disk: what training draws its batches from.
+
+    CACHE/FORMAT-HASH-SPLIT/  pictures.raw   every distinct picture once, s s 3 uint8
+                              rows.parquet   id, domain and, as places in pictures.raw, image and target; sorted by id
+
+A split is read and decoded once a node: by Ray Data for all nodes at once before training starts (`spread`), by the
+worker itself on a node that came later (`load`). From then on, in this run and the next ones on the same data, rows
+come out of the page cache in any order, at the cost of copying them; memory holds ids and places only. CACHE is
+DDPM_TRANSLATE_CACHE or a folder for temporary files; what has not been used for a week, or for the longest time where
+room is short, is removed.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from jaxtyping import UInt8
+
+from ddpm_core.errors import InputError
+from jobs import data
+from jobs.data import DatasetCard
+from jobs.progress import Progress
+
+FORMAT = 1
+"""Version of the cache's layout."""
+ROOT = "DDPM_TRANSLATE_CACHE"
+"""Environment variable that names the cache's folder."""
+UNUSED_S = 7 * 24 * 3600
+"""What nobody opened for so long is removed when something new comes."""
+MARGIN = 1.05
+"""Room wanted on the disk, as a multiple of the pictures."""
+
+
+class SplitArrays:
+    """A split, its rows by index in the order of their ids, whatever order they are stored in."""
+
+    def __init__(self, folder: Path) -> None:
+        rows = pyarrow.parquet.read_table(folder / "rows.parquet", memory_map=False)
+        side = int(rows.schema.metadata[b"image_size"])
+        self.ids: list[str] = rows.column("id").to_pylist()
+        """Ids, sorted."""
+        self.domain: np.ndarray = rows.column("domain").to_numpy()
+        """(n,) int64 index of each row's domain."""
+        self._image = rows.column("image").to_numpy()
+        self._target = rows.column("target").to_numpy() if "target" in rows.column_names else None
+        self._pictures = np.memmap(folder / "pictures.raw", np.uint8, "r").reshape(-1, side, side, 3)
+        os.utime(folder)  # in use: not the first to be removed
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether rows have counterparts."""
+        return self._target is not None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def images(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "b s s 3"]:
+        """Copies of these rows' pictures."""
+        return np.asarray(self._pictures)[self._image[np.asarray(indices, dtype=np.int64)]]
+
+    def targets(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "b s s 3"]:
+        """Copies of these rows' counterparts.
+
+        Raises:
+            ValueError: the data set has none.
+        """
+        if self._target is None:
+            raise ValueError("the data set is unpaired: it has no targets")
+        return np.asarray(self._pictures)[self._target[np.asarray(indices, dtype=np.int64)]]
+
+
+def load(uri: str, split: str) -> SplitArrays:
+    """The split, read into this node's cache first if it is not there; another process doing so is waited for.
+
+    Raises:
+        InputError: no such split, a damaged file, or no room on the disk.
+    """
+    card = data.read_card(uri)
+    with _Filling(card, split) as filling:
+        if filling.wait():
+            for table in data.read_tables(uri, split):
+                filling.add(table)
+            filling.finish()
+    return SplitArrays(filling.folder)
+
+
+def spread(uri: str, splits: Sequence[str], *, resource: str) -> None:
+    """Fill the caches of all nodes that have `resource` and lack a split: read and decoded once, by Ray Data.
+
+    Needs Ray running, with a CPU free.
+
+    Raises:
+        InputError: as `load`.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    card = data.read_card(uri)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource, 0) > 0]
+    for split in splits:
+        fillers = [
+            ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(Filler).remote(
+                card, split
+            )
+            for node in nodes
+        ]
+        wanted = _answers({filler: filler.start.remote() for filler in fillers})
+        filling = [filler for filler, yes in wanted.items() if yes]
+        if not filling:
+            continue
+        with Progress(total=card.splits[split], unit="row", description=f"read {split}") as progress:
+            added: dict[Any, Any] = {}
+            for table in data.read_split(uri, split).iter_batches(batch_size=None, batch_format="pyarrow"):
+                if added:
+                    filling = list(_answers(added))  # one table ahead: no more is held
+                shared = ray.put(table)
+                added = {filler: filler.add.remote(shared) for filler in filling}
+                progress.update(table.num_rows)
+            filling = list(_answers(added))
+        _answers({filler: filler.finish.remote() for filler in filling})
+
+
+def _answers(pending: dict[Any, Any]) -> dict[Any, Any]:
+    """What the actors answer, without those whose node was lost: who takes its place reads for itself."""
+    import ray
+
+    found = {}
+    for actor, reference in pending.items():
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            found[actor] = ray.get(reference)
+    return found
+
+
+class Filler:
+    """A node's end of `spread`: an actor."""
+
+    def __init__(self, card: DatasetCard, split: str) -> None:
+        self.filling = _Filling(card, split)
+
+    def start(self) -> bool:
+        """Whether this node needs the split. Not where another process is about to have it: never wait for that here,
+        it may be waiting for us."""
+        return self.filling.start(wait=False)
+
+    def add(self, table: pyarrow.Table) -> None:
+        self.filling.add(table)
+
+    def finish(self) -> None:
+        self.filling.finish()
+
+
+class _Filling:
+    """One split on its way into the cache: written aside under a lock, renamed when whole."""
+
+    def __init__(self, card: DatasetCard, split: str) -> None:
+        self.card, self.split = card, split
+        self.folder = cache_folder() / f"{FORMAT}-{card.content_hash}-{split}"
+        self.aside = self.folder.with_suffix(".part")
+        self.lock = open(self.folder.with_suffix(".lock"), "w")  # noqa: SIM115 - held as long as this object
+        self.places: dict[bytes, int] = {}
+        self.columns: dict[str, list[np.ndarray]] = {"domain": [], "image": [], "target": []}
+        self.ids: list[str] = []
+        self.count = 0
+
+    def __enter__(self) -> "_Filling":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.close()
+
+    def wait(self) -> bool:
+        return self.start(wait=True)
+
+    def start(self, *, wait: bool) -> bool:
+        """Whether it is ours to fill: neither there nor, unless we `wait` for it, being filled by somebody else."""
+        if _whole(self.folder):
+            return False
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        if _whole(self.folder):
+            return False
+        for folder in (self.folder, self.aside):  # a temporary folder's cleaner may have taken a file
+            shutil.rmtree(folder, ignore_errors=True)
+        rows, side = self.card.splits.get(self.split, 0), self.card.image_size
+        make_room(rows * side * side * 3 * (2 if self.card.has_targets else 1))
+        self.aside.mkdir()
+        self.pictures = open(self.aside / "pictures.raw", "wb")  # noqa: SIM115 - closed by finish
+        return True
+
+    def add(self, table: pyarrow.Table) -> None:
+        """Rows as `data.read_split` gives them."""
+        self.ids += table.column("id").to_pylist()
+        self.columns["domain"].append(table.column("domain").to_numpy().astype(np.int64))
+        both = "target" in table.column_names
+        for name in ("image", "target") if both else ("image",):
+            for chunk in table.column(name).chunks:
+                if len(chunk):
+                    pixels = chunk.to_numpy(zero_copy_only=True)
+                    self.columns[name].append(self._put_distinct(pixels) if both else self._put(pixels))
+
+    def _put(self, pixels: UInt8[np.ndarray, "b s s 3"]) -> np.ndarray:
+        self.pictures.write(np.ascontiguousarray(pixels).data)
+        self.count += len(pixels)
+        return np.arange(self.count - len(pixels), self.count)
+
+    def _put_distinct(self, pixels: UInt8[np.ndarray, "b s s 3"]) -> np.ndarray:
+        """Matched sets hold each picture several times, as itself and as the counterpart of others."""
+        places = []
+        for picture in pixels:
+            digest = hashlib.blake2b(picture, digest_size=16).digest()
+            if digest not in self.places:
+                self.places[digest] = int(self._put(picture[None])[0])
+            places.append(self.places[digest])
+        return np.array(places, dtype=np.int64)
+
+    def finish(self) -> None:
+        self.pictures.close()
+        if len(self.ids) != self.card.splits[self.split] or len(set(self.ids)) != len(self.ids):
+            raise InputError(
+                f"{self.card.name}: {len(set(self.ids)):,} different rows in split {self.split}, dataset.json says "
+                f"{self.card.splits[self.split]:,}; make the data set again with python -m jobs.prepare"
+            )
+        order = np.array(sorted(range(len(self.ids)), key=self.ids.__getitem__), dtype=np.int64)
+        columns = {name: np.concatenate(parts)[order] for name, parts in self.columns.items() if parts}
+        rows = pyarrow.table({"id": [self.ids[row] for row in order.tolist()], **columns})
+        facts = {"image_size": str(self.card.image_size), "num_pictures": str(self.count)}
+        pyarrow.parquet.write_table(rows.replace_schema_metadata(facts), self.aside / "rows.parquet")
+        os.replace(self.aside, self.folder)
+        self.lock.close()
+
+
+def _whole(folder: Path) -> bool:
+    with contextlib.suppress(OSError, pyarrow.ArrowInvalid, KeyError):
+        facts = pyarrow.parquet.read_schema(folder / "rows.parquet").metadata
+        num_bytes = int(facts[b"num_pictures"]) * int(facts[b"image_size"]) ** 2 * 3
+        return (folder / "pictures.raw").stat().st_size == num_bytes
+    return False
+
+
+def cache_folder() -> Path:
+    """Where this user's decoded pictures are kept on this node.
+
+    Raises:
+        InputError: it cannot be made, or belongs to somebody else.
+    """
+    folder = Path(os.environ.get(ROOT) or Path(tempfile.gettempdir()) / f"ddpm-translate-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be made ({error.strerror}); set {ROOT} to a folder on a local disk"
+        ) from None
+    if folder.stat().st_uid != os.getuid():
+        raise InputError(f"{folder} belongs to another user; set {ROOT} to a folder of your own on a local disk")
+    return folder
+
+
+def make_room(num_bytes: int) -> None:
+    """Remove what was not used for long, and more, the longest unused first, until `num_bytes` fit.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    root = cache_folder()
+    entries = sorted((entry.stat().st_mtime, entry) for entry in root.iterdir() if (entry / "rows.parquet").exists())
+    for used, entry in entries:
+        if time.time() - used > UNUSED_S or shutil.disk_usage(root).free < num_bytes * MARGIN:
+            shutil.rmtree(entry, ignore_errors=True)  # who reads it keeps it: its pages live as long as they are mapped
+    if (free := shutil.disk_usage(root).free) < num_bytes * MARGIN:
+        raise InputError(
+            f"{root}: {num_bytes / 1e9:.1f} GB of decoded pictures do not fit ({free / 1e9:.1f} GB free); "
+            f"set {ROOT} to a folder with more room, on every node"
+        )

@@ -1,0 +1,1 @@
+"""What `jobs.benchmark` measures, one module a subject."""

@@ -1,0 +1,200 @@
+"""Rows by index from this node's disk: the order of ids, nothing lost, nothing twice, one reader a node."""
+
+import dataclasses
+import fcntl
+import multiprocessing
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+from test_data import SIZE, card, edit_card, pixels, rows, splits
+
+from ddpm_core.errors import InputError
+from jobs import arrays, data
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(arrays.ROOT, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    data.write_dataset(str(tmp_path / "set"), splits(), card())
+    return str(tmp_path / "set")
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
+def test_read_back(cache: Path, tmp_path: Path, encoding: data.Encoding) -> None:
+    data.write_dataset(str(tmp_path / "set"), splits(), card(encoding=encoding))
+    read = arrays.load(str(tmp_path / "set"), "val")
+    assert read.ids == [f"{number:05d}" for number in range(30, 40)]
+    assert read.domain.tolist() == [0, 1] * 5
+    assert read.has_targets
+    assert len(read) == 10
+    wanted = np.array([7, 0, 7, 3])
+    expected = np.stack([pixels(30 + number) for number in wanted])
+    tolerance = 4 if encoding == "jpeg" else 0
+    np.testing.assert_allclose(read.images(wanted).astype(int), expected, atol=tolerance)
+    following = np.stack([pixels(31 + number) for number in wanted])
+    np.testing.assert_allclose(read.targets(wanted).astype(int), following, atol=tolerance)
+    assert read.images([]).shape == (0, SIZE, SIZE, 3)
+    copy = read.images([1])
+    copy[:] = 0  # what is handed out is the caller's own
+    assert read.images([1]).any()
+
+
+@pytest.mark.parametrize("pairing", ["unpaired", "self"])
+def test_unpaired_has_no_targets(cache: Path, tmp_path: Path, pairing: data.Pairing) -> None:
+    data.write_dataset(str(tmp_path), splits(paired=False), card(pairing=pairing))
+    read = arrays.load(str(tmp_path), "train")
+    assert not read.has_targets
+    with pytest.raises(ValueError, match="unpaired"):
+        read.targets([0])
+
+
+def test_a_picture_is_kept_once_though_it_is_the_counterpart_of_others(cache: Path, dataset: str) -> None:
+    arrays.load(dataset, "train")
+    (pictures,) = cache.glob("*/pictures.raw")
+    assert pictures.stat().st_size == 31 * SIZE * SIZE * 3  # 30 rows, each the counterpart of the one before
+
+
+def test_several_tables_in_any_order(cache: Path, dataset: str) -> None:
+    expected = np.stack([row.image for row in rows(30)])
+    filling = arrays._Filling(data.read_card(dataset), "train")
+    assert filling.start(wait=False)
+    (table,) = data.read_tables(dataset, "train")
+    for start in (20, 0, 10):
+        filling.add(table.slice(start, 10))
+    filling.finish()
+    read = arrays.SplitArrays(filling.folder)
+    assert read.ids == sorted(read.ids)
+    np.testing.assert_array_equal(read.images(range(30)), expected)
+    np.testing.assert_array_equal(read.domain, [row.domain for row in rows(30)])
+
+
+def test_rows_that_are_missing_or_come_twice_are_told(cache: Path, dataset: str) -> None:
+    (table,) = data.read_tables(dataset, "train")
+    for wrong in (table.slice(1), pyarrow.concat_tables([table.slice(1), table.slice(1, 1)])):
+        with arrays._Filling(data.read_card(dataset), "train") as filling:
+            assert filling.start(wait=True)
+            filling.add(wrong)
+            with pytest.raises(InputError, match=r"29 different rows in split train, dataset.json says 30"):
+                filling.finish()
+    assert len(arrays.load(dataset, "train")) == 30  # nothing of it stayed
+
+
+def test_a_second_time_nothing_is_read(cache: Path, dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = arrays.load(dataset, "train")
+    monkeypatch.setattr(data, "read_tables", lambda *_: pytest.fail("read again"))
+    np.testing.assert_array_equal(arrays.load(dataset, "train").images(range(30)), first.images(range(30)))
+
+
+@pytest.mark.parametrize("damage", ["cut", "pictures gone", "rows gone", "half written"])
+def test_a_damaged_cache_is_made_again(cache: Path, dataset: str, damage: str) -> None:
+    expected = arrays.load(dataset, "train").images(range(30))
+    (folder,) = (entry for entry in cache.iterdir() if entry.is_dir())
+    if damage == "cut":
+        os.truncate(folder / "pictures.raw", 100)
+    elif damage == "half written":
+        folder.rename(folder.with_suffix(".part"))
+    else:
+        (folder / ("pictures.raw" if damage == "pictures gone" else "rows.parquet")).unlink()
+    np.testing.assert_array_equal(arrays.load(dataset, "train").images(range(30)), expected)
+
+
+def _load(dataset: str, begin: object, read: object) -> None:
+    arrays.data.read_tables = counted(arrays.data.read_tables, read)
+    begin.wait()
+    assert len(arrays.load(dataset, "train")) == 30
+
+
+def counted(function, read):
+    def call(*args):
+        with read.get_lock():
+            read.value += 1
+        time.sleep(0.2)  # long enough for the others to arrive
+        return function(*args)
+
+    return call
+
+
+def test_one_of_many_processes_reads(cache: Path, dataset: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    begin, read = context.Barrier(3), context.Value("i", 0)
+    processes = [context.Process(target=_load, args=(dataset, begin, read)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert read.value == 1
+
+
+def test_ray_data_fills_the_nodes_that_lack_a_split(ray_cluster: None, dataset: str) -> None:
+    shutil.rmtree(os.environ[arrays.ROOT], ignore_errors=True)  # the one that Ray's workers see
+    os.makedirs(os.environ[arrays.ROOT])
+    arrays.spread(dataset, ("train", "val"), resource="CPU")
+    made = {entry.name: entry.stat().st_mtime_ns for entry in Path(os.environ[arrays.ROOT]).glob("*/rows.parquet")}
+    read = arrays.load(dataset, "train")
+    np.testing.assert_array_equal(read.images(range(30)), np.stack([row.image for row in rows(30)]))
+    np.testing.assert_array_equal(read.targets(range(30)), np.stack([row.target for row in rows(30)]))
+    arrays.spread(dataset, ("train", "val"), resource="CPU")
+    again = {entry.name: entry.stat().st_mtime_ns for entry in Path(os.environ[arrays.ROOT]).glob("*/rows.parquet")}
+    assert made == again
+
+
+def test_who_fills_for_others_never_waits(cache: Path, dataset: str) -> None:
+    """Two jobs, each with a node that the other waits for, would wait for ever."""
+    filling = arrays._Filling(data.read_card(dataset), "train")
+    with open(filling.folder.with_suffix(".lock"), "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert not filling.start(wait=False)
+    assert filling.start(wait=False)
+
+
+def test_room_is_made_by_what_was_longest_unused(
+    cache: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "val", "test"):
+        arrays.load(dataset, split)
+    entries = {entry.name.split("-")[-1]: entry for entry in cache.iterdir() if entry.is_dir()}
+    now = time.time()
+    for split, age_s in {"train": 100, "val": 8 * 24 * 3600, "test": 10}.items():
+        os.utime(entries[split], (now - age_s, now - age_s))
+    arrays.make_room(0)
+    assert [split for split, entry in entries.items() if entry.exists()] == ["train", "test"]  # a week is too long
+
+    def usage(path: Path) -> object:
+        free = 1000 if entries["train"].exists() else 2000
+        return dataclasses.make_dataclass("Usage", ["free"])(free)
+
+    monkeypatch.setattr(arrays.shutil, "disk_usage", usage)
+    arrays.make_room(1500)
+    assert [split for split, entry in entries.items() if entry.exists()] == ["test"]
+    with pytest.raises(InputError, match=r"0\.0 GB of decoded pictures do not fit \(0\.0 GB free\); set DDPM_TRANS"):
+        arrays.make_room(10_000)
+
+
+def test_the_cache_must_be_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(arrays.ROOT, str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match=r"cannot be made .*; set DDPM_TRANSLATE_CACHE to a folder on a local disk"):
+        arrays.cache_folder()
+    monkeypatch.setenv(arrays.ROOT, str(tmp_path))
+    monkeypatch.setattr(arrays.os, "getuid", lambda: 12345)
+    with pytest.raises(InputError, match="belongs to another user"):
+        arrays.cache_folder()
+
+
+def test_unknown_split_and_damage_are_told(cache: Path, dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no rows in split 'tset'; it has train, val, test"):
+        arrays.load(dataset, "tset")
+    uri = edit_card(Path(dataset), tmp_path / "other", encoding="png", content_hash="other")  # raw bytes are no PNG
+    with pytest.raises(InputError, match="row 00030: not an image"):
+        arrays.load(uri, "val")
