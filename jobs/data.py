@@ -50,6 +50,8 @@ FORMAT_VERSION = 2
 Encoding = Literal["raw", "png", "jpeg"]
 Pairing = Literal["paired", "matched", "unpaired", "self"]
 
+MAKE_AGAIN = "make the data set again with python -m jobs.prepare"
+"""The remedy for a data set that cannot be read."""
 CARD = "dataset.json"
 REJECTED, DUPLICATES = "rejected.parquet", "duplicates.parquet"
 CONTACT_SHEET, ENVIRONMENT = "contact_sheet.png", "environment.json"
@@ -413,20 +415,17 @@ def find_card(uri: str) -> DatasetCard | None:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{where} is damaged ({error}); make the data set again with python -m jobs.prepare") from None
+        raise InputError(f"{where} is damaged ({error}); {MAKE_AGAIN}") from None
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
-        raise InputError(
-            f"{where} has format_version {version}, this program reads {FORMAT_VERSION}; "
-            "make the data set again with python -m jobs.prepare"
-        )
+        raise InputError(f"{where} has format_version {version}, this program reads {FORMAT_VERSION}; {MAKE_AGAIN}")
     return _card(values, where)
 
 
 def _card(values: dict[str, Any], where: str) -> DatasetCard:
     needed = {field.name for field in dataclasses.fields(DatasetCard)}
     for name in sorted(needed - set(values)):
-        raise InputError(f"{where} is damaged: no field {name!r}; make the data set again with python -m jobs.prepare")
+        raise InputError(f"{where} is damaged: no field {name!r}; {MAKE_AGAIN}")
     card = from_dict(DatasetCard, values, where=where)
     good_counts = set(card.splits) <= set(SPLITS) and all(isinstance(n, int) for n in card.splits.values())
     per_split = dict.fromkeys(card.splits, 0)
@@ -434,10 +433,7 @@ def _card(values: dict[str, Any], where: str) -> DatasetCard:
         split = shard.file.partition("/")[0]
         per_split[split] = per_split.get(split, 0) + shard.rows
     if not good_counts or per_split != card.splits or len(card.mean_color) != 3 or not card.domains:
-        raise InputError(
-            f"{where} is damaged: shards, counts, domains or mean colour do not fit; "
-            "make the data set again with python -m jobs.prepare"
-        )
+        raise InputError(f"{where} is damaged: shards, counts, domains or mean colour do not fit; {MAKE_AGAIN}")
     return card
 
 
@@ -564,7 +560,7 @@ def check_shards(uri: str, shards: Sequence[Shard], columns: Sequence[str]) -> N
 
 
 def _check_shard(uri: str, num_rows: int, columns: Sequence[str]) -> None:
-    remedy = "make the data set again with python -m jobs.prepare"
+    remedy = MAKE_AGAIN
     fs, path = storage.filesystem(uri)
     try:
         with storage.explained(uri), fs.open_input_file(path) as file:

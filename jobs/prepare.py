@@ -94,6 +94,15 @@ def check_apart(output: str, source: str | None) -> None:
         raise InputError(f"--output {output} lies in --source; give a folder outside of it")
 
 
+def card_at(output: str) -> DatasetCard | None:
+    """As `data.find_card`, with a remedy for who is making a data set."""
+    try:
+        return data.find_card(output)
+    except InputError as error:
+        remedy = "give another --output, or --overwrite to replace it"
+        raise InputError(str(error).replace(data.MAKE_AGAIN, remedy)) from None
+
+
 def existing(output: str, wanted: DatasetCard, before: DatasetCard | None) -> DatasetCard | None:
     """The data set already at `output` if it is the wanted one (or has the wanted part: `before` is given where one is
     to be added), None if there is work to do.
@@ -101,7 +110,7 @@ def existing(output: str, wanted: DatasetCard, before: DatasetCard | None) -> Da
     Raises:
         InputError: another one is there, or a damaged one that cannot be made again by this command.
     """
-    there = data.find_card(output)
+    there = card_at(output)
     if there is None:
         return None
     of_parts = [(there.prepared_by, there.source_hash), *((part.prepared_by, part.source_hash) for part in there.parts)]
@@ -141,7 +150,7 @@ def extended(output: str, wanted: DatasetCard) -> DatasetCard:
     Raises:
         InputError: there is none, or the new pictures do not fit.
     """
-    there = data.find_card(output)
+    there = card_at(output)
     if there is None:
         raise InputError(f"--append: there is no data set at {output}; leave --append out to make one")
     pairs = [(name, getattr(there, name), getattr(wanted, name)) for name in FORMAT_FIELDS]

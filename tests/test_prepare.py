@@ -1,5 +1,6 @@
 """Pictures to a data set, as users call it: what it makes of each source, what it sets aside, what it refuses."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -164,6 +165,21 @@ def test_earth_at_other_sizes(size: int, tmp_path: Path) -> None:
     assert all(count >= 20 for count in data.read_card(str(tmp_path)).splits.values())
 
 
+def test_a_submitted_job_finds_the_maps_where_the_project_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = earth.MAPS
+    monkeypatch.setattr(earth, "MAPS", tmp_path / "jobs/datasets/earth_maps")  # the package leaves them out
+    assert earth.maps_folder() == there
+
+    def not_installed(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(earth.importlib.metadata, "distribution", not_installed)
+    with pytest.raises(InputError, match=r"do not travel with a submitted job, .*; give --source"):
+        prepare.main(["earth", "--output", str(tmp_path / "out")])
+
+
 def test_earth_from_other_maps(tmp_path: Path) -> None:
     source = tmp_path / "maps"
     assert "exactly one map called day" in refused("earth", "--output", tmp_path / "out", "--source", ROOT / "jobs")
@@ -182,6 +198,17 @@ def test_the_same_command_again_does_nothing_and_overwriting_gives_the_same_byte
     assert (earth_set / "dataset.json").stat().st_mtime_ns == time_before
     assert run("earth", "--output", earth_set, "--overwrite") == 0
     assert made(earth_set) == before
+
+
+def test_a_set_of_an_older_format_is_replaced_when_asked(tmp_path: Path) -> None:
+    command = ["earth", "--image-size", "64", "--stride", "64", "--output", str(tmp_path / "set")]
+    prepare.main(command)
+    card = tmp_path / "set/dataset.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"format_version": 1}))
+    with pytest.raises(InputError, match=r"format_version 1, .*; give another --output, or --overwrite to replace it"):
+        prepare.main(command)
+    assert prepare.main([*command, "--overwrite"]) == 0
+    assert json.loads(card.read_text())["format_version"] == data.FORMAT_VERSION
 
 
 def test_another_data_set_is_not_overwritten_unasked(earth_set: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def jpeg_files(options: Options, folder: Path) -> list[Path]:
         return found[: options.num_pictures]
     from jobs.datasets import earth
 
-    world = images.decode((earth.MAPS / earth._map_file(str(earth.MAPS), "day")).read_bytes())
+    world = images.decode((earth.maps_folder() / "day.avif").read_bytes())
     folder.mkdir()
     random = np.random.default_rng(0)
     files = []

@@ -235,7 +235,7 @@ def make_source(folder: Path, num_pictures: int) -> None:
     write_table(folder / "list_landmarks_align_celeba.txt", names, points, [f"point_{number}" for number in range(10)])
     write_table(folder / "list_eval_partition.txt", names, split[:, None])
     write_table(folder / "identity_CelebA.txt", names, people[:, None])
-    world = np.asarray(images.decode((earth.MAPS / "day.avif").read_bytes()))
+    world = np.asarray(images.decode((earth.maps_folder() / "day.avif").read_bytes()))
     with zipfile.ZipFile(folder / "img_align_celeba.zip", "w", zipfile.ZIP_STORED) as archive:
         for name in names:
             archive.writestr(f"img_align_celeba/{name}", picture(world, random))

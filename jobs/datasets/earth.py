@@ -5,7 +5,11 @@ and test are regions of the globe: the map is divided into blocks of 256 pixels,
 no tile crosses a block's edge, so no pixel of a test tile was ever seen in training.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
+import json
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,9 +55,10 @@ def draft(options: Options) -> common.Draft:
         raise InputError(f"--stride is {options.stride}; it must lie between 1 and {BLOCK}")
     if not 0 <= options.min_land <= 1:
         raise InputError(f"--min-land is {options.min_land}; it must lie in [0, 1]")
-    folder = str(MAPS)
     if options.source is not None:
         folder = common.source_folder(options, "a folder with day.* and night.*")
+    else:
+        folder = str(maps_folder())
     files = {domain: storage.join(folder, _map_file(folder, domain)) for domain in DOMAINS}
     content = {domain: storage.read_bytes(file) for domain, file in files.items()}
     card = DatasetCard(
@@ -70,6 +75,27 @@ def draft(options: Options) -> common.Draft:
         source_hash=common.fingerprint(*content.values()),
     )
     return common.Draft(card=card, make=lambda scratch: _make(options, content))
+
+
+def maps_folder() -> Path:
+    """Beside this file; or, as the package of a submitted job leaves them out, where the project is installed.
+
+    Raises:
+        InputError: it is not installed on this node.
+    """
+    roots = [MAPS.parents[2]]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        project = importlib.metadata.distribution("ddpm-translate")
+        roots.append(Path(str(project.locate_file(""))))
+        origin = json.loads(project.read_text("direct_url.json") or "{}")  # of an editable install
+        roots.append(Path(urllib.parse.unquote(urllib.parse.urlsplit(origin.get("url", "")).path)))
+    for root in roots:
+        if (folder := root / "jobs/datasets" / MAPS.name).is_dir():
+            return folder
+    raise InputError(
+        "the maps of the Earth do not travel with a submitted job, and the project is not installed on this node; "
+        "give --source with a day.* and a night.*"
+    )
 
 
 def _map_file(folder: str, domain: str) -> str:
