@@ -108,7 +108,9 @@ def find(photo: Image.Image) -> list[Face]:
 
     Raises:
         InputError: the weights are not installed.
+        ValueError: `photo` is not as `images.decode` returns them.
     """
+    images.check_photo(photo)
     nets = _nets()
     faces: list[Face] = []
     for side, most in LOOKS:
@@ -382,9 +384,11 @@ def deviation(photo: Image.Image, points: Float[np.ndarray, "5 2"], template: Se
 
 
 def _places(template: Sequence[float]) -> Float[np.ndarray, "5 2"]:
-    places = np.array(template, dtype=np.float64).reshape(-1, 2)
-    if places.shape != (5, 2):
+    if len(template) != 10:
         raise ValueError(f"a template has five points, ten numbers; this one has {len(template)}")
+    places = np.array(template, dtype=np.float64).reshape(5, 2)
+    if not np.isfinite(places).all() or (places == places[0]).all():
+        raise ValueError(f"a template has different points, as shares of the side; this one is {places.tolist()}")
     return places
 
 

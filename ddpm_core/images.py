@@ -22,16 +22,19 @@ MIN_SIDE = 8
 """Smaller pictures are refused: there is nothing in them to translate."""
 BACKGROUND = (255, 255, 255)
 """Transparent pictures are laid over this colour."""
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".jfif"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
+)
 """File endings taken for pictures when a folder is listed."""
 
 
-def decode(data: bytes, *, name: str = "picture", at_least: int | None = None) -> Image.Image:
+def decode(data: bytes, *, name: str = "picture", square: int | None = None) -> Image.Image:
     """Any still picture as upright 8-bit sRGB.
 
     EXIF orientation is applied; CMYK, palette, grey and 16-bit are converted; transparency is laid over white.
-    With `at_least` a JPEG may come out at a half, a quarter or an eighth of its size, its sides this long or longer:
-    the decoder then leaves out detail that shrinking the picture to that side would lose, in half the time.
+    With `square`, the side of what `to_square` is to make of it, a JPEG twice as large or larger comes out as that
+    square: the decoder leaves out detail that shrinking would lose, in half the time.
 
     Raises:
         InputError: one line naming the picture: empty, not an image, truncated, animated, too small, too large.
@@ -41,7 +44,7 @@ def decode(data: bytes, *, name: str = "picture", at_least: int | None = None) -
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's bomb and EXIF warnings: checked and handled here
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise InputError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are taken: scale it down")
@@ -52,9 +55,10 @@ def decode(data: bytes, *, name: str = "picture", at_least: int | None = None) -
                 raise InputError(
                     f"{name}: an animation of {getattr(image, 'n_frames', 0)} frames; save one as PNG or JPEG"
                 )
-            if at_least is not None:
-                image.draft(None, (at_least, at_least))  # JPEG only; nothing to others
+            drafted = None if square is None else image.draft(None, (square, square))  # of all kinds JPEG only
             image.load()
+            if square is not None and drafted is not None and image.size != (width, height):
+                image = _middle(image, drafted[1][2:], square)
             ImageOps.exif_transpose(image, in_place=True)
             return _to_srgb(image)
     except InputError:
@@ -76,6 +80,14 @@ def decode(data: bytes, *, name: str = "picture", at_least: int | None = None) -
         MemoryError,
     ) as error:
         raise InputError(f"{name}: truncated or corrupt ({error}); copy or save it again") from None
+
+
+def _middle(image: Image.Image, extent: tuple[float, float], side: int) -> Image.Image:
+    """`to_square` of a JPEG that the decoder shrank: the last of its pixels stand for fewer than the others, so that
+    only `extent` of it, a width and a height that need not be whole, is the picture."""
+    half = min(extent) / 2
+    left, top = extent[0] / 2 - half, extent[1] / 2 - half
+    return image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + 2 * half, top + 2 * half))
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
@@ -114,20 +126,31 @@ def read_square(data: bytes, size: int, *, name: str = "picture") -> UInt8[np.nd
     Raises:
         InputError: as `decode`.
     """
-    return to_square(decode(data, name=name, at_least=size), size)
+    return to_square(decode(data, name=name, square=size), size)
 
 
 def to_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """The largest centred square, resized with antialiasing: what training did to every picture.
 
     By PyTorch's bicubic kernel for uint8, which took a fifth of the time that Pillow's takes, for the same pixels.
+
+    Raises:
+        ValueError: `image` is not as `decode` returns them.
     """
+    check_photo(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = torch.from_numpy(np.array(image.crop((left, top, left + side, top + side))))
     channels_last = square[None].permute(0, 3, 1, 2)
     resized = nn.functional.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def check_photo(image: Image.Image) -> None:
+    """Raises ValueError unless this is an RGB picture of Pillow's, with pixels."""
+    if not isinstance(image, Image.Image) or image.mode != "RGB" or not min(image.size):
+        what = f"{image.mode}, {image.size}" if isinstance(image, Image.Image) else type(image).__name__
+        raise ValueError(f"a Pillow image of mode RGB is needed, as ddpm_core.images.decode returns it, not {what}")
 
 
 def to_tensor(images: UInt8[np.ndarray, "b h w 3"], device: torch.device | str = "cpu") -> Float[Tensor, "b 3 h w"]:

@@ -17,9 +17,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow
@@ -79,13 +79,20 @@ class SplitArrays:
         return np.asarray(self._pictures)[self._target[np.asarray(indices, dtype=np.int64)]]
 
 
-def load(uri: str, split: str) -> SplitArrays:
+def load(uri: str, split: str, *, content_hash: str = "") -> SplitArrays:
     """The split, read into this node's cache first if it is not there; another process doing so is waited for.
 
+    With `content_hash` the data set must be that very one: a worker that is replaced goes on with the same rows.
+
     Raises:
-        InputError: no such split, a damaged file, or no room on the disk.
+        InputError: no such split, a damaged file, another data set by now, or no room on the disk.
     """
     card = data.read_card(uri)
+    if content_hash and card.content_hash != content_hash:
+        raise InputError(
+            f"{uri} was replaced or appended to since this run began (content hash {content_hash}, now "
+            f"{card.content_hash}); bring it back, or train on it anew with another --output"
+        )
     with _Filling(card, split) as filling:
         if filling.wait():
             for table in data.read_tables(uri, split):
@@ -118,7 +125,10 @@ def spread(uri: str, splits: Sequence[str], *, resource: str) -> None:
         filling = [filler for filler, yes in wanted.items() if yes]
         if not filling:
             continue
-        with Progress(total=card.splits[split], unit="row", description=f"read {split}") as progress:
+        with (
+            data.damage_told(uri, split),
+            Progress(total=card.splits[split], unit="row", description=f"read {split}") as progress,
+        ):
             added: dict[Any, Any] = {}
             for table in data.read_split(uri, split).iter_batches(batch_size=None, batch_format="pyarrow"):
                 if added:
@@ -145,11 +155,12 @@ class Filler:
     """A node's end of `spread`: an actor."""
 
     def __init__(self, card: DatasetCard, split: str) -> None:
-        self.filling = _Filling(card, split)
+        self.card, self.split = card, split
 
     def start(self) -> bool:
         """Whether this node needs the split. Not where another process is about to have it: never wait for that here,
         it may be waiting for us."""
+        self.filling = _Filling(self.card, self.split)  # not above: what is wrong with the cache is to be told
         return self.filling.start(wait=False)
 
     def add(self, table: pyarrow.Table) -> None:
@@ -166,16 +177,20 @@ class _Filling:
         self.card, self.split = card, split
         self.folder = cache_folder() / f"{FORMAT}-{card.content_hash}-{split}"
         self.aside = self.folder.with_suffix(".part")
-        self.lock = open(self.folder.with_suffix(".lock"), "w")  # noqa: SIM115 - held as long as this object
+        with _explained():
+            self.lock = open(self.folder.with_suffix(".lock"), "w")  # noqa: SIM115 - held as long as this object
         self.places: dict[bytes, int] = {}
         self.columns: dict[str, list[np.ndarray]] = {"domain": [], "image": [], "target": []}
         self.ids: list[str] = []
         self.count = 0
+        self.filling = False
 
     def __enter__(self) -> "_Filling":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None and self.filling:
+            shutil.rmtree(self.aside, ignore_errors=True)
         self.lock.close()
 
     def wait(self) -> bool:
@@ -185,9 +200,7 @@ class _Filling:
         """Whether it is ours to fill: neither there nor, unless we `wait` for it, being filled by somebody else."""
         if _whole(self.folder):
             return False
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+        if not _locked(self.lock, wait=wait):
             return False
         if _whole(self.folder):
             return False
@@ -195,8 +208,10 @@ class _Filling:
             shutil.rmtree(folder, ignore_errors=True)
         rows, side = self.card.splits.get(self.split, 0), self.card.image_size
         make_room(rows * side * side * 3 * (2 if self.card.has_targets else 1))
-        self.aside.mkdir()
-        self.pictures = open(self.aside / "pictures.raw", "wb")  # noqa: SIM115 - closed by finish
+        with _explained():
+            self.aside.mkdir()
+            self.pictures = open(self.aside / "pictures.raw", "wb")  # noqa: SIM115 - closed by finish
+        self.filling = True
         return True
 
     def add(self, table: pyarrow.Table) -> None:
@@ -211,7 +226,8 @@ class _Filling:
                     self.columns[name].append(self._put_distinct(pixels) if both else self._put(pixels))
 
     def _put(self, pixels: UInt8[np.ndarray, "b s s 3"]) -> np.ndarray:
-        self.pictures.write(np.ascontiguousarray(pixels).data)
+        with _explained():
+            self.pictures.write(np.ascontiguousarray(pixels).data)
         self.count += len(pixels)
         return np.arange(self.count - len(pixels), self.count)
 
@@ -226,7 +242,8 @@ class _Filling:
         return np.array(places, dtype=np.int64)
 
     def finish(self) -> None:
-        self.pictures.close()
+        with _explained():
+            self.pictures.close()
         if len(self.ids) != self.card.splits[self.split] or len(set(self.ids)) != len(self.ids):
             raise InputError(
                 f"{self.card.name}: {len(set(self.ids)):,} different rows in split {self.split}, dataset.json says "
@@ -236,17 +253,44 @@ class _Filling:
         columns = {name: np.concatenate(parts)[order] for name, parts in self.columns.items() if parts}
         rows = pyarrow.table({"id": [self.ids[row] for row in order.tolist()], **columns})
         facts = {"image_size": str(self.card.image_size), "num_pictures": str(self.count)}
-        pyarrow.parquet.write_table(rows.replace_schema_metadata(facts), self.aside / "rows.parquet")
-        os.replace(self.aside, self.folder)
+        with _explained():
+            table = rows.replace_schema_metadata(facts)
+            pyarrow.parquet.write_table(table, self.aside / "rows.parquet", write_page_checksum=True)
+            os.replace(self.aside, self.folder)
         self.lock.close()
 
 
 def _whole(folder: Path) -> bool:
-    with contextlib.suppress(OSError, pyarrow.ArrowInvalid, KeyError):
-        facts = pyarrow.parquet.read_schema(folder / "rows.parquet").metadata
+    with contextlib.suppress(OSError, pyarrow.ArrowException, KeyError):
+        rows = pyarrow.parquet.read_table(folder / "rows.parquet", memory_map=False, page_checksum_verification=True)
+        facts = rows.schema.metadata
         num_bytes = int(facts[b"num_pictures"]) * int(facts[b"image_size"]) ** 2 * 3
         return (folder / "pictures.raw").stat().st_size == num_bytes
     return False
+
+
+def _locked(file: IO[str], *, wait: bool) -> bool:
+    """Whether the file's lock is ours, until it is closed; False where another has it and we do not wait."""
+    try:
+        with _explained():
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """What the cache's disk refuses, as an InputError with the remedy."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"{cache_folder()}: decoded pictures cannot be kept there ({error.strerror or error}); set {ROOT} to a "
+            "folder of your own with room on a local disk, on every node"
+        ) from None
 
 
 def cache_folder() -> Path:
@@ -268,12 +312,17 @@ def cache_folder() -> Path:
 
 
 def make_room(num_bytes: int) -> None:
-    """Remove what was not used for long, and more, the longest unused first, until `num_bytes` fit.
+    """Remove what was left half-written or not used for long, and more, the longest unused first, until `num_bytes`
+    fit.
 
     Raises:
         InputError: they do not fit.
     """
     root = cache_folder()
+    for aside in root.glob("*.part"):  # of a process that was killed, unless its lock is held
+        with _explained(), open(aside.with_suffix(".lock"), "w") as lock:
+            if _locked(lock, wait=False):
+                shutil.rmtree(aside, ignore_errors=True)
     entries = sorted((entry.stat().st_mtime, entry) for entry in root.iterdir() if (entry / "rows.parquet").exists())
     for used, entry in entries:
         if time.time() - used > UNUSED_S or shutil.disk_usage(root).free < num_bytes * MARGIN:

@@ -20,6 +20,7 @@ within a shard, and of the two tables lines whose `version` is above dataset.jso
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,6 +34,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow
+import pyarrow.dataset
 import pyarrow.parquet
 import ray.data
 from jaxtyping import UInt8
@@ -52,6 +54,7 @@ Pairing = Literal["paired", "matched", "unpaired", "self"]
 
 MAKE_AGAIN = "make the data set again with python -m jobs.prepare"
 """The remedy for a data set that cannot be read."""
+NOT_ALONE = "another program wrote there at the same time; give the same command again"
 CARD = "dataset.json"
 REJECTED, DUPLICATES = "rejected.parquet", "duplicates.parquet"
 CONTACT_SHEET, ENVIRONMENT = "contact_sheet.png", "environment.json"
@@ -212,10 +215,13 @@ def write_rows(
     `on_row` sees each row once, in order. With `before` the rows are added to that data set, whose files stay.
 
     Raises:
-        InputError: an id or an identity occurs twice, or there are no training rows.
+        InputError: an id or an identity occurs twice, there are no training rows, or somebody else writes there.
         AssertionError: rows out of order or of another size than the card says.
     """
-    clear(uri, None if before is None else before.card)
+    there = None if before is None else before.card
+    if there is not None:
+        check_alone(uri, there)
+    clear(uri, there)
     if before is None:
         before = Before(card=dataclasses.replace(card, domain_counts={}, shards=(), content_hash=""))
     old, totals, seen = before.card, before.totals, _Unique(before.index)
@@ -223,7 +229,8 @@ def write_rows(
     digest = hashlib.blake2b(old.content_hash.encode(), digest_size=16)
     shards: list[Shard] = list(old.shards)
     for split in SPLITS:
-        writer = _ShardWriter(uri, split, card, sum(shard.file.startswith(f"{split}/") for shard in old.shards))
+        first = sum(shard.file.startswith(f"{split}/") for shard in old.shards)
+        writer = _ShardWriter(uri, split, card, first, there)
         for row in rows_by_split.get(split, ()):
             seen.check(row, split)
             counts[split][card.domains[row.domain]] += 1
@@ -248,10 +255,25 @@ def write_rows(
     )
 
 
-def write_card(uri: str, card: DatasetCard) -> None:
-    """Makes the files at `uri` a data set: in one step, at the end."""
+def write_card(uri: str, card: DatasetCard, before: DatasetCard | None = None) -> None:
+    """Makes the files at `uri` a data set, or the next version of `before`: in one step, at the end.
+
+    Raises:
+        InputError: somebody else has written there meanwhile.
+    """
+    check_alone(uri, before, card)
     text = json.dumps(to_dict(card), indent=2, ensure_ascii=False) + "\n"
     storage.write_bytes(storage.join(uri, CARD), text.encode())
+
+
+def check_alone(uri: str, before: DatasetCard | None, after: DatasetCard | None = None) -> None:
+    """Two that write to one place at a time would mix their files.
+
+    Raises:
+        InputError: the card is not `before` (None: there is none) any more, or files of `after` are not those written.
+    """
+    if find_card(uri) != before or (after is not None and missing_shards(uri, after)):
+        raise InputError(f"{uri}: {NOT_ALONE}")
 
 
 def clear(uri: str, keep: DatasetCard | None = None) -> None:
@@ -285,10 +307,10 @@ def stored(image: UInt8[np.ndarray, "s s 3"], encoding: Encoding) -> UInt8[np.nd
 
 
 class _ShardWriter:
-    """Rows of one split into shards of bounded size, 256 rows a row group."""
+    """Rows of one split into shards of bounded size, 256 rows a row group, or fewer where pictures are large."""
 
-    def __init__(self, uri: str, split: str, card: DatasetCard, first: int) -> None:
-        self.uri, self.split, self.card, self.first = uri, split, card, first
+    def __init__(self, uri: str, split: str, card: DatasetCard, first: int, before: DatasetCard | None) -> None:
+        self.uri, self.split, self.card, self.first, self.before = uri, split, card, first, before
         self.shards: list[Shard] = []
         self.pending: list[dict[str, Any]] = []
         self._open()
@@ -302,6 +324,7 @@ class _ShardWriter:
             | dict.fromkeys(("image", "target"), "zstd" if self.card.encoding == "raw" else "none"),
             use_dictionary=False,
             write_statistics=["id", "domain"],
+            write_page_checksum=True,
         )
         self.rows = self.num_bytes = 0
 
@@ -317,9 +340,10 @@ class _ShardWriter:
         self.pending.append(record)
         self.rows += 1
         self.num_bytes += len(image) + len(target or b"")
-        if len(self.pending) == ROWS_PER_GROUP:
+        full = self.num_bytes >= SHARD_BYTES
+        if len(self.pending) == ROWS_PER_GROUP or (full and self.rows == len(self.pending)):
             self._flush()
-            if self.num_bytes >= SHARD_BYTES:
+            if full:
                 self._finish()
                 self._open()
         parts = [row.id.encode(), bytes([row.domain]), image, target or b""]
@@ -341,6 +365,7 @@ class _ShardWriter:
         self.parquet.close()
         data = self.buffer.getvalue()
         file = f"{self.split}/part-{self.first + len(self.shards):05d}.parquet"
+        check_alone(self.uri, self.before)
         storage.write_bytes(storage.join(self.uri, file), memoryview(data))
         self.shards.append(Shard(file=file, rows=self.rows, num_bytes=data.size))
 
@@ -503,6 +528,7 @@ def read_split(
         filesystem=fs,
         columns=columns,
         override_num_blocks=max(1, min(card.splits[split] // ROWS_PER_BLOCK, 1024)),
+        fragment_scan_options=pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True),
     )
     return rows.map_batches(
         decode_batch,
@@ -526,13 +552,38 @@ def read_tables(
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         ahead: collections.deque[concurrent.futures.Future[pyarrow.Table]] = collections.deque()
         for shard in shards:
-            content = pyarrow.BufferReader(storage.read_bytes(storage.join(uri, shard.file)))
-            for batch in pyarrow.parquet.ParquetFile(content).iter_batches(ROWS_PER_GROUP, columns=columns):
+            for batch in _read_batches(storage.join(uri, shard.file), columns):
                 ahead.append(pool.submit(decode, pyarrow.Table.from_batches([batch])))
                 if len(ahead) > num_threads:
                     yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+def _read_batches(file: str, columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
+    content = pyarrow.BufferReader(storage.read_bytes(file))
+    try:
+        parquet = pyarrow.parquet.ParquetFile(content, page_checksum_verification=True)
+        yield from parquet.iter_batches(ROWS_PER_GROUP, columns=columns)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{file} is damaged ({str(error).splitlines()[0]}); {MAKE_AGAIN}") from None
+
+
+@contextlib.contextmanager
+def damage_told(uri: str, split: str) -> Iterator[None]:
+    """Where Ray Data fails on the rows of a split inside of this, the damaged file is named if that is why.
+
+    Raises:
+        InputError: naming the file.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception:
+        for _ in read_tables(uri, split):
+            pass
+        raise
 
 
 def _readable(uri: str, split: str, columns: Sequence[str]) -> tuple[DatasetCard, list[str], list[Shard]]:

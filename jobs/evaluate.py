@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"evaluated already: {report_uri}")
         return cli.DONE
     storage.check_writable(job.args.output)
-    with cli.ray_session():
+    with cli.ray_session(), data.damage_told(job.args.data, args.split):
         evaluation, grids = evaluate(job)
     for domain in evaluation["domains"].values():
         for verdict in domain["verdicts"]:
@@ -185,7 +185,8 @@ def evaluate(job: Job) -> tuple[dict[str, Any], dict[str, bytes]]:
     # A thread for every other core: on two busy cores a second thread made the feature net four times slower.
     torch.set_num_threads(max((os.cpu_count() or 1) // 2, 1))
     paired = job.card.pairing == "paired"
-    color_maps, train_targets = fit_color_maps(job) if paired else ({}, {})
+    with data.damage_told(job.args.data, "train"):
+        color_maps, train_targets = fit_color_maps(job) if paired else ({}, {})
     net_name, net = metrics.feature_net()
     domains, grids = {}, {}
     for domain in job.domains:

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(options, Inspect):
         return inspect(options)
     output = storage.absolute(options.output, flag="--output")
-    check_apart(output, options.source)
+    check_apart(output, options)
     append = getattr(options, "append", False)
     if append and options.overwrite:
         raise InputError("--append and --overwrite are both given; give one of them")
@@ -88,10 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.SET_ASIDE if card.num_rejected else cli.DONE
 
 
-def check_apart(output: str, source: str | None) -> None:
+def check_apart(output: str, options: common.Common) -> None:
     """The contact sheet must not be taken for one of the pictures at the next call."""
-    if source and f"{output}/".startswith(storage.join(storage.absolute(source, flag="--source"), "")):
-        raise InputError(f"--output {output} lies in --source; give a folder outside of it")
+    sources = {"--source": options.source or ""}
+    for domain in getattr(options, "domain", ()):
+        name, _, uri = domain.partition("=")
+        sources[f"--domain {name}"] = uri
+    for flag, uri in sources.items():
+        if uri and f"{output}/".startswith(storage.join(storage.absolute(uri, flag=flag), "")):
+            raise InputError(f"--output {output} lies in {flag}; give a folder outside of it")
 
 
 def card_at(output: str) -> DatasetCard | None:
@@ -234,13 +239,14 @@ def finish(
     before: DatasetCard | None,
 ) -> DatasetCard:
     """The files beside the shards, then dataset.json."""
+    data.check_alone(output, before, card)
     lines = [{"picture": picture, "reason": reason} for picture, reason in rejected]
     num_rejected = write_lines(output, REJECTED, lines, card.version, before)
     write_lines(output, DUPLICATES, duplicates.lines(copies), card.version, before)
     storage.write_bytes(storage.join(output, CONTACT_SHEET), images.encode_png(sheet.draw()))
     write_environment(output)
     card = dataclasses.replace(card, num_rejected=num_rejected)
-    data.write_card(output, card)
+    data.write_card(output, card, before)
     return card
 
 
@@ -290,7 +296,8 @@ def summarise(output: str, card: DatasetCard, speed: str = "") -> None:
     sides = " and ".join(card.domains) if len(card.domains) == 2 else ", ".join(card.domains)
     line = f"{output}: {counts} rows of {card.image_size} px, {card.pairing}, {sides}; {card.licence}"
     print("; ".join(filter(None, [line, speed])))
-    aside = f"{card.num_rejected:,} pictures set aside (reasons in {REJECTED})" if card.num_rejected else ""
+    what = "picture" if card.num_rejected == 1 else "pictures"
+    aside = f"{card.num_rejected:,} {what} set aside (reasons in {REJECTED})" if card.num_rejected else ""
     print("; ".join([aside or "no picture set aside", *card.notes]))
     print(f"look at it: {storage.join(output, CONTACT_SHEET)}")
 

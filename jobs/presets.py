@@ -46,7 +46,7 @@ class TrainOptions:
     max_shift: int = 0
     """Move source and target together by up to this many pixels each way, edges mirrored."""
     max_train_images: int | None = None
-    """Use only this many training rows (the first by id)."""
+    """Use only this many training rows, spread evenly over the ids: of folders, which sort by domain, some of each."""
     max_val_images: int = 512
     """Validate on at most this many rows, spread evenly over the split."""
     validate_every_epochs: int = 1

@@ -110,7 +110,13 @@ def training_rows(data: SplitArrays, config: ModelConfig, options: TrainOptions)
     rows = np.arange(len(data))
     if not data.has_targets and options.target_domain is not None:
         rows = rows[data.domain == configs.domain_index(config, options.target_domain)]
-    return rows if options.max_train_images is None else rows[: options.max_train_images]
+    return rows if options.max_train_images is None else evenly(rows, options.max_train_images)
+
+
+def evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the rows, spread evenly over them."""
+    keep = min(most, len(rows))
+    return rows[np.linspace(0, len(rows) - 1, keep).round().astype(int)]
 
 
 class Sampler:

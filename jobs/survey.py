@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ddpm_core import images
+from ddpm_core.errors import InputError
 from jobs import cli, data
 from jobs.progress import Progress
 
@@ -121,10 +122,11 @@ def survey(uri: str, content_hash: str, *, with_marks: bool = True) -> Survey:
     """All rows of the data set at `uri`; kept, because an append asks for it twice.
 
     Raises:
-        InputError: a file is missing or damaged.
+        InputError: a file is missing or damaged, or the content is another by now.
     """
     card = data.read_card(uri)
-    assert card.content_hash == content_hash, uri
+    if card.content_hash != content_hash:
+        raise InputError(f"{uri}: {data.NOT_ALONE}")
     found = Survey()
     total = sum(card.splits.values())
     with cli.ray_session(), Progress(total=total, unit="row", description="read") as progress:

@@ -139,6 +139,7 @@ def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
         "--cpus-per-worker": args.cpus_per_worker,
         "--validate-every-epochs": options.validate_every_epochs,
         "--max-val-images": options.max_val_images,
+        "--max-train-images": 1 if options.max_train_images is None else options.max_train_images,
         "--optim.learning-rate": options.optim.learning_rate,
         "--optim.grad-clip": options.optim.grad_clip,
     }
@@ -155,19 +156,42 @@ def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
             f"--global-batch-size {options.global_batch_size} cannot be shared by {workers} workers; "
             f"{options.global_batch_size // workers * workers or workers} can"
         )
-    for split in ("train", "val"):
-        if not card.splits.get(split):
-            raise InputError(f"{args.data} has no rows in its {split} split; prepare it again with more pictures")
-    rows = min(card.splits["train"], options.max_train_images or card.splits["train"])
-    if rows < options.global_batch_size:
-        raise InputError(
-            f"--global-batch-size {options.global_batch_size} is more than the {rows} training rows; "
-            f"give at most {rows}"
-        )
     if len(config.domains) < 2:
         raise InputError(f"{args.data} has one domain, {config.domains[0]!r}; translation needs two")
     check_method(card, args)
+    check_rows(card, config, args)
     check_added_losses(options)
+
+
+def check_rows(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
+    """Refuse splits that have nothing to make or nothing to show, and batches larger than what there is.
+
+    Raises:
+        InputError: naming the split or the flag and what would be right.
+    """
+    options, wanted = args.options, args.options.target_domain
+    for split in ("train", "val"):
+        if not card.splits.get(split):
+            raise InputError(f"{args.data} has no rows in its {split} split; prepare it again with more pictures")
+        there = [name for name in card.domains if card.domain_counts.get(split, {}).get(name)]
+        if not card.has_targets:
+            lacking = [name for name in card.domains if name not in there]
+            needed = lacking if split == "train" else [name for name in lacking if name == wanted]
+            if not needed and config.shown == "source" and len(there) < 2:
+                needed = lacking
+            if needed:
+                raise InputError(
+                    f"{card.name} has no picture of {', '.join(needed)} in its {split} split; translation needs both: "
+                    "prepare it again with more pictures"
+                )
+    rows = card.splits["train"] if card.has_targets or wanted is None else card.domain_counts["train"][wanted]
+    rows = min(rows, rows if options.max_train_images is None else options.max_train_images)
+    if rows < options.global_batch_size:
+        of = "" if card.has_targets or wanted is None else f" of {wanted}"
+        raise InputError(
+            f"--global-batch-size {options.global_batch_size} is more than the {rows} training rows{of}; "
+            f"give at most {rows}"
+        )
 
 
 def check_method(card: data.DatasetCard, args: Args) -> None:
@@ -191,9 +215,6 @@ def check_method(card: data.DatasetCard, args: Args) -> None:
         raise InputError("--pairing unpaired: pix2pix learns from pairs; leave it out, or give --method cyclegan")
     if method == "pix2pix" and not card.has_targets:
         raise InputError(f"--method pix2pix learns from pairs, {card.name} has none; give --method cyclegan")
-    shown = card.domain_counts.get("train", {})
-    if not card.has_targets and (empty := [name for name in card.domains if not shown.get(name)]):
-        raise InputError(f"{card.name} has no picture of {', '.join(empty)} in its train split; translation needs both")
     preset = PRESETS[args.preset].options  # what it says of the other method is not the user's doing
     given = {name for name, _, _ in differences(configs.to_dict(preset), configs.to_dict(options))}
     for name in sorted(given):
@@ -244,6 +265,11 @@ def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
     for values in (old, new):
         values["training"].pop("epochs", None)  # a run may be extended
     for name, was, now in differences(old, new):
+        if name.startswith("data.") and name != "data.pairing":
+            raise InputError(
+                f"{run} holds a run on other data ({name} = {was}, now {now}): another --data, or it was replaced or "
+                "appended to since; give the old data back, or another --output"
+            )
         raise InputError(
             f"{run} holds a run with {name} = {was}, this command says {now}; give it back, or another --output"
         )

@@ -34,7 +34,7 @@ from jobs import arrays, storage
 from jobs.arrays import SplitArrays
 from jobs.objectives import Objective, objective
 from jobs.presets import TrainOptions
-from jobs.samples import Feed, Sampler, Share, stratified_timesteps, training_rows
+from jobs.samples import Feed, Sampler, Share, evenly, stratified_timesteps, training_rows
 
 NUM_BANDS = 4
 """Validation is also reported for each quarter of the chain, the least noisy first."""
@@ -149,7 +149,7 @@ def train_loop(job: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    train, val = (arrays.load(job["data"], split) for split in ("train", "val"))
+    train, val = (arrays.load(job["data"], split, content_hash=config.data.content_hash) for split in ("train", "val"))
     rows = training_rows(train, config, options)
     steps_per_epoch = len(rows) // options.global_batch_size
     total_steps = steps_per_epoch * options.epochs
@@ -241,9 +241,8 @@ class Validation:
     ) -> None:
         self.config, self.method, self.device, self.rank, self.world = config, method, device, rank, world
         rows = training_rows(data, config, dataclasses.replace(options, max_train_images=None))
-        keep = min(options.max_val_images, len(rows))
-        self.rows = rows[np.linspace(0, len(rows) - 1, keep).round().astype(int)]
-        self.ts = stratified_timesteps(keep, config.diffusion.num_timesteps)
+        self.rows = evenly(rows, options.max_val_images)
+        self.ts = stratified_timesteps(len(self.rows), config.diffusion.num_timesteps)
         self.sampler = Sampler(data, config, options)
         self.batch_size = max(1, options.global_batch_size // world)
 

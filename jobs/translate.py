@@ -8,6 +8,7 @@ new and changed pictures, and tries again those set aside.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -92,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     if todo:
         done = len(job.sources) - len(todo)
         print(f"{counted(len(todo))} to translate" + (f", {done:,} are done already" if done else ""))
-        with cli.ray_session():
+        damaged = contextlib.nullcontext() if job.card is None else data.damage_told(job.args.input, args.split)
+        with cli.ray_session(), damaged:
             translate(job, manifest, todo)
             write_preview(job, manifest)
     else:

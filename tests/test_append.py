@@ -1,6 +1,7 @@
 """Data sets that grow, are looked into, and survive being killed at any moment."""
 
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -209,6 +210,37 @@ def test_duplicates_between_versions(grown: Path, tmp_path: Path) -> None:
     assert "dog/another.png" not in rows(grown)
     lines = prepare.read_lines(str(grown), data.DUPLICATES, data.read_card(str(grown)))
     assert [line["picture"] for line in lines] == ["cat/copy.png", "dog/another.png"]
+
+
+def test_an_exact_copy_is_found_between_versions_of_jpegs(ray_cluster: None, tmp_path: Path) -> None:
+    source = fill(tmp_path / "in", range(6))
+    assert folders(source, tmp_path / "set", "--encoding", "jpeg") == 0
+    shutil.copy(source / "cat/00.png", source / "dog/copy.png")
+    assert folders(source, tmp_path / "set", "--encoding", "jpeg", "--append") == 0
+    (line,) = prepare.read_lines(str(tmp_path / "set"), data.DUPLICATES, data.read_card(str(tmp_path / "set")))
+    assert (line["picture"], line["of"], line["kind"]) == ("dog/copy.png", "cat/00.png", "exact")
+
+
+@pytest.mark.parametrize("when", ["jobs.datasets.common.decode_pictures", "jobs.prepare.survey"])
+def test_of_two_appends_at_a_time_one_is_refused(
+    grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    source, other = fill(tmp_path / "more", range(20, 22)), fill(tmp_path / "other", range(30, 33))
+    deed, after = pkgutil.resolve_name(when), {}
+
+    def overtaken(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.undo()
+        result = deed(*args, **kwargs)
+        assert folders(other, grown, "--append") == 0  # a second program, that came later and is done earlier
+        after.update(made(grown))
+        return result
+
+    monkeypatch.setattr(when, overtaken)
+    with pytest.raises(InputError, match="another program wrote there at the same time"):
+        folders(source, grown, "--append")
+    assert made(grown) == after
+    assert folders(source, grown, "--append") == 0
+    assert len(rows(grown)) == 40 + 6 + 4
 
 
 def test_append_on_s3(s3: Any, first: Path, grown: Path, tmp_path: Path) -> None:

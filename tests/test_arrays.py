@@ -1,11 +1,13 @@
 """Rows by index from this node's disk: the order of ids, nothing lost, nothing twice, one reader a node."""
 
 import dataclasses
+import errno
 import fcntl
 import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +97,7 @@ def test_a_second_time_nothing_is_read(cache: Path, dataset: str, monkeypatch: p
     np.testing.assert_array_equal(arrays.load(dataset, "train").images(range(30)), first.images(range(30)))
 
 
-@pytest.mark.parametrize("damage", ["cut", "pictures gone", "rows gone", "half written"])
+@pytest.mark.parametrize("damage", ["cut", "pictures gone", "rows gone", "half written", "rows scrambled"])
 def test_a_damaged_cache_is_made_again(cache: Path, dataset: str, damage: str) -> None:
     expected = arrays.load(dataset, "train").images(range(30))
     (folder,) = (entry for entry in cache.iterdir() if entry.is_dir())
@@ -103,6 +105,10 @@ def test_a_damaged_cache_is_made_again(cache: Path, dataset: str, damage: str) -
         os.truncate(folder / "pictures.raw", 100)
     elif damage == "half written":
         folder.rename(folder.with_suffix(".part"))
+    elif damage == "rows scrambled":
+        content = bytearray((folder / "rows.parquet").read_bytes())
+        content[40:80] = bytes(40)  # in the first page of the ids; the footer is whole
+        (folder / "rows.parquet").write_bytes(content)
     else:
         (folder / ("pictures.raw" if damage == "pictures gone" else "rows.parquet")).unlink()
     np.testing.assert_array_equal(arrays.load(dataset, "train").images(range(30)), expected)
@@ -149,6 +155,20 @@ def test_ray_data_fills_the_nodes_that_lack_a_split(ray_cluster: None, dataset: 
     assert made == again
 
 
+def test_a_shard_damaged_behind_its_footer_is_named(ray_cluster: None, dataset: str) -> None:
+    shard = Path(dataset) / "train" / "part-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[4:-2000] = bytes(len(content) - 2004)
+    shard.write_bytes(content)
+    for read in (
+        lambda: arrays.load(dataset, "train"),
+        lambda: arrays.spread(dataset, ("train",), resource="CPU"),
+    ):
+        shutil.rmtree(os.environ[arrays.ROOT], ignore_errors=True)
+        with pytest.raises(InputError, match=r"train/part-00000\.parquet is damaged .*make the data set again"):
+            read()
+
+
 def test_who_fills_for_others_never_waits(cache: Path, dataset: str) -> None:
     """Two jobs, each with a node that the other waits for, would wait for ever."""
     filling = arrays._Filling(data.read_card(dataset), "train")
@@ -190,6 +210,56 @@ def test_the_cache_must_be_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(arrays.os, "getuid", lambda: 12345)
     with pytest.raises(InputError, match="belongs to another user"):
         arrays.cache_folder()
+
+
+def test_what_the_disk_refuses_is_told_with_the_remedy(
+    cache: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remedy = r"decoded pictures cannot be kept there \({}\); set DDPM_TRANSLATE_CACHE to a folder of your own"
+    (table,) = data.read_tables(dataset, "train")
+    with arrays._Filling(data.read_card(dataset), "train") as filling:
+        assert filling.start(wait=True)
+        filling.pictures = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - closed by finish
+        with pytest.raises(InputError, match=remedy.format("No space left on device")):
+            filling.add(table)
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")  # folders of some network file systems
+
+    monkeypatch.setattr(arrays.fcntl, "flock", unsupported)
+    with pytest.raises(InputError, match=remedy.format("No locks available")):
+        arrays.load(dataset, "val")
+    shutil.rmtree(cache)
+    cache.mkdir()
+    monkeypatch.setattr(arrays, "cache_folder", lambda: cache / "gone")
+    with pytest.raises(InputError, match=remedy.format("No such file or directory")):
+        arrays.load(dataset, "val")
+
+
+def test_nothing_half_written_stays(cache: Path, dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(*_: object) -> Iterator[pyarrow.Table]:
+        assert list(cache.glob("*.part"))
+        raise InputError("the server is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "read_tables", cut_off)
+        with pytest.raises(InputError, match="the server is gone"):
+            arrays.load(dataset, "train")
+    assert not list(cache.glob("*.part"))
+    killed, busy = cache / "1-other-train.part", cache / "1-busy-train.part"
+    for folder in (killed, busy):
+        folder.mkdir()
+    with open(busy.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        arrays.load(dataset, "val")
+        assert (killed.exists(), busy.exists()) == (False, True)
+
+
+def test_data_that_changed_under_a_run_are_refused(cache: Path, dataset: str) -> None:
+    there = data.read_card(dataset).content_hash
+    assert len(arrays.load(dataset, "train", content_hash=there)) == 30
+    with pytest.raises(InputError, match="was replaced or appended to since this run began"):
+        arrays.load(dataset, "train", content_hash="another")
 
 
 def test_unknown_split_and_damage_are_told(cache: Path, dataset: str, tmp_path: Path) -> None:

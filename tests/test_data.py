@@ -139,6 +139,26 @@ def test_shards_and_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.M
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [256, 256, 256]
 
 
+def test_large_pictures_make_small_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "SHARD_BYTES", 10 * 2 * SIZE * SIZE * 3)
+    many = [dataclasses.replace(row, identity=None) for row in rows(25)]
+    written = data.write_dataset(str(tmp_path), {"train": many}, card())
+    assert [shard.rows for shard in written.shards] == [10, 10, 5]
+
+
+@pytest.mark.parametrize("theirs", ["train/part-00000.parquet", "dataset.json"])
+def test_two_that_write_at_a_time_do_not_mix(dataset: Path, tmp_path: Path, theirs: str) -> None:
+    def disturbed() -> Iterator[Row]:
+        storage.write_bytes(str(tmp_path / theirs), files(dataset)[theirs])
+        yield from rows(5, 40)
+
+    with pytest.raises(InputError, match="another program wrote there at the same time"):
+        data.write_dataset(str(tmp_path), {"train": rows(40), "val": disturbed()}, card())
+    assert files(tmp_path)[theirs] == files(dataset)[theirs]
+    assert (tmp_path / "dataset.json").exists() == (theirs == "dataset.json")
+    assert (tmp_path / "val").exists() == (theirs != "dataset.json")
+
+
 def test_killed_half_way_it_is_no_data_set_and_the_rest_is_replaced(dataset: Path, tmp_path: Path) -> None:
     def dies() -> Iterator[Row]:
         yield from rows(5, 30)
@@ -314,3 +334,16 @@ def test_reading_from_a_folder_with_a_difficult_name(ray_cluster: None, dataset:
         storage.write_bytes(str(folder / name), content)
     assert data.read_split(str(folder), "val").count() == 10
     assert sum(table.num_rows for table in data.read_tables(str(folder), "val")) == 10
+
+
+def test_a_flipped_bit_in_a_picture_is_told(ray_cluster: None, dataset: Path, tmp_path: Path) -> None:
+    uri = edit_card(dataset, tmp_path)
+    shard = tmp_path / "train/part-00000.parquet"
+    metadata = pyarrow.parquet.ParquetFile(shard).metadata.row_group(0).column(data.SCHEMA.names.index("image"))
+    content = bytearray(shard.read_bytes())
+    content[metadata.data_page_offset + metadata.total_compressed_size // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match=r"train/part-00000\.parquet is damaged"):
+        list(data.read_tables(uri, "train"))
+    with pytest.raises(InputError, match=r"train/part-00000\.parquet is damaged"), data.damage_told(uri, "train"):
+        data.read_split(uri, "train").materialize()

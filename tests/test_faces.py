@@ -481,3 +481,15 @@ def test_prepare_aligns_portraits_of_ones_own(ray_cluster: None, hopper: Image.I
     plain = tmp_path / "plain"
     assert prepare.main([*argv[:4], str(plain), *argv[5:7]]) == cli.DONE
     assert data.read_card(str(plain)).mean_landmarks == ()
+
+
+@pytest.mark.parametrize("photo", [Image.new("L", (9, 9)), Image.new("RGBA", (9, 9)), Image.new("RGB", (0, 0))])
+def test_find_takes_what_decode_returns(photo: Image.Image) -> None:
+    with pytest.raises(ValueError, match="mode RGB is needed"):
+        faces.find(photo)
+
+
+@pytest.mark.parametrize("template", [faces.CELEBA[:8], faces.CELEBA[:9], (0.5,) * 10, (math.nan,) * 10])
+def test_a_wrong_template_is_told(template: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="a template has"):
+        faces.deviation(Image.new("RGB", (9, 9)), np.eye(5, 2), template)

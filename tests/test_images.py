@@ -148,29 +148,41 @@ def smooth(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "expected"),
-    [(608, 400, (76, 50)), (600, 399, (150, 100)), (401, 200, (101, 50)), (99, 80, (99, 80)), (50, 50, (50, 50))],
+    ("width", "height", "reduced"), [(608, 400, True), (600, 399, True), (401, 200, True), (99, 80, False)]
 )
-def test_a_jpeg_is_decoded_no_larger_than_needed(width: int, height: int, expected: tuple[int, int]) -> None:
+def test_a_jpeg_is_decoded_no_larger_than_needed(width: int, height: int, reduced: bool) -> None:
     jpeg = encoded(smooth(width, height), "JPEG", quality=95)
-    assert images.decode(jpeg, at_least=50).size == expected
+    assert images.decode(jpeg, square=50).size == ((50, 50) if reduced else (width, height))
     assert images.decode(jpeg).size == (width, height)
-    assert images.decode(encoded(smooth(width, height), "PNG"), at_least=50).size == (width, height)
+    assert images.decode(encoded(smooth(width, height), "PNG"), square=50).size == (width, height)
     whole = images.to_square(images.decode(jpeg), 50).astype(float)
-    error = (images.read_square(jpeg, 50).astype(float) - whole)[2:-2, 2:-2]
+    error = images.read_square(jpeg, 50).astype(float) - whole
     assert np.sqrt((error**2).mean()) < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("width", "height"), [(255, 257), (127, 129), (257, 255), (513, 385)])
+def test_a_scaled_jpeg_of_odd_size_lies_where_the_whole_one_does(width: int, height: int, orientation: int) -> None:
+    """Blocks at its right and lower edges are not full: the decoder's pixels there stand for fewer."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    jpeg = encoded(smooth(width, height), "JPEG", exif=exif, quality=95)
+    for size in (31, 32, 62):
+        whole = images.to_square(images.decode(jpeg), size).astype(float)
+        error = images.read_square(jpeg, size).astype(float) - whole
+        assert np.sqrt((error**2).mean()) < 4
 
 
 def test_a_scaled_jpeg_is_upright_and_in_the_right_colours() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     picture = smooth(400, 200)
-    turned = images.decode(encoded(picture, "JPEG", exif=exif, quality=95), at_least=50)
-    assert turned.size == (50, 100)
-    grey = images.decode(encoded(picture.convert("L"), "JPEG"), at_least=50)
-    cmyk = images.decode(encoded(picture.convert("CMYK"), "JPEG", quality=95), at_least=50)
-    assert (grey.mode, cmyk.mode, cmyk.size) == ("RGB", "RGB", (100, 50))
-    expected = np.asarray(picture.resize((100, 50), Image.Resampling.BOX), dtype=float)
+    expected = images.to_square(picture, 50).astype(float)
+    turned = images.decode(encoded(picture, "JPEG", exif=exif, quality=95), square=50)
+    assert np.abs(np.asarray(turned, dtype=float) - np.rot90(expected, -1)).mean() < 4
+    grey = images.decode(encoded(picture.convert("L"), "JPEG"), square=50)
+    cmyk = images.decode(encoded(picture.convert("CMYK"), "JPEG", quality=95), square=50)
+    assert (grey.mode, cmyk.mode, cmyk.size) == ("RGB", "RGB", (50, 50))
     assert np.abs(np.asarray(cmyk, dtype=float) - expected).mean() < 4
 
 
@@ -183,6 +195,12 @@ def test_to_square_takes_the_middle() -> None:
     assert (square[:, 3:-3] == (255, 0, 0)).all()  # the edge pixels see a little of their neighbours
     tall = images.to_square(image.rotate(90, expand=True), 10)
     assert (tall[3:-3] == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("photo", [Image.new("L", (9, 9)), Image.new("RGBA", (9, 9)), Image.new("RGB", (0, 0))])
+def test_to_square_takes_what_decode_returns(photo: Image.Image) -> None:
+    with pytest.raises(ValueError, match=r"mode RGB is needed, as ddpm_core\.images\.decode returns it, not (L|RGB)"):
+        images.to_square(photo, 8)
 
 
 def test_to_square_averages_what_it_shrinks() -> None:

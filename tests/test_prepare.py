@@ -309,9 +309,10 @@ def test_folders_anywhere_named_on_the_command_line(ray_cluster: None, two_folde
     assert data.read_card(str(tmp_path / "out")).domains == ("a", "b")
 
 
+@pytest.mark.parametrize("train", ["train", "Train"])
 @pytest.mark.parametrize("layout", ["{split}/{domain}", "{domain}/{split}"])
-def test_split_folders_are_respected(ray_cluster: None, tmp_path: Path, layout: str) -> None:
-    for split, count in (("train", 12), ("test", 3)):
+def test_split_folders_are_respected(ray_cluster: None, tmp_path: Path, layout: str, train: str) -> None:
+    for split, count in ((train, 12), ("test", 3)):
         for domain in ("a", "b"):
             for number in range(count):
                 save(drawn(number), tmp_path / "in" / layout.format(split=split, domain=domain) / f"{number}.png")
@@ -404,6 +405,13 @@ def test_pairs_that_are_wrong(listed: Path, text: str | bytes, reason: str) -> N
     assert reason in refused("folders", *pairs_flags(listed))
     (listed.parent / "pairs.csv").unlink()
     assert "pairs.csv does not exist" in refused("folders", *pairs_flags(listed))
+
+
+def test_pairs_as_spreadsheets_write_them(ray_cluster: None, listed: Path) -> None:
+    lines = ['"cat", "dog"', *(f'"{number}.png", "sub/{number + 100}.png"' for number in range(18)), "", " ", ","]
+    (listed.parent / "pairs.csv").write_text("\r\n".join(lines), encoding="utf-8-sig")
+    assert run("folders", *pairs_flags(listed)) == 0
+    assert len(all_rows(listed.parent / "out")) == 18
 
 
 # --------------------------------------------------------------------------------------------- day2night
@@ -539,6 +547,14 @@ def test_celeba_says_so_where_identities_are_unknown(ray_cluster: None, source: 
     assert "a person may be in two splits" in data.read_card(str(tmp_path / "out")).notes[0]
 
 
+def test_celeba_says_so_where_some_are_unknown(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+    source.text("identity_CelebA.txt", source.people[:, None])
+    _edit("identity_CelebA.txt", lambda text: "\n".join(text.splitlines()[:50]))(source.folder)
+    celeba_set(source, tmp_path / "out", "--pairing", "unpaired")
+    unknown = "identity of 10 pictures unknown: identity_CelebA.txt does not list them"
+    assert unknown in data.read_card(str(tmp_path / "out")).notes
+
+
 def test_celeba_as_csv_and_zip_is_the_same(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
     source.text("list_eval_partition.txt", source.partition())
     celeba_set(source, tmp_path / "one")
@@ -613,10 +629,13 @@ def _to_csv(header: str) -> Callable[[Path], None]:
         (_edit("list_attr_celeba.txt", lambda text: text.replace(" 1", " x")), (), "a value is not a number"),
         (_edit("list_attr_celeba.txt", lambda text: text.replace(" 1", " 0")), (), "must hold -1 and 1"),
         (_edit("list_attr_celeba.txt", lambda text: text.replace("000002", "000001")), (), "lists a picture twice"),
+        (_edit("list_attr_celeba.txt", lambda text: text.rstrip()[:-1] + "3"), (), "as Young; it must be -1 or 1"),
+        (lambda folder: (folder / "list_eval_partition.txt").write_text("000001.png 0"), (), "lists none of the 60"),
         (_to_csv("picture,Male,Young"), (), "column 'image_id' is missing"),
         (_to_csv("image_id,Bald,Young"), (), "--domain-attribute Male: "),
     ],
-    ids=["attribute", "limit", "no-list", "no-pictures", "count", "cut", "head", "text", "zero", "twice", "id", "none"],
+    ids=["attribute", "limit", "no-list", "no-pictures", "count", "cut", "head", "text", "zero", "twice", "three",
+         "partition", "id", "none"],
 )  # fmt: skip
 def test_celeba_refusals(
     source: CelebA, tmp_path: Path, damage: Callable[[Path], None] | None, flags: tuple[object, ...], reason: str
@@ -660,6 +679,7 @@ def test_pictures_of_every_kind(ray_cluster: None, tmp_path: Path) -> None:
     save(drawn(1), folder / "turned.jpg", exif=exif)
     save(Image.fromarray(np.full((40, 40), 30000, np.uint16)), folder / "sixteen.png")
     save(drawn(1).quantize(8), folder / "palette.png", transparency=0)
+    save(drawn(5).convert("L"), folder / "grey.pgm")
     save(drawn(1), folder / "animated.gif", save_all=True, append_images=[drawn(2)])
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.jpg").write_text("hello")
@@ -668,7 +688,7 @@ def test_pictures_of_every_kind(ray_cluster: None, tmp_path: Path) -> None:
     save(Image.new("1", (12000, 9000)), folder / "bomb.png")
     assert run("folders", "--source", tmp_path / "in", "--output", tmp_path / "out", "--image-size", 16) == 3
     used = {name for name in all_rows(tmp_path / "out") if name.startswith("a/")}
-    assert used == {"a/cmyk.jpg", "a/turned.jpg", "a/sixteen.png", "a/palette.png"}
+    assert used == {"a/cmyk.jpg", "a/turned.jpg", "a/sixteen.png", "a/palette.png", "a/grey.pgm"}
     reasons = rejected(tmp_path / "out")
     for name, reason in {
         "animated.gif": "an animation of 2 frames",
@@ -813,6 +833,8 @@ def test_nothing_usable(ray_cluster: None, tmp_path: Path) -> None:
         (["folders", "--output", "OUT", "--domain", "a=TMP/one/a", "--domain", "b=TMP/empty"], "no pictures there"),
         (["folders", "--output", "OUT", "--domain", "a=TMP/one/a", "--domain", "b=TMP/no"], "--domain b TMP/no"),
         (["folders", "--output", "TMP/one/out", "--source", "TMP/one"], "lies in --source"),
+        (["folders", "--output", "TMP/one/a/out", "--domain", "b=TMP/empty", "--domain", "a=TMP/one/a"],
+         "lies in --domain a"),
         (["day2night", "--output", "OUT", "--source", "TMP/empty"], "no pictures in day/ and night/"),
         (["celeba", "--output", "OUT", "--source", "TMP/empty"], "no list_attr_celeba"),
         (["earth", "--output", "/proc/nothing/here"], "--output /proc/nothing/here"),
@@ -873,6 +895,27 @@ def test_zip_on_s3(s3: Any) -> None:
     storage.write_bytes(f"{s3.uri}/prepare/y.zip", buffer.getvalue()[:2000])
     with pytest.raises(InputError, match=r"y\.zip is not a whole zip file"):
         common.Archive(f"{s3.uri}/prepare/y.zip")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"PK\x05\x06" + b"\xff" * 60])
+def test_what_is_no_zip(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.zip is not a whole zip file"):
+        common.Archive(str(tmp_path / "x.zip"))
+
+
+def test_a_zip_packed_otherwise(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a.jpg", b"picture")
+    with pytest.raises(zipfile.BadZipFile, match="packed by method 12"):
+        common.Archive(str(tmp_path / "x.zip")).read("a.jpg")
+
+
+def test_no_room_for_decoded_pictures(tmp_path: Path) -> None:
+    pixels = common.Pixels((2, 1, 8, 8, 3), tmp_path)
+    pixels.file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
+    with pytest.raises(InputError, match=r"TMPDIR.*no space left"), pixels.file:
+        pixels[0] = bytes(8 * 8 * 3)
 
 
 def test_s3_refusals(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,9 @@ def test_a_server_that_hangs_is_given_up_too(own_s3: S3Server, prefix: str, monk
     assert not storage.exists(f"{prefix}/a.txt")
     assert own_s3.process is not None
     os.kill(own_s3.process.pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{own_s3.process.pid}/task")
+    while {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks.iterdir()} != {"T"}:
+        time.sleep(0.01)  # on a busy machine a thread may still answer after the signal
     try:
         started = time.monotonic()
         with pytest.raises(InputError, match="the S3 server cannot be reached"):

@@ -22,7 +22,7 @@ from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from ddpm_core.gan import Generator
 from ddpm_core.translator import Translator
-from jobs import arrays, data, objectives, samples, train, train_loop, translate
+from jobs import arrays, data, objectives, samples, storage, train, train_loop, translate
 from jobs.presets import PRESETS, TrainOptions
 
 CPU = torch.device("cpu")
@@ -546,6 +546,7 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
         (["--pairing", "matched"], "--pairing matched: gradients was prepared paired; prepare it anew for that"),
         (["--method", "pix2pix", "--pairing", "unpaired"], "pix2pix learns from pairs; leave it out, or give --method"),
         (["--method", "cyclegan", "--pairing", "self"], "--pairing self: cyclegan would learn to copy"),
+        (["--max-train-images", "0"], "--max-train-images is 0; it must be positive"),
         (["--max-shift", "16"], "--max-shift is 16; it must lie between 0 and 15"),
         (["--output", "/proc/run"], "--output /proc/run"),
         (["--output", "gs://bucket/run"], "scheme gs:// is not supported"),
@@ -560,10 +561,14 @@ def test_what_cannot_work_is_refused_in_one_line(dataset_folder, tmp_path, flags
     assert "\n" not in str(error.value)
 
 
-def unpaired(folder: Path, *domains: int) -> str:
-    rows = [
-        data.Row(id=f"{i:02d}", domain=side, image=np.zeros((16, 16, 3), np.uint8)) for i, side in enumerate(domains)
-    ]
+def unpaired(folder: Path, *domains: int, val: tuple[int, ...] | None = None) -> str:
+    rows, held_out = (
+        [
+            data.Row(id=f"{prefix}{i:02d}", domain=side, image=np.zeros((16, 16, 3), np.uint8))
+            for i, side in enumerate(sides)
+        ]
+        for prefix, sides in (("", domains), ("v", domains if val is None else val))
+    )
     card = data.DatasetCard(
         name="toy",
         licence="CC0",
@@ -573,8 +578,7 @@ def unpaired(folder: Path, *domains: int) -> str:
         domains=("day", "night"),
         pairing="unpaired",
     )
-    val = [dataclasses.replace(row, id=f"v{row.id}") for row in rows]
-    data.write_dataset(str(folder), {"train": rows, "val": val}, card)
+    data.write_dataset(str(folder), {"train": rows, "val": held_out}, card)
     return str(folder)
 
 
@@ -589,6 +593,42 @@ def unpaired(folder: Path, *domains: int) -> str:
 def test_methods_that_do_not_suit_the_data_are_refused(tmp_path, method, domains, message):
     with pytest.raises(InputError, match=message):
         run(unpaired(tmp_path / "set", *domains), tmp_path / "run", "--method", method)
+
+
+@pytest.mark.parametrize(
+    ("val", "flags", "message"),
+    [
+        ((0, 0), [], "toy has no picture of night in its val split"),
+        ((0, 0), ["--target-domain", "day"], "toy has no picture of night in its val split"),
+        ((0, 0), ["--target-domain", "night", "--pairing", "self"], "toy has no picture of night in its val split"),
+        ((0, 1), ["--target-domain", "night"], "16 is more than the 10 training rows of night; give at most 10"),
+    ],
+)
+def test_splits_with_nothing_to_make_or_to_show_are_refused(tmp_path, val, flags, message):
+    dataset = unpaired(tmp_path / "set", *(0,) * 30, *(1,) * 10, val=val)
+    with pytest.raises(InputError, match=message):
+        run(dataset, tmp_path / "run", *flags)
+
+
+def test_few_training_rows_are_of_every_domain(tmp_path, monkeypatch):
+    """Ids of folders begin with the domain's name: the first so many would be of one."""
+    monkeypatch.setenv(arrays.ROOT, str(tmp_path / "cache"))
+    rows = arrays.load(unpaired(tmp_path / "set", *(0,) * 30, *(1,) * 30), "train")
+    config = ModelConfig(image_size=16, domains=("day", "night"))
+    for most, each in ((20, 10), (100, 30)):
+        kept = samples.training_rows(rows, config, dataclasses.replace(PRESETS["smoke"].options, max_train_images=most))
+        assert np.bincount(rows.domain[kept]).tolist() == [each, each]
+
+
+def test_a_run_on_data_that_changed_is_told_apart(tmp_path):
+    first, second = (unpaired(tmp_path / str(i), *(0, 1) * (16 + i)) for i in range(2))
+    args = train.parse(["--data", first, "--output", str(tmp_path / "run"), "--preset", "smoke"])
+    old, new = (train.model_config(data.read_card(uri), args.options) for uri in (first, second))
+    for name, content in train_loop.describe(old, args.options).items():
+        storage.write_bytes(f"{args.output}/{name}", content)
+    assert not train.finished(args.output, old, args.options)
+    with pytest.raises(InputError, match=r"holds a run on other data .* it was replaced or appended to since"):
+        train.finished(args.output, new, args.options)
 
 
 def test_more_workers_than_the_cluster_has_are_refused_with_the_arithmetic(ray_cluster, dataset_folder, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from ddpm_core import config as configs
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
-from jobs import cli, data, storage, translate, translating
+from jobs import cli, data, evaluate, storage, translate, translating
 
 
 def picture(seed: int, side: int = 16) -> np.ndarray:
@@ -270,6 +271,24 @@ def test_a_data_set_is_translated_row_by_row(run: Any, tmp_path: Path, checkpoin
     found = np.asarray(Image.open(output / "03.png"))
     right = Translator(checkpoint.load(checkpoint_folder))(picture(3)[None], "night")[0]
     assert np.abs(found.astype(int) - right).max() <= 1
+
+
+@pytest.mark.parametrize("job", [translate, evaluate])
+def test_a_damaged_shard_is_named(
+    ray_cluster: None, tmp_path: Path, checkpoint_folder: str, dataset_folder: str, job: Any
+) -> None:
+    damaged = tmp_path / "set"
+    shutil.copytree(dataset_folder, damaged)
+    shard = damaged / "test" / "part-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    pictures = pyarrow.parquet.ParquetFile(shard).metadata.row_group(0).column(2)
+    start = pictures.data_page_offset
+    content[start + 40 : start + pictures.total_compressed_size - 40] = bytes(pictures.total_compressed_size - 80)
+    shard.write_bytes(content)
+    flags = {translate: ["--input", "--domain", "night"], evaluate: ["--data"]}[job]
+    flags[1:1] = [str(damaged)]
+    with pytest.raises(InputError, match=r"test/part-00000\.parquet is damaged .*make the data set again"):
+        job.main(["--checkpoint", checkpoint_folder, "--output", str(tmp_path / "out"), *flags])
 
 
 def test_all_pictures_bad_is_no_crash(run: Any, tmp_path: Path, checkpoint_folder: str) -> None:

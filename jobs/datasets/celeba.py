@@ -227,6 +227,10 @@ def _attribute(table: Table, name: str) -> int:
     sides = {int(values[column]) for values in table.rows.values()}
     if not sides <= {-1, 1}:
         raise InputError(f"{table.uri}: column {name!r} holds {sorted(sides - {-1, 1})[0]}; it must hold -1 and 1")
+    values = np.stack(list(table.rows.values())) if table.rows else np.zeros((0, len(table.columns)))
+    for row, other in np.argwhere(np.abs(values) > 1)[:1].tolist():
+        picture, value = list(table.rows)[row], int(values[row, other])
+        raise InputError(f"{table.uri}: {picture} has {value} as {table.columns[other]}; it must be -1 or 1")
     return column
 
 
@@ -287,6 +291,14 @@ def _faces(
     identities, landmarks = others[IDENTITY], others[LANDMARKS]
     splits, how = _splits(sorted(names), others[PARTITION], identities, there)
     notes.append(how)
+    if not splits:
+        raise InputError(
+            f"{PARTITION} lists none of the {len(names):,} pictures ({names[0]} is one); names must be those of "
+            f"{attributes.uri}, or leave {PARTITION} out"
+        )
+    for what, table in (("identity", identities), ("landmarks", landmarks)):
+        if table is not None and (missing := sum(name not in table.rows for name in splits)):
+            notes.append(f"{what} of {missing:,} pictures unknown: {posixpath.basename(table.uri)} does not list them")
     faces = []
     for name in sorted(splits):
         points = None if landmarks is None else landmarks.rows.get(name)
@@ -402,7 +414,9 @@ def _make(
     scratch: Path,
 ) -> common.Made:
     pictures = [Picture(name=face.name, uri=face.uri) for face in faces]
-    pixels, rejected = common.decode_pictures(pictures, size=options.image_size, halves=False, scratch=scratch)
+    pixels, rejected = common.decode_pictures(
+        pictures, size=options.image_size, halves=False, scratch=scratch, encoding=options.encoding
+    )
     names = [face.name for face in faces]
     copies, dropped, word = common.weed(
         pixels, names, [face.split for face in faces], options, known=[name in there for name in names]

@@ -5,11 +5,13 @@ cheap and reads no picture; `Draft.make` does the work.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import posixpath
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -209,7 +211,7 @@ class Pixels:
     """Decoded pictures in a file, (n, parts, s, s, 3) uint8, so that 200,000 of them need no memory."""
 
     def __init__(self, shape: tuple[int, int, int, int, int], scratch: Path) -> None:
-        self.shape = shape
+        self.shape, self.scratch = shape, scratch
         # It has no name: nothing of it is left when the process is killed.
         self.file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
         self.ok = np.zeros(shape[0], bool)
@@ -226,14 +228,20 @@ class Pixels:
     def __setitem__(self, row: int, pixels: bytes) -> None:
         size = int(np.prod(self.shape[1:]))
         assert len(pixels) == size, row
-        self.file.seek(row * size)
-        self.file.write(pixels)
+        with self._explained():
+            self.file.seek(row * size)
+            self.file.write(pixels)
 
     def __getitem__(self, index: tuple[int, int]) -> UInt8[np.ndarray, "s s 3"]:
         row, part = index
         size = int(np.prod(self.shape[2:]))
-        self.file.seek((row * self.shape[1] + part) * size)
-        return np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape[2:])
+        with self._explained():
+            self.file.seek((row * self.shape[1] + part) * size)
+            return np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape[2:])
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        bytes_needed = int(np.prod(self.shape))
+        return storage.explained(f"{self.scratch} (TMPDIR says where) for {bytes_needed / 1e6:,.0f} MB of pixels")
 
     def means(self) -> np.ndarray:
         """(parts,) mean grey level of each part over the decoded pictures."""
@@ -253,12 +261,19 @@ class Pixels:
 
 
 def decode_pictures(
-    pictures: Sequence[Picture], *, size: int, halves: bool, scratch: Path, template: tuple[float, ...] = ()
+    pictures: Sequence[Picture],
+    *,
+    size: int,
+    halves: bool,
+    scratch: Path,
+    encoding: Encoding,
+    template: tuple[float, ...] = (),
 ) -> tuple[Pixels, list[tuple[str, str]]]:
     """Every picture cut to a centred square of `size`, by Ray Data over all its CPUs.
 
     With `halves` a picture is two side by side, and each becomes a part. With `template` (`faces.CELEBA`) the square
-    is not the centred one but that which brings the largest face there.
+    is not the centred one but that which brings the largest face there. Marks are those of the pictures as `encoding`
+    stores them.
     Returns the pixels and (name, reason) of each picture that could not be decoded.
 
     Raises:
@@ -283,7 +298,7 @@ def decode_pictures(
             decode_batch,
             batch_size=None,
             batch_format="pyarrow",
-            fn_kwargs={"size": size, "halves": halves, "template": template},
+            fn_kwargs={"size": size, "halves": halves, "encoding": encoding, "template": template},
         )
         for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
             for line in batch.to_pylist():
@@ -365,7 +380,9 @@ def _batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
-def decode_batch(batch: pyarrow.Table, size: int, halves: bool, template: tuple[float, ...] = ()) -> pyarrow.Table:
+def decode_batch(
+    batch: pyarrow.Table, size: int, halves: bool, encoding: Encoding = "raw", template: tuple[float, ...] = ()
+) -> pyarrow.Table:
     """One task's pictures: pixels and their marks, or the reason why there are none."""
     done: list[dict[str, Any]] = []
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # reading waits on the network, decoding does not
@@ -374,7 +391,7 @@ def decode_batch(batch: pyarrow.Table, size: int, halves: bool, template: tuple[
                 if isinstance(content, InputError):
                     raise content
                 squares, facts = portrait(content, size, template) if template else decode_one(content, size, halves)
-                marks = [mark(square) for square in squares]
+                marks = [mark(data.stored(square, encoding)) for square in squares]
                 done.append({"pixels": squares.tobytes(), "marks": marks, **facts})
             except InputError as error:
                 reason = str(error).removeprefix("picture: ")
@@ -404,7 +421,7 @@ def decode_one(
     Raises:
         InputError: not a usable picture.
     """
-    image = images.decode(content, at_least=None if halves else size)
+    image = images.decode(content, square=None if halves else size)
     pieces = [image]
     if halves:
         if image.width % 2 or not image.width / image.height >= 1.2:
@@ -436,12 +453,18 @@ class Archive:
     def __init__(self, uri: str) -> None:
         fs, path = storage.filesystem(uri)
         self.uri = uri
+        self.file = storage.persistently(uri, lambda: fs.open_input_file(path))
         try:
-            self.file = storage.persistently(uri, lambda: fs.open_input_file(path))
-            listing = storage.persistently(uri, lambda: zipfile.ZipFile(self.file).infolist())
+            listing = storage.persistently(uri, self._listing)
         except zipfile.BadZipFile as error:
             raise InputError(f"{uri} is not a whole zip file ({error}); download it again") from None
         self.members = {info.filename: info for info in listing if not info.is_dir()}
+
+    def _listing(self) -> list[zipfile.ZipInfo]:
+        try:
+            return zipfile.ZipFile(self.file).infolist()
+        except (ValueError, NotImplementedError, struct.error) as error:  # so it ends where the listing is nonsense
+            raise zipfile.BadZipFile(str(error)) from None
 
     def sizes(self) -> dict[str, int]:
         """Size of each member by its path."""
@@ -450,6 +473,8 @@ class Archive:
     def read(self, member: str) -> bytes:
         """Raises KeyError where there is no such member, BadZipFile where it is damaged."""
         info = self.members[member]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise zipfile.BadZipFile(f"packed by method {info.compress_type}, only 0 and 8 are read: pack it anew")
         # local header: 30 bytes, name and extra field (whose length may differ from the listing's), then data
         start, size = info.header_offset, 30 + len(info.filename.encode()) + 2**10 + info.compress_size
         data = storage.persistently(self.uri, lambda: self.file.read_at(size, start))

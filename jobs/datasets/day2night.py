@@ -54,9 +54,9 @@ def draft(options: Options) -> common.Draft:
         (gone,) = set(DOMAINS) - {there}
         raise InputError(f"--source {source}: there are pictures in {there}/ and none in {gone}/; both are needed")
     items = [
-        Item(file=file, uri=storage.join(source, file), split=SPLIT_FOLDERS.get(file.partition("/")[0]))
+        Item(file=file, uri=storage.join(source, file), split=folders.split_folder(file))
         for file in common.picture_files(sizes)
-        if posixpath.dirname(file) in {"", *SPLIT_FOLDERS}
+        if posixpath.dirname(file).lower() in {"", *SPLIT_FOLDERS}
     ]
     if not items:
         raise InputError(
@@ -81,7 +81,9 @@ def _make(items: Sequence[Item], options: Options, scratch: Path) -> common.Made
     kept = {posixpath.splitext(name)[0]: row.split for name, row in there.items()}
     splits, note = folders.assign_splits({"": items}, kept)
     pictures = [Picture(name=item.file, uri=item.uri) for item in items]
-    pixels, rejected = common.decode_pictures(pictures, size=options.image_size, halves=True, scratch=scratch)
+    pixels, rejected = common.decode_pictures(
+        pictures, size=options.image_size, halves=True, scratch=scratch, encoding=options.encoding
+    )
     left, notes = options.left, [note]
     if left == "auto":
         means = pixels.means()

@@ -5,8 +5,8 @@
     anywhere                                  --domain cats=URI --domain dogs=URI
     pairs.csv                                 cats,dogs / sub/1.jpg,7.png / …: --pairs pairs.csv
 
-Folders are read to any depth. A `train`, `val` or `test` folder within a domain (or around the domains) decides the
-split of what it holds.
+Folders are read to any depth. A `train`, `val` or `test` folder (capitals do not matter) within a domain or around the
+domains decides the split of what it holds.
 """
 
 import csv
@@ -72,7 +72,7 @@ def draft(options: Options) -> common.Draft:
     if options.domain:
         if options.source:
             raise InputError("--source and --domain are both given; give one of them")
-        domains, sizes = _named_domains(options.domain, may_be_empty=options.append)
+        domains, sizes = _named_domains(options.domain)
     else:
         source = common.source_folder(options, "a folder with one folder for each domain, or --domain NAME=URI ...")
         domains, sizes = domains_in(source)
@@ -104,7 +104,7 @@ def _as_before(domains: dict[str, list[Item]], options: Options) -> dict[str, li
     return {domain: domains.get(domain, []) for domain in card.domains}
 
 
-def _named_domains(pairs: Sequence[str], *, may_be_empty: bool) -> tuple[dict[str, list[Item]], dict[str, int]]:
+def _named_domains(pairs: Sequence[str]) -> tuple[dict[str, list[Item]], dict[str, int]]:
     domains: dict[str, list[Item]] = {}
     sizes: dict[str, int] = {}
     for pair in pairs:
@@ -128,25 +128,26 @@ def domains_in(source: str) -> tuple[dict[str, list[Item]], dict[str, int]]:
     for file in common.picture_files(sizes):
         head, _, rest = file.partition("/")
         within = file
-        split = SPLIT_FOLDERS.get(head) if "/" in rest else None
+        split = split_folder(file) if "/" in rest else None
         if split:  # SOURCE/train/cats/1.jpg
             head, _, rest = rest.partition("/")
         if rest:  # not a picture lying beside the domains' folders
             within = posixpath.join(split, rest) if split else rest
-            item = Item(file=within, uri=storage.join(source, file), split=split or _split_folder(rest))
+            item = Item(file=within, uri=storage.join(source, file), split=split or split_folder(rest))
             domains.setdefault(head, []).append(item)
     return domains, sizes
 
 
 def _items(uri: str, files: Mapping[str, int]) -> list[Item]:
     return [
-        Item(file=file, uri=storage.join(uri, file), split=_split_folder(file)) for file in common.picture_files(files)
+        Item(file=file, uri=storage.join(uri, file), split=split_folder(file)) for file in common.picture_files(files)
     ]
 
 
-def _split_folder(file: str) -> str | None:
+def split_folder(file: str) -> str | None:
+    """The split that the first folder of a path says, if it says one."""
     head, slash, _ = file.partition("/")
-    return SPLIT_FOLDERS.get(head) if slash else None
+    return SPLIT_FOLDERS.get(head.lower()) if slash else None
 
 
 def draft_domains(
@@ -222,7 +223,8 @@ def parse_pairs(uri: str, domains: Mapping[str, list[Item]], source: str | None)
     """Raises InputError with the number of the line that is wrong: no such domain or picture, a pair twice."""
     try:
         content = storage.read_bytes(uri)
-        lines = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+        text = io.StringIO(content.decode("utf-8-sig"), newline="")
+        lines = list(csv.reader(text, skipinitialspace=True))
     except FileNotFoundError:
         raise InputError(f"--pairs {uri} does not exist; check the path") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -231,7 +233,9 @@ def parse_pairs(uri: str, domains: Mapping[str, list[Item]], source: str | None)
         raise InputError(f"--pairs {uri} lists no pairs; the first line names two domains, each other line a pair")
     header = [name.strip() for name in lines[0]]
     if len(header) != 2 or len(set(header)) != 2:
-        raise InputError(f"--pairs {uri} line 1: two different domains are needed, it has {', '.join(header)!r}")
+        raise InputError(
+            f"--pairs {uri} line 1: two different domains are needed, parted by a comma; it has {', '.join(header)!r}"
+        )
     for name in header:
         if name not in domains:
             raise InputError(f"--pairs {uri} line 1: there is no domain {name!r}; there are {', '.join(domains)}")
@@ -239,7 +243,7 @@ def parse_pairs(uri: str, domains: Mapping[str, list[Item]], source: str | None)
     pairs: dict[tuple[str, str], int] = {}
     found = []
     for number, line in enumerate(lines[1:], 2):
-        if not line:
+        if not "".join(line).strip():
             continue
         if len(line) != 2:
             raise InputError(f"--pairs {uri} line {number}: two pictures are expected, it has {len(line)} columns")
@@ -334,7 +338,12 @@ def _make(
     names = [f"{domain}/{item.file}" for domain, item in flat]
     pictures = [Picture(name=name, uri=item.uri) for name, (_, item) in zip(names, flat, strict=True)]
     pixels, rejected = common.decode_pictures(
-        pictures, size=options.image_size, halves=False, scratch=scratch, template=template
+        pictures,
+        size=options.image_size,
+        halves=False,
+        scratch=scratch,
+        encoding=options.encoding,
+        template=template,
     )
     order = list(domains)
     earlier = pictures_there(there, order) if pairing == "paired" else there
