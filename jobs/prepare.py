@@ -25,7 +25,7 @@ import pyarrow
 import pyarrow.parquet
 import tyro
 
-from ddpm_core import images
+from ddpm_core import images, provenance
 from ddpm_core.errors import InputError
 from jobs import cli, data, storage
 from jobs.data import CONTACT_SHEET, DUPLICATES, ENVIRONMENT, REJECTED, DatasetCard, Row
@@ -284,8 +284,6 @@ def read_lines(output: str, file: str, card: DatasetCard) -> list[dict[str, Any]
 
 
 def write_environment(output: str) -> None:
-    from ddpm_core import provenance  # it brings torch, which nothing else here needs
-
     text = json.dumps(provenance.environment(), indent=2)
     storage.write_bytes(storage.join(output, ENVIRONMENT), text.encode())
 

@@ -72,21 +72,22 @@ class Draw:
 
     def to(self, device: torch.device, *, shown: str = "source") -> Batch:
         """On the device; `shown` as ModelConfig's."""
-        target, source, flip, shift, *rest = (
-            getattr(self, field.name).to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if field.name != "ids"
-        )
-        x_0, condition = (moved(pictures, flip, shift) for pictures in (target, source))
-        if shown == "structure":
-            condition = conditioning.structure(condition)
-        return Batch(x_0, condition, *rest)
+        shifts = bool(self.shift.any())  # asked here: on the device the answer would be waited for
+
+        def there(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        flip, shift = there(self.flip), there(self.shift) if shifts else None
+        x_0 = moved(there(self.target), flip, shift)
+        condition = conditioning.structure(x_0) if shown == "structure" else moved(there(self.source), flip, shift)
+        rest = (self.domain, self.t, self.noise, self.dropped, self.domain_dropped)
+        return Batch(x_0, condition, *map(there, rest))
 
 
-def moved(pictures: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
+def moved(pictures: Tensor, flip: Tensor, shift: Tensor | None) -> Tensor:
     """b s s 3 uint8 as b 3 s s in [-1, 1], flipped left to right where `flip`, then shifted with mirrored edges."""
     pictures = torch.where(flip[:, None, None, None], pictures.flip(2), pictures)
-    if shift.any():
+    if shift is not None:
         places = torch.arange(pictures.shape[1], device=pictures.device)
         rows, columns = (mirrored(places - shift[:, axis, None], len(places)) for axis in (0, 1))
         batch = torch.arange(len(pictures), device=pictures.device)[:, None, None]
@@ -230,9 +231,9 @@ class Feed:
     def _make(self, step: int) -> Draw:
         options = self.sampler.options
         epoch, offset = divmod(step, len(self.rows) // options.global_batch_size)
-        order = self.rows[epoch_order(options.seed, epoch, len(self.rows))]
         first = offset * options.global_batch_size
-        draw = self.sampler.train(self.share.of(order[first : first + options.global_batch_size]), epoch)
+        order = epoch_order(options.seed, epoch, len(self.rows))[first : first + options.global_batch_size]
+        draw = self.sampler.train(self.share.of(self.rows[order]), epoch)
         return draw.pinned() if self.pin else draw
 
 

@@ -185,7 +185,7 @@ def check_rows(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
                     "prepare it again with more pictures"
                 )
     rows = card.splits["train"] if card.has_targets or wanted is None else card.domain_counts["train"][wanted]
-    rows = min(rows, rows if options.max_train_images is None else options.max_train_images)
+    rows = min(rows, options.max_train_images or rows)
     if rows < options.global_batch_size:
         of = "" if card.has_targets or wanted is None else f" of {wanted}"
         raise InputError(

@@ -225,7 +225,7 @@ def load_encoder(uri: str) -> "IdentityEncoder":
     Raises:
         InputError: there is none, or it is damaged.
     """
-    from ddpm_core import encoders  # it brings torch, which nothing else here needs
+    from ddpm_core import encoders  # not at the top: every worker that decodes pictures would load it
 
     return encoders.load_identity_encoder(uri, read=storage.read_bytes)
 
