@@ -286,6 +286,18 @@ def test_folders(ray_cluster: None, two_folders: Path, tmp_path: Path, capsys: p
     assert out[-1].endswith("contact_sheet.png")
 
 
+def test_a_broken_picture_without_counterpart_is_set_aside_once(
+    ray_cluster: None, two_folders: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(two_folders, tmp_path / "source")
+    first = next(path for path in sorted((tmp_path / "source").iterdir()) if path.is_dir())
+    (first / "broken.jpg").write_text("no picture")
+    out = tmp_path / "out"
+    prepare.main(["folders", "--source", str(tmp_path / "source"), "--output", str(out), "--pairing", "paired"])
+    names = pyarrow.parquet.read_table(out / "rejected.parquet").column("picture").to_pylist()
+    assert names.count(f"{first.name}/broken.jpg") == 1
+
+
 def test_folders_paired_by_name(ray_cluster: None, two_folders: Path, tmp_path: Path) -> None:
     save(drawn(1), two_folders / "cat/alone.jpg")
     (two_folders / "dog/sub/05.png").write_bytes(b"")

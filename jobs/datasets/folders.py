@@ -458,21 +458,23 @@ def _listed(
 def _paired(
     domains: Mapping[str, list[Item]], splits: dict[tuple[str, str], str], index: dict[tuple[str, str], int]
 ) -> tuple[list[tuple[str, Plan]], list[tuple[str, str]]]:
-    """Rows of pictures with their counterparts; and those that have none, with the reason."""
+    """Rows of pictures with their counterparts; and usable ones that have none, with the reason."""
     (a, items_a), (b, items_b) = domains.items()
     others = {item.name: item for item in items_b}
     plans, alone = [], []
     for item in items_a:
         other = others.pop(item.name, None)
         if other is None:
-            alone.append((f"{a}/{item.file}", f"no counterpart of the same name in {b}"))
+            if (a, item.file) in index:
+                alone.append((f"{a}/{item.file}", f"no counterpart of the same name in {b}"))
         elif (a, item.file) in index and (b, other.file) in index:
             image, target = (index[a, item.file], 0), (index[b, other.file], 0)
             plans.append((splits[a, item.file], Plan(item.name, 0, image, target, f"{b}/{other.file}")))
         elif (a, item.file) in index or (b, other.file) in index:
             good = f"{a}/{item.file}" if (a, item.file) in index else f"{b}/{other.file}"
             alone.append((good, "its counterpart cannot be used"))
-    alone += [(f"{b}/{item.file}", f"no counterpart of the same name in {a}") for item in others.values()]
+    reason = f"no counterpart of the same name in {a}"
+    alone += [(f"{b}/{item.file}", reason) for item in others.values() if (b, item.file) in index]
     return plans, alone
 
 
