@@ -51,6 +51,9 @@ bench: ## our network and our data path beside their peers' on this machine (abo
 mutants: setup ## plant faults in the numerics and see that the tests catch them (about 5 minutes)
 	@$(BIN)/python tests/mutants.py
 
+chaos: setup ## kill workers, nodes, networks and storage under training, and print what came of it (about 15 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
+
 cluster: setup ## a real Ray cluster of two nodes on this machine
 	@PATH="$(abspath $(BIN)):$$PATH" bash cluster/local.sh up
 
@@ -60,4 +63,4 @@ cluster-down: ## stop exactly that cluster
 clean: ## remove what the demo made (runs/earth)
 	@rm -rf $(RUNS)/earth
 
-.PHONY: help setup demo format lint types test check bench mutants cluster cluster-down clean
+.PHONY: help setup demo format lint types test check bench mutants chaos cluster cluster-down clean

@@ -146,6 +146,8 @@ def load(path: str, *, ema: float | None = None, read: Read = read_local) -> Che
     """
     folder, best = resolve(path, read=read)
     config = read_config(folder, read=read)
+    if config.method in configs.ENCODERS:
+        raise InputError(f"{path} is an encoder's run; it translates no pictures")
     chosen = {f.name: best[f.name] for f in dataclasses.fields(config.sampling) if best.get(f.name) is not None}
     sampling = configs.from_dict(
         configs.SamplingConfig, {**configs.to_dict(config.sampling), **chosen}, where=f"{path}/best.json"

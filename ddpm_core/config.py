@@ -17,7 +17,10 @@ from ddpm_core.errors import InputError
 FORMAT_VERSION = 2
 """Version of `config.json`; raised when an older reader would misread a newer file."""
 
-Method = Literal["diffusion", "pix2pix", "cyclegan"]
+Method = Literal["diffusion", "pix2pix", "cyclegan", "identity", "attributes"]
+GANS: tuple[Method, ...] = ("pix2pix", "cyclegan")
+ENCODERS: tuple[Method, ...] = ("identity", "attributes")
+"""Methods whose checkpoints are encoders: `ddpm_core.encoders` reads them."""
 Injection = Literal["concat", "cross_attention", "anchor"]
 Prediction = Literal["eps", "v", "x_0"]
 Schedule = Literal["linear", "cosine"]
@@ -142,6 +145,38 @@ class GANConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderNet:
+    """A small network that looks at pictures: who is on one, or what it shows."""
+
+    image_size: int = 64
+    """Side of the square that it looks at, in pixels."""
+    crop_box: tuple[float, ...] = (0.0, 0.0, 1.0, 1.0)
+    """What of a picture it looks at: x0 y0 x1 y1 in shares of its side. Faces are told apart by the face."""
+    widths: tuple[int, ...] = (24, 48, 96, 192)
+    """Channels of each stage; each stage halves the side."""
+    embedding_channels: int = 128
+    """Length of an identity embedding."""
+    attributes: tuple[str, ...] = ()
+    """Names of what a classifier learns to see, in the order of its logits."""
+    noise_aware: bool = False
+    """Of a classifier: it looks at x_t and is told t, so that it can guide sampling (Dhariwal & Nichol 2021)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderOptions(EncoderNet):
+    """An encoder and how it is trained."""
+
+    attributes: tuple[str, ...] = ()
+    """What a classifier learns beside the domain, which it always does: names of the data set's attributes, or all."""
+    scale: float = 16.0
+    """Of the identity encoder's loss, and of its validation: what cosines are multiplied by."""
+    margin: float = 0.2
+    """Of the identity encoder's loss: what the right person's cosine must win by."""
+    brightness: float = 0.3
+    """Pictures are made brighter or darker by up to this share."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataCard:
     """What a checkpoint remembers of the data it was trained on."""
 
@@ -158,6 +193,10 @@ class DataCard:
     landmarks: tuple[float, ...] = ()
     """Where faces have eyes, nose and corners of the mouth in the training pictures, x0 y0 x1 y1 ..., in shares of the
     side; empty where they are not aligned portraits. Photos to translate are aligned to them."""
+    num_people: int = 0
+    """How many people an identity encoder learned to tell apart."""
+    attribute_rates: tuple[float, ...] = ()
+    """Share of the training pictures that show each of a classifier's attributes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +210,7 @@ class ModelConfig:
     target_domains: tuple[str, ...] = ()
     """The sides this network was trained to produce; empty means all of them."""
     method: Method = "diffusion"
-    """The conditional diffusion model, or a GAN baseline."""
+    """The conditional diffusion model, a GAN baseline, or an encoder."""
     shown: Literal["source", "structure"] = "source"
     """What the condition is: the source itself, or its structure alone, so that the domain's label makes the rest."""
     unet: UNetConfig = UNetConfig()
@@ -180,6 +219,8 @@ class ModelConfig:
     """The forward process and the loss."""
     gan: GANConfig = GANConfig()
     """Networks and losses of the GAN baselines."""
+    encoder: EncoderOptions = EncoderOptions()
+    """The encoder, its attributes named one by one."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling defaults; a run's `best.json` overrides them."""
     data: DataCard = DataCard()
@@ -218,6 +259,7 @@ def check(config: ModelConfig) -> None:
             "gan.num-levels": gan.num_levels,
             "gan.num-res-blocks": gan.num_res_blocks,
             "gan.num-discriminator-levels": gan.num_discriminator_levels,
+            "encoder.scale": config.encoder.scale,
         }
     )
     _check_unet(unet)
@@ -230,6 +272,8 @@ def check(config: ModelConfig) -> None:
         "diffusion.p-uncond": diffusion.p_uncond,
         "diffusion.p-uncond-domain": diffusion.p_uncond_domain,
         "unet.dropout": unet.dropout,
+        "encoder.margin": config.encoder.margin,
+        "encoder.brightness": config.encoder.brightness,
     }
     for name, value in shares.items():
         if not 0 <= value < 1:
@@ -241,6 +285,18 @@ def check(config: ModelConfig) -> None:
     }.items():
         if not 0 <= value < math.inf:
             raise InputError(f"{name} is {value}; it must be 0 or more")
+    if config.method == "diffusion":
+        _check_last_step(diffusion)
+    check_sampling(config.sampling, diffusion.num_timesteps)
+    if len(config.domains) < 1 or len(set(config.domains)) != len(config.domains):
+        raise InputError(f"domains are {list(config.domains)}; give distinct names")
+    for name in config.target_domains:
+        domain_index(config, name)
+    if config.method == "cyclegan" and len(config.domains) != 2:
+        raise InputError(f"method is cyclegan, which knows two domains; there are {len(config.domains)}")
+
+
+def _check_last_step(diffusion: DiffusionConfig) -> None:
     if diffusion.zero_terminal_snr and diffusion.prediction == "eps":
         raise InputError(
             "diffusion.zero-terminal-snr with diffusion.prediction eps: at the last step the noise is all there is to "
@@ -251,13 +307,6 @@ def check(config: ModelConfig) -> None:
             "diffusion.loss-weighting min_snr with diffusion.zero-terminal-snr: the last step, where sampling starts, "
             "would have the weight 0; take snr"
         )
-    check_sampling(config.sampling, diffusion.num_timesteps)
-    if len(config.domains) < 1 or len(set(config.domains)) != len(config.domains):
-        raise InputError(f"domains are {list(config.domains)}; give distinct names")
-    for name in config.target_domains:
-        domain_index(config, name)
-    if config.method == "cyclegan" and len(config.domains) != 2:
-        raise InputError(f"method is cyclegan, which knows two domains; there are {len(config.domains)}")
 
 
 def _positive(values: dict[str, int | float]) -> None:

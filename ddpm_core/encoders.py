@@ -1,6 +1,7 @@
 """Small networks that look at pictures: who is on one (IdentityEncoder), what it shows (AttributeClassifier).
 
     images       b 3 h w   in [-1, 1], of any side: the nets cut out `crop_box` and bring it to `image_size`
+    labels       b k       of training: whom a picture shows (k = 1), or which attributes are there (1 or 0)
     embeddings   b d       of length 1; the cosine of two says how alike the people are
     logits       b k       of each attribute being there, whatever the others are
     t            b         of a noise-aware classifier, which looks at x_t
@@ -11,55 +12,60 @@ Nothing in them looks across the batch (group norm), so no picture's result depe
 import dataclasses
 import json
 import math
-from collections.abc import Callable
-from typing import Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from ddpm_core import config as configs
-from ddpm_core.checkpoint import ENCODER_FORMAT, Read, load_weights, read_local, read_meta, serialised
-from ddpm_core.config import DataCard, DiffusionConfig
-from ddpm_core.diffusion import q_sample, seeded
+from ddpm_core.checkpoint import (
+    ENCODER_FORMAT,
+    Read,
+    ema_file,
+    load_weights,
+    read_local,
+    read_meta,
+    resolve,
+    serialised,
+)
+from ddpm_core.config import DataCard, DiffusionConfig, EncoderNet, ModelConfig
 from ddpm_core.errors import InputError
-from ddpm_core.identity import WHOLE, crop
-from ddpm_core.images import to_tensor
-from ddpm_core.schedule import alphas_cumprod
+from ddpm_core.identity import crop
 from ddpm_core.unet import IMAGE_CHANNELS, group_norm, timestep_embedding
 
 FORMAT_VERSION = 1
 """What an encoder's `config.json` says it is; the version is raised when an older reader would misread a newer file."""
 
 Kind = Literal["identity", "attributes"]
-Progress = Callable[[int, float], None]
-"""Called after each training step with the number of steps done and the batch's loss."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(EncoderNet):
     """All of an encoder's `config.json`."""
 
     kind: Kind
     """identity: pictures to embeddings. attributes: pictures to one logit an attribute."""
-    image_size: int = 64
-    """Side of the square that the network looks at, in pixels."""
-    crop_box: tuple[float, ...] = WHOLE
-    """What of a picture the network looks at: x0 y0 x1 y1 in shares of its side. Faces are told apart by the face."""
-    widths: tuple[int, ...] = (24, 48, 96, 192)
-    """Channels of each stage; each stage halves the side."""
-    embedding_channels: int = 128
-    """Length of an identity embedding."""
-    attributes: tuple[str, ...] = ()
-    """Names of the classifier's attributes, in the order of its logits."""
-    noise_aware: bool = False
-    """Of the classifier: it looks at x_t and is told t, so that it can guide sampling (Dhariwal & Nichol 2021)."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """The chain whose x_t a noise-aware classifier was trained on: its length and schedule."""
     data: DataCard = DataCard()
     """The data it was trained on."""
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The training options, for the record."""
+
+
+def encoder_config(config: ModelConfig) -> EncoderConfig:
+    """Of the encoder that a training run of `config` makes."""
+    assert config.method in ("identity", "attributes"), config.method
+    return EncoderConfig(
+        kind=config.method,
+        diffusion=config.diffusion if config.encoder.noise_aware else DiffusionConfig(),
+        data=config.data,
+        training=config.training,
+        **{field.name: getattr(config.encoder, field.name) for field in dataclasses.fields(EncoderNet)},
+    )
 
 
 def check(config: EncoderConfig) -> None:
@@ -218,6 +224,94 @@ def _check_kind(config: EncoderConfig, kind: Kind) -> None:
 # -- training ---------------------------------------------------------------------------------------------------
 
 
+class IdentityTask(nn.Module):
+    """What training minimises to get an encoder: its loss over the people in the training pictures.
+
+    `class_weights`, a vector for each of those people, is trained with it and no use afterwards.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.network = IdentityEncoder(encoder_config(config))
+        self.class_weights = nn.Parameter(torch.randn(config.data.num_people, config.encoder.embedding_channels))
+        self.scale, self.margin = config.encoder.scale, config.encoder.margin
+        self.num_measured = 2 * config.encoder.embedding_channels + 1
+
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, "b 1"], t: Int64[Tensor, " b"] | None = None
+    ) -> Float[Tensor, " b"]:
+        """The loss of each picture; `labels` say whom it shows, 0 to `num_people` - 1."""
+        return margin_softmax_loss(
+            self.network(images).float(), self.class_weights, labels[:, 0], scale=self.scale, margin=self.margin
+        )
+
+    def measured(
+        self,
+        network: nn.Module,
+        images: Float[Tensor, "b 3 h w"],
+        partners: Float[Tensor, "b 3 h w"],
+        labels: Int64[Tensor, "b 1"],
+        t: Int64[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b k"]:
+        """What `values` needs of each picture; `partners` show the same people, `network` is an average of ours."""
+        both = network(torch.cat([images, partners])).float().chunk(2)
+        return torch.cat([*both, labels.float()], dim=1)
+
+    def values(self, measured: Float[Tensor, "n k"]) -> dict[str, Float[Tensor, " n"]]:
+        """Of each picture: its loss, and whether its partner is nearer than every other person's (rank 1)."""
+        queries, partners = measured[:, :-1].chunk(2, dim=1)
+        loss, first = retrieval(queries, partners, measured[:, -1], scale=self.scale)
+        return {"loss": loss, "rank_1": first}
+
+
+class AttributeTask(nn.Module):
+    """What training minimises to get a classifier: cross-entropy, each attribute's two sides weighing the same."""
+
+    rates: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.network = AttributeClassifier(encoder_config(config))
+        self.register_buffer("rates", torch.tensor(config.data.attribute_rates), persistent=False)
+        with torch.no_grad():  # where balanced_loss sees no preference
+            self.network.head.bias.copy_(_prior(self.rates))
+        self.num_measured = 1 + len(config.encoder.attributes)
+
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, "b k"], t: Int64[Tensor, " b"] | None = None
+    ) -> Float[Tensor, " b"]:
+        """The loss of each picture; `labels` are 1 where an attribute is there, else 0."""
+        return balanced_loss(self.network(images, t).float(), labels, self.rates)
+
+    def measured(
+        self,
+        network: nn.Module,
+        images: Float[Tensor, "b 3 h w"],
+        partners: Float[Tensor, "b 3 h w"],
+        labels: Int64[Tensor, "b k"],
+        t: Int64[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b 1+k"]:
+        """Cross-entropy (lowest where the sigmoid is the probability), and of each attribute whether it is right."""
+        logits = network(images, t).float()
+        loss = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(1, keepdim=True)
+        return torch.cat([loss, ((logits > 0) == (labels > 0)).float()], dim=1)
+
+    def values(self, measured: Float[Tensor, "n k"]) -> dict[str, Float[Tensor, " n"]]:
+        """Of each picture: its loss, the share of its attributes that are right, and of each whether it is."""
+        names = self.network.config.attributes
+        right = measured[:, 1:]
+        of_each = {f"accuracy_{name}": right[:, i] for i, name in enumerate(names) if len(names) > 1}
+        return {"loss": measured[:, 0], "accuracy": right.mean(1), **of_each}
+
+
+Task = IdentityTask | AttributeTask
+
+
+def task(config: ModelConfig) -> Task:
+    """What trains the encoder that `config` describes."""
+    return IdentityTask(config) if config.method == "identity" else AttributeTask(config)
+
+
 def margin_softmax_loss(
     embeddings: Float[Tensor, "b d"],
     class_weights: Float[Tensor, "n d"],
@@ -225,189 +319,96 @@ def margin_softmax_loss(
     *,
     scale: float,
     margin: float,
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, " b"]:
     """Cross-entropy over scale * cosine, where the right class must win by `margin` (CosFace, Wang et al. 2018, eq. 4).
 
     An additive margin on the cosine, not on the angle (ArcFace, Deng et al. 2019): as good on small nets, and its
     gradient is bounded, where that of the arc cosine is infinite at the ends.
     """
     cosines = F.normalize(embeddings, dim=1) @ F.normalize(class_weights, dim=1).T
-    return F.cross_entropy(scale * (cosines - margin * F.one_hot(labels, len(class_weights))), labels)
+    margins = margin * F.one_hot(labels, len(class_weights))
+    return F.cross_entropy(scale * (cosines - margins), labels, reduction="none")
 
 
-def train_identity_encoder(
-    config: EncoderConfig,
-    images: np.ndarray,
-    identities: np.ndarray,
-    *,
-    num_steps: int = 3000,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-    scale: float = 16.0,
-    margin: float = 0.2,
-) -> IdentityEncoder:
-    """An encoder that tells the people in `images` apart; meant for people it has not seen.
+def retrieval(
+    queries: Float[Tensor, "n d"], partners: Float[Tensor, "n d"], people: Shaped[Tensor, " n"], *, scale: float
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """How well each query finds its partner among its partner and the partners of all other people.
 
-    Args:
-        images: uint8 b h w 3.
-        identities: int b, any numbers; equal for the same person.
-        scale, margin: of `margin_softmax_loss`.
-
-    Raises:
-        InputError: fewer than two people, arrays that do not fit, or training that diverges.
+    Returns the cross-entropy over scale * cosine, and 1 where the partner is the nearest, 0 elsewhere.
     """
-    _check_pictures(images, identities, "identities", (len(images),))
-    people, labels = np.unique(identities, return_inverse=True)
-    if len(people) < 2:
-        raise InputError(f"identities name {len(people)} person; at least two are needed to tell people apart")
-    net = _seeded_net(IdentityEncoder, config, seed).to(device)
-    class_weights = torch.randn(len(people), config.embedding_channels, generator=seeded(seed, "class weights"))
-    class_weights = nn.Parameter(class_weights.to(device))
-
-    def loss(batch: Tensor, generator: torch.Generator) -> Tensor:
-        pictures = augmented(to_tensor(images[batch.numpy()], device), generator)
-        truth = torch.from_numpy(labels)[batch].to(device)
-        return margin_softmax_loss(net(pictures), class_weights, truth, scale=scale, margin=margin)
-
-    _fit([*net.parameters(), class_weights], loss, len(images), num_steps, batch_size, learning_rate, seed, progress)
-    return net.eval().requires_grad_(False)
+    losses, firsts = [], []
+    for rows in torch.arange(len(queries), device=queries.device).split(1024):  # or memory would grow by n squared
+        own = scale * (queries[rows] * partners[rows]).sum(1)
+        strange = people[rows, None] != people[None]
+        others = torch.where(strange, scale * queries[rows] @ partners.T, -torch.inf)
+        losses.append(torch.cat([own[:, None], others], dim=1).logsumexp(1) - own)
+        firsts.append((own > others.amax(1)).float())
+    return torch.cat(losses), torch.cat(firsts)
 
 
-def train_attribute_classifier(
-    config: EncoderConfig,
-    images: np.ndarray,
-    attributes: np.ndarray,
-    *,
-    num_steps: int = 3000,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-) -> AttributeClassifier:
-    """A classifier of `config.attributes`; a noise-aware one learns from x_t at uniform t.
+def balanced_loss(
+    logits: Float[Tensor, "b k"], labels: Int64[Tensor, "b k"], rates: Float[Tensor, " k"]
+) -> Float[Tensor, " b"]:
+    """Cross-entropy in which the pictures with and those without an attribute weigh the same, however rare it is.
 
-    In training the pictures with and those without an attribute weigh the same, however rare it is. That multiplies
-    the odds of the best answer by (1 - rate) / rate, which the last bias takes back: the sigmoid is the probability
-    in pictures like these.
-
-    Args:
-        images: uint8 b h w 3; for a noise-aware classifier of the side of the diffusion model's pictures, because
-            they are noised before they are cropped and resized, as when guiding.
-        attributes: b k, -1 or 1, in the order of `config.attributes`.
-
-    Raises:
-        InputError: an attribute that is the same everywhere, arrays that do not fit, or training that diverges.
+    That multiplies the odds of the best answer by (1 - rate) / rate, which is taken back here: the best logits are
+    those of the probability in pictures like the training ones.
     """
-    net = _seeded_net(AttributeClassifier, config, seed).to(device)
-    _check_pictures(images, attributes, "attributes", (len(images), len(config.attributes)))
-    if not np.isin(attributes, (-1, 1)).all():
-        raise InputError("attributes must be -1 (not there) or 1 (there)")
-    targets = torch.from_numpy(attributes > 0).float()
-    rates = targets.mean(0)
-    for name, rate in zip(config.attributes, rates.tolist(), strict=True):
-        if rate in (0, 1):
-            raise InputError(
-                f"attribute {name} is {'everywhere' if rate else 'nowhere'} in these pictures; leave it out"
-            )
-    rates = rates.clamp(0.02, 0.98)  # rarer: single pictures would drown the rest
-    weights = torch.where(targets > 0, 0.5 / rates, 0.5 / (1 - rates))
-    abar = alphas_cumprod(config.diffusion)
-
-    def loss(batch: Tensor, generator: torch.Generator) -> Tensor:
-        pictures = augmented(to_tensor(images[batch.numpy()], device), generator)
-        t = None
-        if config.noise_aware:
-            t = torch.randint(len(abar), (len(batch),), generator=generator).to(device)
-            noise = torch.randn(pictures.shape, generator=generator).to(device)
-            pictures = q_sample(pictures, t, noise, abar)
-        return F.binary_cross_entropy_with_logits(
-            net(pictures, t), targets[batch].to(device), weight=weights[batch].to(device)
-        )
-
-    _fit([*net.parameters()], loss, len(images), num_steps, batch_size, learning_rate, seed, progress)
-    with torch.no_grad():
-        net.head.bias.add_(torch.logit(rates).to(device))
-    return net.eval().requires_grad_(False)
+    rates = rates.clamp(*RAREST)
+    weights = torch.where(labels > 0, 0.5 / rates, 0.5 / (1 - rates))
+    return F.binary_cross_entropy_with_logits(
+        logits - _prior(rates), labels.float(), weight=weights, reduction="none"
+    ).mean(1)
 
 
-def augmented(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
-    """Each picture mirrored or not, moved by up to 1/16 of its side with its edge repeated, and brighter or darker."""
-    b, _, h, w = images.shape
-
-    def places(size: int) -> Int64[Tensor, "b size"]:
-        shift = (torch.rand(b, 1, generator=generator) * 2 - 1) * size / 16
-        return (torch.arange(size) + shift.round().long()).clamp(0, size - 1)
-
-    rows, columns = places(h), places(w)
-    columns = torch.where(torch.rand(b, 1, generator=generator) < 0.5, columns.flip(1), columns)
-    brightness = 0.7 + 0.6 * torch.rand(b, 1, 1, 1, generator=generator)
-    picture = torch.arange(b)[:, None, None]
-    index = [i.to(images.device) for i in (picture, rows[:, :, None], columns[:, None, :])]
-    moved = images.permute(0, 2, 3, 1)[index[0], index[1], index[2]].permute(0, 3, 1, 2).contiguous()
-    return ((moved + 1) * brightness.to(images) - 1).clamp(-1, 1)
+RAREST = (0.02, 0.98)
+"""Attributes that are rarer, or more common, count as if they were not: single pictures would drown the rest."""
 
 
-Net = TypeVar("Net", IdentityEncoder, AttributeClassifier)
-
-
-def _seeded_net(cls: type[Net], config: EncoderConfig, seed: int) -> Net:
-    """A new network whose weights are a function of `seed`; the caller's random state is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seeded(seed, "weights").initial_seed())
-        return cls(config)
-
-
-def _fit(
-    parameters: list[nn.Parameter],
-    loss_of: Callable[[Tensor, torch.Generator], Tensor],
-    num_images: int,
-    num_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    progress: Progress | None,
-) -> None:
-    """AdamW with a cosine learning rate; every draw of a step is a function of (seed, step)."""
-    for name, value in {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate}.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{name} is {value}; it must be positive")
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    loss = torch.zeros(())
-    for step in range(num_steps):
-        generator = seeded(seed, step)
-        loss = loss_of(torch.randint(num_images, (batch_size,), generator=generator), generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress(step + 1, loss.item())
-    if not loss.isfinite():
-        raise InputError(f"training diverged: the loss is {loss.item()}; give a learning_rate below {learning_rate}")
-
-
-def _check_pictures(images: np.ndarray, labels: np.ndarray, name: str, shape: tuple[int, ...]) -> None:
-    if images.ndim != 4 or images.shape[-1] != IMAGE_CHANNELS or images.dtype != np.uint8 or not len(images):
-        raise InputError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 b h w 3, one or more")
-    if labels.shape != shape:
-        raise InputError(f"{name} have shape {list(labels.shape)}; for these images it must be {list(shape)}")
+def _prior(rates: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    return torch.logit(rates.clamp(*RAREST))
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------
 
 
-def encoder_files(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, bytes]:
-    """An encoder as file name → bytes; `config.json` comes last: a folder that has it is complete."""
+def encoder_files(
+    state: dict[str, Tensor], config: EncoderConfig, *, others: Mapping[float, dict[str, Tensor]] | None = None
+) -> dict[str, bytes]:
+    """An encoder as file name → bytes; `config.json` comes last: a folder that has it is complete.
+
+    `others`: weights of the EMA's other lengths by their `sigma_rel`.
+    """
     meta = {"format": ENCODER_FORMAT, "format_version": FORMAT_VERSION, **configs.to_dict(config)}
     return {
         "model.safetensors": serialised(state),
+        **{ema_file(sigma_rel): serialised(other) for sigma_rel, other in (others or {}).items()},
+        "card.md": card(config).encode(),
         "config.json": json.dumps(meta, indent=2).encode(),
     }
+
+
+def card(config: EncoderConfig) -> str:
+    """The encoder's card: what it is, on what it was trained, what it may be used for."""
+    data, side = config.data, config.image_size
+    if config.kind == "identity":
+        what = f"pictures of people to vectors of length {config.embedding_channels}: the nearer, the more alike"
+        learned = f"from {data.num_people:,} people"
+    else:
+        what = f"pictures to whether they show: {', '.join(config.attributes)}"
+        learned = "at any noise of its chain, to guide sampling" if config.noise_aware else "from clean pictures"
+    return f"""# {data.name}: {config.kind}
+
+An encoder that looks at {side} x {side} pixels: {what}. It learned {learned}.
+
+| | |
+|---|---|
+| data | {data.name} (hash `{data.content_hash}`) |
+| licence of the data, which binds this encoder | {data.licence} |
+
+Load it with `ddpm_core.encoders.load_encoder(folder)`.
+"""
 
 
 def load_identity_encoder(path: str, *, read: Read = read_local) -> IdentityEncoder:
@@ -427,13 +428,13 @@ def load_attribute_classifier(path: str, *, read: Read = read_local) -> Attribut
 
 
 def load_encoder(path: str, *, read: Read = read_local) -> Encoder:
-    """An encoder's folder as a network in eval mode on the CPU, its weights fixed.
+    """An encoder's folder, or a run (its best checkpoint), as a network in eval mode on the CPU, its weights fixed.
 
     Raises:
         InputError: nothing there, damaged files, another format or version, weights that do not fit the configuration.
     """
-    path = path.rstrip("/")
-    nothing = "no encoder here (no config.json); give the folder that training wrote"
+    path, _ = resolve(path, read=read)
+    nothing = "no encoder here (no best.json, no config.json); give a run's folder or one of its checkpoints"
     meta = read_meta(path, read, ENCODER_FORMAT, FORMAT_VERSION, nothing=nothing)
     if "kind" not in meta:
         raise InputError(f"{path}/config.json names no kind; it must be identity or attributes")

@@ -1,18 +1,20 @@
 """Rows of a split by index, from this node's disk: what training draws its batches from.
 
     CACHE/FORMAT-HASH-SPLIT/  pictures.raw   every distinct picture once, s s 3 uint8
-                              rows.parquet   id, domain and, as places in pictures.raw, image and target; sorted by id
+                              rows.parquet   id, domain, identity, attributes and, as places in pictures.raw, image
+                                             and target; sorted by id
 
-A split is read and decoded once a node: by Ray Data for all nodes at once before training starts (`spread`), by the
-worker itself on a node that came later (`load`). From then on, in this run and the next ones on the same data, rows
-come out of the page cache in any order, at the cost of copying them; memory holds ids and places only. CACHE is
-DDPM_TRANSLATE_CACHE or a folder for temporary files; what has not been used for a week, or for the longest time where
-room is short, is removed.
+A split is read and decoded once a node: a large one by Ray Data for all nodes at once before training starts
+(`spread`), a small one by the node itself, and so on a node that came later (`load`). From then on, in this run and the
+next ones on the same data, rows come out of the page cache in any order, at the cost of copying them; memory holds ids
+and places only. CACHE is DDPM_TRANSLATE_CACHE or a folder for temporary files; what has not been used for a week, or
+for the longest time where room is short, is removed.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -31,38 +33,73 @@ from jobs import data
 from jobs.data import DatasetCard
 from jobs.progress import Progress
 
-FORMAT = 1
+FORMAT = 2
 """Version of the cache's layout."""
 ROOT = "DDPM_TRANSLATE_CACHE"
 """Environment variable that names the cache's folder."""
 UNUSED_S = 7 * 24 * 3600
 """What nobody opened for so long is removed when something new comes."""
+SMALL_BYTES = 256 * 2**20
+"""Data of no more decoded bytes are read by each node for itself, sooner than Ray Data has started."""
 MARGIN = 1.05
 """Room wanted on the disk, as a multiple of the pictures."""
+LABELS = ("id", "domain", "identity", "attributes")
+"""Columns that say of a row what there is to know beside its pictures."""
+NOBODY = -(2**31) - 1
+"""The identity of those of whom it is not known."""
+COLUMNS = (*LABELS, "image", "target")
+"""What is cached."""
 
 
-class SplitArrays:
+class Labels:
+    """What the rows of a split say of themselves, in the order of their ids."""
+
+    def __init__(self, rows: pyarrow.Table, attribute_names: Sequence[str], *, has_targets: bool) -> None:
+        """`rows`: the columns LABELS, sorted by id."""
+        self.has_targets = has_targets
+        """Whether rows have counterparts."""
+        self.attribute_names = tuple(attribute_names)
+        self.ids: list[str] = rows.column("id").to_pylist()
+        """Ids, sorted."""
+        self.domain: np.ndarray = rows.column("domain").to_numpy().astype(np.int64)
+        """(n,) int64 index of each row's domain."""
+        identity = rows.column("identity").cast(pyarrow.int64()).fill_null(NOBODY)
+        self.identity: np.ndarray = identity.to_numpy()
+        """(n,) int64 who or which place each row shows, or NOBODY."""
+        values = rows.column("attributes").combine_chunks()
+        self.attributes: np.ndarray | None = None
+        """(n, k) int8, one column for each of `attribute_names`; None where a row has none."""
+        if self.attribute_names and not values.null_count:
+            flat = values.flatten().to_numpy()
+            self.attributes = flat.reshape(len(rows), len(self.attribute_names))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_labels(uri: str, card: DatasetCard, split: str) -> Labels:
+    """Of a whole split, without its pictures and without a cache.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    rows = data.read_labels(uri, card, split, LABELS)
+    order = np.array(sorted(range(len(rows)), key=rows.column("id").to_pylist().__getitem__), dtype=np.int64)
+    return Labels(rows.take(order), card.attribute_names, has_targets=card.has_targets)
+
+
+class SplitArrays(Labels):
     """A split, its rows by index in the order of their ids, whatever order they are stored in."""
 
     def __init__(self, folder: Path) -> None:
         rows = pyarrow.parquet.read_table(folder / "rows.parquet", memory_map=False)
+        names = json.loads(rows.schema.metadata[b"attribute_names"])
+        super().__init__(rows, names, has_targets="target" in rows.column_names)
         side = int(rows.schema.metadata[b"image_size"])
-        self.ids: list[str] = rows.column("id").to_pylist()
-        """Ids, sorted."""
-        self.domain: np.ndarray = rows.column("domain").to_numpy()
-        """(n,) int64 index of each row's domain."""
         self._image = rows.column("image").to_numpy()
         self._target = rows.column("target").to_numpy() if "target" in rows.column_names else None
         self._pictures = np.memmap(folder / "pictures.raw", np.uint8, "r").reshape(-1, side, side, 3)
         os.utime(folder)  # in use: not the first to be removed
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether rows have counterparts."""
-        return self._target is not None
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def images(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "b s s 3"]:
         """Copies of these rows' pictures."""
@@ -95,7 +132,7 @@ def load(uri: str, split: str, *, content_hash: str = "") -> SplitArrays:
         )
     with _Filling(card, split) as filling:
         if filling.wait():
-            for table in data.read_tables(uri, split):
+            for table in data.read_tables(uri, split, columns=COLUMNS):
                 filling.add(table)
             filling.finish()
     return SplitArrays(filling.folder)
@@ -104,6 +141,7 @@ def load(uri: str, split: str, *, content_hash: str = "") -> SplitArrays:
 def spread(uri: str, splits: Sequence[str], *, resource: str) -> None:
     """Fill the caches of all nodes that have `resource` and lack a split: read and decoded once, by Ray Data.
 
+    Small splits are read here, which tells of damage before workers start; other nodes' workers read for themselves.
     Needs Ray running, with a CPU free.
 
     Raises:
@@ -114,14 +152,21 @@ def spread(uri: str, splits: Sequence[str], *, resource: str) -> None:
 
     card = data.read_card(uri)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource, 0) > 0]
+    here = ray.get_runtime_context().get_node_id()
+    if here in nodes and sum(_num_bytes(card, split) for split in splits) <= SMALL_BYTES:
+        for split in splits:
+            load(uri, split)
+        return
+    if nodes == [here] and all(_whole(_folder(card, split)) for split in splits):
+        return
+    fillers = [
+        ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(Filler).remote(
+            card
+        )
+        for node in nodes
+    ]
     for split in splits:
-        fillers = [
-            ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(Filler).remote(
-                card, split
-            )
-            for node in nodes
-        ]
-        wanted = _answers({filler: filler.start.remote() for filler in fillers})
+        wanted = _answers({filler: filler.start.remote(split) for filler in fillers})
         filling = [filler for filler, yes in wanted.items() if yes]
         if not filling:
             continue
@@ -130,7 +175,9 @@ def spread(uri: str, splits: Sequence[str], *, resource: str) -> None:
             Progress(total=card.splits[split], unit="row", description=f"read {split}") as progress,
         ):
             added: dict[Any, Any] = {}
-            for table in data.read_split(uri, split).iter_batches(batch_size=None, batch_format="pyarrow"):
+            for table in data.read_split(uri, split, columns=COLUMNS).iter_batches(
+                batch_size=None, batch_format="pyarrow"
+            ):
                 if added:
                     filling = list(_answers(added))  # one table ahead: no more is held
                 shared = ray.put(table)
@@ -152,15 +199,15 @@ def _answers(pending: dict[Any, Any]) -> dict[Any, Any]:
 
 
 class Filler:
-    """A node's end of `spread`: an actor."""
+    """A node's end of `spread`: an actor that takes in one split after the other."""
 
-    def __init__(self, card: DatasetCard, split: str) -> None:
-        self.card, self.split = card, split
+    def __init__(self, card: DatasetCard) -> None:
+        self.card = card
 
-    def start(self) -> bool:
+    def start(self, split: str) -> bool:
         """Whether this node needs the split. Not where another process is about to have it: never wait for that here,
         it may be waiting for us."""
-        self.filling = _Filling(self.card, self.split)  # not above: what is wrong with the cache is to be told
+        self.filling = _Filling(self.card, split)
         return self.filling.start(wait=False)
 
     def add(self, table: pyarrow.Table) -> None:
@@ -175,13 +222,13 @@ class _Filling:
 
     def __init__(self, card: DatasetCard, split: str) -> None:
         self.card, self.split = card, split
-        self.folder = cache_folder() / f"{FORMAT}-{card.content_hash}-{split}"
+        self.folder = _folder(card, split)
         self.aside = self.folder.with_suffix(".part")
         with _explained():
             self.lock = open(self.folder.with_suffix(".lock"), "w")  # noqa: SIM115 - held as long as this object
         self.places: dict[bytes, int] = {}
-        self.columns: dict[str, list[np.ndarray]] = {"domain": [], "image": [], "target": []}
-        self.ids: list[str] = []
+        self.places_of: dict[str, list[np.ndarray]] = {"image": [], "target": []}
+        self.labels: list[pyarrow.Table] = []
         self.count = 0
         self.filling = False
 
@@ -206,8 +253,7 @@ class _Filling:
             return False
         for folder in (self.folder, self.aside):  # a temporary folder's cleaner may have taken a file
             shutil.rmtree(folder, ignore_errors=True)
-        rows, side = self.card.splits.get(self.split, 0), self.card.image_size
-        make_room(rows * side * side * 3 * (2 if self.card.has_targets else 1))
+        make_room(_num_bytes(self.card, self.split))
         with _explained():
             self.aside.mkdir()
             self.pictures = open(self.aside / "pictures.raw", "wb")  # noqa: SIM115 - closed by finish
@@ -215,15 +261,14 @@ class _Filling:
         return True
 
     def add(self, table: pyarrow.Table) -> None:
-        """Rows as `data.read_split` gives them."""
-        self.ids += table.column("id").to_pylist()
-        self.columns["domain"].append(table.column("domain").to_numpy().astype(np.int64))
+        """Rows as `data.read_split` gives them, with COLUMNS."""
+        self.labels.append(table.select(LABELS))
         both = "target" in table.column_names
         for name in ("image", "target") if both else ("image",):
             for chunk in table.column(name).chunks:
                 if len(chunk):
                     pixels = chunk.to_numpy(zero_copy_only=True)
-                    self.columns[name].append(self._put_distinct(pixels) if both else self._put(pixels))
+                    self.places_of[name].append(self._put_distinct(pixels) if both else self._put(pixels))
 
     def _put(self, pixels: UInt8[np.ndarray, "b s s 3"]) -> np.ndarray:
         with _explained():
@@ -244,20 +289,36 @@ class _Filling:
     def finish(self) -> None:
         with _explained():
             self.pictures.close()
-        if len(self.ids) != self.card.splits[self.split] or len(set(self.ids)) != len(self.ids):
+        rows = pyarrow.concat_tables(self.labels)
+        ids = rows.column("id").to_pylist()
+        if len(ids) != self.card.splits[self.split] or len(set(ids)) != len(ids):
             raise InputError(
-                f"{self.card.name}: {len(set(self.ids)):,} different rows in split {self.split}, dataset.json says "
+                f"{self.card.name}: {len(set(ids)):,} different rows in split {self.split}, dataset.json says "
                 f"{self.card.splits[self.split]:,}; make the data set again with python -m jobs.prepare"
             )
-        order = np.array(sorted(range(len(self.ids)), key=self.ids.__getitem__), dtype=np.int64)
-        columns = {name: np.concatenate(parts)[order] for name, parts in self.columns.items() if parts}
-        rows = pyarrow.table({"id": [self.ids[row] for row in order.tolist()], **columns})
-        facts = {"image_size": str(self.card.image_size), "num_pictures": str(self.count)}
+        for name, parts in self.places_of.items():
+            if parts:
+                rows = rows.append_column(name, pyarrow.array(np.concatenate(parts)))
+        rows = rows.take(np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64))
+        facts = {
+            "image_size": str(self.card.image_size),
+            "num_pictures": str(self.count),
+            "attribute_names": json.dumps(self.card.attribute_names),
+        }
         with _explained():
             table = rows.replace_schema_metadata(facts)
             pyarrow.parquet.write_table(table, self.aside / "rows.parquet", write_page_checksum=True)
             os.replace(self.aside, self.folder)
         self.lock.close()
+
+
+def _folder(card: DatasetCard, split: str) -> Path:
+    return cache_folder() / f"{FORMAT}-{card.content_hash}-{split}"
+
+
+def _num_bytes(card: DatasetCard, split: str) -> int:
+    """Of the decoded pictures, at most: those that occur twice are kept once."""
+    return card.splits.get(split, 0) * card.image_size**2 * 3 * (2 if card.has_targets else 1)
 
 
 def _whole(folder: Path) -> bool:

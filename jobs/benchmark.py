@@ -3,28 +3,37 @@
 python -m jobs.benchmark network      (make bench)
 python -m jobs.benchmark data
 python -m jobs.benchmark size
+python -m jobs.benchmark train
+python -m jobs.benchmark validation
 """
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import tyro
 
 from jobs import cli
-from jobs.benchmarks import data, network, size
+from jobs.benchmarks import data, network, size, training, validation
 
+SUBJECTS: dict[Any, Callable[[Any], int]] = {
+    network.Options: network.run,
+    data.Options: data.run,
+    size.Options: size.run,
+    training.Options: training.run,
+    validation.Options: validation.run,
+}
 Command = (
     Annotated[network.Options, tyro.conf.subcommand("network")]
     | Annotated[data.Options, tyro.conf.subcommand("data")]
     | Annotated[size.Options, tyro.conf.subcommand("size")]
+    | Annotated[training.Options, tyro.conf.subcommand("train")]
+    | Annotated[validation.Options, tyro.conf.subcommand("validation")]
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Command, argv, prog="jobs.benchmark", description=__doc__)
-    if isinstance(options, network.Options):
-        return network.run(options)
-    return data.run(options) if isinstance(options, data.Options) else size.run(options)
+    return SUBJECTS[type(options)](options)
 
 
 if __name__ == "__main__":

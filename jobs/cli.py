@@ -127,8 +127,10 @@ def muted_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session(*, start: bool = True) -> Iterator[None]:
     """Ray, quiet: the cluster of RAY_ADDRESS or of the submitted job where there is one, else one started here.
+
+    `start` False: only quiet; what runs in this process alone needs no cluster.
 
     Logs of workers stay in Ray's session folder; their errors come back as exceptions.
     """
@@ -143,7 +145,7 @@ def ray_session() -> Iterator[None]:
     import ray
     import ray.data
 
-    started = not ray.is_initialized()
+    started = start and not ray.is_initialized()
     if started:
         with muted_stderr():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)

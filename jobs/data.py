@@ -161,7 +161,7 @@ class DatasetCard:
     shards: tuple[Shard, ...] = ()
     """The files that make up the data set."""
     content_hash: str = ""
-    """Hash of every row's split, id, domain and pictures, in order."""
+    """Hash of every row's split, id, domain, pictures, identity and attributes, in order."""
     made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Versions of the packages that decide the bytes."""
 
@@ -347,6 +347,8 @@ class _ShardWriter:
                 self._finish()
                 self._open()
         parts = [row.id.encode(), bytes([row.domain]), image, target or b""]
+        for labels in ([row.identity] if row.identity is not None else None, row.attributes):
+            parts += [] if labels is None else [np.asarray(labels, "<i4").tobytes()]
         return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
     def close(self) -> list[Shard]:
@@ -496,17 +498,28 @@ def read_index(uri: str, card: DatasetCard) -> dict[str, IndexRow]:
     Raises:
         InputError: a file is missing or damaged.
     """
-    columns = ["id", "domain", "target_id", "identity"]
-    check_shards(uri, card.shards, columns)
-    fs, path = storage.filesystem(uri)
     index = {}
-    for shard in card.shards:
-        split = shard.file.partition("/")[0]
-        with storage.explained(uri), fs.open_input_file(storage.join(path, shard.file)) as file:
-            values = pyarrow.parquet.read_table(file, columns=columns).to_pydict()
+    for split in card.splits:
+        values = read_labels(uri, card, split, ["id", "domain", "target_id", "identity"]).to_pydict()
         for name, *others in zip(*values.values(), strict=True):
             index[name] = IndexRow(split, *others)
     return index
+
+
+def read_labels(uri: str, card: DatasetCard, split: str, columns: Sequence[str]) -> pyarrow.Table:
+    """Columns without pictures of a split's rows, in stored order, without Ray; only they are read.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    shards = [shard for shard in card.shards if shard.file.startswith(f"{split}/")]
+    check_shards(uri, shards, columns)
+    fs, path = storage.filesystem(uri)
+    tables = [pyarrow.schema([SCHEMA.field(name) for name in columns]).empty_table()]
+    for shard in shards:
+        with storage.explained(uri), fs.open_input_file(storage.join(path, shard.file)) as file:
+            tables.append(pyarrow.parquet.read_table(file, columns=list(columns)))
+    return pyarrow.concat_tables(tables)
 
 
 def read_split(

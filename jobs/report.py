@@ -2,27 +2,42 @@
 
 import base64
 import contextlib
+import functools
 import html
 import io
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
+from ddpm_core import config as configs
 from jobs import storage
+from jobs.progress import duration
 
 CELL = 128
 """Pictures in a grid are enlarged by whole factors to about this side."""
 PARTS = ("adversarial", "discriminator", "identity", "perceptual")
 """Training losses beside `loss`, as `jobs.objectives` names them."""
-HEADER = 26
-"""Height of a grid's row of headings, in pixels."""
+HEADER, GAP = 26, 4
+"""Height of a grid's row of headings, and what is left between its pictures, in pixels."""
+FILM_STEPS, FILM_ROWS, FILM_CELL = 6, 4, 96
+"""How many steps and pictures a film strip has, and about the side of a picture."""
+REFRESH_S = 30
+"""How often a browser loads the page of a running run again."""
 CREDITS = {"licence": "Licence of the pictures", "credit": "Credit", "source": "Source"}
+SPEEDS = {
+    "learning_rate": ("Learning rate", "learning rate"),
+    "images_per_s": ("Pictures a second, all workers together", "pictures a second"),
+}
+"""Of the rows of training: what the page and the axis say."""
 NOTES = (
     "PSNR and SSIM are means over pictures with a 95 % bootstrap interval. KID is the mean over 200 random halves "
     "with the range of 95 % of them; it compares only with figures made with the same net and sizes. The linear colour "
@@ -36,36 +51,48 @@ def write_report(
     run_uri: str | None = None,
     evaluation: Mapping[str, Any] | None = None,
     images: Sequence[tuple[str, bytes]] = (),
+    status: Mapping[str, Any] | None = None,
 ) -> str:
     """Write OUTPUT/report.html and return its URI.
 
     `run_uri`: a run's folder, for curves and configuration. `evaluation`: the content of a `metrics.json`.
-    `images`: (caption, PNG) shown below the verdicts.
+    `images`: (caption, PNG) shown below the verdicts. `status`: of a run, as `jobs.watching` tells it; then its
+    pictures are shown too.
     """
-    page = build(_read_run(run_uri) if run_uri else {}, evaluation or {}, images)
+    run = _read_run(run_uri) if run_uri else {}
+    if run_uri and status:
+        run["status"] = status
+        run["samples"] = _samples(run_uri)
+    page = build(run, evaluation or {}, images)
     uri = storage.join(output_uri, "report.html")
     storage.write_bytes(uri, page.encode())
     return uri
 
 
 def build(run: Mapping[str, Any], evaluation: Mapping[str, Any], images: Sequence[tuple[str, bytes]]) -> str:
-    """The page. `run`: config, environment, rows of metrics.jsonl; any may be missing."""
+    """The page. `run`: config, environment, best, status, rows of metrics.jsonl; any may be missing."""
+    status = run.get("status") or {}
     config = run.get("config") or evaluation.get("model") or {}
     rows = run.get("rows") or []
     parts = [
         _headline(config, run, evaluation),
+        _status(status, run),
         *(_verdicts(name, domain) for name, domain in evaluation.get("domains", {}).items()),
         *(_figure(caption, png) for caption, png in images),
+        *(_figure(caption, png, kind) for kind, (caption, png) in run.get("samples", {}).items()),
         _metrics_tables(evaluation),
         _curves(rows),
         _details(config, run, evaluation),
     ]
     title = html.escape(_title(config, evaluation))
+    if running := status.get("state") == "running":
+        title = f"{status['step'] / status['total']:.0%} · {title}"
+    refresh = f'<meta http-equiv="refresh" content="{REFRESH_S}">\n' if running else ""
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
+        f'<meta name="color-scheme" content="light dark">\n{refresh}'
         f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -81,11 +108,35 @@ def _read_run(uri: str) -> dict[str, Any]:
     return found
 
 
+def _samples(uri: str) -> dict[str, tuple[str, bytes]]:
+    """The latest grid of the run's fixed pictures, and how the first of them came to be: captions and PNGs."""
+    names = [name for name in storage.list_files(storage.join(uri, "samples")) if SAMPLE.fullmatch(name)]
+    if not names:
+        return {}
+    chosen = [names[round(i)] for i in np.linspace(0, len(names) - 1, min(len(names), FILM_STEPS))]
+    grids = {int(name[5:13]): storage.read_bytes(storage.join(uri, "samples", name)) for name in chosen}
+    last = max(grids)
+    found = {
+        "latest": (
+            f"Validation pictures after {last:,} steps: the same ones every time, from the same noise.",
+            grids[last],
+        )
+    }
+    if len(grids) > 1:
+        found["film"] = (f"The first {FILM_ROWS} of them as training went on, by step.", film_strip(grids))
+    return found
+
+
+SAMPLE = re.compile(r"step-\d{8}\.png")
+
+
 # -- sections -----------------------------------------------------------------------------------------------------
 
 
 def _title(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     name = (config.get("data") or {}).get("name") or "translation"
+    if (method := config.get("method")) in configs.ENCODERS:
+        return f"{name}: {method}"
     domains = config.get("domains") or []
     made = list(evaluation.get("domains", {})) or config.get("target_domains") or domains
     sides = [side for side in domains if side not in made] if len(made) == 1 else []
@@ -119,6 +170,78 @@ def _headline(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Map
     )
 
 
+STATES = {
+    "running": ("even", "Running"),
+    "finished": ("good", "Finished"),
+    "interrupted": ("even", "Interrupted"),
+    "diverged": ("bad", "Diverged"),
+    "failed": ("bad", "Failed"),
+}
+
+
+def _status(status: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """How far the run is, or how it ended."""
+    if not status:
+        return ""
+    kind, word = STATES[status["state"]]
+    step, total, running = status["step"], status["total"], status["state"] == "running"
+    facts = {"Step": f"{step:,} of {total:,}" if step < total else f"{step:,}"}
+    epochs = ((run.get("config") or {}).get("training") or {}).get("epochs")
+    if status.get("epoch") is not None:
+        facts["Epoch"] = f"{status['epoch']:,}" + (f" of {epochs:,}" if epochs and step < total else "")
+    if running and status.get("images_per_s"):
+        facts["Pictures a second"] = _number(status["images_per_s"])
+    if running and status.get("left_s") is not None:
+        facts["Time left"] = duration(status["left_s"])
+    if status.get("loss") is not None:
+        facts["Training loss"] = f"{status['loss']:.4g}"
+    facts |= _best_checkpoint(run) | _times(status, run)
+    items = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
+    lines = [status.get("message") or "", *(status.get("warnings") or [])]
+    if status["state"] in ("interrupted", "failed"):
+        lines.append("The same command goes on from the last checkpoint.")
+    if running:
+        lines.append(
+            f"As of {_clock(status['at'])}. Written anew at each validation and every five minutes: a page older than "
+            "that is of a run that was killed; the same command goes on with it."
+        )
+    notes = "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines if line)
+    bar = f'<progress value="{step}" max="{total}" aria-label="steps done"></progress>' if step < total else ""
+    return f'<section class="status"><h2 class="{kind}">{word}</h2>{bar}<dl class="tiles">{items}</dl>{notes}</section>'
+
+
+def _best_checkpoint(run: Mapping[str, Any]) -> dict[str, str]:
+    if not (best := run.get("best")):
+        return {}
+    return {"Best checkpoint": f"{best['checkpoint']}, validation loss {best['metric']['loss']:.4g}"}
+
+
+def _times(status: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, str]:
+    """How long it took, and where it was taken up again."""
+    attempts = (run.get("environment") or {}).get("attempts") or []
+    train = [row for row in run.get("rows") or [] if row.get("split") == "train" and row.get("images_per_s")]
+    seen = [0, *(row["images_seen"] for row in train)]
+    facts = {}
+    if train:
+        spent_s = sum((b - a) / row["images_per_s"] for a, b, row in zip(seen, seen[1:], train, strict=False))
+        facts["Time in steps"] = duration(spent_s)
+    if attempts:
+        began, at = (datetime.fromisoformat(text) for text in (attempts[0]["date"], status["at"]))
+        facts["Since the first start"] = duration((at - began).total_seconds())
+    if resumed := [f"{attempt['step']:,}" for attempt in attempts[1:]]:
+        shown = resumed if len(resumed) <= 6 else [*resumed[:2], "…", *resumed[-3:]]
+        facts["Taken up again"] = f"{len(resumed)} ×, at step {', '.join(shown)}"
+    return facts
+
+
+def _clock(moment: str) -> str:
+    return datetime.fromisoformat(moment).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _verdicts(name: str, domain: Mapping[str, Any]) -> str:
     sign = {True: ("good", "✓"), False: ("bad", "✗"), None: ("even", "≈")}
     items = []
@@ -137,12 +260,15 @@ def _verdicts(name: str, domain: Mapping[str, Any]) -> str:
     )
 
 
-def _figure(caption: str, png: bytes) -> str:
+def _figure(caption: str, png: bytes, kind: str = "") -> str:
+    """`kind`: how the page lays it out, `latest` (not higher than a screen), `film` (not narrower than it can be read)
+    or as any other."""
     with Image.open(io.BytesIO(png)) as image:
         width, height = image.size
+    caption = html.escape(caption)
     return (
-        f'<section><figure><img class="grid" src="{_data_uri(png)}" width="{width}" height="{height}" '
-        f'alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure></section>'
+        f'<section><figure><div class="scroll"><img class="grid {kind}" src="{_data_uri(png)}" width="{width}" '
+        f'height="{height}" alt="{caption}"></div><figcaption>{caption}</figcaption></figure></section>'
     )
 
 
@@ -205,10 +331,21 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
         charts.append(("Validation loss by quarter of the noise chain", lambda ax: draw_lines(ax, val, bands)))
     if len(lengths) > 1 and len(val) > 1:
         charts.append(("Validation loss by length of the weights' average", lambda ax: draw_lines(ax, val, lengths)))
+    others = {
+        key: key.replace("_", " ")
+        for key in dict.fromkeys(key for row in val for key, value in row.items() if isinstance(value, float))
+        if not key.startswith("loss") and key != "ema_sigma_rel"
+    }
+    if others and len(val) > 1:
+        alt = "What else was measured of the validation pictures"
+        charts.append((alt, lambda ax: draw_lines(ax, val, others, unit="mean")))
     parts = {f"loss_{name}": name for name in PARTS}
     parts = {key: name for key, name in parts.items() if any(key in row for row in train)}
     if parts and len(train) > 1:
         charts.append(("The other training losses", lambda ax: draw_lines(ax, train, parts)))
+    for key, (alt, unit) in SPEEDS.items():
+        if sum(key in row for row in train) > 1:
+            charts.append((alt, functools.partial(draw_lines, rows=train, labels={key: ""}, unit=unit)))
     if not charts:
         return ""
     figures = "".join(f"<figure>{_chart(draw, alt)}<figcaption>{alt}</figcaption></figure>" for alt, draw in charts)
@@ -253,14 +390,14 @@ def _details(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Mapp
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in _flat(values))
+    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in flat(values))
     return f'<table class="options">{rows}</table>'
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         elif isinstance(value, list | tuple):
             yield f"{prefix}{key}", " ".join(map(str, value)) or "–"
         else:
@@ -329,14 +466,15 @@ def draw_losses(axes: Any, train: Sequence[Mapping[str, Any]], val: Sequence[Map
     _finish_axes(axes, [row["loss"] for row in [*train, *val] if row.get("loss")])
 
 
-def draw_lines(axes: Any, rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> None:
-    """A line for each of these keys of the rows, in this order."""
+def draw_lines(axes: Any, rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], *, unit: str = "loss") -> None:
+    """A line for each of these keys of the rows, in this order; `unit`: what the axis says."""
     values = []
     for key, label in labels.items():
         x, y = _xy(rows, key)
         values += y
-        axes.plot(x, y, linewidth=2, marker="o", markersize=3, label=label)
-    _finish_axes(axes, values)
+        color = {"color": VAL} if len(labels) == 1 else {}
+        axes.plot(x, y, linewidth=2, marker="o" if len(x) < 60 else "", markersize=3, label=label, **color)
+    _finish_axes(axes, values, unit)
 
 
 def _xy(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -357,42 +495,71 @@ def _running_median(values: Sequence[float]) -> list[float]:
     return [statistics.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
 
 
-def _finish_axes(axes: Any, values: Sequence[float]) -> None:
+def _finish_axes(axes: Any, values: Sequence[float], unit: str = "loss") -> None:
     import matplotlib.ticker
 
     positive = [value for value in values if value > 0 and math.isfinite(value)]
-    if positive and max(positive) > 8 * min(positive):
+    if unit != "loss":
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", scilimits=(-2, 5))
+    elif positive and max(positive) > 8 * min(positive):
         axes.set_yscale("log")
+        axes.set_ylim(0.8 * min(positive), 1.25 * max(positive))  # an interval that touches 0 would have no end
         axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("pictures seen")
-    axes.set_ylabel("loss")
+    axes.set_ylabel(unit)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
     axes.margins(x=0.01)
-    axes.legend(frameon=False, fontsize=9)
+    if any(axes.get_legend_handles_labels()[1]):
+        axes.legend(frameon=False, fontsize=9)
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------
 
 
 def labelled_grid(
-    columns: Sequence[str], rows: Sequence[Sequence[UInt8[np.ndarray, "s s 3"]]], *, gap: int = 4
+    columns: Sequence[str], rows: Sequence[Sequence[UInt8[np.ndarray, "s s 3"]]], *, cell: int = CELL
 ) -> bytes:
-    """Rows of equally sized pictures under headings, enlarged by a whole factor without smoothing, as PNG."""
+    """Rows of equally sized pictures under headings, enlarged by a whole factor to about `cell` without smoothing, as
+    PNG; `ungrid` takes them out again."""
     from ddpm_core import images
 
-    scale = max(round(CELL / rows[0][0].shape[0]), 1)
-    grid = images.grid([list(row) for row in rows], gap=gap, scale=scale)
+    scale = max(round(cell / rows[0][0].shape[0]), 1)
+    grid = images.grid([list(row) for row in rows], gap=GAP, scale=scale)
     canvas = Image.new("RGB", (grid.shape[1], grid.shape[0] + HEADER), "white")
     canvas.paste(Image.fromarray(grid), (0, HEADER))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     side = rows[0][0].shape[1] * scale
     for i, text in enumerate(columns):
-        draw.text((i * (side + gap) + side / 2, HEADER / 2), text, fill=(70, 76, 88), font=font, anchor="mm")
+        draw.text((i * (side + GAP) + side / 2, HEADER / 2), text, fill=(70, 76, 88), font=font, anchor="mm")
+    layout = PngInfo()
+    layout.add_text("grid", json.dumps({"columns": list(columns), "side": side, "scale": scale}))
     buffer = io.BytesIO()
-    canvas.save(buffer, "PNG", optimize=True)
+    canvas.save(buffer, "PNG", pnginfo=layout)
     return buffer.getvalue()
+
+
+def ungrid(png: bytes) -> tuple[list[str], list[list[UInt8[np.ndarray, "s s 3"]]]]:
+    """The headings and the rows of pictures of a `labelled_grid`."""
+    with Image.open(io.BytesIO(png)) as image:
+        layout, pixels = json.loads(image.text["grid"]), np.asarray(image)[HEADER:]  # type: ignore[attr-defined]
+    side, scale = layout["side"], layout["scale"]
+    lefts = [i * (side + GAP) for i in range(len(layout["columns"]))]
+    tops = range(0, len(pixels), side + GAP)
+    cut = [[pixels[top : top + side : scale, left : left + side : scale] for left in lefts] for top in tops]
+    return layout["columns"], cut
+
+
+def film_strip(grids: Mapping[int, bytes]) -> bytes:
+    """From the grids of some steps, each source | translated | …, one grid: the source, what was made of it after each
+    step, and what else the last grid shows."""
+    last_columns, last = ungrid(grids[max(grids)])
+    films = [[row[1] for row in ungrid(grids[step])[1]] for step in sorted(grids)]
+    rows = [[row[0], *(film[i] for film in films), *row[2:]] for i, row in enumerate(last[:FILM_ROWS])]
+    columns = [last_columns[0], *(f"{step:,}" for step in sorted(grids)), *last_columns[2:]]
+    return labelled_grid(columns, rows, cell=FILM_CELL)
 
 
 def _data_uri(png: bytes) -> str:
@@ -426,10 +593,21 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .good { background: var(--good-bg); } .good b, .good .mark { color: var(--good); }
 .bad { background: var(--bad-bg); } .bad b, .bad .mark { color: var(--bad); }
 .even { background: var(--even-bg); } .even b, .even .mark { color: var(--even); }
+.status h2 { display: inline-block; padding: 4px 12px; border-radius: 999px; margin: 0 0 14px; font-size: 16px; }
+h2.good { color: var(--good); } h2.bad { color: var(--bad); } h2.even { color: var(--even); }
+progress { display: block; width: 100%; height: 8px; margin: 0 0 18px; appearance: none; border: 0;
+  border-radius: 4px; background: var(--line); overflow: hidden; accent-color: var(--accent); }
+progress::-webkit-progress-bar { background: var(--line); }
+progress::-webkit-progress-value { background: var(--accent); }
+progress::-moz-progress-bar { background: var(--accent); }
+dl.tiles { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 16px; margin: 0; }
+.tiles dd { font-size: 16px; font-variant-numeric: tabular-nums; }
 figure { margin: 0; }
 figcaption { font-size: 14px; margin-top: 8px; }
 img { max-width: 100%; height: auto; }
 img.grid { display: block; margin: 0 auto; background: #fff; padding: 6px; border-radius: 6px; }
+img.latest { max-height: 760px; width: auto; }
+@media (max-width: 700px) { img.film { max-width: none; width: 640px; } }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 22px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }

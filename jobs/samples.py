@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig
 from ddpm_core.diffusion import seeded
 from ddpm_core.images import to_float
-from jobs.arrays import SplitArrays
+from jobs.arrays import NOBODY, Labels, SplitArrays
 from jobs.presets import TrainOptions
 
 AHEAD = 2
@@ -41,6 +41,13 @@ class Batch:
     """Whether the network is kept from the condition."""
     domain_dropped: Tensor
     """Whether it is kept from the domain."""
+    labels: Tensor
+    """b k int64, for an encoder: whom x_0 shows, or which attributes are there; else b 0."""
+
+    def parts(self, number: int) -> "list[Batch]":
+        """So many parts of it, as equal as can be, in order."""
+        chunks = [getattr(self, field.name).tensor_split(number) for field in dataclasses.fields(self)]
+        return [Batch(*tensors) for tensors in zip(*chunks, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,9 @@ class Draw:
     noise: Tensor
     dropped: Tensor
     domain_dropped: Tensor
+    labels: Tensor
+    brightness: Tensor
+    """(b,) of an encoder's: what the light of the target is multiplied by."""
 
     def pinned(self) -> "Draw":
         """In memory that a GPU copies from by itself."""
@@ -79,8 +89,10 @@ class Draw:
 
         flip, shift = there(self.flip), there(self.shift) if shifts else None
         x_0 = moved(there(self.target), flip, shift)
+        if self.labels.shape[1]:
+            x_0 = lit(x_0, there(self.brightness))
         condition = conditioning.structure(x_0) if shown == "structure" else moved(there(self.source), flip, shift)
-        rest = (self.domain, self.t, self.noise, self.dropped, self.domain_dropped)
+        rest = (self.domain, self.t, self.noise, self.dropped, self.domain_dropped, self.labels)
         return Batch(x_0, condition, *map(there, rest))
 
 
@@ -95,6 +107,11 @@ def moved(pictures: Tensor, flip: Tensor, shift: Tensor | None) -> Tensor:
     return to_float(pictures)
 
 
+def lit(pictures: Tensor, brightness: Tensor) -> Tensor:
+    """b 3 s s in [-1, 1] with the light multiplied by `brightness`, b."""
+    return ((pictures + 1) * brightness[:, None, None, None] - 1).clamp(-1, 1)
+
+
 def mirrored(places: Tensor, side: int) -> Tensor:
     """Places beyond 0 ... side - 1 brought back as in a mirror that repeats no edge."""
     return side - 1 - (places.abs() - (side - 1)).abs()
@@ -106,12 +123,21 @@ def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     return torch.randperm(num_rows, generator=seeded("order", seed, epoch)).numpy()
 
 
-def training_rows(data: SplitArrays, config: ModelConfig, options: TrainOptions) -> np.ndarray:
-    """Indices of the rows that can serve the wanted direction."""
+def training_rows(data: Labels, config: ModelConfig, options: TrainOptions) -> np.ndarray:
+    """Indices of the rows that can serve the wanted direction, or show people of whom there is another picture."""
     rows = np.arange(len(data))
-    if not data.has_targets and options.target_domain is not None:
+    if config.method == "identity":
+        people, index, counts = np.unique(data.identity, return_inverse=True, return_counts=True)
+        serving = (people != NOBODY) & ((counts > 1) | has_counterparts(data, config))
+        rows = rows[serving[index]]
+    elif not data.has_targets and options.target_domain is not None:
         rows = rows[data.domain == configs.domain_index(config, options.target_domain)]
     return rows if options.max_train_images is None else evenly(rows, options.max_train_images)
+
+
+def has_counterparts(data: Labels, config: ModelConfig) -> bool:
+    """Whether rows have true ones, which show the same person or place; those of matched sets show somebody else."""
+    return data.has_targets and config.data.pairing == "paired"
 
 
 def evenly(rows: np.ndarray, most: int) -> np.ndarray:
@@ -126,6 +152,9 @@ class Sampler:
     The condition is the counterpart of x_0 where there are pairs, any picture of the other side where there are none or
     `pairing` is unpaired, and x_0 itself where it is self. CycleGAN draws it from the other side of whatever there is,
     since to learn without pairs is what it is for.
+
+    An encoder looks at x_0: either side of a true pair, else the row's own picture. Its condition, which only
+    validation looks at, is another picture of the same person.
     """
 
     def __init__(self, data: SplitArrays, config: ModelConfig, options: TrainOptions) -> None:
@@ -135,6 +164,8 @@ class Sampler:
         wanted = options.target_domain
         self.wanted = None if wanted is None else configs.domain_index(config, wanted)
         self.others = [np.flatnonzero(data.domain != side) for side in range(len(config.domains))]
+        self.truth = Truth(data, config, options) if config.method in configs.ENCODERS else None
+        self.brightness = config.encoder.brightness if self.truth else 0.0
 
     def train(self, rows: np.ndarray, epoch: int) -> Draw:
         return self._draw(rows, [seeded(self.options.seed, epoch, self.data.ids[row]) for row in rows], training=True)
@@ -163,6 +194,9 @@ class Sampler:
             noise=diffusion.draw_noise(generators, noise_like),
             dropped=(to_drop < self.diffusion.p_uncond) & training,
             domain_dropped=(to_drop_domain < self.diffusion.p_uncond_domain) & training,
+            labels=torch.from_numpy(self.truth(rows, domain) if self.truth else np.zeros((len(rows), 0), np.int64)),
+            # encoders drop nothing: that number is free
+            brightness=(1 + training * self.brightness * (2 * to_drop - 1)).float(),
         )
 
     def _pictures(
@@ -170,6 +204,8 @@ class Sampler:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Domain, picture to make and picture to show of each sample."""
         domain = self.data.domain[rows].astype(np.int64)
+        if self.truth and not self.truth.has_counterparts:
+            return domain, self.data.images(rows), self.data.images(self.truth.partners(rows, to_other))
         if self.data.has_targets:
             forward = to_side < 0.5 if self.wanted is None else domain != self.wanted
             domain = np.where(forward, 1 - domain, domain)
@@ -193,16 +229,53 @@ class Sampler:
         return found
 
 
+class Truth:
+    """What an encoder should say of pictures, from what the data set says of its rows."""
+
+    def __init__(self, data: Labels, config: ModelConfig, options: TrainOptions) -> None:
+        self.data, self.config = data, config
+        self.has_counterparts = has_counterparts(data, config)
+        rows = training_rows(data, config, dataclasses.replace(options, max_train_images=None))
+        self.people = np.unique(data.identity[rows])
+        """Those of whom there are several pictures, in order: an index into them is a person's label."""
+        self.by_person = np.argsort(data.identity, kind="stable")
+        self.sorted = data.identity[self.by_person]
+
+    def __call__(self, rows: np.ndarray, domain: np.ndarray) -> np.ndarray:
+        """b k int64: the person's index, or of each attribute 1 or 0; `domain` is that of the picture looked at."""
+        if self.config.method == "identity":
+            return np.searchsorted(self.people, self.data.identity[rows])[:, None]
+        sides = [domain == side for side in domain_attributes(self.config.domains).values()]
+        names = self.config.encoder.attributes[len(sides) :]
+        values = self.data.attributes
+        others = [] if values is None else [values[rows, self.data.attribute_names.index(name)] > 0 for name in names]
+        return np.stack(sides + others, axis=1).astype(np.int64)
+
+    def partners(self, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """For each row another one with the same person, if there is one; `draws` in [0, 1) choose."""
+        first, end = (np.searchsorted(self.sorted, self.data.identity[rows], side) for side in ("left", "right"))
+        place = np.empty(len(self.by_person), np.int64)
+        place[self.by_person] = np.arange(len(place))
+        found = first + (draws * np.maximum(end - first - 1, 1)).astype(np.int64)
+        found = np.minimum(found + (found >= place[rows]), end - 1)
+        return self.by_person[found]
+
+
+def domain_attributes(domains: Sequence[str]) -> dict[str, int]:
+    """Which attributes the domain is, and the domain that has each: of two the second is there or not."""
+    return {domains[1]: 1} if len(domains) == 2 else {name: i for i, name in enumerate(domains) if len(domains) > 1}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which part of every global batch is this worker's."""
+    """Which part of every global batch is this worker's; parts differ by one at most."""
 
     rank: int
     world: int
 
     def of(self, global_batch: np.ndarray) -> np.ndarray:
-        each = len(global_batch) // self.world
-        return global_batch[self.rank * each : (self.rank + 1) * each]
+        first, end = (rank * len(global_batch) // self.world for rank in (self.rank, self.rank + 1))
+        return global_batch[first:end]
 
 
 class Feed:

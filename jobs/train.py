@@ -6,23 +6,23 @@
 The same command again resumes. Ctrl-C or a kill loses at most the steps since the last checkpoint.
 """
 
-import contextlib
 import dataclasses
+import functools
 import math
+import re
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from ddpm_core import checkpoint, encoders, gan
 from ddpm_core import config as configs
-from ddpm_core.config import DataCard, ModelConfig
+from ddpm_core.config import DataCard, Method, ModelConfig
 from ddpm_core.errors import InputError
-from jobs import cli, data, storage
-from jobs.presets import PRESETS, TrainOptions
+from jobs import cli, data, encoding, profiling, runs, storage, tracking, watching
+from jobs.presets import PRESETS, Parallel, TrainOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,42 +35,82 @@ class Args:
     """The run: a folder or s3:// prefix. If it holds an unfinished run of the same options, it is resumed."""
     preset: str = "celeba-64"
     """Options to start from; single ones are changed by the flags below."""
-    num_workers: int = 1
-    """Training processes (DDP): one a GPU, or one for every one or two CPU cores."""
+    num_workers: str = "1"
+    """Training processes: one a GPU, or one for every one or two CPU cores. 2:8 takes as many as there is room for,
+    goes on with fewer when nodes are lost and grows when they come. 0 trains in this process, for debuggers."""
     use_gpu: bool = False
     """One GPU for each worker."""
     cpus_per_worker: int = 1
     """CPU cores for each worker, and its number of threads."""
     wait_for_nodes_s: int = 0
     """How long to wait for a cluster with an autoscaler to grow to what the workers need, in seconds."""
+    checkpoint_every_minutes: float = 10.0
+    """Between validations too; it is stored while training goes on, and again whenever a node is about to be taken."""
+    keep_every_epochs: int = 0
+    """Keep the checkpoints of every so many epochs beside the best and the last one; 0 keeps none."""
+    parallel: Parallel = "ddp"
+    """How workers share the network: each a copy, or, for networks that do not fit, each a part of it (FSDP2)."""
+    validate: Literal["auto", "inline", "aside"] = "auto"
+    """Who validates: the workers between two steps (inline) or a further GPU or CPU while they go on (aside); auto
+    takes one that is spare."""
     max_failures: int = 3
-    """How often lost workers are replaced, and training goes on from the last checkpoint, before giving up."""
+    """How often in a row workers may be lost without a further checkpoint before giving up; each time training goes on
+    from the last one."""
+    profile: bool = False
+    """Trace a few steps of the first worker, to RUN/profile/."""
+    mlflow: str | None = None
+    """Curves and pictures go there too: an MLflow server (http://…), a database (sqlite:///…) or a local folder."""
     options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """Least and most training processes.
+
+        Raises:
+            InputError: --num-workers is neither a number nor two.
+        """
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", self.num_workers)
+        if not found:
+            raise InputError(f"--num-workers is {self.num_workers}; give a number such as 4, or least:most such as 2:8")
+        least, most = int(found[1]), int(found[2] or found[1])
+        if most < least or (found[2] and not least):
+            raise InputError(f"--num-workers is {self.num_workers}; the least comes first and is 1 or more")
+        return least, most
 
 
 def main(argv: list[str] | None = None) -> int:
+    times = profiling.since_command()
     args = parse(sys.argv[1:] if argv is None else argv)
     dataset, run = storage.absolute(args.data, flag="--data"), storage.absolute(args.output, flag="--output")
     args = with_absolute_encoder(args)
+    if args.mlflow is not None:
+        args = dataclasses.replace(args, mlflow=tracking.mlflow_uri(args.mlflow))
     card = data.read_card(dataset)
     config = model_config(card, args.options)
     check_fit(card, config, args)
+    if config.method in configs.ENCODERS:
+        config = encoding.informed(config, args.options, card, dataset)
     if finished(run, config, args.options):
         print(f"already trained: {run}")
         return cli.DONE
     storage.check_writable(run)
-    with cli.ray_session():
-        check_cluster(args)
-        fit(args, config, dataset, run)
-    best = checkpoint.load(run, read=storage.read_bytes)
-    print(f"best checkpoint: {best.path}\nreport: {storage.join(run, 'report.html')}")
+    profiling.note(times, "imports")
+    try:
+        with cli.ray_session(start=args.workers[1] > 0):
+            profiling.note(times, "Ray")
+            fit(args, config, dataset, run, times)
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return cli.FAILED
+    best, _ = checkpoint.resolve(run, read=storage.read_bytes)
+    print(f"best checkpoint: {best}\nreport: {storage.join(run, 'report.html')}")
     return cli.DONE
 
 
 def parse(argv: list[str]) -> Args:
     """The preset first, then the flags that change it."""
     name = preset_name(argv)
-    presets = "\n".join(f"  {key:<14} {preset.about}" for key, preset in PRESETS.items())
+    presets = "\n".join(f"  {key:<20} {preset}" for key, preset in PRESETS.items())
     default = Args(data=tyro.MISSING, output=tyro.MISSING, preset=name, options=PRESETS[name].options)
     return cli.parse(Args, argv, prog="jobs.train", description=f"{__doc__}\npresets:\n{presets}", default=default)
 
@@ -108,6 +148,7 @@ def model_config(card: data.DatasetCard, options: TrainOptions) -> ModelConfig:
         unet=options.unet,
         diffusion=options.diffusion,
         gan=options.gan,
+        encoder=encoding.resolved(card, options),
         sampling=options.sampling,
         data=DataCard(
             name=card.name,
@@ -120,8 +161,10 @@ def model_config(card: data.DatasetCard, options: TrainOptions) -> ModelConfig:
         training=configs.to_dict(options),
     )
     configs.check(config)
-    if config.method != "diffusion":
+    if config.method in configs.GANS:
         gan.check(config)
+    if config.method in configs.ENCODERS:
+        encoders.check(encoders.encoder_config(config))
     return config
 
 
@@ -131,11 +174,11 @@ def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
     Raises:
         InputError: naming the flag and what would be right.
     """
-    options, workers = args.options, args.num_workers
+    options, (_, workers) = args.options, args.workers
     positive = {
         "--epochs": options.epochs,
         "--global-batch-size": options.global_batch_size,
-        "--num-workers": workers,
+        "--accumulate": options.accumulate,
         "--cpus-per-worker": args.cpus_per_worker,
         "--validate-every-epochs": options.validate_every_epochs,
         "--max-val-images": options.max_val_images,
@@ -151,12 +194,17 @@ def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
         raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; give one or more different lengths, such as 0.1")
     if not all(0 < each < 0.28 for each in lengths):
         raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; each must lie between 0 and 0.28")
-    if options.global_batch_size % workers:
+    if options.global_batch_size < max(workers, 1) * options.accumulate:
+        parts = f" in {options.accumulate} parts each (--accumulate)" if options.accumulate > 1 else ""
         raise InputError(
-            f"--global-batch-size {options.global_batch_size} cannot be shared by {workers} workers; "
-            f"{options.global_batch_size // workers * workers or workers} can"
+            f"--global-batch-size {options.global_batch_size} is not a picture for each of {workers} workers{parts}; "
+            f"give {max(workers, 1) * options.accumulate} or more"
         )
-    if len(config.domains) < 2:
+    if args.keep_every_epochs < 0:
+        raise InputError(f"--keep-every-epochs is {args.keep_every_epochs}; it must be 0 or more")
+    if not args.checkpoint_every_minutes > 0:
+        raise InputError(f"--checkpoint-every-minutes is {args.checkpoint_every_minutes}; it must be positive")
+    if len(config.domains) < 2 and config.method not in configs.ENCODERS:
         raise InputError(f"{args.data} has one domain, {config.domains[0]!r}; translation needs two")
     check_method(card, args)
     check_rows(card, config, args)
@@ -174,7 +222,7 @@ def check_rows(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
         if not card.splits.get(split):
             raise InputError(f"{args.data} has no rows in its {split} split; prepare it again with more pictures")
         there = [name for name in card.domains if card.domain_counts.get(split, {}).get(name)]
-        if not card.has_targets:
+        if not card.has_targets and config.method not in configs.ENCODERS:
             lacking = [name for name in card.domains if name not in there]
             needed = lacking if split == "train" else [name for name in lacking if name == wanted]
             if not needed and config.shown == "source" and len(there) < 2:
@@ -192,6 +240,11 @@ def check_rows(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
             f"--global-batch-size {options.global_batch_size} is more than the {rows} training rows{of}; "
             f"give at most {rows}"
         )
+    steps = rows // options.global_batch_size * options.epochs
+    if args.profile and steps < profiling.NEEDED:
+        raise InputError(
+            f"--profile needs a run of {profiling.NEEDED} steps or more, this one has {steps}; leave it out"
+        )
 
 
 def check_method(card: data.DatasetCard, args: Args) -> None:
@@ -201,6 +254,15 @@ def check_method(card: data.DatasetCard, args: Args) -> None:
         InputError: naming the flag and what would be right.
     """
     options, method = args.options, args.options.method
+    if method != "diffusion":
+        if args.parallel != "ddp":
+            raise InputError(f"--parallel {args.parallel}: {method} trains with ddp only; leave it out")
+        for workers in range(max(args.workers[0], 1), args.workers[1] + 1):
+            if options.global_batch_size % workers and method in configs.GANS:
+                raise InputError(
+                    f"--global-batch-size {options.global_batch_size} cannot be shared equally by {workers} workers, "
+                    f"as {method} needs; {options.global_batch_size // workers * workers or workers} can"
+                )
     if options.pairing not in (None, card.pairing, "unpaired", "self"):
         raise InputError(
             f"--pairing {options.pairing}: {card.name} was prepared {card.pairing}; prepare it anew for that"
@@ -215,20 +277,30 @@ def check_method(card: data.DatasetCard, args: Args) -> None:
         raise InputError("--pairing unpaired: pix2pix learns from pairs; leave it out, or give --method cyclegan")
     if method == "pix2pix" and not card.has_targets:
         raise InputError(f"--method pix2pix learns from pairs, {card.name} has none; give --method cyclegan")
-    preset = PRESETS[args.preset].options  # what it says of the other method is not the user's doing
+    preset = PRESETS[args.preset].options  # what it says of other methods is not the user's doing
     given = {name for name, _, _ in differences(configs.to_dict(preset), configs.to_dict(options))}
     for name in sorted(given):
-        if name.startswith(ONLY_GAN if method == "diffusion" else ONLY_DIFFUSION):
+        if options.encoder.noise_aware and name in CHAIN:
+            continue
+        if any(name.startswith(prefix) and method not in methods for prefix, methods in LOOKED_AT_BY.items()):
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} has no effect with --method {method}; leave it out")
 
 
-ONLY_GAN = ("gan.",)
-ONLY_DIFFUSION = (
-    *("unet.", "diffusion.", "sampling.", "optim.weight_decay", "optim.grad_clip"),
-    *("gradient_checkpointing", "compile", "identity_encoder", "identity_weight", "perceptual_weight"),
-)
-"""Options, by how their dotted names start, that only one kind of method looks at."""
+LOOKED_AT_BY: dict[str, tuple[Method, ...]] = {
+    "gan.": configs.GANS,
+    "encoder.": configs.ENCODERS,
+    **dict.fromkeys(("encoder.embedding_channels", "encoder.scale", "encoder.margin"), ("identity",)),
+    **dict.fromkeys(("encoder.attributes", "encoder.noise_aware"), ("attributes",)),
+    **dict.fromkeys(("optim.weight_decay", "optim.grad_clip"), ("diffusion", *configs.ENCODERS)),
+    **dict.fromkeys(("target_domain", "pairing"), ("diffusion", *configs.GANS)),
+    **dict.fromkeys(("unet.", "diffusion.", "sampling.", "accumulate"), ("diffusion",)),
+    **dict.fromkeys(("gradient_checkpointing", "compile"), ("diffusion",)),
+    **dict.fromkeys(("identity_encoder", "identity_weight", "perceptual_weight"), ("diffusion",)),
+}
+"""The methods that look at options, by how the options' dotted names start."""
+CHAIN = ("diffusion.num_timesteps", "diffusion.schedule", "diffusion.zero_terminal_snr")
+"""What a noise-aware classifier has in common with the model it guides."""
 
 
 def check_added_losses(options: TrainOptions) -> None:
@@ -273,8 +345,7 @@ def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
         raise InputError(
             f"{run} holds a run with {name} = {was}, this command says {now}; give it back, or another --output"
         )
-    complete = all(storage.exists(storage.join(run, name)) for name in ("best.json", "report.html"))
-    return complete and there.training.get("epochs") == options.epochs
+    return runs.read_best(run).get("epochs") == options.epochs
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -286,6 +357,10 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, 
         yield name, old, new
 
 
+HANGS_S = 900
+"""How long workers wait for each other before they take one for dead; storage may be retried for minutes."""
+
+
 def check_cluster(args: Args) -> None:
     """The workers must fit, or Ray would wait for ever; a cluster that grows is asked to, and given time.
 
@@ -295,21 +370,20 @@ def check_cluster(args: Args) -> None:
     import ray
     import ray.autoscaler.sdk
 
-    worker = {"CPU": args.cpus_per_worker, **({"GPU": 1} if args.use_gpu else {})}
+    worker = resources_per_worker(args)
     deadline = time.monotonic() + args.wait_for_nodes_s
     asked = False
-    while short := {
-        name: each for name, each in worker.items() if ray.cluster_resources().get(name, 0) < each * args.num_workers
-    }:
+    least, _ = args.workers
+    while short := {name: each for name, each in worker.items() if ray.cluster_resources().get(name, 0) < each * least}:
         if time.monotonic() >= deadline:
             name, each = next(iter(short.items()))
             raise InputError(
-                f"--num-workers {args.num_workers} with {each} {name} each needs {each * args.num_workers} {name}s, "
+                f"--num-workers {args.num_workers} with {each} {name} each needs {each * least} {name}s, "
                 f"the cluster has {ray.cluster_resources().get(name, 0):g}: give fewer workers, "
                 "or --wait-for-nodes-s 600 to a cluster that grows"
             )
         if not asked:
-            ray.autoscaler.sdk.request_resources(bundles=[worker] * args.num_workers)
+            ray.autoscaler.sdk.request_resources(bundles=[worker] * least)
             print(f"waiting up to {args.wait_for_nodes_s} s for the cluster to grow", flush=True)
             asked = True
         time.sleep(2)
@@ -317,21 +391,30 @@ def check_cluster(args: Args) -> None:
         ray.autoscaler.sdk.request_resources(bundles=[])
 
 
-def fit(args: Args, config: ModelConfig, dataset: str, run: str) -> None:
-    """Run the loop on Ray Train, the data read and decoded once by Ray Data onto the nodes' disks."""
+def fit(args: Args, config: ModelConfig, dataset: str, run: str, times: profiling.Times) -> None:
+    """Run the loop on Ray Train, the data read and decoded once onto the nodes' disks.
+
+    Raises:
+        DivergedError: the losses are lost.
+    """
     import ray
     import ray.train
     import ray.train.torch
 
-    from jobs import arrays, report
-    from jobs.train_loop import Board, describe, train_loop
+    from jobs import arrays, parallel
+    from jobs.train_loop import train_loop
 
-    for name, content in describe(config, args.options).items():
+    for name, content in runs.describe(run, config).items():
         storage.write_bytes(storage.join(run, name), content)
-    arrays.spread(dataset, ("train", "val"), resource="GPU" if args.use_gpu else "CPU")
-    board = ray.remote(num_cpus=0)(Board).remote()
+    local = not args.workers[1]
+    if not local:
+        check_cluster(args)
+        arrays.spread(dataset, ("train", "val"), resource="GPU" if args.use_gpu else "CPU")
+    profiling.note(times, "data")
+    board = watching.Board() if local else ray.remote(num_cpus=0)(watching.Board).remote()
     attempts = storage.join(run, ".ray")  # Ray's own notes; ours are what a resumed run reads
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = functools.partial(
+        ray.train.torch.TorchTrainer,
         train_loop,
         train_loop_config={
             "data": dataset,
@@ -339,61 +422,81 @@ def fit(args: Args, config: ModelConfig, dataset: str, run: str) -> None:
             "config": configs.to_dict(config),
             "options": configs.to_dict(args.options),
             "board": board,
+            "checkpoint_every_s": args.checkpoint_every_minutes * 60,
+            "keep_every_epochs": args.keep_every_epochs,
+            "parallel": args.parallel,
+            "mlflow": args.mlflow,
+            "aside": None if local else resources_aside(args),
+            "times": times,
+            "profile": args.profile,
         },
+        torch_config=parallel.Torch(timeout_s=HANGS_S),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=args.num_workers,
+            num_workers=args.workers[0] if len({*args.workers}) == 1 else args.workers,
             use_gpu=args.use_gpu,
-            resources_per_worker={"CPU": args.cpus_per_worker, **({"GPU": 1} if args.use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"attempt-{time.time_ns()}",
-            storage_path=attempts,
-            failure_config=ray.train.FailureConfig(max_failures=args.max_failures, controller_failure_limit=1),
+            resources_per_worker=resources_per_worker(args),
         ),
     )
-    with watching(board):
-        try:
-            trainer.fit()
-        except SystemExit:  # Ray's answer to Ctrl-C, with exit code 0: what comes next must not take the run for done
-            raise KeyboardInterrupt from None
-    storage.delete_folder(attempts)
-    report.write_report(run, run_uri=run)
+    failures = 0
+    with watching.watching(board, run):
+        while True:
+            before, _ = runs.latest_checkpoint(run)
+            storing = ray.train.RunConfig(
+                name=f"attempt-{time.time_ns()}",
+                storage_path=attempts,
+                failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            )
+            try:
+                end = trainer(run_config=storing).fit().return_value or {}
+                break
+            except SystemExit:  # Ray's answer to Ctrl-C, with exit code 0: what comes next must not take it for done
+                raise KeyboardInterrupt from None
+            except ray.train.TrainingFailedError as error:
+                step, _ = runs.latest_checkpoint(run)
+                failures = 1 if step > before else failures + 1
+                if failures > args.max_failures or local or cli.input_error(error) is not None:
+                    raise
+                print(f"workers were lost; training goes on from step {step:,}", file=sys.stderr, flush=True)
+                times.clear()  # as in the job: it starts anew
+                profiling.note(times, "loss")
+                check_cluster(args)
+        storage.delete_folder(attempts)
+        if end:
+            raise DivergedError(
+                f"the losses were lost at step {end['diverged_at']:,} (not finite, or far above the first ones); the "
+                f"last good checkpoint is {end['last_good'] or 'none'}; train anew with a lower --optim.learning-rate"
+            )
 
 
-@contextlib.contextmanager
-def watching(board: Any) -> Iterator[None]:
-    """A progress bar on the driver, fed by what rank 0 posts."""
+def resources_per_worker(args: Args) -> dict[str, float]:
+    return {"CPU": args.cpus_per_worker, **({"GPU": 1} if args.use_gpu else {})}
+
+
+def resources_aside(args: Args) -> dict[str, float] | None:
+    """What a task that validates while training goes on takes, as ray.remote's options; None to validate inline.
+
+    Raises:
+        InputError: --validate aside, and the cluster has nothing to spare.
+    """
     import ray
 
-    from jobs.progress import Progress
+    worker, there = resources_per_worker(args), ray.cluster_resources()
+    spare = all(there.get(name, 0) >= each * (args.workers[1] + 1) for name, each in worker.items())
+    if args.validate == "aside" and not spare:
+        raise InputError(
+            f"--validate aside needs room for one process more than the {args.workers[1]} workers; the cluster has "
+            f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs: give fewer workers, or --validate inline"
+        )
+    if args.validate == "inline" or not spare:
+        return None
+    return {"num_cpus": worker["CPU"], "num_gpus": worker.get("GPU", 0)}
 
-    stop = threading.Event()
 
-    def watch() -> None:
-        bar, shown = None, 0
-        while not stop.wait(0.5) or bar is not None:
-            try:
-                state = ray.get(board.look.remote(), timeout=5)
-            except Exception:
-                break
-            if state and bar is None:
-                shown = state["start"]
-                bar = Progress(total=state["total"], unit="step", description="train", initial=shown)
-            if bar is not None and state["step"] > shown:
-                bar.update(state["step"] - shown)
-                shown = state["step"]
-            if stop.is_set():
-                break
-        if bar is not None:
-            bar.close()
+class DivergedError(Exception):
+    """A run that cannot go on."""
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=10)
+    outcome = "diverged"
+    """What the report says of it."""
 
 
 if __name__ == "__main__":

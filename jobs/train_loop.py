@@ -8,49 +8,45 @@ A step is an optimiser step over all workers; `steps_per_epoch` = rows // global
 epoch to epoch.
 """
 
+import collections
 import contextlib
-import dataclasses
 import io
-import json
 import math
-import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
-import tensorboardX
+import ray.util
 import torch
 import torch.distributed
+from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from ddpm_core import checkpoint, provenance
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig
 from ddpm_core.diffusion import seeded
 from ddpm_core.ema import EMA
-from jobs import arrays, storage
-from jobs.arrays import SplitArrays
-from jobs.objectives import Objective, objective
-from jobs.presets import TrainOptions
-from jobs.samples import Feed, Sampler, Share, evenly, stratified_timesteps, training_rows
+from ddpm_core.errors import InputError
+from jobs import arrays, parallel, profiling, storage
+from jobs.objectives import objective
+from jobs.presets import Parallel, TrainOptions
+from jobs.runs import Run, latest_checkpoint, note_attempt
+from jobs.samples import Feed, Sampler, Share, training_rows
+from jobs.tracking import Tracking
+from jobs.validation import Aside, Inline, Validation
 
-NUM_BANDS = 4
-"""Validation is also reported for each quarter of the chain, the least noisy first."""
-
-
-class Board:
-    """Where rank 0 notes how far it is and the driver looks: an actor."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, Any] = {}
-
-    def post(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-    def look(self) -> dict[str, Any]:
-        return self.state
+SAVE, ASK, STOP = 1, 2, 4
+"""What workers tell each other after a step: take a checkpoint; ask Ray whether a node is about to go; the losses are
+lost."""
+ASK_EVERY_S = 3.0
+"""How often Ray is asked."""
+POST_EVERY_S = 0.5
+"""How often the driver is told how far we are."""
+WINDOW, DIVERGED = 100, 3.0
+"""A run has diverged when its mean loss over so many steps is so many times that of its first ones."""
 
 
 def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:
@@ -62,88 +58,13 @@ def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:
     return rate
 
 
-class Run:
-    """The folder of a run, as rank 0 writes it: checkpoints, metrics, TensorBoard events."""
+def train_loop(job: dict[str, Any]) -> dict[str, Any]:
+    """One worker of `jobs.train`; `job` is plain data, as `train.fit` makes it.
 
-    def __init__(self, uri: str, config: ModelConfig, *, comparable: bool) -> None:
-        """`comparable`: as the objective's."""
-        self.uri, self.config, self.comparable = uri, config, comparable
-        self.metrics: list[dict[str, Any]] = []
-        self.events = tempfile.mkdtemp(prefix="events") if storage.is_remote(uri) else uri
-        self.writer: tensorboardX.SummaryWriter | None = None
-
-    def resume(self, step: int) -> None:
-        """Take up the metrics of the steps that are kept; what came after the checkpoint is computed again."""
-        with contextlib.suppress(FileNotFoundError):
-            lines = storage.read_bytes(storage.join(self.uri, "metrics.jsonl")).decode().splitlines()
-            self.metrics = [row for line in lines if (row := json.loads(line))["step"] <= step]
-
-    def log(self, row: dict[str, Any]) -> None:
-        self.metrics.append(row)
-        if self.writer is None:
-            self.writer = tensorboardX.SummaryWriter(self.events, purge_step=row["step"])
-        for name, value in row.items():
-            if isinstance(value, float):
-                self.writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
-
-    def flush(self) -> None:
-        """Put the metrics so far where others see them."""
-        data = "".join(json.dumps(row) + "\n" for row in self.metrics).encode()
-        storage.write_bytes(storage.join(self.uri, "metrics.jsonl"), data)
-        if self.writer is not None:
-            self.writer.flush()
-            if storage.is_remote(self.uri):
-                for name in storage.list_files(self.events):
-                    storage.write_bytes(storage.join(self.uri, name), storage.read_bytes(f"{self.events}/{name}"))
-
-    def save(self, step: int, ema: EMA, state: dict[str, Any], val: dict[str, Any]) -> None:
-        """Write a checkpoint, point `best.json` at the best one (the last, where losses do not compare), drop those
-        that are neither best nor last."""
-        name = f"checkpoints/step-{step:08d}"
-        folder = storage.join(self.uri, name)
-        buffer = io.BytesIO()
-        torch.save({**state, "ema": ema.state_dict()}, buffer)
-        storage.write_bytes(storage.join(folder, "train_state", "state.pt"), buffer.getvalue())
-        others = ema.state_dict()
-        weights = others.pop(val["ema_sigma_rel"])
-        training = {**self.config.training, "ema_sigma_rel": val["ema_sigma_rel"]}
-        config = dataclasses.replace(self.config, training=training)
-        for file, data in checkpoint.files(weights, config, others=others).items():  # config.json last: then complete
-            storage.write_bytes(storage.join(folder, file), data)
-        best = read_best(self.uri)
-        if not best or val["loss"] <= best["metric"]["loss"] or not self.comparable:
-            sampling = configs.to_dict(self.config.sampling)
-            best = {
-                "checkpoint": name,
-                "metric": {"name": "val/loss", "loss": val["loss"], "step": step},
-                "ema_sigma_rel": val["ema_sigma_rel"],
-                **sampling,
-            }
-            storage.write_bytes(storage.join(self.uri, "best.json"), json.dumps(best, indent=2).encode())
-        for other in storage.list_folders(storage.join(self.uri, "checkpoints")):
-            if f"checkpoints/{other}" not in (name, best["checkpoint"]):
-                storage.delete_folder(storage.join(self.uri, "checkpoints", other))
-
-
-def read_best(uri: str) -> dict[str, Any]:
-    """`best.json` of a run, {} where there is none yet."""
-    try:
-        return json.loads(storage.read_bytes(storage.join(uri, "best.json")))
-    except FileNotFoundError:
-        return {}
-
-
-def latest_checkpoint(uri: str) -> tuple[int, str]:
-    """(step, folder) of the newest complete checkpoint of a run that training can go on from; (0, "") for none."""
-    folder = storage.join(uri, "checkpoints")
-    for name in reversed(storage.list_folders(folder)):
-        if name.startswith("step-") and storage.exists(storage.join(folder, name, "config.json")):
-            return int(name.removeprefix("step-")), storage.join(folder, name)
-    return 0, ""
-
-
-def train_loop(job: dict[str, Any]) -> None:
-    """One worker of `jobs.train`; `job` is plain data: data, run, config, options, board."""
+    Returns where the losses ceased to be good, if they did, and the last good checkpoint.
+    """
+    times = dict(job["times"])
+    profiling.note(times, "workers")
     config = configs.from_dict(ModelConfig, job["config"])
     options = configs.from_dict(TrainOptions, job["options"])
     context = ray.train.get_context()
@@ -155,136 +76,256 @@ def train_loop(job: dict[str, Any]) -> None:
     total_steps = steps_per_epoch * options.epochs
 
     torch.manual_seed(options.seed)
-    method = objective(config, options, device)
+    mode: Parallel = job["parallel"] if world > 1 else "ddp"
+    method = objective(config, options, device, mode)
     ema = EMA(method.network, sigma_rels=options.optim.ema_sigma_rels)
-    start, folder = latest_checkpoint(job["run"])
+    # Rank 0 says which, or workers that look while an older one is dropped could begin at different steps.
+    start, folder = broadcast_from_rank_zero(latest_checkpoint(job["run"]))
+    sums, first_loss = Sums(), None
     if folder:
-        state = torch.load(io.BytesIO(storage.read_bytes(f"{folder}/train_state/state.pt")), weights_only=True)
+        data = io.BytesIO(storage.read_bytes(f"{folder}/train_state/state.pt"))
+        state = torch.load(data, weights_only=True, map_location="cpu")
         ema.load_state_dict(state.pop("ema"))
+        sums = Sums(**state.pop("sums"))
+        first_loss = state.pop("first_loss")
         method.load_state_dict(state)
-    run = Run(job["run"], config, comparable=method.comparable)
+    method.distribute()
+    if mode == "fsdp":
+        for track in ema.tracks.values():
+            parallel.shard(track, device)
+
+    keep_every = job["keep_every_epochs"] * steps_per_epoch
+    run = Run(job["run"], config, files=method.files, comparable=method.comparable, keep_every_steps=keep_every)
     if rank == 0:
         run.resume(start)
-    method.distribute(ray.train.torch.prepare_model)
-    sampler = Sampler(train, config, options)
-    validate = Validation(val, config, options, method, device, rank, world)
-
+        run.tracking = Tracking(job["run"], config, mlflow=job["mlflow"], use_ray=ray.is_initialized())
     share = Share(rank=rank, world=world)
-    feed = Feed(sampler, rows, share, start=start, stop=total_steps, pin=device.type == "cuda")
+    validation = Validation(val, config, options, method, device, share, together=mode == "fsdp")
+    validator = Aside(job, rank=rank) if job["aside"] else Inline(validation)
+    every_s = job["checkpoint_every_s"]
+    signals = Signals(world, save_every_s=every_s, comparable=method.comparable, first_loss=first_loss)
+    post = Post(job["board"], start=start, total=total_steps) if rank == 0 else None
 
-    sums, count, clock = dict[str, Tensor](), 0, time.monotonic()
+    def facts(step: int) -> dict[str, Any]:
+        return {"step": step, "epoch": step // steps_per_epoch, "images_seen": step * options.global_batch_size}
+
+    def validates(step: int) -> bool:
+        epoch, rest = divmod(step, steps_per_epoch)
+        return not rest and (epoch % options.validate_every_epochs == 0 or epoch == options.epochs)
+
+    def validated(*, wait: bool = False) -> list[dict[str, Any]]:
+        """Rows of the validations done since the last call, by now logged."""
+        rows = []
+        for of_step, found in validator.take(wait=wait):
+            rows.append({**of_step, "split": "val", **found.row})
+            if rank == 0:
+                run.log(rows[-1], picture=found.picture)
+        if rank == 0 and rows:
+            run.flush()
+        return rows
+
+    def promote(rows: list[dict[str, Any]]) -> None:
+        for row in rows if rank == 0 else []:
+            run.promote(row, of_epochs=options.epochs)
+
+    if start and validates(start):  # what the worker before us may have died over
+        known = broadcast_from_rank_zero(run.validation(start))
+        if known is None:
+            run.awaited.add(start)
+            validator.start(facts(start), ema)
+        promote(validated() if known is None else [known])
+
+    sampler, pin = Sampler(train, config, options), device.type == "cuda"
+    feed = Feed(sampler, rows, share, start=start, stop=total_steps, pin=pin)
+    clock, num_steps = time.monotonic(), 0
+    traced = profiling.tracer(job["run"] if job["profile"] and rank == 0 else None)
+    profiling.note(times, "network")
     for step, draw in enumerate(feed, start=start):
         torch.manual_seed(hash_step(options.seed, step, rank))  # dropout inside the network
         rate = learning_rate(options, step, total_steps)
-        losses = method.step(draw.to(device, shown=config.shown), rate, step)
-        sums, count = {name: loss + sums.get(name, 0.0) for name, loss in losses.items()}, count + 1
+        with memory_explained():
+            losses = method.step(draw.to(device, shown=config.shown), rate, step)
+        sums.add(losses)
+        num_steps += 1
         done = step + 1
         ema.update(method.network, done)
-        if rank == 0:
-            job["board"].post.remote({"step": done, "total": total_steps, "start": start})
-        if done % steps_per_epoch:
+        if run.tracking:
+            run.tracking.step(done, num_steps * options.global_batch_size / (time.monotonic() - clock))
+        if post and post(done, epoch=done // steps_per_epoch, loss=signals.loss, **run.told()):
+            promote(validated())  # those done aside
+        agreed = signals.agree(losses, storing=run.storing)
+        traced()
+        if step == start and rank == 0:
+            profiling.note(times, "first step")
+            note_attempt(job["run"], start, world, device, profiling.spans(times))
+        rest = done % steps_per_epoch
+        if rest and not agreed & (SAVE | STOP):
             continue
 
-        epoch = done // steps_per_epoch
-        means = dict(zip(sums, all_mean(torch.stack([*sums.values()]) / count, world).tolist(), strict=True))
-        if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(f"the training losses are {means} at step {done}; lower --optim.learning-rate")
-        passed_s = time.monotonic() - clock
-        row = {
-            "step": done,
-            "epoch": epoch,
-            "images_seen": done * options.global_batch_size,
-            "split": "train",
-            **means,
-            "learning_rate": rate,
-            "images_per_s": count * options.global_batch_size / passed_s,
-            "data_wait_share": feed.waited_s / passed_s,
-        }
-        if rank == 0:
-            run.log(row)
-        validates = epoch % options.validate_every_epochs == 0 or epoch == options.epochs
-        if validates:
-            val_row = {**{k: row[k] for k in ("step", "epoch", "images_seen")}, "split": "val", **validate(ema)}
+        means = sums.gather(world)
+        if agreed & STOP or not all(map(math.isfinite, means.values())) or not is_finite(method.network, world):
             if rank == 0:
-                run.log(val_row)
-                run.save(done, ema, method.state_dict(), val_row)
-        if rank == 0:
+                run.stored(strict=True)
+                run.close("FAILED")
+            return {"diverged_at": done, "last_good": latest_checkpoint(job["run"])[1]}
+        if not rest:
+            passed_s = time.monotonic() - clock
+            speed = {
+                "learning_rate": rate,
+                "images_per_s": num_steps * options.global_batch_size / passed_s,
+                "data_wait_share": feed.waited_s / passed_s,
+            }
+            if rank == 0:
+                run.log({**facts(done), "split": "train", **means, **speed})
+            sums = Sums()
+        if validates(done):
+            run.awaited.add(done)
+            validator.start(facts(done), ema)
+        found = validated()
+        if rank == 0 and not rest:
             run.flush()
-        if validates:  # not more often: the controller takes one report at a time, twice a second
-            report = {"step": done, "loss": means["loss"], **{f"val_{name}": val_row[name] for name in val_row}}
-            ray.train.report(report)
-        sums, count, clock, feed.waited_s = {}, 0, time.monotonic(), 0.0
+        if agreed & SAVE or validates(done) or (keep_every and done % keep_every == 0):
+            state = {**method.state_dict(), "sums": sums.state_dict(), "first_loss": signals.first_loss}
+            weights = parallel.gathered(ema.state_dict())
+            if rank == 0:
+                run.save(done, weights, state, strict=not rest)
+            if rank == 0 and signals.leaving:  # not a step more than this one may be lost
+                run.stored(strict=False)
+        promote(found)
+        for row in found if not job["aside"] else []:  # a barrier, which the controller lets pass twice a second
+            ray.train.report({"step": done, "loss": means["loss"], **{f"val_{name}": row[name] for name in row}})
+        if not rest:
+            clock, num_steps, feed.waited_s = time.monotonic(), 0, 0.0
+    if rank == 0:
+        promote(validated(wait=True))
+        run.stored(strict=True)
+        run.close("FINISHED")
+    if post:
+        post(total_steps, epoch=options.epochs, loss=signals.loss, **run.told())
+    return {}
+
+
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """What does not fit on a GPU, as an InputError with the remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"the GPU's memory is too small for a worker's share of a step ({str(error).split('.')[0]}); give "
+            "--accumulate 2 or more, --gradient-checkpointing, more workers, or --parallel fsdp"
+        ) from None
+
+
+class Post:
+    """What rank 0 tells the driver."""
+
+    def __init__(self, board: Any, *, start: int, total: int) -> None:
+        self.send = getattr(board.post, "remote", board.post)
+        self.start, self.total = start, total
+        self.sent_s = 0.0
+
+    def __call__(self, done: int, **facts: Any) -> bool:
+        """Tell that so many steps are done; at most twice a second, and whether now. `facts`: as `Board.post`'s."""
+        now = time.monotonic()
+        if now - self.sent_s < POST_EVERY_S and done < self.total:
+            return False
+        self.sent_s = now
+        self.send({"step": done, "total": self.total, "start": self.start, **facts})
+        return True
+
+
+class Sums:
+    """The losses since the last row of metrics: `of_all`, the workers' means added up, and what this one had since."""
+
+    def __init__(self, of_all: dict[str, float] | None = None, count: int = 0) -> None:
+        self.of_all, self.count = of_all or {}, count
+        self.mine: dict[str, Tensor] = {}
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        self.mine = {name: loss + self.mine.get(name, 0.0) for name, loss in losses.items()}
+        self.count += 1
+
+    def gather(self, world: int) -> dict[str, float]:
+        """Means over all steps and workers, which must all come here."""
+        totals = (all_sum(torch.stack([*self.mine.values()]).double(), world) / world).tolist()
+        means = dict(zip(self.mine, totals, strict=True))
+        self.of_all = {name: total + self.of_all.get(name, 0.0) for name, total in means.items()}
+        self.mine = {}
+        return {name: total / self.count for name, total in self.of_all.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of what was gathered."""
+        return {"of_all": self.of_all, "count": self.count}
+
+
+class Signals:
+    """What the workers agree on after each step: one small collective on the CPU, so that a GPU is never waited for."""
+
+    def __init__(self, world: int, *, save_every_s: float, comparable: bool, first_loss: float | None = None) -> None:
+        """`comparable`: the objective's. `first_loss`: mean over the first steps of the run, if they are past."""
+        self.group = torch.distributed.new_group(backend="gloo") if world > 1 else None
+        self.save_every_s, self.comparable, self.first_loss = save_every_s, comparable, first_loss
+        self.rank = torch.distributed.get_rank() if world > 1 else 0
+        self.saved_s = self.asked_s = time.monotonic()
+        self.leaving = False
+        """Whether a node is about to be taken."""
+        self.before: Tensor | None = None
+        self.recent: collections.deque[float] = collections.deque(maxlen=WINDOW)
+
+    def agree(self, losses: dict[str, Tensor], *, storing: bool) -> int:
+        """SAVE, ASK and STOP as any of the workers wishes; `storing`: the last checkpoint is still on its way."""
+        now = time.monotonic()
+        wishes = STOP * self._lost(losses)
+        if self.rank == 0:
+            wishes |= SAVE * (self.leaving or (not storing and now - self.saved_s >= self.save_every_s))
+            wishes |= ASK * (now - self.asked_s >= ASK_EVERY_S)
+        if self.group is not None:
+            flags = torch.tensor(wishes)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.BOR, group=self.group)
+            wishes = int(flags)
+        if wishes & ASK:  # a barrier of Ray's: only where all of us come to it
+            self.leaving = ray.train.get_preemption_info() is not None
+            self.asked_s = now
+        if wishes & SAVE:
+            self.saved_s = now
+        return wishes
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of this worker's last steps."""
+        return sum(self.recent) / len(self.recent) if self.recent else None
+
+    def _lost(self, losses: dict[str, Tensor]) -> bool:
+        """Whether the losses are no longer finite, or have long been far above where they began. That is known of the
+        step before: to look at this one's would stop a GPU's queue."""
+        last, self.before = self.before, torch.stack([losses["loss"], *losses.values()])
+        if last is None:
+            return False
+        loss, *every = last.tolist()
+        if not all(map(math.isfinite, every)):
+            return True
+        self.recent.append(loss)
+        if len(self.recent) < WINDOW or not self.comparable:
+            return False
+        mean = sum(self.recent) / WINDOW
+        if self.first_loss is None:
+            self.first_loss = mean
+        return mean > DIVERGED * self.first_loss
 
 
 def hash_step(seed: int, step: int, rank: int) -> int:
     return seeded("dropout", seed, step, rank).initial_seed()
 
 
-def all_mean(value: Tensor, world: int) -> Tensor:
+def is_finite(network: torch.nn.Module, world: int) -> bool:
+    """Of all weights, those of the other workers too; all must ask."""
+    local = [weights.to_local() if isinstance(weights, DTensor) else weights for weights in network.parameters()]
+    bad = torch.stack([(~weights.isfinite()).any() for weights in local]).any()
+    return not all_sum(bad.float(), world).item()
+
+
+def all_sum(value: Tensor, world: int) -> Tensor:
     if world > 1:
         torch.distributed.all_reduce(value)
-    return value / world
-
-
-class Validation:
-    """The loss of the EMA weights on fixed rows with fixed noise and timesteps: a curve that does not bounce."""
-
-    def __init__(
-        self,
-        data: SplitArrays,
-        config: ModelConfig,
-        options: TrainOptions,
-        method: Objective,
-        device: torch.device,
-        rank: int,
-        world: int,
-    ) -> None:
-        self.config, self.method, self.device, self.rank, self.world = config, method, device, rank, world
-        rows = training_rows(data, config, dataclasses.replace(options, max_train_images=None))
-        self.rows = evenly(rows, options.max_val_images)
-        self.ts = stratified_timesteps(len(self.rows), config.diffusion.num_timesteps)
-        self.sampler = Sampler(data, config, options)
-        self.batch_size = max(1, options.global_batch_size // world)
-
-    def __call__(self, ema: EMA) -> dict[str, float]:
-        """The best length of the EMA, its mean loss, the half-width of the 95 % interval and, of a diffusion model,
-        the mean in each quarter of the chain; the mean loss of every length."""
-        by_track = self.losses(ema)
-        means = {sigma_rel: float(values.mean()) for sigma_rel, values in by_track.items()}
-        best = min(means, key=means.__getitem__) if self.method.comparable else next(iter(means))
-        values = by_track[best]
-        found = {
-            "loss": means[best],
-            "loss_ci": float(1.96 * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0,
-            "ema_sigma_rel": best,
-            **{f"loss_ema_{sigma_rel:.3f}": mean for sigma_rel, mean in means.items()},
-        }
-        if self.config.method == "diffusion":
-            bands = self.ts * NUM_BANDS // self.config.diffusion.num_timesteps
-            found |= {f"loss_band_{band}": float(values[bands == band].mean()) for band in set(bands.tolist())}
-        return found
-
-    @torch.inference_mode()
-    def losses(self, ema: EMA) -> dict[float, np.ndarray]:
-        """(n,) float64 for each length of the EMA, the loss of each row; the workers share the work."""
-        values = torch.zeros(len(ema.tracks), len(self.rows), device=self.device)
-        mine = np.arange(self.rank, len(self.rows), self.world)
-        for first in range(0, len(mine), self.batch_size):
-            index = mine[first : first + self.batch_size]
-            draw = self.sampler.validation(self.rows[index], self.ts[index])
-            batch = draw.to(self.device, shown=self.config.shown)
-            for track, network in enumerate(ema.tracks.values()):
-                values[track, torch.as_tensor(index, device=self.device)] = self.method.validation_loss(network, batch)
-        if self.world > 1:
-            torch.distributed.all_reduce(values)
-        return dict(zip(ema.tracks, values.double().cpu().numpy(), strict=True))
-
-
-def describe(config: ModelConfig, options: TrainOptions) -> dict[str, bytes]:
-    """The files that a run starts with."""
-    values = {"format": "ddpm-translate", "format_version": configs.FORMAT_VERSION, **configs.to_dict(config)}
-    assert values["training"] == configs.to_dict(options)
-    return {
-        "environment.json": json.dumps(provenance.environment(), indent=2).encode(),
-        "config.json": json.dumps(values, indent=2).encode(),
-    }
+    return value

@@ -18,6 +18,7 @@ os.environ.update(
 )  # before ray is imported
 
 import atexit
+import contextlib
 import json
 import random
 import shutil
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -113,6 +115,10 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_gradients(str(tmp_path_factory.mktemp("data") / "gradients"))
+
+
+def write_gradients(folder: str) -> str:
     """A small paired data set: 48 gradients of 16 px by day, dimmed and blue by night."""
     import numpy as np
 
@@ -131,7 +137,6 @@ def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
                 id=f"{split}-{i:03d}", domain=0, image=day.astype(np.uint8), target=night, target_id=f"{split}-{i:03d}"
             )
 
-    folder = str(tmp_path_factory.mktemp("data") / "gradients")
     card = data.DatasetCard(
         name="gradients",
         licence="CC0",
@@ -229,6 +234,23 @@ class S3Server:
         self.process.kill()
         self.process.wait()
 
+    @contextlib.contextmanager
+    def revoked(self) -> Iterator[None]:
+        """Started again on the same files, but the credentials of `rw` are no longer good."""
+        config, known = self.folder / "s3.json", dict(self.CREDENTIALS)
+        before = config.read_text()
+        self.kill()
+        config.write_text(before.replace("rw-key", "new-key"))
+        self.CREDENTIALS["rw"] = ("new-key", known["rw"][1])
+        self.start()
+        try:
+            yield
+        finally:
+            self.kill()
+            config.write_text(before)
+            self.CREDENTIALS.update(known)
+            self.start()
+
 
 def _paired_ports(count: int) -> list[int]:
     """Free ports P such that P + 10000, which SeaweedFS also binds, is free."""
@@ -258,3 +280,19 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         if value is not None:
             os.environ[name] = value
     server.kill()
+
+
+@pytest.fixture(scope="module")
+def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server that may be killed: nobody else uses it."""
+    server = S3Server(tmp_path_factory.mktemp("own-s3"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def prefix(own_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in own_s3.env.items():
+        monkeypatch.setenv(name, value)
+    return f"{own_s3.uri}/{uuid.uuid4().hex}"

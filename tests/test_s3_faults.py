@@ -8,8 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,6 @@ from PIL import Image
 from ddpm_core.errors import InputError
 from jobs import data, storage
 from jobs.prepare import main as prepare_main
-
-
-@pytest.fixture(scope="module")
-def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A server that may be killed: nobody else uses it."""
-    server = S3Server(tmp_path_factory.mktemp("own-s3"))
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def prefix(own_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in own_s3.env.items():
-        monkeypatch.setenv(name, value)
-    return f"{own_s3.uri}/{uuid.uuid4().hex}"
 
 
 def picture(number: int) -> bytes:

@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
 from PIL import Image
+from ray.util.state import list_actors
 
 from ddpm_core import checkpoint, encoders, identity
 from ddpm_core.conditioning import structure
@@ -22,17 +27,22 @@ from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from ddpm_core.gan import Generator
 from ddpm_core.translator import Translator
-from jobs import arrays, data, objectives, samples, storage, train, train_loop, translate
+from jobs import arrays, data, objectives, runs, samples, storage, train, train_loop, translate, validation
 from jobs.presets import PRESETS, TrainOptions
 
 CPU = torch.device("cpu")
 
-SMOKE = ["--preset", "smoke", "--precision", "fp32"]
+SMOKE = ["--preset", "smoke", "--precision", "fp32", "--validate", "inline"]
+HERE = ["--num-workers", "0"]  # in this process: what is not about Ray needs none
 LENGTHS = ["--optim.ema-sigma-rels", "0.05", "0.1"]
 
 
 def run(dataset: str, output: Path | str, *flags: str) -> int:
     return train.main([*SMOKE, "--data", dataset, "--output", str(output), *flags])
+
+
+def metrics_of(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
@@ -65,7 +75,12 @@ def test_a_run_leaves_what_the_design_promises(two_epochs):
         assert name in files
     assert any(name.startswith("events.out.tfevents") for name in files)
     assert not [name for name in files if name.endswith(".tmp") or name.startswith(".")]
-    rows = [json.loads(line) for line in (two_epochs / "metrics.jsonl").read_text().splitlines()]
+    for step in (2, 4):
+        with Image.open(two_epochs / f"samples/step-{step:08d}.png") as picture:
+            assert (picture.width // 128, picture.height // 128) == (3, 6)  # source, translated, counterpart of six
+    (attempt,) = json.loads((two_epochs / "environment.json").read_text())["attempts"]
+    assert (attempt["step"], attempt["num_workers"]) == (0, 1)
+    rows = metrics_of(two_epochs)
     assert [(row["split"], row["step"], row["epoch"]) for row in rows] == [
         ("train", 2, 1),
         ("val", 2, 1),
@@ -113,9 +128,10 @@ def test_other_options_are_refused_by_name(two_epochs, dataset_folder):
 
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, dataset_folder, tmp_path):
-    assert run(dataset_folder, tmp_path / "run", *LENGTHS, "--epochs", "1") == 0
-    assert run(dataset_folder, tmp_path / "run", *LENGTHS) == 0
-    whole = [json.loads(line) for line in (two_epochs / "metrics.jsonl").read_text().splitlines()]
+    """Here in this process, there by a worker of Ray."""
+    assert run(dataset_folder, tmp_path / "run", *LENGTHS, *HERE, "--epochs", "1") == 0
+    assert run(dataset_folder, tmp_path / "run", *LENGTHS, *HERE) == 0
+    whole = metrics_of(two_epochs)
     resumed = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     for one, two in zip(whole, resumed, strict=True):
         clocks = {"images_per_s": 0, "data_wait_share": 0}
@@ -124,12 +140,83 @@ def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, dataset_folder, t
         assert torch.equal(tensor, weights(tmp_path / "run")[name]), name
 
 
+def assert_alike(one: Path, other: Path) -> None:
+    """The same weights to float tolerance."""
+    there = weights(other)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(there[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.slow
-def test_two_workers_compute_what_one_does(two_epochs, dataset_folder, tmp_path):
-    assert run(dataset_folder, tmp_path / "run", *LENGTHS, "--num-workers", "2") == 0
-    one, two = weights(two_epochs), weights(tmp_path / "run")
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+def test_three_unequal_workers_compute_what_one_does(two_epochs, dataset_folder, tmp_path):
+    """Of 16 pictures a step they take 5, 5 and 6."""
+    assert run(dataset_folder, tmp_path / "run", *LENGTHS, "--num-workers", "3") == 0
+    assert_alike(two_epochs, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_sharded_network_computes_what_a_whole_one_does_and_resumes_it(two_epochs, dataset_folder, tmp_path):
+    """Half by a process alone, half by two that share the network, and the other way round: what AdamW kept is laid out
+    differently in memory, and must come through."""
+    here, sharded = HERE, ["--num-workers", "2", "--parallel", "fsdp"]
+    for first, second in ((here, sharded), (sharded, here)):
+        output = tmp_path / f"run{len(first)}"
+        assert run(dataset_folder, output, *LENGTHS, *first, "--epochs", "1") == 0
+        assert run(dataset_folder, output, *LENGTHS, *second) == 0
+        assert_alike(two_epochs, output)
+
+
+@pytest.mark.slow
+def test_validation_aside_finds_what_the_workers_find(two_epochs, dataset_folder, tmp_path):
+    """By a task on a spare CPU, while training goes on."""
+    flags = [*SMOKE[:-1], "aside", *LENGTHS, "--data", dataset_folder, "--output", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    found, inline = (
+        {row["step"]: row for row in metrics_of(folder) if row["split"] == "val"}
+        for folder in (tmp_path / "run", two_epochs)
+    )
+    assert found.keys() == inline.keys()
+    for step, row in inline.items():
+        row.pop("split")
+        assert {name: found[step][name] for name in row} == pytest.approx(row, rel=1e-5)
+    best, other = (json.loads((folder / "best.json").read_text()) for folder in (tmp_path / "run", two_epochs))
+    assert best | {"metric": 0} == other | {"metric": 0}
+    for name, tensor in weights(two_epochs).items():  # of the length of the EMA that was found best, whenever
+        assert torch.equal(tensor, weights(tmp_path / "run")[name]), name
+    assert len(list((tmp_path / "run/samples").iterdir())) == 2
+
+
+def test_milestones_are_kept(dataset_folder, tmp_path):
+    flags = ["--epochs", "7", "--keep-every-epochs", "3", "--validate-every-epochs", "7"]
+    assert run(dataset_folder, tmp_path / "run", *HERE, *flags) == 0
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step-00000006", "step-00000012", "step-00000014"]
+
+
+def test_a_validation_lost_with_its_worker_is_made_up_for(two_epochs, dataset_folder, tmp_path):
+    """The checkpoint was stored, what came of its validation not."""
+    folder = shutil.copytree(two_epochs, tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:3]))
+    (folder / "best.json").unlink()
+    assert run(dataset_folder, folder, *LENGTHS, *HERE) == 0
+    for row, before in zip(metrics_of(folder), map(json.loads, lines), strict=True):
+        assert row.pop("split") == before.pop("split")
+        assert row == pytest.approx(before, rel=1e-6)
+    assert json.loads((folder / "best.json").read_text())["metric"]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [("3", (3, 3)), ("0", (0, 0)), ("2:8", (2, 8)), ("8:2", None), ("0:2", None), ("two", None)],
+)
+def test_number_of_workers(workers, expected):
+    args = train.parse(["--data", "x", "--output", "y", "--preset", "smoke", "--num-workers", workers])
+    if expected:
+        assert args.workers == expected
+        return
+    with pytest.raises(InputError, match=f"--num-workers is {workers}"):
+        _ = args.workers
 
 
 def started_until(step: int, output: Path, flags: list[str]) -> subprocess.Popen[str]:
@@ -142,7 +229,7 @@ def started_until(step: int, output: Path, flags: list[str]) -> subprocess.Popen
         text=True,
     )
     deadline = time.monotonic() + 120
-    while train_loop.latest_checkpoint(str(output))[0] < step:
+    while runs.latest_checkpoint(str(output))[0] < step:
         if driver.poll() is not None or time.monotonic() > deadline:
             driver.kill()
             pytest.fail(f"no checkpoint of step {step}: {driver.communicate()[1]}")
@@ -159,18 +246,146 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(ray_cluster, two_epochs, 
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     time.sleep(1)
-    step, folder = train_loop.latest_checkpoint(str(output))
+    step, folder = runs.latest_checkpoint(str(output))
     assert 6 <= step < 800
     half = Path(folder, "../step-99999999")  # a checkpoint cut off while it was written is not taken for one
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    assert train_loop.latest_checkpoint(str(output)) == (step, folder)
+    assert runs.latest_checkpoint(str(output)) == (step, folder)
     epochs = step // 2 + 2
     assert train.main([*flags[:-1], str(epochs)]) == 0
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["split"] == "val"] == list(range(2, 2 * epochs + 1, 2))
-    whole = [json.loads(line) for line in (two_epochs / "metrics.jsonl").read_text().splitlines()]
+    whole = metrics_of(two_epochs)
     assert [row["loss"] for row in rows[:4]] == [row["loss"] for row in whole]
+
+
+def kill_workers(run_folder: Path, steps: list[int], killed: list[int]) -> None:
+    """kill -9 of the training worker once there is a checkpoint of each of the steps."""
+    for step in steps:
+        deadline = time.monotonic() + 120
+        while runs.latest_checkpoint(str(run_folder))[0] < step and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for actor in list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]):
+            os.kill(actor.pid, signal.SIGKILL)
+            killed.append(runs.latest_checkpoint(str(run_folder))[0])
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps_a_run_ends_with_the_same_weights(ray_cluster, dataset_folder, tmp_path):
+    """kill -9 of the worker at five random moments; bit for bit what an uninterrupted run gives."""
+    flags = [*LENGTHS, "--epochs", "100", "--validate-every-epochs", "30"]
+    steps = sorted(np.random.default_rng().choice(np.arange(1, 160), 5, replace=False).tolist())
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_workers, args=(tmp_path / "run", steps, killed))
+    killer.start()
+    often = ["--checkpoint-every-minutes", "0.0001", "--max-failures", "5"]
+    assert run(dataset_folder, tmp_path / "run", *flags, *often) == 0
+    killer.join()
+    assert len(killed) == 5, (steps, killed)
+    assert run(dataset_folder, tmp_path / "whole", *flags) == 0
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "run")[name]), (name, steps, killed)
+    rows, whole = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("run", "whole")
+    )
+    assert [(row["step"], row["split"]) for row in rows] == [(row["step"], row["split"]) for row in whole]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_whose_losses_explode_stops_and_names_the_last_good_checkpoint(
+    ray_cluster, dataset_folder, tmp_path, capsys
+):
+    flags = ["--optim.learning-rate", "3e38", "--optim.grad-clip", "1e30", "--optim.warmup-steps", "1"]
+    flags += ["--checkpoint-every-minutes", "0.0001", "--epochs", "30"]
+    assert run(dataset_folder, tmp_path / "run", *flags) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "the losses ceased to be finite at step" in told
+    folder = told.partition("last good checkpoint is ")[2].partition(";")[0]
+    if folder != "none":
+        assert all(tensor.isfinite().all() for tensor in checkpoint.load(folder).model.state_dict().values())
+
+
+def test_when_workers_take_a_checkpoint(monkeypatch):
+    clock, leaving = [100.0], [None]
+    monkeypatch.setattr(train_loop.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(train_loop.ray.train, "get_preemption_info", lambda: leaving[0])
+    signals = train_loop.Signals(1, save_every_s=60.0, comparable=True)
+    good, bad = {"loss": torch.tensor(0.5)}, {"loss": torch.tensor(float("nan"))}
+
+    def after(seconds: float, losses=good, *, storing: bool = False) -> int:
+        clock[0] += seconds
+        return signals.agree(losses, storing=storing)
+
+    assert after(1) == 0
+    assert after(3) == train_loop.ASK
+    assert after(57) & train_loop.SAVE  # a minute after the start
+    assert not after(59) & train_loop.SAVE
+    assert not after(2, storing=True) & train_loop.SAVE  # the last one is still on its way
+    assert after(0.1) & train_loop.SAVE
+    leaving[0] = object()  # a node is about to go
+    assert after(4) == train_loop.ASK
+    assert [after(0.1) & train_loop.SAVE for _ in range(3)] == [train_loop.SAVE] * 3  # as often as they can be stored
+    assert not after(0.1, bad) & train_loop.STOP  # known one step later
+    assert after(0.1) & train_loop.STOP
+
+
+def test_a_run_has_diverged_when_its_losses_stay_far_above_the_first_ones():
+    def stopped_at(losses: list[float], *, comparable: bool = True) -> int | None:
+        signals = train_loop.Signals(1, save_every_s=1e9, comparable=comparable)
+        signals.asked_s = math.inf
+        for step, loss in enumerate(losses):
+            if signals.agree({"loss": torch.tensor(loss)}, storing=False) & train_loop.STOP:
+                return step
+        return None
+
+    first, learnt = [0.4] * 100, [0.05] * 200
+    assert stopped_at([*first, *learnt, *[0.9] * 300]) is None
+    assert stopped_at([*first, *learnt, 50.0, *learnt]) is None  # one bad step
+    assert stopped_at([*first, *learnt, *[4.0] * 300]) == 300 + 30  # the mean of 100 is above 1.2 by then
+    assert stopped_at([*first, *learnt, *[4.0] * 300], comparable=False) is None
+
+
+def test_checkpoints_that_cannot_be_stored(tmp_path, monkeypatch):
+    """In between validations two may be lost; nothing that was there before is touched."""
+    options = PRESETS["smoke"].options
+    objective = objectives.Diffusion(config_for(options), options, CPU)
+    ema = EMA(objective.network, sigma_rels=(0.1,))
+    folder = runs.Run(str(tmp_path), config_for(options), files=checkpoint.files, comparable=True)
+    good = {"step": 1, "epoch": 1, "split": "val", "loss": 1.0, "ema_sigma_rel": 0.1}
+
+    def save(step: int, *, strict: bool = False) -> None:
+        folder.save(step, ema.state_dict(), objective.state_dict(), strict=strict)
+
+    save(1)
+    folder.promote(good, of_epochs=9)
+    folder.stored(strict=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    write = storage.write_bytes
+
+    def full(uri: str, data: bytes) -> None:
+        if uri.endswith("model.safetensors"):
+            raise InputError(f"{uri}: no space left on the device; free some or write elsewhere")
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    for step in (2, 3, 4):
+        save(step)
+    with pytest.raises(InputError, match="no space left"):
+        save(5)
+    assert runs.latest_checkpoint(str(tmp_path)) == (1, str(tmp_path / "checkpoints/step-00000001"))
+    assert {path: path.read_bytes() for path in before} == before
+    monkeypatch.setattr(storage, "write_bytes", write)
+    save(6)
+    folder.stored(strict=True)
+    assert runs.latest_checkpoint(str(tmp_path))[0] == 6
+    assert runs.read_best(str(tmp_path))["metric"]["step"] == 1  # no validation, no claim to be the best
+    monkeypatch.setattr(storage, "write_bytes", full)
+    save(7)
+    with pytest.raises(InputError, match="no space left"):  # after a validation it counts at once
+        folder.stored(strict=True)
 
 
 @pytest.mark.slow
@@ -181,7 +396,7 @@ def test_ctrl_c_is_not_taken_for_success(ray_cluster, dataset_folder, tmp_path):
     told = driver.communicate(timeout=60)[1]
     assert driver.returncode == 130, told
     assert "interrupted; the same command goes on from here" in told
-    assert not (tmp_path / "run/report.html").exists()
+    assert "epochs" not in runs.read_best(str(tmp_path / "run"))
 
 
 def loaded(dataset_folder: str, split: str = "train") -> arrays.SplitArrays:
@@ -340,11 +555,12 @@ def test_validation_gives_the_same_numbers_every_time_and_picks_the_best_length(
     for step in range(4):
         objective.step(batch, 1e-3, step)
         ema.update(objective.network, step + 1)
-    validate = train_loop.Validation(rows_of, config, options, objective, CPU, 0, 1)
-    first = validate(ema)
+    validate = validation.Validation(rows_of, config, options, objective, CPU, samples.Share(rank=0, world=1))
+    found = validate(ema.tracks)
     torch.rand(7)
-    assert validate(ema) == first
-    of_each = {each: float(values.mean()) for each, values in validate.losses(ema).items()}
+    assert validate(ema.tracks) == found
+    first = found.row
+    of_each = {each: float(values["loss"].mean()) for each, values in validate.measure(ema.tracks).items()}
     assert of_each[0.05] != of_each[0.1]
     assert (first["loss_ema_0.050"], first["loss_ema_0.100"]) == (of_each[0.05], of_each[0.1])
     # CycleGAN's losses do not compare networks: the first length is taken, whatever its loss
@@ -371,6 +587,7 @@ def one_batch(**changes) -> samples.Batch:
         "noise": noise,
         "dropped": torch.tensor([True, False, True, False]),
         "domain_dropped": torch.tensor([False, False, True, True]),
+        "labels": torch.empty(4, 0, dtype=torch.int64),
     }
     return samples.Batch(**{**whole, **changes})
 
@@ -411,7 +628,12 @@ def test_added_losses_are_the_librarys_on_what_was_shown(encoder_folder):
     """With x_0 predicted as it is, the predicted picture is known, and so are the losses on it."""
     smoke = dataclasses.replace(PRESETS["smoke"].options, diffusion=DiffusionConfig(prediction="x_0"))
     options = dataclasses.replace(
-        smoke, identity_encoder=encoder_folder, identity_weight=0.5, perceptual_weight=2.0, precision="fp32"
+        smoke,
+        global_batch_size=4,
+        identity_encoder=encoder_folder,
+        identity_weight=0.5,
+        perceptual_weight=2.0,
+        precision="fp32",
     )
     objective, batch = objectives.Diffusion(config_for(options), options, CPU), one_batch()
     predicted = torch.randn(4, 3, 16, 16).clamp(-1, 1)
@@ -445,13 +667,27 @@ def test_gradient_checkpointing_changes_no_number():
         options = dataclasses.replace(smoke, gradient_checkpointing=checkpointing, precision="fp32")
         torch.manual_seed(0)
         objective = objectives.Diffusion(config_for(options), options, CPU)
-        objective.distribute(lambda network: network)
+        objective.distribute()
         losses = [objective.step(batch, 1e-2, step)["loss"].item() for step in range(3)]
         found.append((losses, [*objective.network.state_dict().values()]))
     assert found[0][0] == found[1][0]
     assert found[0][0][2] < found[0][0][0]
     for plain, again in zip(found[0][1], found[1][1], strict=True):
         assert torch.equal(plain, again)
+
+
+def test_a_step_in_parts_is_the_step_in_one():
+    smoke, batch, found = PRESETS["smoke"].options, one_batch(), []
+    for parts in (1, 2, 4):
+        options = dataclasses.replace(smoke, accumulate=parts, precision="fp32")
+        torch.manual_seed(0)
+        objective = objectives.Diffusion(config_for(options), options, CPU)
+        loss = objective.step(batch, 1e-2, 0)["loss"].item()
+        found.append((loss, {name: weights.grad for name, weights in objective.network.named_parameters()}))
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, found[0][1][name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_gans_name_their_losses_and_measure_the_same_in_training_and_validation():
@@ -522,7 +758,21 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
         (["--epohcs", "3"], "Unrecognized options: --epohcs"),
         (["--epochs", "0"], "--epochs is 0; it must be positive"),
         (["--global-batch-size", "64"], "more than the 32 training rows; give at most 32"),
-        (["--global-batch-size", "15", "--num-workers", "2"], "cannot be shared by 2 workers; 14 can"),
+        (
+            ["--global-batch-size", "3", "--num-workers", "2:4"],
+            "is not a picture for each of 4 workers; give 4 or more",
+        ),
+        (["--global-batch-size", "4", "--accumulate", "5"], "1 workers in 5 parts each (--accumulate); give 5 or more"),
+        (["--method", "cyclegan", "--num-workers", "2:3"], "cannot be shared equally by 3 workers, as cyclegan needs"),
+        (
+            ["--method", "cyclegan", "--parallel", "fsdp"],
+            "--parallel fsdp: cyclegan trains with ddp only; leave it out",
+        ),
+        (["--keep-every-epochs", "-1"], "--keep-every-epochs is -1; it must be 0 or more"),
+        (["--num-workers", "many"], "--num-workers is many; give a number such as 4, or least:most such as 2:8"),
+        (["--accumulate", "0"], "--accumulate is 0; it must be positive"),
+        (["--method", "cyclegan", "--accumulate", "2"], "--accumulate has no effect with --method cyclegan"),
+        (["--checkpoint-every-minutes", "0"], "--checkpoint-every-minutes is 0.0; it must be positive"),
         (["--target-domain", "nite"], "unknown domain 'nite' (did you mean 'night'?)"),
         (["--unet.channel-mult", "1", "2", "2", "2", "2"], "must be a multiple of 32"),
         (["--method", "pix2pix", "--gan.num-levels", "5"], "for pix2pix both must be multiples of 32"),
@@ -624,7 +874,7 @@ def test_a_run_on_data_that_changed_is_told_apart(tmp_path):
     first, second = (unpaired(tmp_path / str(i), *(0, 1) * (16 + i)) for i in range(2))
     args = train.parse(["--data", first, "--output", str(tmp_path / "run"), "--preset", "smoke"])
     old, new = (train.model_config(data.read_card(uri), args.options) for uri in (first, second))
-    for name, content in train_loop.describe(old, args.options).items():
+    for name, content in runs.describe(args.output, old).items():
         storage.write_bytes(f"{args.output}/{name}", content)
     assert not train.finished(args.output, old, args.options)
     with pytest.raises(InputError, match=r"holds a run on other data .* it was replaced or appended to since"):
@@ -636,6 +886,8 @@ def test_more_workers_than_the_cluster_has_are_refused_with_the_arithmetic(ray_c
         run(dataset_folder, tmp_path / "run", "--num-workers", "16")
     with pytest.raises(InputError, match="needs 1 GPUs, the cluster has 0"):
         run(dataset_folder, tmp_path / "run", "--use-gpu")
+    with pytest.raises(InputError, match="room for one process more than the 4 workers; the cluster has 4 CPUs"):
+        run(dataset_folder, tmp_path / "run", "--num-workers", "4", "--validate", "aside")
 
 
 def test_a_folder_with_something_else_is_not_overwritten(dataset_folder, tmp_path):
@@ -657,10 +909,14 @@ def test_learning_rate():
 @pytest.mark.parametrize("comparable", [True, False])
 def test_the_best_checkpoint_is_the_last_where_losses_do_not_compare(tmp_path, comparable):
     """A generator that copies has CycleGAN's lowest loss: the untrained one must not stay the best for ever."""
-    run = train_loop.Run(str(tmp_path), ModelConfig(), comparable=comparable)
+    run = runs.Run(str(tmp_path), ModelConfig(), files=checkpoint.files, comparable=comparable)
     ema = EMA(torch.nn.Linear(1, 1), sigma_rels=(0.1,))
     for step, loss in ((1, 0.1), (2, 0.3)):
-        run.save(step, ema, {}, {"loss": loss, "ema_sigma_rel": 0.1})
-    best = json.loads((tmp_path / "best.json").read_text())
+        run.save(step, ema.state_dict(), {}, strict=True)
+        run.promote({"step": step, "epoch": step, "loss": loss, "ema_sigma_rel": 0.1}, of_epochs=2)
+    run.stored(strict=True)
+    best = runs.read_best(str(tmp_path))
     assert best["checkpoint"] == f"checkpoints/step-{1 if comparable else 2:08d}"
-    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} >= {"step-00000002"}
+    assert best["epochs"] == 2
+    kept = {folder.name for folder in (tmp_path / "checkpoints").iterdir()}
+    assert kept == ({"step-00000001", "step-00000002"} if comparable else {"step-00000002"})

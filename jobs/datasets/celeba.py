@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
+from ddpm_core import checkpoint
 from ddpm_core.errors import InputError
 from jobs import cli, data, storage
 from jobs.data import SPLITS, DatasetCard, Row
@@ -144,8 +145,9 @@ def _encoder(options: Options) -> str | None:
         matching.load_encoder(uri)
     except InputError as error:
         raise InputError(f"--identity-encoder {error}") from None
+    folder, _ = checkpoint.resolve(uri, read=storage.read_bytes)
     files = ("config.json", "model.safetensors")
-    return common.fingerprint(*(storage.read_bytes(storage.join(uri, file)) for file in files))
+    return common.fingerprint(*(storage.read_bytes(storage.join(folder, file)) for file in files))
 
 
 def domain_names(attribute: str) -> tuple[str, str]:
