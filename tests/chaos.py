@@ -272,11 +272,17 @@ def struck(training: Training, strike: Callable[[], Any]) -> tuple[int, int, flo
 
     Returns the step it went on from, the steps lost, and the seconds it took.
     """
-    before = len(attempts_of(training.run))
-    begun = time.monotonic()
-    strike()
+    before, begun = len(attempts_of(training.run)), time.monotonic()
     reached = training.reached
-    training.wait(lambda: len(attempts_of(training.run)) > before and training.reached > reached, "goes on")
+    strike()
+
+    def taken_up() -> bool:
+        nonlocal reached
+        reached = max(reached, training.reached)
+        return len(attempts_of(training.run)) > before
+
+    training.wait(taken_up, "goes on")
+    training.wait(lambda: training.reached > reached, "goes on")
     resumed = attempts_of(training.run)[-1]["step"]
     return resumed, reached - resumed, time.monotonic() - begun
 
@@ -292,9 +298,10 @@ def attempts_of(run: str) -> list[dict[str, Any]]:
 def told(training: Training, within_s: float = 400) -> str:
     """What a run that could not go on said, in one line."""
     code, lines = training.end(within_s)
+    errors = [line for line in lines if not line.startswith("warning:")]
     assert code in (1, 2), (code, lines)
-    assert len(lines) == 1, lines
-    return f"exit {code}: {lines[0].replace(training.run, 'RUN')}"
+    assert len(errors) == 1, lines
+    return f"exit {code}: {errors[0].replace(training.run, 'RUN')}"
 
 
 def difference(run: str, other: str) -> float:

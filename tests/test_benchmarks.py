@@ -33,7 +33,9 @@ def test_teams_take_turns_and_each_goes_first_every_second_time(tmp_path: Path) 
         for turn in range(3):
             for index, name in enumerate(names):
                 began, ended = spans[name][turn]
-                assert seconds[who][turn][index] >= ended - began
+                wall_s, cpu_s = seconds[who][turn][index]
+                assert wall_s >= ended - began
+                assert cpu_s >= 0
     order = [sorted(teams, key=lambda who: spans[teams[who][0]][turn][0]) for turn in range(3)]
     assert order == [["plain", "job"], ["job", "plain"], ["plain", "job"]]
     for turn, (first, second) in enumerate(order):
@@ -48,17 +50,24 @@ def test_a_job_that_ends_too_early_is_told(tmp_path: Path) -> None:
 
 
 def test_the_first_and_last_turn_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:
-    seconds = {"job": [[9.0], [2.0], [4.0], [2.5], [9.0]], "plain": [[9.0], [1.0], [4.0], [2.0], [9.0]]}
-    found = training.told(1, seconds, pictures=8)
-    assert found["ratios"] == [0.5, 1.0, 0.8]
-    assert found["ratio"] == 0.8
-    assert found["images_per_s"] == {"job": 3.2, "plain": 4.0}
-    assert capsys.readouterr().out.startswith("one worker: 0.800 of a plain loop (0.560 to 0.960 in 80 % of 3 turns); ")
+    walls = {"job": [9.0, 2.0, 4.0, 2.5, 9.0], "plain": [9.0, 1.0, 4.0, 2.0, 9.0]}
+    found = training.told(1, {who: [[[wall, 1.0]] for wall in each] for who, each in walls.items()}, pictures=8)
+    assert found["wall"]["ratios"] == [0.5, 1.0, 0.8]
+    assert found["wall"]["ratio"] == 0.8
+    assert found["wall"]["images_per_s"] == {"job": 3.2, "plain": 4.0}
+    assert found["cpu"]["ratios"] == [1.0, 1.0, 1.0]
+    line = capsys.readouterr().out
+    assert line.startswith(
+        "one worker: 0.800 of a plain loop (0.560 to 0.960 in 80 % of 3 turns; by processor time 1.000)"
+    )
 
 
 def test_several_processes_add_up() -> None:
-    seconds = {"job": [[1.0, 1.0], [2.0, 4.0], [1.0, 1.0]], "plain": [[1.0, 1.0], [1.0, 2.0], [1.0, 1.0]]}
-    assert training.told(2, seconds, pictures=4)["ratios"] == [0.5]  # (2 + 1) / (4 + 2) pictures a second
+    warm = [[1.0, 1.0], [1.0, 1.0]]
+    seconds = {"job": [warm, [[2.0, 1.0], [4.0, 2.0]], warm], "plain": [warm, [[1.0, 1.0], [2.0, 1.0]], warm]}
+    found = training.told(2, seconds, pictures=4)
+    assert found["wall"]["ratios"] == [0.5]  # (2 + 1) / (4 + 2) pictures a second
+    assert found["cpu"]["ratios"] == [0.75]  # (4 + 2) / (4 + 4) pictures a processor second
 
 
 def test_a_steady_slope_is_no_spread() -> None:

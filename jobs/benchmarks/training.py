@@ -3,7 +3,8 @@
 The job is the real one: Ray Train, draws made from the data set, checkpoints, metrics, what workers agree on after each
 step. Plain is a loop in a process of its own: the same network, optimiser, clipping and averages of the weights, and
 batches drawn in advance. They train in turns, so that what else the machine does strikes both; each process has one
-thread. Shown are ratios.
+thread. Shown are ratios, of wall time and of the processors' (all threads of the processes that train), which other
+work on the machine disturbs less.
 
     one     one worker beside one plain loop, taking turns
     two     two workers (DDP) beside two plain loops that know nothing of each other, pair and pair taking turns
@@ -124,31 +125,40 @@ def overhead(options: Options, num_workers: int, folder: Path) -> dict[str, Any]
                 process.start()
             train_loop.train_loop = functools.partial(gated, gates, options.steps)
             code = train.main(argv)
+            assert code == cli.DONE, code
+            seconds = conducted.result()  # the last turn may be the plain loops'
         finally:
             ended.set()
             train_loop.train_loop = real
             for process in processes:
                 process.terminate()
-        seconds = conducted.result()
-    assert code == cli.DONE, code
     return told(num_workers, seconds, pictures=options.steps * options.batch_size)
 
 
-def told(num_workers: int, seconds: dict[str, list[list[float]]], *, pictures: int) -> dict[str, Any]:
-    """Rates and ratio; a line about them. `seconds`: of each side, for each turn, those of each of its processes."""
-    rates = {who: [sum(pictures / each for each in turn) for turn in turns[1:-1]] for who, turns in seconds.items()}
-    ratios = [job / alone for job, alone in zip(rates["job"], rates["plain"], strict=True)]
-    medians = {who: statistics.median(each) for who, each in rates.items()}
-    ratio = statistics.median(ratios)
-    low, high = np.percentile(ratios, [10, 90])
+def told(num_workers: int, seconds: "Seconds", *, pictures: int) -> dict[str, Any]:
+    """Rates and ratios; a line about them. `pictures` of each process in each turn."""
+    found: dict[str, Any] = {"seconds": seconds}
+    for kind, name in enumerate(("wall", "cpu")):
+        rates = {
+            who: [sum(pictures / each[kind] for each in turn) for turn in turns[1:-1]] for who, turns in seconds.items()
+        }
+        ratios = [job / alone for job, alone in zip(rates["job"], rates["plain"], strict=True)]
+        found[name] = {
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "images_per_s": {who: statistics.median(each) for who, each in rates.items()},
+        }
+    wall, cpu = found["wall"], found["cpu"]
+    low, high = np.percentile(wall["ratios"], [10, 90])
     workers = "one worker" if num_workers == 1 else f"{num_workers} workers"
     loops = "a plain loop" if num_workers == 1 else f"{num_workers} plain loops that know nothing of each other"
     print(
-        f"{workers}: {ratio:.3f} of {loops} ({low:.3f} to {high:.3f} in 80 % of {len(ratios)} turns); "
-        f"{medians['job']:.1f} and {medians['plain']:.1f} pictures/s",
+        f"{workers}: {wall['ratio']:.3f} of {loops} ({low:.3f} to {high:.3f} in 80 % of {len(wall['ratios'])} turns; "
+        f"by processor time {cpu['ratio']:.3f}); "
+        f"{wall['images_per_s']['job']:.1f} and {wall['images_per_s']['plain']:.1f} pictures/s",
         flush=True,
     )
-    return {"ratio": ratio, "ratios": ratios, "images_per_s": medians, "seconds": seconds}
+    return found
 
 
 def make_set(uri: str, options: Options, *, num_rows: int) -> None:
@@ -196,31 +206,34 @@ def command(data: str, run: str, options: Options, *, num_workers: int, epochs: 
 
 
 class Gate:
-    """Where a process of ours waits for its turn, and says how long it took: files in a folder of this machine."""
+    """Where a process of ours waits for its turn, and says how long it took: files in a folder of this machine, with
+    the seconds by the clock and of the processors."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.turn = 0
-        self.started_s = 0.0
+        self.began = (0.0, 0.0)
 
     def begin(self) -> None:
         while not (self.folder / f"{self.name}-{self.turn}.go").exists():
             time.sleep(0.001)
-        self.started_s = time.perf_counter()
+        self.began = (time.perf_counter(), time.process_time())
 
     def end(self) -> None:
-        seconds = time.perf_counter() - self.started_s
+        seconds = (time.perf_counter() - self.began[0], time.process_time() - self.began[1])
         aside = self.folder / f"{self.name}-{self.turn}.part"
-        aside.write_text(str(seconds))
+        aside.write_text(json.dumps(seconds))
         aside.rename(aside.with_suffix(".done"))
         self.turn += 1
 
 
-def conduct(
-    folder: Path, teams: dict[str, list[str]], turns: int, ended: threading.Event
-) -> dict[str, list[list[float]]]:
-    """Let one team train after the other, each first in every second turn; the seconds of each process."""
-    seconds: dict[str, list[list[float]]] = {who: [] for who in teams}
+Seconds = dict[str, list[list[list[float]]]]
+"""Of each side, for each turn, of each of its processes: by the clock and of the processors."""
+
+
+def conduct(folder: Path, teams: dict[str, list[str]], turns: int, ended: threading.Event) -> Seconds:
+    """Let one team train after the other, each first in every second turn."""
+    seconds: Seconds = {who: [] for who in teams}
     for turn in range(turns):
         for who in [*teams] if turn % 2 else [*reversed(teams)]:
             for name in teams[who]:
@@ -229,14 +242,14 @@ def conduct(
     return seconds
 
 
-def _awaited(file: Path, ended: threading.Event) -> float:
+def _awaited(file: Path, ended: threading.Event) -> list[float]:
     deadline = time.monotonic() + PATIENCE_S
     while not file.exists():
         if ended.wait(0.002) and not file.exists():
             raise RuntimeError(f"training ended before its turn was over: {file.stem}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"nothing of {file.stem} within {PATIENCE_S:g} s")
-    return float(file.read_text())
+    return json.loads(file.read_text())
 
 
 class GatedFeed(Feed):
