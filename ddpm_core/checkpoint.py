@@ -122,6 +122,11 @@ def read_meta(path: str, read: Read, wanted: str, version: int, *, nothing: str)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}/config.json is damaged: {error}") from None
     found = meta.pop("format", None) if isinstance(meta, dict) else None
+    if found == FORMAT != wanted and meta.get("method") in configs.ENCODERS:
+        raise InputError(
+            f"{path}: a run that has no encoder yet (no best.json: nothing was validated); the same jobs.train command "
+            "goes on with it"
+        )
     if found != wanted:
         instead = f" but {FORMATS[found]}" if found in FORMATS else ""
         raise InputError(f"{path}/config.json is not {FORMATS[wanted]}{instead}; give another folder")
@@ -169,7 +174,10 @@ def load_weights(network: nn.Module, folder: str, file: str, read: Read) -> None
     try:
         network.load_state_dict(safetensors.torch.load(read(f"{folder}/{file}")))
     except FileNotFoundError:
-        raise InputError(f"{folder}: {file} is missing; the folder is incomplete") from None
+        raise InputError(
+            f"{folder}: {file} is missing; the folder is incomplete (a run has no best checkpoint before its first "
+            "validation: the same jobs.train command goes on with it)"
+        ) from None
     except safetensors.SafetensorError as error:
         raise InputError(f"{folder}/{file} is damaged: {error}") from None
     except RuntimeError as error:

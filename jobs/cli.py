@@ -139,6 +139,10 @@ def ray_session(*, start: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A worker that does not answer, and one that never comes to a barrier (it may read the data first), are dead: by
+    # themselves Ray's barriers wait for ever.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "180")
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "3600")
     # Ray's core warns of Ray Data's own actors at every start, past Python's logging, at the level of errors.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     warnings.filterwarnings("ignore", module=r"ray\..*")

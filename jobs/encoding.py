@@ -150,22 +150,29 @@ def _people(train: Labels, val: Labels, config: ModelConfig, options: TrainOptio
     return {"num_people": len(people)}
 
 
+def _is_binary(labels: Labels, name: str) -> bool:
+    assert labels.attributes is not None
+    values = set(np.unique(labels.attributes[:, labels.attribute_names.index(name)]).tolist())
+    return values <= {-1, 1} or values <= {0, 1}
+
+
 def _rates(train: Labels, val: Labels, config: ModelConfig, options: TrainOptions) -> dict[str, Any]:
     names = config.encoder.attributes
     others = names[len(domain_attributes(config.domains)) :]
     for split, labels in (("train", train), ("val", val)):
-        for name in others:
-            if labels.attributes is None:
-                raise InputError(
-                    f"--encoder.attributes {name}: {config.data.name} has rows without attributes in its {split} "
-                    "split; prepare it again"
-                )
-            values = set(np.unique(labels.attributes[:, labels.attribute_names.index(name)]).tolist())
-            if not (values <= {-1, 1} or values <= {0, 1}):
-                raise InputError(
-                    f"--encoder.attributes {name}: it has {len(values)} different values in {config.data.name}; a "
-                    "classifier learns what is there or not (1 or -1, 1 or 0)"
-                )
+        if others and labels.attributes is None:
+            raise InputError(
+                f"--encoder.attributes {others[0]}: {config.data.name} has rows without attributes in its {split} "
+                "split; prepare it again"
+            )
+        if unfit := [name for name in others if not _is_binary(labels, name)]:
+            fit = [name for name in others if name not in unfit]
+            more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
+            raise InputError(
+                f"--encoder.attributes {' '.join(unfit[:3])}{more}: more than two values in {config.data.name}; a "
+                "classifier learns what is there or not (1 or -1, 1 or 0)"
+                + (f"; give --encoder.attributes {' '.join(fit)}" if fit else "; leave it out to learn the domain")
+            )
     truth = Truth(train, config, options)
     rows = training_rows(train, config, options)
     seen = [truth(rows, train.domain[rows])]

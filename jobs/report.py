@@ -30,6 +30,8 @@ HEADER, GAP = 26, 4
 """Height of a grid's row of headings, and what is left between its pictures, in pixels."""
 FILM_STEPS, FILM_ROWS, FILM_CELL = 6, 4, 96
 """How many steps and pictures a film strip has, and about the side of a picture."""
+MAX_LINES = 8
+"""As many can be told apart in a chart."""
 REFRESH_S = 30
 """How often a browser loads the page of a running run again."""
 CREDITS = {"licence": "Licence of the pictures", "credit": "Credit", "source": "Source"}
@@ -81,7 +83,7 @@ def build(run: Mapping[str, Any], evaluation: Mapping[str, Any], images: Sequenc
         *(_figure(caption, png) for caption, png in images),
         *(_figure(caption, png, kind) for kind, (caption, png) in run.get("samples", {}).items()),
         _metrics_tables(evaluation),
-        _curves(rows),
+        _curves(rows, config.get("method", "diffusion")),
         _details(config, run, evaluation),
     ]
     title = html.escape(_title(config, evaluation))
@@ -320,11 +322,16 @@ def _interval(value: Mapping[str, float] | None, digits: int) -> str:
     return f"{value['mean']:.{digits}f} <small>{value['low']:.{digits}f} … {value['high']:.{digits}f}</small>"
 
 
-def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
+def _curves(rows: Sequence[Mapping[str, Any]], method: str) -> str:
     val = [row for row in rows if row.get("split") == "val"]
     train = [row for row in rows if row.get("split") == "train"]
     charts = []
-    if len(val) + len(train) > 1:
+    if method in configs.ENCODERS:  # training minimises one thing, validation measures another
+        if len(train) > 1:
+            charts.append(("Loss that training minimises", lambda ax: draw_losses(ax, train, [])))
+        if len(val) > 1:
+            charts.append(("Validation loss with its 95 % band", lambda ax: draw_losses(ax, [], val)))
+    elif len(val) + len(train) > 1:
         charts.append(("Loss: training, and validation with its 95 % band", lambda ax: draw_losses(ax, train, val)))
     bands, lengths = _named(val, "loss_band_"), _named(val, "loss_ema_")
     if bands and len(val) > 1:
@@ -336,6 +343,8 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
         for key in dict.fromkeys(key for row in val for key, value in row.items() if isinstance(value, float))
         if not key.startswith("loss") and key != "ema_sigma_rel"
     }
+    if len(others) > MAX_LINES:  # of each of many attributes: the mean alone is drawn
+        others = {key: name for key, name in others.items() if not key.startswith("accuracy_")}
     if others and len(val) > 1:
         alt = "What else was measured of the validation pictures"
         charts.append((alt, lambda ax: draw_lines(ax, val, others, unit="mean")))
@@ -348,11 +357,13 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
             charts.append((alt, functools.partial(draw_lines, rows=train, labels={key: ""}, unit=unit)))
     if not charts:
         return ""
+    noise = ", timesteps and noise" if bands else ""
+    other = " It is not what training minimises: compare it with itself only." if method in configs.ENCODERS else ""
     figures = "".join(f"<figure>{_chart(draw, alt)}<figcaption>{alt}</figcaption></figure>" for alt, draw in charts)
     return (
         f'<section><h2>Training</h2><div class="charts">{figures}</div>'
-        '<p class="note">Validation uses the EMA weights, and the same pictures, timesteps and noise every time, so '
-        "the curve moves only when the network does.</p></section>"
+        f'<p class="note">Validation uses the EMA weights, and the same pictures{noise} every time, so '
+        f"the curve moves only when the network does.{other}</p></section>"
     )
 
 
@@ -437,6 +448,7 @@ def _render(draw: Any, theme: str) -> bytes:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.linewidth": 0.6,
+        "text.parse_math": False,  # names of attributes may hold a $
         "axes.prop_cycle": cycler.cycler(color=BANDS if theme == "light" else BANDS_DARK),
     }
     with matplotlib.rc_context(style):
@@ -556,10 +568,16 @@ def film_strip(grids: Mapping[int, bytes]) -> bytes:
     """From the grids of some steps, each source | translated | …, one grid: the source, what was made of it after each
     step, and what else the last grid shows."""
     last_columns, last = ungrid(grids[max(grids)])
-    films = [[row[1] for row in ungrid(grids[step])[1]] for step in sorted(grids)]
+    films = [[row[1] for row in ungrid(grids[step])[1][:FILM_ROWS]] for step in sorted(grids)]
     rows = [[row[0], *(film[i] for film in films), *row[2:]] for i, row in enumerate(last[:FILM_ROWS])]
+    rows = [[_reduced(picture) for picture in row] for row in rows]
     columns = [last_columns[0], *(f"{step:,}" for step in sorted(grids)), *last_columns[2:]]
     return labelled_grid(columns, rows, cell=FILM_CELL)
+
+
+def _reduced(picture: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "r r 3"]:
+    """By a whole factor to about FILM_CELL: the page of a run at 256 px is written and loaded often."""
+    return np.asarray(Image.fromarray(picture).reduce(max(picture.shape[0] // FILM_CELL, 1)))
 
 
 def _data_uri(png: bytes) -> str:
@@ -577,7 +595,7 @@ body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1000px; margin: 0 auto; padding: 40px 20px 80px; }
 header { margin-bottom: 28px; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 0 0 14px; }
 .facts, .where, .note, figcaption { color: var(--soft); margin: 0; }
 .where { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
@@ -586,7 +604,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   padding: 22px; margin: 0 0 18px; }
 .headline { font-size: 18px; margin: 0 0 16px; }
 .verdicts { list-style: none; margin: 0; padding: 0; display: grid; gap: 10px;
-  grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
 .verdicts li { display: flex; gap: 12px; padding: 12px 14px; border-radius: 8px; font-size: 14px; }
 .verdicts span { color: var(--soft); }
 .verdicts .mark { font-size: 20px; line-height: 1.1; font-weight: 700; }
@@ -608,7 +626,7 @@ img { max-width: 100%; height: auto; }
 img.grid { display: block; margin: 0 auto; background: #fff; padding: 6px; border-radius: 6px; }
 img.latest { max-height: 760px; width: auto; }
 @media (max-width: 700px) { img.film { max-width: none; width: 640px; } }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 22px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 22px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 table + table, .scroll + .scroll { margin-top: 20px; }

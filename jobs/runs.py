@@ -12,7 +12,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import pickle
 import platform
+import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -34,11 +36,16 @@ Files = Callable[..., dict[str, bytes]]
 """As `checkpoint.files`."""
 
 
-def describe(uri: str, config: ModelConfig) -> dict[str, bytes]:
-    """The files that a run starts with; what environment.json says of earlier attempts stays."""
+class NotOursError(InputError):
+    """The run's folder is gone, or another command trains there by now."""
+
+
+def describe(uri: str, config: ModelConfig, owner: str = "") -> dict[str, bytes]:
+    """The files that a run starts with; what environment.json says of earlier attempts stays. `owner`: which command
+    trains there from now on; an earlier one that still runs sees it and ends."""
     values = {"format": "ddpm-translate", "format_version": configs.FORMAT_VERSION, **configs.to_dict(config)}
-    environment = provenance.environment()
-    with contextlib.suppress(FileNotFoundError):
+    environment = {**provenance.environment(), "owner": owner}
+    with contextlib.suppress(FileNotFoundError, ValueError):  # nothing depends on what it says
         before = json.loads(storage.read_bytes(storage.join(uri, "environment.json")))
         environment["attempts"] = before.get("attempts", [])
     return {
@@ -50,15 +57,25 @@ def describe(uri: str, config: ModelConfig) -> dict[str, bytes]:
 def note_attempt(uri: str, start: int, world: int, device: torch.device, start_s: dict[str, float]) -> None:
     """Add to environment.json that training went on from here, where and with how many workers; `start_s`: what it took
     from the command, or the loss of workers, to the first step."""
-    name = storage.join(uri, "environment.json")
-    facts = json.loads(storage.read_bytes(name))
+    facts = read_environment(uri)
     hardware = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     )
     now = datetime.now(UTC).isoformat(timespec="seconds")
     attempt = {"date": now, "step": start, "num_workers": world, "hardware": hardware, "start_s": start_s}
     facts["attempts"] = [*facts.get("attempts", []), attempt]
-    storage.write_bytes(name, json.dumps(facts, indent=2).encode())
+    storage.write_bytes(storage.join(uri, "environment.json"), json.dumps(facts, indent=2).encode())
+
+
+def read_environment(uri: str) -> dict[str, Any]:
+    """Raises NotOursError: there is none, though every run begins with it."""
+    try:
+        return json.loads(storage.read_bytes(storage.join(uri, "environment.json")))
+    except FileNotFoundError:
+        raise NotOursError(
+            f"{uri} was removed or moved while it was trained; the same command begins anew, or goes on from where it "
+            "was moved to if --output says so"
+        ) from None
 
 
 class Run:
@@ -66,9 +83,18 @@ class Run:
     which only rank 0 has."""
 
     def __init__(
-        self, uri: str, config: ModelConfig, *, files: Files, comparable: bool, keep_every_steps: int = 0
+        self,
+        uri: str,
+        config: ModelConfig,
+        *,
+        files: Files,
+        comparable: bool,
+        keep_every_steps: int = 0,
+        owner: str | None = None,
     ) -> None:
-        """`files`, `comparable`: the objective's. `keep_every_steps`: checkpoints of every so many steps stay."""
+        """`files`, `comparable`: the objective's. `keep_every_steps`: checkpoints of every so many steps stay.
+        `owner`: as `describe`'s; None leaves it unchecked."""
+        self.owner = owner
         self.uri, self.config, self.files, self.comparable = uri, config, files, comparable
         self.keep_every_steps = keep_every_steps
         self.metrics: list[dict[str, Any]] = []
@@ -87,7 +113,17 @@ class Run:
         self.last = step
         with contextlib.suppress(FileNotFoundError):
             lines = storage.read_bytes(storage.join(self.uri, "metrics.jsonl")).decode().splitlines()
-            self.metrics = [row for line in lines if (row := json.loads(line))["step"] <= step]
+            try:
+                self.metrics = [row for line in lines if (row := json.loads(line))["step"] <= step]
+            except ValueError as error:
+                raise InputError(
+                    f"{self.uri}/metrics.jsonl is damaged ({error}); mend or delete it, and the same command goes on"
+                ) from None
+
+    def unvalidated(self, validates: Callable[[int], bool], *, before: int) -> list[int]:
+        """Steps whose checkpoints wait for a validation that was under way aside when the workers were lost."""
+        steps = [step for step in checkpoint_steps(self.uri) if step < before and validates(step)]
+        return [step for step in steps if self.validation(step) is None and is_complete(self.uri, folder_of(step))]
 
     def validation(self, step: int) -> dict[str, Any] | None:
         """The row of the validation after `step`, if there was one."""
@@ -104,7 +140,12 @@ class Run:
                 self.tracking.picture("samples", picture, row["step"])
 
     def flush(self) -> None:
-        """Put the metrics so far where others see them."""
+        """Put the metrics so far where others see them.
+
+        Raises:
+            NotOursError: it is no longer ours to write to.
+        """
+        self._check_ours()
         data = "".join(json.dumps(row) + "\n" for row in self.metrics).encode()
         storage.write_bytes(storage.join(self.uri, "metrics.jsonl"), data)
         if self.tracking:
@@ -160,32 +201,44 @@ class Run:
         """Wait until all is stored.
 
         Raises:
-            InputError: it could not be, and that is serious: `strict`, or not the first time.
+            InputError: it could not be, and that is serious: `strict`, not the first time, or the run is not ours.
         """
         underway, self.underway = self.underway, []
+        concurrent.futures.wait(underway)
         try:
             for future in underway:
                 future.result()
             self.num_lost = 0 if underway else self.num_lost
-        except (InputError, OSError):
+        except (InputError, OSError) as error:
             self.num_lost += 1
-            if strict or self.num_lost >= MAX_LOST_UPLOADS:
+            if strict or self.num_lost >= MAX_LOST_UPLOADS or isinstance(error, NotOursError):
                 raise
 
     def _later(self, deed: Callable[..., None], *args: Any) -> None:
         self.underway.append(self.storage.submit(deed, *args))
 
     def _store(self, step: int, files: dict[str, bytes], keep: set[int]) -> None:
-        for file, data in files.items():
-            storage.write_bytes(storage.join(self.uri, folder_of(step), file), data)
+        self._check_ours()
+        folder = storage.join(self.uri, folder_of(step))
+        try:
+            for file, data in files.items():
+                storage.write_bytes(storage.join(folder, file), data)
+        except (InputError, OSError):
+            with contextlib.suppress(InputError, OSError):  # or half of it would take the room that the next one needs
+                storage.delete_folder(folder)
+            raise
         self.checkpoint = step
         if self.tracking:
             self.tracking.checkpoint(step)
         self._tidy(keep)
 
     def _promote(self, row: dict[str, Any], of_epochs: int, keep: set[int]) -> None:
+        self._check_ours()
+        if not is_complete(self.uri, folder_of(row["step"])):
+            return  # it could not be stored, which `stored` tells
         best = read_best(self.uri)
-        if not best or row["loss"] <= best["metric"]["loss"] or not self.comparable:
+        known = best and is_complete(self.uri, best["checkpoint"])
+        if not known or row["loss"] <= best["metric"]["loss"] or not self.comparable:
             best = {
                 "checkpoint": folder_of(row["step"]),
                 "metric": {"name": "val/loss", "loss": row["loss"], "step": row["step"]},
@@ -198,12 +251,18 @@ class Run:
         self._tidy(keep)
 
     def _tidy(self, keep: set[int]) -> None:
-        """Drop checkpoints that are neither the best nor to be kept."""
+        """Drop checkpoints that are neither the best nor to be kept, nor the last that is whole: of those to be kept
+        some may have been lost."""
         kept = {folder_of(step) for step in keep} | {read_best(self.uri).get("checkpoint")}
-        for name in storage.list_folders(storage.join(self.uri, "checkpoints")):
-            milestone = self.keep_every_steps and int(name.removeprefix("step-")) % self.keep_every_steps == 0
-            if f"checkpoints/{name}" not in kept and not milestone:
-                storage.delete_folder(storage.join(self.uri, "checkpoints", name))
+        kept.add(folder_of(latest_checkpoint(self.uri)[0]))
+        for step in checkpoint_steps(self.uri):
+            milestone = self.keep_every_steps and step % self.keep_every_steps == 0
+            if folder_of(step) not in kept and not milestone:
+                storage.delete_folder(storage.join(self.uri, folder_of(step)))
+
+    def _check_ours(self) -> None:
+        if self.owner is not None and read_environment(self.uri).get("owner") != self.owner:
+            raise NotOursError(f"{self.uri} is trained by a command given later; this one ends here")
 
 
 def folder_of(step: int) -> str:
@@ -211,17 +270,49 @@ def folder_of(step: int) -> str:
 
 
 def read_best(uri: str) -> dict[str, Any]:
-    """`best.json` of a run, {} where there is none yet."""
+    """`best.json` of a run, {} where there is none yet.
+
+    Raises:
+        InputError: it is damaged.
+    """
     try:
         return json.loads(storage.read_bytes(storage.join(uri, "best.json")))
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise InputError(f"{uri}/best.json is damaged ({error}); delete it, and the same command goes on") from None
+
+
+def checkpoint_steps(uri: str) -> list[int]:
+    """Steps of a run's checkpoints, whole or not, in order. What else lies beside them is not ours."""
+    names = storage.list_folders(storage.join(uri, "checkpoints"))
+    return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d{8,})", name)))
+
+
+def is_complete(uri: str, folder: str) -> bool:
+    """Whether this checkpoint of a run, as `folder_of` names it, is whole."""
+    return storage.exists(storage.join(uri, folder, "config.json"))
+
+
+def read_state(folder: str) -> dict[str, Any]:
+    """What training goes on from, of a checkpoint.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    name = storage.join(folder, "train_state", "state.pt")
+    try:
+        return torch.load(io.BytesIO(storage.read_bytes(name)), weights_only=True, map_location="cpu")
+    except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise InputError(
+            f"{name} is {what}; delete the folder {folder}, and the same command goes on from the checkpoint before it"
+        ) from None
 
 
 def latest_checkpoint(uri: str) -> tuple[int, str]:
     """(step, folder) of the newest complete checkpoint of a run that training can go on from; (0, "") for none."""
-    folder = storage.join(uri, "checkpoints")
-    for name in reversed(storage.list_folders(folder)):
-        if name.startswith("step-") and storage.exists(storage.join(folder, name, "config.json")):
-            return int(name.removeprefix("step-")), storage.join(folder, name)
+    for step in reversed(checkpoint_steps(uri)):
+        if is_complete(uri, folder_of(step)):
+            return step, storage.join(uri, folder_of(step))
     return 0, ""

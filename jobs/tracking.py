@@ -12,6 +12,7 @@ import logging
 import os
 import posixpath
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -90,9 +91,10 @@ class Tracking:
 
     def log(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl."""
-        for key, name in OF_ROW.items():
-            self._set(name, row.get(key))
-        self._set("ddpm_train_step", row["step"])
+        if row["split"] == "train":  # one of validation done aside comes when training is further
+            for key, name in OF_ROW.items():
+                self._set(name, row.get(key))
+            self._set("ddpm_train_step", row["step"])
         self._set("ddpm_train_loss", row.get("loss"), split=row["split"])
         self._put("row", row)
 
@@ -221,6 +223,10 @@ class Events:
             raise
 
 
+FORBIDDEN = re.compile(r"[^\w.\- :]")
+"""What MLflow refuses in the name of a metric, such as the accuracy on a domain called "day (old)"."""
+
+
 class Mlflow:
     """A run of MLflow; `mlflow.json` in the run's folder says which, so that a resumed run goes on with it."""
 
@@ -241,7 +247,7 @@ class Mlflow:
 
         now = int(time.time() * 1000)
         metrics = [
-            Metric(f"{split}/{name}", value, now, row["step"])
+            Metric(f"{split}/{FORBIDDEN.sub('_', name)}", value, now, row["step"])
             for name, value in row.items()
             if isinstance(value, float)
         ]
@@ -355,9 +361,9 @@ def mlflow_uri(text: str) -> str:
         if not path:
             raise InputError(f"--mlflow {text} names no file; give sqlite:///path/to/mlflow.db")
         return f"sqlite:///{Path(path).absolute()}"
-    if text in SCHEMES or scheme in SCHEMES:
+    if text in ("databricks", "uc") or (scheme in SCHEMES and not re.fullmatch(r"https?:/*", text)):
         return text
-    if scheme not in ("", "file"):
+    if scheme not in ("", "file") or not text:
         raise InputError(f"--mlflow {text}: give a server (http://…), a database (sqlite:///…) or a local folder")
     folder = Path(text.removeprefix("file://").removeprefix("file:"))
     if folder.suffix == ".db" or folder.is_file():

@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -206,6 +207,12 @@ def check_fit(card: data.DatasetCard, config: ModelConfig, args: Args) -> None:
         raise InputError(f"--checkpoint-every-minutes is {args.checkpoint_every_minutes}; it must be positive")
     if len(config.domains) < 2 and config.method not in configs.ENCODERS:
         raise InputError(f"{args.data} has one domain, {config.domains[0]!r}; translation needs two")
+    if not 0 <= options.optim.weight_decay < math.inf:
+        raise InputError(f"--optim.weight-decay is {options.optim.weight_decay}; it must be 0 or more")
+    if not workers and args.validate == "aside":
+        raise InputError("--validate aside: with --num-workers 0 there is this process alone; leave it out")
+    if workers < 2 and args.parallel == "fsdp" and options.method == "diffusion":
+        raise InputError(f"--parallel fsdp shares a network among workers; --num-workers {args.num_workers} has no two")
     check_method(card, args)
     check_rows(card, config, args)
     check_added_losses(options)
@@ -345,7 +352,13 @@ def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
         raise InputError(
             f"{run} holds a run with {name} = {was}, this command says {now}; give it back, or another --output"
         )
-    return runs.read_best(run).get("epochs") == options.epochs
+    best = runs.read_best(run)
+    if (epochs := best.get("epochs", 0)) > options.epochs:
+        raise InputError(
+            f"{run} was trained for {epochs} epochs, this command says {options.epochs}; give {epochs} or more, or "
+            "another --output"
+        )
+    return epochs == options.epochs and runs.is_complete(run, best["checkpoint"])
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -357,8 +370,9 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, 
         yield name, old, new
 
 
-HANGS_S = 900
-"""How long workers wait for each other before they take one for dead; storage may be retried for minutes."""
+HANGS_S = 3600
+"""How long workers wait for each other; rank 0 may be validating alone. One that is stopped or cut off is found dead by
+Ray within minutes."""
 
 
 def check_cluster(args: Args) -> None:
@@ -404,13 +418,16 @@ def fit(args: Args, config: ModelConfig, dataset: str, run: str, times: profilin
     from jobs import arrays, parallel
     from jobs.train_loop import train_loop
 
-    for name, content in runs.describe(run, config).items():
-        storage.write_bytes(storage.join(run, name), content)
-    local = not args.workers[1]
+    local, aside = not args.workers[1], None
     if not local:
         check_cluster(args)
+        aside = resources_aside(args)
         arrays.spread(dataset, ("train", "val"), resource="GPU" if args.use_gpu else "CPU")
     profiling.note(times, "data")
+    # Only now that we can begin: a command that trains there ends when it sees it.
+    owner = uuid.uuid4().hex
+    for name, content in runs.describe(run, config, owner).items():
+        storage.write_bytes(storage.join(run, name), content)
     board = watching.Board() if local else ray.remote(num_cpus=0)(watching.Board).remote()
     attempts = storage.join(run, ".ray")  # Ray's own notes; ours are what a resumed run reads
     trainer = functools.partial(
@@ -419,6 +436,7 @@ def fit(args: Args, config: ModelConfig, dataset: str, run: str, times: profilin
         train_loop_config={
             "data": dataset,
             "run": run,
+            "owner": owner,
             "config": configs.to_dict(config),
             "options": configs.to_dict(args.options),
             "board": board,
@@ -426,7 +444,7 @@ def fit(args: Args, config: ModelConfig, dataset: str, run: str, times: profilin
             "keep_every_epochs": args.keep_every_epochs,
             "parallel": args.parallel,
             "mlflow": args.mlflow,
-            "aside": None if local else resources_aside(args),
+            "aside": aside,
             "times": times,
             "profile": args.profile,
         },
@@ -456,7 +474,8 @@ def fit(args: Args, config: ModelConfig, dataset: str, run: str, times: profilin
                 failures = 1 if step > before else failures + 1
                 if failures > args.max_failures or local or cli.input_error(error) is not None:
                     raise
-                print(f"workers were lost; training goes on from step {step:,}", file=sys.stderr, flush=True)
+                cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                print(f"workers were lost ({cause}); going on from step {step:,}", file=sys.stderr, flush=True)
                 times.clear()  # as in the job: it starts anew
                 profiling.note(times, "loss")
                 check_cluster(args)

@@ -29,7 +29,7 @@ NUM_BANDS = 4
 """Validation is also reported for each quarter of the chain, the least noisy first."""
 NUM_PICTURES = 6
 """Fixed pictures that are translated at each validation, to be looked at."""
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 """How long a task that validates is waited for when the next one is due; then rank 0 does it itself."""
 
 Weights = dict[float, dict[str, Tensor]]
@@ -162,6 +162,7 @@ class Aside:
     def __init__(self, job: dict[str, Any], *, rank: int) -> None:
         self.resources, self.rank = job["aside"], rank
         self.job = {name: job[name] for name in ("data", "config", "options")}
+        self.device = torch.device("cuda" if self.resources["num_gpus"] else "cpu")
         self.running: tuple[dict[str, Any], Any, Any] | None = None
         self.found: list[tuple[dict[str, Any], Found]] = []
 
@@ -176,12 +177,12 @@ class Aside:
         free, needed = ray.available_resources(), self.resources
         if free.get("CPU", 0) < needed["num_cpus"] or free.get("GPU", 0) < needed["num_gpus"]:
             # The node that was to spare is gone or at work for us; the task would wait for it for ever.
-            self.found.append((facts, validate(self.job, weights)))
+            self.found.append((facts, validate(self.job, weights, self.device)))
             return
         held = ray.put({length: {k: v.cpu() for k, v in state.items()} for length, state in weights.items()})
         outside = PlacementGroupSchedulingStrategy(placement_group=None)  # the workers' own has no room
         task = ray.remote(**self.resources, max_retries=2, scheduling_strategy=outside)(validate)
-        self.running = facts, held, task.remote(self.job, held)
+        self.running = facts, held, task.remote(self.job, held, self.device)
 
     def take(self, *, wait: bool = False) -> list[tuple[dict[str, Any], Found]]:
         import ray
@@ -194,14 +195,13 @@ class Aside:
             return [*found, (facts, ray.get(task, timeout=PATIENCE_S))]
         except ray.exceptions.RayError:  # its node is gone, or never came; where it is our mistake, this raises it
             ray.cancel(task, force=True)
-            return [*found, (facts, validate(self.job, ray.get(held)))]
+            return [*found, (facts, validate(self.job, ray.get(held), self.device))]
 
 
-def validate(job: dict[str, Any], weights: Weights) -> Found:
+def validate(job: dict[str, Any], weights: Weights, device: torch.device) -> Found:
     """The whole validation by this process alone, of weights that came from elsewhere."""
     config = configs.from_dict(ModelConfig, job["config"])
     options = configs.from_dict(TrainOptions, job["options"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = objective(config, options, device)
     ema = EMA(method.network, sigma_rels=options.optim.ema_sigma_rels)
     ema.load_state_dict(weights)

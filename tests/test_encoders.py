@@ -509,6 +509,9 @@ def test_what_is_missing_or_of_another_kind_is_named(tmp_path, checkpoint_folder
         encoders.load_encoder(str(tmp_path))
     with pytest.raises(InputError, match="is not an encoder's but a ddpm-translate checkpoint's"):
         encoders.load_encoder(checkpoint_folder)
+    write(tmp_path, {"config.json": json.dumps({"format": "ddpm-translate", "method": "identity"}).encode()})
+    with pytest.raises(InputError, match=r"a run that has no encoder yet .* the same jobs\.train command goes on"):
+        encoders.load_encoder(str(tmp_path))
     files = encoders.encoder_files(net_of(IDENTITY).state_dict(), IDENTITY)
     write(tmp_path, {"config.json": files["config.json"]})
     with pytest.raises(InputError, match=r"model\.safetensors is missing"):

@@ -392,7 +392,11 @@ def test_two_workers_compute_what_one_does(ray_cluster, crowd_folder, tmp_path):
         ("attributes", ["--gan.l1-weight", "5"], "--gan.l1-weight has no effect with --method attributes"),
         ("diffusion", ["--encoder.scale", "5"], "--encoder.scale has no effect with --method diffusion"),
         ("attributes", ["--encoder.attributes", "bleu"], "--encoder.attributes bleu (did you mean 'blue'?)"),
-        ("attributes", ["--encoder.attributes", "shade"], "shade: it has 7 different values in crowd"),
+        (
+            "attributes",
+            ["--encoder.attributes", "shade"],
+            "shade: more than two values in crowd; a classifier",
+        ),
         (
             "attributes",
             ["--encoder.attributes", "blue", "here"],

@@ -164,6 +164,43 @@ def test_a_run_that_has_hardly_begun_still_has_a_report(tmp_path: Path) -> None:
     assert "mine: a ⇄ b" in (tmp_path / "report.html").read_text()
 
 
+def test_what_an_encoder_minimises_and_what_is_measured_of_it_are_drawn_apart(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    together, apart = "Loss: training, and validation", "Loss that training minimises"
+    for method, there, not_there in (("diffusion", together, apart), ("identity", apart, together)):
+        (run / "config.json").write_text(json.dumps({**config, "method": method}))
+        report.write_report(str(run), run_uri=str(run))
+        page = (run / "report.html").read_text()
+        assert there in page
+        assert not_there not in page
+        assert ("compare it with itself only" in page) == (method == "identity")
+
+
+def test_many_attributes_are_drawn_as_their_mean_and_odd_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[str]] = []
+    draw_lines = report.draw_lines
+
+    def note(axes: Any, rows: Any, labels: Any, **options: Any) -> None:
+        drawn.append([*labels.values()])
+        draw_lines(axes, rows, labels, **options)
+
+    monkeypatch.setattr(report, "draw_lines", note)
+    for count, shown in ((2, ["accuracy", r"accuracy $\0$", r"accuracy $\1$"]), (40, ["accuracy"])):
+        accuracies = {"accuracy": 0.5, **{rf"accuracy_$\{i}$": 0.5 for i in range(count)}}
+        rows = [{"step": n, "split": "val", "loss": 1.0, **accuracies} for n in (1, 2)]
+        drawn.clear()
+        report.build({"rows": rows}, {}, [])
+        assert drawn == [shown, shown]  # light and dark
+
+
+def test_a_film_of_large_pictures_is_reduced() -> None:
+    grid = report.labelled_grid(["source", "translated"], [[picture(10, 256), picture(20, 256)]])
+    columns, rows = report.ungrid(report.film_strip({50: grid, 100: grid}))
+    assert columns == ["source", "50", "100"]
+    assert [each.shape for each in rows[0]] == [(128, 128, 3)] * 3
+    assert [each[0, 0, 0] for each in rows[0]] == [10, 20, 20]
+
+
 def test_losses_that_fall_far_are_drawn_on_a_log_scale() -> None:
     from matplotlib.figure import Figure
 

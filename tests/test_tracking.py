@@ -194,6 +194,36 @@ def test_mlflow_gets_curves_parameters_and_pictures_and_a_resumed_run_goes_on(cl
     assert curve(client, run.info.run_id, "val/loss") == [(2, 0.75)]
 
 
+def test_names_that_mlflow_refuses_do_not_keep_it_from_the_rest(client: Any, tmp_path: Path) -> None:
+    to = Tracking(str(tmp_path / "run"), CONFIG, mlflow=mlflow_uri(str(tmp_path / "mlflow")), use_ray=False)
+    to.log({**row(2, "val", 0.75), "accuracy_day (old)": 0.5, "accuracy_männlich": 0.25})
+    to.close()
+    assert to.warnings == []
+    (run,) = runs_of(client)
+    assert curve(client, run.info.run_id, "val/accuracy_day _old_") == [(2, 0.5)]
+    assert curve(client, run.info.run_id, "val/accuracy_männlich") == [(2, 0.25)]
+    assert curve(client, run.info.run_id, "val/loss") == [(2, 0.75)]
+
+
+def test_a_validation_done_aside_does_not_set_the_gauges_back(tmp_path: Path) -> None:
+    to = Tracking(str(tmp_path), CONFIG, use_ray=False)
+    seen: dict[str, float] = {}
+
+    class Gauge:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+            seen[" ".join([self.name, *(tags or {}).values()])] = value
+
+    to.gauges = {name: Gauge(name) for name in GAUGES}
+    to.log(row(4))
+    to.log(row(2, "val", 0.75))
+    to.close()
+    assert seen["ddpm_train_step"] == 4
+    assert (seen["ddpm_train_loss train"], seen["ddpm_train_loss val"]) == (0.5, 0.75)
+
+
 def test_a_run_that_mlflow_no_longer_has_is_begun_anew(client: Any, tmp_path: Path) -> None:
     uri, server = str(tmp_path / "run"), mlflow_uri(str(tmp_path / "mlflow"))
     storage.write_bytes(f"{uri}/mlflow.json", json.dumps({"tracking_uri": server, "run_id": "0" * 32}).encode())
@@ -264,6 +294,9 @@ def test_mlflow_uris_are_made_absolute_and_wrong_ones_refused(tmp_path: Path, mo
         mlflow_uri("s3://b/c")
     with pytest.raises(InputError, match="names no file"):
         mlflow_uri("sqlite://")
+    for nothing in ("", "http://", "https:"):
+        with pytest.raises(InputError, match=f"--mlflow {nothing}: give a server"):
+            mlflow_uri(nothing)
 
 
 # -- Prometheus ---------------------------------------------------------------------------------------------------

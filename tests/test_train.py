@@ -25,7 +25,7 @@ from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from ddpm_core.gan import Generator
 from ddpm_core.translator import Translator
-from jobs import arrays, data, objectives, runs, samples, storage, train, train_loop, translate, validation
+from jobs import arrays, cli, data, objectives, runs, samples, storage, train, train_loop, translate, validation
 from jobs.presets import PRESETS, TrainOptions
 
 CPU = torch.device("cpu")
@@ -337,6 +337,130 @@ def test_checkpoints_that_cannot_be_stored(tmp_path, monkeypatch):
     save(7)
     with pytest.raises(InputError, match="no space left"):  # after a validation it counts at once
         folder.stored(strict=True)
+
+
+def test_a_checkpoint_that_was_lost_is_not_promoted_and_costs_none_before_it(tmp_path, monkeypatch):
+    """The store failed for as long as the checkpoint took, and was well again when best.json was written."""
+    ema = EMA(torch.nn.Linear(1, 1), sigma_rels=(0.1,))
+    folder = runs.Run(str(tmp_path), ModelConfig(), files=checkpoint.files, comparable=True)
+    write = storage.write_bytes
+
+    def failing(uri: str, data: bytes) -> None:
+        if uri.endswith("step-00000003/config.json"):
+            raise InputError(f"{uri}: no space left on the device; free some or write elsewhere")
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", failing)
+
+    def promote(step: int, loss: float) -> None:
+        folder.promote({"step": step, "epoch": step, "loss": loss, "ema_sigma_rel": 0.1}, of_epochs=3)
+
+    folder.save(1, ema.state_dict(), {}, strict=True)
+    promote(1, 0.5)
+    folder.save(2, ema.state_dict(), {}, strict=True)
+    folder.stored(strict=True)
+    folder.save(3, ema.state_dict(), {}, strict=True)
+    promote(2, 0.6)  # known late: it was found aside
+    promote(3, 0.4)
+    with pytest.raises(InputError, match="no space left"):
+        folder.stored(strict=True)
+    best = runs.read_best(str(tmp_path))
+    assert best["checkpoint"] == "checkpoints/step-00000001"
+    assert "epochs" not in best  # not whole
+    kept = sorted(each.name for each in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000001", "step-00000002"]  # nothing half-written takes the room that is lacking
+
+
+def test_of_two_commands_for_one_run_the_earlier_ends(tmp_path):
+    def command(name: str) -> runs.Run:
+        for file, content in runs.describe(str(tmp_path), ModelConfig(), name).items():
+            storage.write_bytes(str(tmp_path / file), content)
+        return runs.Run(str(tmp_path), ModelConfig(), files=checkpoint.files, comparable=True, owner=name)
+
+    ema = EMA(torch.nn.Linear(1, 1), sigma_rels=(0.1,))
+    first = command("first")
+    first.save(1, ema.state_dict(), {}, strict=False)
+    first.stored(strict=False)
+    second = command("second")
+    second.save(2, ema.state_dict(), {}, strict=False)
+    second.stored(strict=False)
+    first.save(3, ema.state_dict(), {}, strict=False)
+    with pytest.raises(InputError, match="is trained by a command given later; this one ends here"):
+        first.stored(strict=False)
+    with pytest.raises(InputError, match="given later"):
+        first.flush()
+    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    shutil.rmtree(tmp_path)
+    with pytest.raises(InputError, match="was removed or moved while it was trained"):
+        second.flush()
+    assert not tmp_path.exists()
+
+
+def test_a_validation_that_was_under_way_aside_is_made_up_for(dataset_folder, tmp_path):
+    """The checkpoint of a later step was stored, the validation of an earlier one was not done."""
+    flags = [*HERE, "--keep-every-epochs", "1"]
+    assert run(dataset_folder, tmp_path / "run", *flags) == 0
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
+    best = (tmp_path / "run/best.json").read_text()
+    (tmp_path / "run/metrics.jsonl").write_text("".join([lines[0], *lines[2:]]))
+    (tmp_path / "run/best.json").unlink()
+    assert run(dataset_folder, tmp_path / "run", *flags) == 0
+    found = sorted(metrics_of(tmp_path / "run"), key=lambda row: (row["step"], row["split"]))
+    for row, before in zip(found, map(json.loads, lines), strict=True):
+        assert row.pop("split") == before.pop("split")
+        assert row == pytest.approx(before, rel=1e-6)
+    assert json.loads((tmp_path / "run/best.json").read_text())["checkpoint"] == json.loads(best)["checkpoint"]
+
+
+def test_runs_that_are_damaged_old_or_too_long_are_told_apart(dataset_folder, tmp_path):
+    folder = tmp_path / "run"
+    assert run(dataset_folder, folder, *HERE) == 0
+    whole, last = weights(folder), folder / "checkpoints/step-00000004"
+    with pytest.raises(InputError, match=r"was trained for 2 epochs, this command says 1; give 2 or more"):
+        run(dataset_folder, folder, *HERE, "--epochs", "1")
+    shutil.copytree(last, folder / "checkpoints/step-00000004-mine")  # somebody's, neither read nor deleted
+    best = (folder / "best.json").read_text()
+    (folder / "best.json").write_text("")
+    with pytest.raises(InputError, match=r"best\.json is damaged .* delete it, and the same command goes on"):
+        run(dataset_folder, folder, *HERE)
+    (folder / "best.json").unlink()
+    state = last / "train_state/state.pt"
+    content = state.read_bytes()
+    for damage, what in ((lambda: state.write_bytes(content[:999]), "damaged"), (state.unlink, "missing")):
+        damage()
+        with pytest.raises(Exception, match=r"state\.pt") as error:
+            run(dataset_folder, folder, *HERE)
+        assert f"state.pt is {what}; delete the folder {last}" in str(cli.input_error(error.value))
+    state.write_bytes(content)
+    metrics = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(metrics[:-9])
+    (folder / "environment.json").write_text("{")
+    with pytest.raises(Exception, match=r"metrics\.jsonl") as error:
+        run(dataset_folder, folder, *HERE)
+    assert "metrics.jsonl is damaged" in str(cli.input_error(error.value))
+    (folder / "metrics.jsonl").write_text(metrics)
+    with pytest.raises(Exception, match="epochs") as error:  # no best.json that says so
+        run(dataset_folder, folder, *HERE, "--epochs", "1")
+    assert "is trained for more than 1 epochs; give --epochs 2 or more" in str(cli.input_error(error.value))
+    (folder / "best.json").write_text(best)  # of a checkpoint that is gone
+    shutil.rmtree(last)
+    assert run(dataset_folder, folder, *HERE) == 0
+    for name, tensor in weights(folder).items():
+        assert torch.equal(tensor, whole[name]), name
+    assert (folder / "checkpoints/step-00000004-mine/config.json").exists()
+
+
+def test_what_earlier_releases_stored_is_gone_on_from(dataset_folder, tmp_path):
+    """They stored at the ends of epochs only, and no losses."""
+    for folder in (tmp_path / "old", tmp_path / "new"):
+        assert run(dataset_folder, folder, *HERE, "--epochs", "1") == 0
+    path = tmp_path / "old/checkpoints/step-00000002/train_state/state.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({name: state[name] for name in ("model", "optimizer", "ema")}, path)
+    for folder in (tmp_path / "old", tmp_path / "new"):
+        assert run(dataset_folder, folder, *HERE) == 0
+    for row, other in zip(metrics_of(tmp_path / "old"), metrics_of(tmp_path / "new"), strict=True):
+        assert row["loss"] == other["loss"]
 
 
 @pytest.mark.slow
@@ -658,10 +782,10 @@ def test_gans_name_their_losses_and_measure_the_same_in_training_and_validation(
         assert found["loss"].item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.slow
-def test_a_picture_as_its_own_guide(ray_cluster, dataset_folder, tmp_path):
+def test_a_picture_as_its_own_guide(dataset_folder, tmp_path):
     """Trained to make a picture from its structure and its label, then asked for the other label."""
-    assert run(dataset_folder, tmp_path / "run", "--pairing", "self", "--max-shift", "1", "--epochs", "1") == 0
+    flags = ["--pairing", "self", "--max-shift", "1", "--epochs", "1"]
+    assert run(dataset_folder, tmp_path / "run", *HERE, *flags) == 0
     there = checkpoint.load(str(tmp_path / "run"))
     assert (there.config.shown, there.config.data.pairing) == ("structure", "self")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -675,8 +799,8 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
     """Trained, resumed and put to use by the same commands; two workers compute what one does."""
     flags = ["--method", "pix2pix", "--epochs", "3"]
     output = tmp_path / "run"
-    assert run(dataset_folder, output, *flags[:2], "--epochs", "1") == 0
-    assert run(dataset_folder, output, *flags) == 0
+    assert run(dataset_folder, output, *HERE, *flags[:2], "--epochs", "1") == 0
+    assert run(dataset_folder, output, *HERE, *flags) == 0
     assert run(dataset_folder, tmp_path / "whole", *flags, "--num-workers", "2") == 0
     one, two = weights(output), weights(tmp_path / "whole")
     for name, tensor in one.items():
@@ -719,6 +843,9 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
             ["--method", "cyclegan", "--parallel", "fsdp"],
             "--parallel fsdp: cyclegan trains with ddp only; leave it out",
         ),
+        (["--num-workers", "0", "--validate", "aside"], "--validate aside: with --num-workers 0 there is this process"),
+        (["--parallel", "fsdp"], "--parallel fsdp shares a network among workers; --num-workers 1 has no two"),
+        (["--optim.weight-decay", "-1"], "--optim.weight-decay is -1.0; it must be 0 or more"),
         (["--keep-every-epochs", "-1"], "--keep-every-epochs is -1; it must be 0 or more"),
         (["--num-workers", "many"], "--num-workers is many; give a number such as 4, or least:most such as 2:8"),
         (["--accumulate", "0"], "--accumulate is 0; it must be positive"),

@@ -90,7 +90,7 @@ def on_s3(s3: S3Server, dataset_folder: str) -> str:
 
 @pytest.mark.slow
 def test_a_node_is_lost_and_the_run_ends_with_the_same_weights(nodes, on_s3, ray_cluster, tmp_path):
-    output, flags = on_s3.replace("data", "lost"), ["--epochs", "60", "--num-workers", "2"]
+    output, flags = on_s3.replace("data", "lost"), ["--epochs", "200", "--num-workers", "2"]
     with training(output, on_s3, *flags, *OFTEN, env=nodes.env) as begun:
         begun.wait_for(random.randint(1, 20))
         resumed, lost, _ = struck(begun, lambda: nodes.kill(nodes.with_worker()[0]))
@@ -141,7 +141,7 @@ def whole(dataset_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return output
 
 
-SIXTY = ["--epochs", "60", *HERE, *OFTEN]
+SIXTY = ["--epochs", "60", *HERE, "--checkpoint-every-minutes", "0.0001"]
 
 
 def test_a_server_that_is_back_soon_is_waited_for(own_s3, prefix, dataset_folder, whole):
