@@ -99,6 +99,8 @@ class Run:
         self.keep_every_steps = keep_every_steps
         self.metrics: list[dict[str, Any]] = []
         self.tracking: Tracking | None = None
+        self.started = ""
+        """Where the time until the first step went, once that is known."""
         self.validated = self.checkpoint = 0
         """Steps of the last validation others can see, and of the last checkpoint stored."""
         self.storage = concurrent.futures.ThreadPoolExecutor(1)
@@ -155,7 +157,8 @@ class Run:
     def told(self) -> dict[str, Any]:
         """What the driver shows of it."""
         warnings = list(self.tracking.warnings) if self.tracking else []
-        return {"validated": self.validated, "checkpoint": self.checkpoint, "warnings": warnings}
+        told = {"validated": self.validated, "checkpoint": self.checkpoint, "warnings": warnings}
+        return {**told, "started": self.started}
 
     def close(self, status: str) -> None:
         """Store what `tracking` still has; `status` as its `close` takes it."""

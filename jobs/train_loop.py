@@ -174,6 +174,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
         traced()
         if step == start and rank == 0:
             profiling.note(times, "first step")
+            run.started = profiling.told(profiling.spans(times))
             note_attempt(job["run"], start, world, device, profiling.spans(times))
         rest = done % steps_per_epoch
         if rest and not agreed & (SAVE | STOP):

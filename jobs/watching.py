@@ -34,7 +34,8 @@ class Board:
 
     def post(self, state: dict[str, Any]) -> None:
         """`state`: step, total, start (the step this attempt began at), and where known epoch, loss, validated and
-        checkpoint (steps of the last one logged and stored), warnings (a list of lines)."""
+        checkpoint (steps of the last one logged and stored), started (where the time until the first step went),
+        warnings (a list of lines)."""
         self.state = state
 
     def look(self) -> dict[str, Any]:
@@ -102,6 +103,9 @@ class Watch:
             self.seen.popleft()
         for warning in state.get("warnings", []):
             self._tell(warning)
+        if (started := state.get("started", "")) and started not in self.told:
+            self.told.add(started)
+            print(f"train: {started}", file=sys.stderr, flush=True)
         if self.bar is not None:
             loss = state.get("loss")
             self.bar.at(state["step"], "" if loss is None else f"loss {loss:.3g}")
