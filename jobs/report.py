@@ -103,10 +103,9 @@ def _read_run(uri: str) -> dict[str, Any]:
     found: dict[str, Any] = {"uri": uri}
     for key, name in {"config": "config.json", "environment": "environment.json", "best": "best.json"}.items():
         with contextlib.suppress(FileNotFoundError):
-            found[key] = json.loads(storage.read_bytes(storage.join(uri, name)))
+            found[key] = storage.read_json(storage.join(uri, name))
     with contextlib.suppress(FileNotFoundError):
-        lines = storage.read_bytes(storage.join(uri, "metrics.jsonl")).decode().splitlines()
-        found["rows"] = [json.loads(line) for line in lines if line.strip()]
+        found["rows"] = storage.read_json_lines(storage.join(uri, "metrics.jsonl"))
     return found
 
 

@@ -45,8 +45,8 @@ def describe(uri: str, config: ModelConfig, owner: str = "") -> dict[str, bytes]
     trains there from now on; an earlier one that still runs sees it and ends."""
     values = {"format": "ddpm-translate", "format_version": configs.FORMAT_VERSION, **configs.to_dict(config)}
     environment = {**provenance.environment(), "owner": owner}
-    with contextlib.suppress(FileNotFoundError, ValueError):  # nothing depends on what it says
-        before = json.loads(storage.read_bytes(storage.join(uri, "environment.json")))
+    with contextlib.suppress(FileNotFoundError, *storage.NOT_JSON):  # nothing depends on what it says
+        before = storage.read_json(storage.join(uri, "environment.json"))
         environment["attempts"] = before.get("attempts", [])
     return {
         "environment.json": json.dumps(environment, indent=2).encode(),
@@ -57,7 +57,10 @@ def describe(uri: str, config: ModelConfig, owner: str = "") -> dict[str, bytes]
 def note_attempt(uri: str, start: int, world: int, device: torch.device, start_s: dict[str, float]) -> None:
     """Add to environment.json that training went on from here, where and with how many workers; `start_s`: what it took
     from the command, or the loss of workers, to the first step."""
-    facts = read_environment(uri)
+    try:
+        facts = read_environment(uri)
+    except storage.NOT_JSON:  # damaged; nothing depends on what it said
+        facts = {}
     hardware = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     )
@@ -70,7 +73,7 @@ def note_attempt(uri: str, start: int, world: int, device: torch.device, start_s
 def read_environment(uri: str) -> dict[str, Any]:
     """Raises NotOursError: there is none, though every run begins with it."""
     try:
-        return json.loads(storage.read_bytes(storage.join(uri, "environment.json")))
+        return storage.read_json(storage.join(uri, "environment.json"))
     except FileNotFoundError:
         raise NotOursError(
             f"{uri} was removed or moved while it was trained; the same command begins anew, or goes on from where it "
@@ -114,10 +117,10 @@ class Run:
         """Take up the metrics of the steps that are kept; what came after the checkpoint is computed again."""
         self.last = step
         with contextlib.suppress(FileNotFoundError):
-            lines = storage.read_bytes(storage.join(self.uri, "metrics.jsonl")).decode().splitlines()
             try:
-                self.metrics = [row for line in lines if (row := json.loads(line))["step"] <= step]
-            except ValueError as error:
+                rows = storage.read_json_lines(storage.join(self.uri, "metrics.jsonl"))
+                self.metrics = [row for row in rows if row["step"] <= step]
+            except storage.NOT_JSON as error:
                 raise InputError(
                     f"{self.uri}/metrics.jsonl is damaged ({error}); mend or delete it, and the same command goes on"
                 ) from None
@@ -264,7 +267,11 @@ class Run:
                 storage.delete_folder(storage.join(self.uri, folder_of(step)))
 
     def _check_ours(self) -> None:
-        if self.owner is not None and read_environment(self.uri).get("owner") != self.owner:
+        if self.owner is None:
+            return
+        with contextlib.suppress(*storage.NOT_JSON):  # damaged: it says of nobody else that it is theirs
+            if read_environment(self.uri).get("owner") == self.owner:
+                return
             raise NotOursError(f"{self.uri} is trained by a command given later; this one ends here")
 
 
@@ -279,10 +286,10 @@ def read_best(uri: str) -> dict[str, Any]:
         InputError: it is damaged.
     """
     try:
-        return json.loads(storage.read_bytes(storage.join(uri, "best.json")))
+        return storage.read_json(storage.join(uri, "best.json"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except storage.NOT_JSON as error:
         raise InputError(f"{uri}/best.json is damaged ({error}); delete it, and the same command goes on") from None
 
 

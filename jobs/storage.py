@@ -10,6 +10,7 @@ answered is given up within seconds: the endpoint is wrong.
 
 import contextlib
 import functools
+import json
 import os
 import posixpath
 import re
@@ -18,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow
 import pyarrow.fs
@@ -27,6 +28,10 @@ from ddpm_core.errors import InputError
 
 T = TypeVar("T")
 
+NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
+"""What a damaged JSON file raises; ValueError would take in InputError."""
+AGAIN_S = (0.05, 0.2, 1.0)
+"""Waits before a file that made no sense is read again."""
 OUTAGE_S = 60.0
 """How long requests go on being repeated to a server that is down."""
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 3.0, 10.0
@@ -220,6 +225,31 @@ def read_bytes(uri: str) -> bytes:
             return stream.read()
 
     return persistently(uri, read)
+
+
+def read_json(uri: str) -> Any:
+    """A JSON file's content; `read_parsed` says what it raises."""
+    return read_parsed(uri, json.loads)
+
+
+def read_json_lines(uri: str) -> list[Any]:
+    """The rows of a file with a JSON value a line; `read_parsed` says what it raises."""
+    return read_parsed(uri, lambda content: [json.loads(line) for line in content.splitlines() if line.strip()])
+
+
+def read_parsed(uri: str, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of a file that others may be writing. From S3 it is read in two requests, length and content,
+    and where it is replaced between them comes as a part of the new one: then it is read again.
+
+    Raises:
+        NOT_JSON: `parse` still does not take it.
+        FileNotFoundError, InputError: as `read_bytes`.
+    """
+    for wait_s in AGAIN_S if is_remote(uri) else ():
+        with contextlib.suppress(*NOT_JSON):
+            return parse(read_bytes(uri))
+        time.sleep(wait_s)
+    return parse(read_bytes(uri))
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:

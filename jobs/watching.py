@@ -5,7 +5,6 @@ The page is drawn by a thread of its own, one at a time, and takes at most a twe
 
 import collections
 import contextlib
-import json
 import sys
 import threading
 import time
@@ -113,7 +112,7 @@ class Watch:
 
     def _begin(self, state: dict[str, Any]) -> None:
         with contextlib.suppress(FileNotFoundError):
-            config = json.loads(storage.read_bytes(storage.join(self.uri, "config.json")))
+            config = storage.read_json(storage.join(self.uri, "config.json"))
             self.images_per_step = config.get("training", {}).get("global_batch_size", 0)
         self.bar = Progress(
             total=state["total"],

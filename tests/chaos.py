@@ -63,10 +63,9 @@ class Training:
     def reached(self) -> int:
         """The last step that the run's metrics tell of."""
         try:
-            lines = storage.read_bytes(storage.join(self.run, "metrics.jsonl")).decode().splitlines()
+            return storage.read_json_lines(storage.join(self.run, "metrics.jsonl"))[-1]["step"]
         except FileNotFoundError:
             return 0
-        return json.loads(lines[-1])["step"]
 
     def wait(self, done: Callable[[], bool], what: str, within_s: float = 240) -> None:
         deadline = time.monotonic() + within_s
@@ -290,7 +289,7 @@ def struck(training: Training, strike: Callable[[], Any]) -> tuple[int, int, flo
 def attempts_of(run: str) -> list[dict[str, Any]]:
     """From which step, and with how many workers, each process group of a run began."""
     try:
-        return json.loads(storage.read_bytes(storage.join(run, "environment.json"))).get("attempts", [])
+        return storage.read_json(storage.join(run, "environment.json")).get("attempts", [])
     except FileNotFoundError:
         return []
 

@@ -174,3 +174,18 @@ def test_unknown_key(s3: Any, use: Any) -> None:
     for deed in (storage.read_bytes, storage.exists, storage.list_files):
         with pytest.raises(InputError, match="access denied; check AWS_ACCESS_KEY_ID"):
             deed(f"{s3.uri}/x")
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(monkeypatch):
+    """On S3 length and content are asked for one after the other."""
+    whole = b'{"a": 1}\n{"a": 22}\n'
+    pieces = [whole[:12], whole[7:], whole]
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: pieces.pop(0))
+    assert storage.read_json_lines("s3://bucket/metrics.jsonl") == [{"a": 1}, {"a": 22}]
+    pieces = [b"{"] * 9
+    with pytest.raises(ValueError, match="Expecting"):
+        storage.read_json("s3://bucket/best.json")
+    assert len(pieces) == 5
+    with pytest.raises(ValueError, match="Expecting"):
+        storage.read_json("runs/best.json")  # a local file is whole or not there
+    assert len(pieces) == 4
