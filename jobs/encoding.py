@@ -88,7 +88,7 @@ class Encoder:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.task.load_state_dict(state["task"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        parallel.load_optimizer(self.optimizer, state["optimizer"])
 
 
 # -- what the data say ------------------------------------------------------------------------------------------
