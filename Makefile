@@ -48,6 +48,9 @@ bench: ## our network and our data path beside their peers' on this machine (abo
 	@.venv-bench/bin/python -m jobs.benchmark data
 	@.venv-bench/bin/python -m jobs.benchmark network
 
+experiments: setup ## the mission's comparisons at the CPU size into runs/mission (under 2 hours on 2 cores; goes on where it was)
+	@$(BIN)/python -m jobs.experiments --size cpu --output $(RUNS)/mission
+
 mutants: setup ## plant faults in the numerics and see that the tests catch them (about 5 minutes)
 	@$(BIN)/python tests/mutants.py
 
@@ -63,4 +66,4 @@ cluster-down: ## stop exactly that cluster
 clean: ## remove what the demo made (runs/earth)
 	@rm -rf $(RUNS)/earth
 
-.PHONY: help setup demo format lint types test check bench mutants chaos cluster cluster-down clean
+.PHONY: help setup demo format lint types test check bench experiments mutants chaos cluster cluster-down clean

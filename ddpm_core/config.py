@@ -9,7 +9,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 from ddpm_core.errors import InputError
@@ -61,6 +61,9 @@ class UNetConfig:
     their landmarks); empty means the whole map."""
     anchor_radius: float = 0.15
     """How far the anchor reaches around each of `anchor_landmarks`, in shares of the side."""
+    source_mask: bool = False
+    """The network also says of each pixel how much of the source stays there (attention masks: Pumarola et al. 2018),
+    and draws the rest; what does not change then need not be learned. With diffusion.prediction x_0 only."""
     patch_size: int = 1
     """Pixels folded into channels at the input, per side: 2 quarters the cost of the whole network."""
     dropout: float = 0.0
@@ -287,6 +290,11 @@ def check(config: ModelConfig) -> None:
             raise InputError(f"{name} is {value}; it must be 0 or more")
     if config.method == "diffusion":
         _check_last_step(diffusion)
+        if unet.source_mask and diffusion.prediction != "x_0":
+            raise InputError(
+                f"unet.source-mask with diffusion.prediction {diffusion.prediction}: noise has no parts that stay as "
+                "they are in the source; predict x_0"
+            )
     check_sampling(config.sampling, diffusion.num_timesteps)
     if len(config.domains) < 1 or len(set(config.domains)) != len(config.domains):
         raise InputError(f"domains are {list(config.domains)}; give distinct names")
@@ -384,6 +392,11 @@ def domain_index(config: ModelConfig, name: str) -> int:
     if name not in config.domains:
         raise InputError(f"unknown domain {name!r}{did_you_mean(name, config.domains)}: {', '.join(config.domains)}")
     return config.domains.index(name)
+
+
+def domain_attributes(domains: Sequence[str]) -> dict[str, int]:
+    """Which attributes the domain is, and the domain that has each: of two the second is there or not."""
+    return {domains[1]: 1} if len(domains) == 2 else {name: i for i, name in enumerate(domains) if len(domains) > 1}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

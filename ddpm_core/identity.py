@@ -52,18 +52,24 @@ def perceptual_loss(
     t: Int64[Tensor, " b"],
     alphas_cumprod: Float[Tensor, " T"],
 ) -> Float[Tensor, " b"]:
-    """abar_t times the squared distance of feature vectors of length 1, averaged over positions and maps.
-
-    Zhang et al. 2018, eq. 1, with every channel's weight 1 and the mean over layers in place of the sum; within
-    [0, 4 abar_t].
-    """
+    """abar_t times `perceptual_distance`; within [0, 4 abar_t]."""
     with torch.no_grad():
         wanted = features(x_0)
+    return _signal_power(alphas_cumprod, t) * perceptual_distance(features(x_0_pred), wanted)
+
+
+def perceptual_distance(
+    maps: list[Float[Tensor, "b _ _ _"]], others: list[Float[Tensor, "b _ _ _"]]
+) -> Float[Tensor, " b"]:
+    """Squared distance of feature vectors of length 1, averaged over positions and maps; 0 to 4.
+
+    Zhang et al. 2018, eq. 1, with every channel's weight 1 and the mean over layers in place of the sum.
+    """
     distances = [
-        (F.normalize(drawn.float(), dim=1) - F.normalize(true.float(), dim=1)).square().sum(1).mean((1, 2))
-        for drawn, true in zip(features(x_0_pred), wanted, strict=True)
+        (F.normalize(one.float(), dim=1) - F.normalize(other.float(), dim=1)).square().sum(1).mean((1, 2))
+        for one, other in zip(maps, others, strict=True)
     ]
-    return _signal_power(alphas_cumprod, t) * torch.stack(distances).mean(0)
+    return torch.stack(distances).mean(0)
 
 
 def crop(images: Float[Tensor, "b c h w"], box: Box, side: int) -> Float[Tensor, "b c s s"]:

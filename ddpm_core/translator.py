@@ -6,6 +6,7 @@ night = translate(day, "night")          # uint8 b h w 3 → uint8 b h w 3
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,12 @@ from ddpm_core import config as configs
 from ddpm_core import guidance, images, samplers, schedule
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.conditioning import structure
-from ddpm_core.config import SamplingConfig
+from ddpm_core.config import ModelConfig, SamplingConfig, domain_attributes
 from ddpm_core.diffusion import draw_noise, seeded
+from ddpm_core.encoders import AttributeClassifier, IdentityEncoder
 from ddpm_core.errors import InputError
 from ddpm_core.guidance import Denoiser
-from ddpm_core.precision import autocast, resolve
+from ddpm_core.precision import autocast, in_float32, resolve
 
 Preview = Callable[[int, UInt8[np.ndarray, "b h w 3"]], None]
 """Called after each step with the number of steps done and how the pictures look by then."""
@@ -45,12 +47,19 @@ class Translator:
         precision: str = "auto",
         guide: Checkpoint | None = None,
         guide_scale: float = 1.5,
+        classifier: AttributeClassifier | None = None,
+        classifier_scale: float = 1.0,
+        identity_encoder: IdentityEncoder | None = None,
+        identity_scale: float = 1.0,
     ) -> None:
-        """`guide`: an earlier or smaller network of the same kind, to be led away from with weight `guide_scale`
-        (autoguidance).
+        """What leads the sampling beside the network's own condition; all of it composes.
+
+        `guide`: an earlier or smaller network of the same kind, to be led away from with weight `guide_scale`
+        (autoguidance). `classifier`: trained on x_t of the same chain, leads towards what it takes for the wanted
+        domain. `identity_encoder`: leads towards what it takes for the person or place of the source.
 
         Raises:
-            InputError: `guide` is of another kind.
+            InputError: one of them is of another kind.
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.config = checkpoint.config
@@ -62,6 +71,14 @@ class Translator:
         if guide is not None:
             _check_guide(checkpoint, guide)
             self.guide = guide.model.to(self.device)
+        self.classifier, self.classifier_scale = None, classifier_scale
+        if classifier is not None:
+            _check_classifier(self.config, classifier, classifier_scale)
+            self.classifier = classifier.to(self.device)
+        self.identity_encoder, self.identity_scale = None, identity_scale
+        if identity_encoder is not None:
+            _check_net(self.config, "identity", identity_scale)
+            self.identity_encoder = identity_encoder.to(self.device)
 
     def options(self, **overrides: Any) -> SamplingConfig:
         """The checkpoint's sampling defaults with any of `SamplingConfig`'s fields in their place; None is the default.
@@ -77,6 +94,12 @@ class Translator:
             changed = [name for name in given if getattr(sampling, name) != getattr(self.config.sampling, name)]
             raise InputError(
                 f"{', '.join(changed)}: no effect on {self.config.method}, which does not sample; leave it out"
+            )
+        nets = {"classifier": self.classifier, "identity": self.identity_encoder}
+        if sampling.start == "ddib" and (led := [name for name, net in nets.items() if net is not None]):
+            raise InputError(
+                f"{' and '.join(led)} guidance does not go with sampling.start ddib, whose way back must be the way "
+                "there; leave it out"
             )
         return sampling
 
@@ -156,7 +179,7 @@ class Translator:
         if sampling.eta:
             sampler = functools.partial(samplers.ddim, eta=sampling.eta)
         return sampler(
-            self._denoiser(condition, target, sampling),
+            self._denoiser(pictures, condition, target, sampling),
             x_T,
             timesteps=timesteps,
             generators=generators,
@@ -165,7 +188,13 @@ class Translator:
             **chain,
         )
 
-    def _denoiser(self, condition: Float[Tensor, "b 3 h w"], domain: int, sampling: SamplingConfig) -> Denoiser:
+    def _denoiser(
+        self,
+        pictures: Float[Tensor, "b 3 h w"],
+        condition: Float[Tensor, "b 3 h w"],
+        domain: int,
+        sampling: SamplingConfig,
+    ) -> Denoiser:
         """The network with all of the configured guidance."""
         plain = self._classifier_free(self.model, condition, domain, guidance_scale=1.0)
         guided = self._classifier_free(
@@ -179,6 +208,14 @@ class Translator:
         if self.guide is not None:
             weak = self._classifier_free(self.guide, condition, domain, guidance_scale=1.0)
             guided = guidance.autoguidance(guided, weak, self.guide_scale)
+        chain: Any = {"alphas_cumprod": self.alphas_cumprod, "prediction": self.config.diffusion.prediction}
+        if self.classifier is not None:
+            attribute, present = _asked(self.config, domain)
+            log_prob = in_float32(functools.partial(self.classifier.log_prob, attribute, present))
+            guided = guidance.classifier_guidance(guided, log_prob, self.classifier_scale, **chain)
+        if self.identity_encoder is not None:
+            embed = in_float32(self.identity_encoder)
+            guided = guidance.identity_guidance(guided, embed, pictures, self.identity_scale, **chain)
         return guidance.limited(guided, plain, sampling.guidance_interval, len(self.alphas_cumprod))
 
     def _classifier_free(
@@ -203,6 +240,42 @@ def _labels(domain: int, like: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
 
 def _as_seen(preview: Preview | None) -> samplers.Callback | None:
     return None if preview is None else lambda done, x_0: preview(done, images.to_uint8(x_0))
+
+
+def _asked(config: ModelConfig, domain: int) -> tuple[str, bool]:
+    """What to ask a classifier for the side `domain`: which attribute, and whether it must be there."""
+    attributes = domain_attributes(config.domains)
+    own = next((name for name, side in attributes.items() if side == domain), None)
+    return (own, True) if own is not None else (next(iter(attributes)), False)
+
+
+def _check_net(config: ModelConfig, name: str, scale: float) -> None:
+    if config.method != "diffusion":
+        raise InputError(f"{name} guidance has no effect on {config.method}, which does not sample; leave it out")
+    if not (math.isfinite(scale) and scale > 0):
+        raise InputError(f"{name} guidance: its scale is {scale:g}; it must be positive, or leave the guidance out")
+
+
+def _check_classifier(config: ModelConfig, classifier: AttributeClassifier, scale: float) -> None:
+    _check_net(config, "classifier", scale)
+    if not classifier.config.noise_aware:
+        raise InputError(
+            "classifier guidance: this classifier knows clean pictures only; train one with --encoder.noise-aware"
+        )
+    known, asked = classifier.config.attributes, domain_attributes(config.domains)
+    if not asked:
+        raise InputError(f"classifier guidance has no effect with one domain, {config.domains[0]}; leave it out")
+    if unknown := [name for name in asked if name not in known]:
+        raise InputError(
+            f"classifier guidance: this classifier does not know {', '.join(unknown)}, only {', '.join(known)}; "
+            "train one on data with the domains of the network"
+        )
+    for name in ("num_timesteps", "schedule", "zero_terminal_snr"):
+        its, wanted = getattr(classifier.config.diffusion, name), getattr(config.diffusion, name)
+        if its != wanted:
+            raise InputError(
+                f"classifier guidance: the classifier's diffusion.{name} is {its}, it must be {wanted}, the network's"
+            )
 
 
 def _check_guide(checkpoint: Checkpoint, guide: Checkpoint) -> None:

@@ -2,6 +2,8 @@
 
     output = unet(x_t, t, condition, domain)      b 3 h w, what `DiffusionConfig.prediction` names
            = F(x_t, ...) + scale x_t + shift      one scale and shift a channel, learned functions of t and domain
+           = m M condition + (1 - m) F(x_t, ...)  with `source_mask`: m of each pixel from the network, M a matrix of
+                                                  colours, a learned function of t and domain
 
 condition ──┬─────────────► ConditionEncoder ── features of each level ──┐
             │ concat                                                     ▼ keys, values
@@ -82,12 +84,14 @@ class UNet(nn.Module):
             grow = nn.Identity() if level == 0 else Upsample(width, widths[level - 1])
             self.up.append(Up(blocks, attentions, grow))
         self.out_norm = group_norm(widths[0])
-        self.out = zeroed(nn.Conv2d(widths[0], pixels, 3, padding=1))
+        masks = unet.patch_size**2 if unet.source_mask else 0
+        self.out = zeroed(nn.Conv2d(widths[0], pixels + masks, 3, padding=1))
         # Most of eps and v is a linear function of x_t: without this path the first thousand steps go into learning it.
         # To x_0 it would carry noise that F has to cancel (docs/log.md).
         self.shortcut = (
             None if config.diffusion.prediction == "x_0" else zeroed(nn.Linear(embedding, 2 * IMAGE_CHANNELS))
         )
+        self.recolor = identical(nn.Linear(embedding, IMAGE_CHANNELS**2)) if unet.source_mask else None
         # Convolutions and attention over tokens are faster so (docs/results.md has the measurement).
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -126,7 +130,7 @@ class UNet(nn.Module):
         assert x_t.shape == condition.shape, (x_t.shape, condition.shape)
         embedding = self.time_embedding(timestep_embedding(t, unet.model_channels).to(x_t))
         embedding = F.silu(embedding + self.domain_embedding(domain))
-        condition = F.pixel_unshuffle(condition, unet.patch_size)
+        source, condition = condition, F.pixel_unshuffle(condition, unet.patch_size)
         features = self.condition_encoder(condition)
         h = F.pixel_unshuffle(x_t, unet.patch_size)
         h = self.stem(torch.cat([h, condition], dim=1) if "concat" in unet.injection else h)
@@ -141,11 +145,20 @@ class UNet(nn.Module):
         for level, see in zip(self.up, reversed(shown), strict=True):
             h = level(h, embedding, see, skips)
         h = F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), unet.patch_size)
-        if self.shortcut is None:
-            return h.to(x_t)
         with torch.autocast(x_t.device.type, enabled=False):
-            scale, shift = self.shortcut(embedding.to(x_t))[:, :, None, None].chunk(2, dim=1)
-        return h.to(x_t) + scale * x_t + shift
+            return self._finished(h.to(x_t), x_t, source, embedding.to(x_t))
+
+    def _finished(self, h: Tensor, x_t: Tensor, source: Tensor, embedding: Tensor) -> Tensor:
+        """The output from what the last convolution gave, b 3 h w, or b 4 h w with a mask."""
+        if self.recolor is not None:
+            drawn, mask = h.split([IMAGE_CHANNELS, 1], dim=1)
+            mix = self.recolor(embedding).unflatten(1, (IMAGE_CHANNELS, IMAGE_CHANNELS))
+            kept = torch.einsum("bij,bjhw->bihw", mix, source)
+            return drawn + mask.sigmoid() * (kept - drawn)
+        if self.shortcut is None:
+            return h
+        scale, shift = self.shortcut(embedding)[:, :, None, None].chunk(2, dim=1)
+        return h + scale * x_t + shift
 
 
 Shown = tuple[Tensor, Tensor | None]
@@ -238,6 +251,14 @@ class Upsample(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k H W"]:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def identical(linear: nn.Linear) -> nn.Linear:
+    """`linear`, which starts as giving the identity matrix, row by row, whatever goes in."""
+    zeroed(linear)
+    with torch.no_grad():
+        linear.bias.copy_(torch.eye(math.isqrt(linear.out_features)).flatten())
+    return linear
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -14,8 +14,8 @@ import tyro
 
 from ddpm_core.errors import InputError
 
-DONE, FAILED, WRONG_INPUT, SET_ASIDE = 0, 1, 2, 3
-"""Exit codes: done; anything else; the user's input is wrong; batch work done but rows were set aside."""
+DONE, FAILED, WRONG_INPUT, SET_ASIDE, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes: done; anything else; the user's input is wrong; batch work done but rows were set aside; Ctrl-C."""
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def run(main: Callable[[], int]) -> None:
         code = main()
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     except Exception as error:
         cause = input_error(error)
         if cause is None:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ddpm_core import config as configs
 from ddpm_core import diffusion, encoders, precision, schedule
-from ddpm_core.config import EncoderOptions, ModelConfig
+from ddpm_core.config import EncoderOptions, ModelConfig, domain_attributes
 from ddpm_core.errors import InputError
 from jobs import arrays, parallel
 from jobs.arrays import Labels
 from jobs.data import DatasetCard
 from jobs.presets import TrainOptions
-from jobs.samples import Batch, Truth, domain_attributes, has_counterparts, training_rows
+from jobs.samples import Batch, Truth, has_counterparts, training_rows
 
 ALL = ("all",)
 """`--encoder.attributes all`."""

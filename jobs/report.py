@@ -9,9 +9,9 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,8 +26,9 @@ CELL = 128
 """Pictures in a grid are enlarged by whole factors to about this side."""
 PARTS = ("adversarial", "discriminator", "identity", "perceptual")
 """Training losses beside `loss`, as `jobs.objectives` names them."""
-HEADER, GAP = 26, 4
-"""Height of a grid's row of headings, and what is left between its pictures, in pixels."""
+HEADER, LINE, GAP = 26, 16, 4
+"""Height of a grid's row of headings and of each further line in it, and what is left between its pictures, in
+pixels."""
 FILM_STEPS, FILM_ROWS, FILM_CELL = 6, 4, 96
 """How many steps and pictures a film strip has, and about the side of a picture."""
 MAX_LINES = 8
@@ -41,10 +42,22 @@ SPEEDS = {
 }
 """Of the rows of training: what the page and the axis say."""
 NOTES = (
-    "PSNR and SSIM are means over pictures with a 95 % bootstrap interval. KID is the mean over 200 random halves "
-    "with the range of 95 % of them; it compares only with figures made with the same net and sizes. The linear colour "
-    "map is the best affine map from a pixel's colour to its counterpart's, fitted on all training pairs."
+    "Intervals are of 95 %: over pictures by the bootstrap (of shares, Wilson's), of KID over 200 random halves of the "
+    "pictures. What a net measures compares only with figures of the same net, KID and the Fréchet distance also only "
+    "with those of as many pictures. The linear colour map is the best affine map from a pixel's colour to its "
+    "counterpart's, fitted on all training pairs."
 )
+GROUPS = {
+    "How faithful": ("psnr", "ssim", "perceptual"),
+    "How real": ("kid", "fd"),
+    "Domain and identity": ("flip_rate", "identity_cosine", "identity_rank_1"),
+    "Variety and memory": ("diversity", "neighbor_distance", "copied"),
+}
+"""Tables of an evaluation, and the metrics in each, whatever they are measured to."""
+DIGITS = {"psnr": 2, "kid": 4, "fd": 2, "perceptual": 4}
+"""Digits worth showing; of the others 3."""
+NETS = {"features": "Feature net", "classifier": "Classifier", "identity": "Identity net"}
+LESS_IS_BETTER = ("kid", "fd", "perceptual")
 
 
 def write_report(
@@ -80,22 +93,29 @@ def build(run: Mapping[str, Any], evaluation: Mapping[str, Any], images: Sequenc
         _headline(config, run, evaluation),
         _status(status, run),
         *(_verdicts(name, domain) for name, domain in evaluation.get("domains", {}).items()),
-        *(_figure(caption, png) for caption, png in images),
-        *(_figure(caption, png, kind) for kind, (caption, png) in run.get("samples", {}).items()),
+        *(f"<section>{figure(caption, png)}</section>" for caption, png in images),
+        *(
+            f"<section>{figure(caption, png, kind)}</section>"
+            for kind, (caption, png) in run.get("samples", {}).items()
+        ),
         _metrics_tables(evaluation),
         _curves(rows, config.get("method", "diffusion")),
         _details(config, run, evaluation),
     ]
-    title = html.escape(_title(config, evaluation))
+    title = _title(config, evaluation)
     if running := status.get("state") == "running":
         title = f"{status['step'] / status['total']:.0%} · {title}"
-    refresh = f'<meta http-equiv="refresh" content="{REFRESH_S}">\n' if running else ""
+    return document(title, parts, head=f'<meta http-equiv="refresh" content="{REFRESH_S}">\n' if running else "")
+
+
+def document(title: str, parts: Sequence[str], *, head: str = "", css: str = "") -> str:
+    """A page of these parts of HTML; `head` and `css`: what it has beside what all have."""
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n{refresh}'
-        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f'<meta name="color-scheme" content="light dark">\n{head}'
+        f"<title>{html.escape(title)}</title>\n<style>{CSS}{css}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -261,15 +281,15 @@ def _verdicts(name: str, domain: Mapping[str, Any]) -> str:
     )
 
 
-def _figure(caption: str, png: bytes, kind: str = "") -> str:
+def figure(caption: str, png: bytes, kind: str = "") -> str:
     """`kind`: how the page lays it out, `latest` (not higher than a screen), `film` (not narrower than it can be read)
     or as any other."""
     with Image.open(io.BytesIO(png)) as image:
         width, height = image.size
     caption = html.escape(caption)
     return (
-        f'<section><figure><div class="scroll"><img class="grid {kind}" src="{_data_uri(png)}" width="{width}" '
-        f'height="{height}" alt="{caption}"></div><figcaption>{caption}</figcaption></figure></section>'
+        f'<figure><div class="scroll"><img class="grid {kind}" src="{data_uri(png)}" width="{width}" '
+        f'height="{height}" alt="{caption}"></div><figcaption>{caption}</figcaption></figure>'
     )
 
 
@@ -277,42 +297,76 @@ def _metrics_tables(evaluation: Mapping[str, Any]) -> str:
     domains = evaluation.get("domains", {})
     if not domains:
         return ""
-    tables = "".join(_metrics_table(name, domain) for name, domain in domains.items())
-    net = html.escape(str(evaluation.get("feature_net", "")))
-    return f'<section><h2>Measurements</h2>{tables}<p class="note">{NOTES} Feature net: {net}.</p></section>'
+    tables = "".join(
+        _metrics_table(f"{title}: to {name}", domain, metrics)
+        for name, domain in domains.items()
+        for title, metrics in _grouped(domain["methods"]).items()
+    )
+    nets = evaluation.get("nets") or {"features": {"name": evaluation.get("feature_net", "")}}
+    names = [f"{NETS.get(kind, kind)}: {net['name']}." for kind, net in nets.items() if net]
+    facts = [NOTES, *names, _cost(evaluation.get("compute") or {})]
+    return f'<section><h2>Measurements</h2>{tables}<p class="note">{html.escape(" ".join(facts).strip())}</p></section>'
 
 
-def _metrics_table(name: str, domain: Mapping[str, Any]) -> str:
-    methods = domain["methods"]
-    metrics = list(dict.fromkeys(metric for values in methods.values() for metric in values["metrics"]))
-    labels = domain.get("metric_labels", {})
+def _cost(compute: Mapping[str, Any]) -> str:
+    if not compute:
+        return ""
+    return (
+        f"A picture takes {compute['nfe']:g} passes through the network; one copy of it makes "
+        f"{_number(compute['images_per_s'])} pictures a second ({compute['device']})."
+    )
+
+
+def _grouped(methods: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The metrics there are, by the table they stand in."""
+    there = list(dict.fromkeys(metric for method in methods.values() for metric in method["metrics"]))
+    known = [name for names in GROUPS.values() for name in names]
+    groups = {**GROUPS, "Others": tuple(_base(metric) for metric in there if _base(metric) not in known)}
+    found = {title: [metric for metric in there if _base(metric) in names] for title, names in groups.items()}
+    return {title: metrics for title, metrics in found.items() if metrics}
+
+
+def _base(metric: str) -> str:
+    """The metric without what it is measured to."""
+    return metric.partition("_to_")[0]
+
+
+def _metrics_table(caption: str, domain: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    methods, labels = domain["methods"], domain.get("metric_labels", {})
     head = "".join(f"<th>{html.escape(labels.get(metric, metric))}</th>" for metric in metrics)
     best = {metric: _best(metric, methods) for metric in metrics}
     body = ""
     for key, method in methods.items():
+        if not any(metric in method["metrics"] for metric in metrics):
+            continue
         cells = ""
         for metric in metrics:
             value = method["metrics"].get(metric)
             mark = ' class="best"' if value is not None and key == best[metric] else ""
-            cells += f"<td{mark}>{_interval(value, 4 if metric == 'kid' else 3 if 'ssim' in metric else 2)}</td>"
+            cells += f"<td{mark}>{_interval(value, DIGITS.get(_base(metric), 3))}</td>"
         row = ' class="ours"' if key == "model" else ""
         body += f"<tr{row}><th>{html.escape(method['name'])}</th>{cells}</tr>"
     return (
-        f'<div class="scroll"><table><caption>to {html.escape(name)}</caption>'
+        f'<div class="scroll"><table><caption>{html.escape(caption)}</caption>'
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
 def _best(metric: str, methods: Mapping[str, Any]) -> str | None:
-    """The method with the best mean; real pictures do not compete."""
+    """The method with the best mean, where there is a better and a worse; real pictures do not compete, nor does a copy
+    of the source in who is on it."""
+    if metric.endswith("_to_source") or _base(metric) in GROUPS["Variety and memory"]:
+        return None
+    idle = ("real", "truth", *(("copy",) if metric.startswith("identity") else ()))
     means = {
         key: method["metrics"][metric]["mean"]
         for key, method in methods.items()
-        if key != "real" and method["metrics"].get(metric) is not None
+        if key not in idle and method["metrics"].get(metric) is not None
     }
     if not means:
         return None
-    return min(means, key=means.__getitem__) if metric == "kid" else max(means, key=means.__getitem__)
+    choose = min if _base(metric) in LESS_IS_BETTER else max
+    return choose(means, key=means.__getitem__)
 
 
 def _interval(value: Mapping[str, float] | None, digits: int) -> str:
@@ -358,7 +412,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], method: str) -> str:
         return ""
     noise = ", timesteps and noise" if bands else ""
     other = " It is not what training minimises: compare it with itself only." if method in configs.ENCODERS else ""
-    figures = "".join(f"<figure>{_chart(draw, alt)}<figcaption>{alt}</figcaption></figure>" for alt, draw in charts)
+    figures = "".join(f"<figure>{chart(draw, alt)}<figcaption>{alt}</figcaption></figure>" for alt, draw in charts)
     return (
         f'<section><h2>Training</h2><div class="charts">{figures}</div>'
         f'<p class="note">Validation uses the EMA weights, and the same pictures{noise} every time, so '
@@ -381,7 +435,9 @@ def _details(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Mapp
         f"<dt>{label}</dt><dd>{html.escape(str(data[key]))}</dd>" for key, label in CREDITS.items() if data.get(key)
     )
     shown = {key: value for key, value in config.items() if key not in ("format", "format_version")}
-    asked = {key: evaluation[key] for key in ("split", "seed", "sampling", "feature_net") if key in evaluation}
+    asked = {
+        key: evaluation[key] for key in ("split", "seed", "sampling", "guides", "nets", "compute") if key in evaluation
+    }
     blocks = {
         "Model and training options": shown,
         "Options of the evaluation": asked,
@@ -422,21 +478,23 @@ BANDS = ("#9ecae9", "#5b9bd5", "#2f6fde", "#173f8f")
 BANDS_DARK = ("#d3e6fb", "#8fc1f5", "#4f94ea", "#2f6fde")
 
 
-def _chart(draw: Any, alt: str) -> str:
-    """The chart drawn twice, for light and for dark pages."""
-    light, dark = (_data_uri(_render(draw, theme)) for theme in ("light", "dark"))
+def chart(draw: Any, alt: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> str:
+    """The chart drawn twice, for light and for dark pages. `draw` gets matplotlib's axes; `height`: inches at a width
+    of 6.4."""
+    light, dark = (data_uri(render(draw, theme, height=height, grid=grid)) for theme in ("light", "dark"))
     alt = html.escape(alt)
     dark_source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
     return f'<picture>{dark_source}<img src="{light}" alt="{alt}"></picture>'
 
 
-def _render(draw: Any, theme: str) -> bytes:
+def render(draw: Any, theme: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> bytes:
+    """The chart as PNG on a transparent ground; for the theme `paper` on white, to stand by itself."""
     import cycler
     import matplotlib
     import matplotlib.figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    ink = INK[theme]
+    ink = INK["dark" if theme == "dark" else "light"]
     style: Any = {
         "text.color": ink,
         "axes.labelcolor": ink,
@@ -448,47 +506,48 @@ def _render(draw: Any, theme: str) -> bytes:
         "axes.spines.right": False,
         "axes.linewidth": 0.6,
         "text.parse_math": False,  # names of attributes may hold a $
-        "axes.prop_cycle": cycler.cycler(color=BANDS if theme == "light" else BANDS_DARK),
+        "axes.prop_cycle": cycler.cycler(color=BANDS_DARK if theme == "dark" else BANDS),
     }
     with matplotlib.rc_context(style):
-        figure = matplotlib.figure.Figure(figsize=(6.4, 3.7), dpi=150, layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(6.4, height), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         draw(axes)
-        axes.grid(axis="y", color=ink, alpha=0.18, linewidth=0.6)
+        axes.grid(axis=grid, color=ink, alpha=0.18, linewidth=0.6)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", transparent=True)
+        figure.savefig(buffer, format="png", transparent=theme != "paper")
     return buffer.getvalue()
 
 
 def draw_losses(axes: Any, train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> None:
     """Training loss (each row, and its running median) and validation loss with its band."""
     if train:
-        x, y = _xy(train, "loss")
+        x, y = points(train, "loss")
         axes.plot(x, y, color=TRAIN, linewidth=0.7, alpha=0.45)
         axes.plot(x, _running_median(y), color=TRAIN, linewidth=1.6, label="train")
     if val:
-        x, y = _xy(val, "loss")
+        x, y = points(val, "loss")
         axes.plot(x, y, color=VAL, linewidth=2, marker="o", markersize=3, label="validation")
         bounds = [_bounds(row) for row in val]
         if all(bound is not None for bound in bounds):
             low, high = zip(*[bound for bound in bounds if bound is not None], strict=True)
             axes.fill_between(x, low, high, color=VAL, alpha=0.18, linewidth=0)
-    _finish_axes(axes, [row["loss"] for row in [*train, *val] if row.get("loss")])
+    finish_axes(axes, [row["loss"] for row in [*train, *val] if row.get("loss")])
 
 
 def draw_lines(axes: Any, rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], *, unit: str = "loss") -> None:
     """A line for each of these keys of the rows, in this order; `unit`: what the axis says."""
     values = []
     for key, label in labels.items():
-        x, y = _xy(rows, key)
+        x, y = points(rows, key)
         values += y
         color = {"color": VAL} if len(labels) == 1 else {}
         axes.plot(x, y, linewidth=2, marker="o" if len(x) < 60 else "", markersize=3, label=label, **color)
-    _finish_axes(axes, values, unit)
+    finish_axes(axes, values, unit)
 
 
-def _xy(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+def points(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Pictures seen, and the value of `key`, of those rows of metrics.jsonl that have it."""
     rows = [row for row in rows if row.get(key) is not None]
     return [float(row.get("images_seen", row.get("step", 0))) for row in rows], [float(row[key]) for row in rows]
 
@@ -506,7 +565,8 @@ def _running_median(values: Sequence[float]) -> list[float]:
     return [statistics.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
 
 
-def _finish_axes(axes: Any, values: Sequence[float], unit: str = "loss") -> None:
+def finish_axes(axes: Any, values: Sequence[float], unit: str = "loss") -> None:
+    """Of a curve against pictures seen; losses that fall far get a logarithmic axis."""
     import matplotlib.ticker
 
     positive = [value for value in values if value > 0 and math.isfinite(value)]
@@ -534,28 +594,45 @@ def labelled_grid(
     columns: Sequence[str], rows: Sequence[Sequence[UInt8[np.ndarray, "s s 3"]]], *, cell: int = CELL
 ) -> bytes:
     """Rows of equally sized pictures under headings, enlarged by a whole factor to about `cell` without smoothing, as
-    PNG; `ungrid` takes them out again."""
+    PNG; `ungrid` takes them out again. Headings too long for a column are broken into lines."""
     from ddpm_core import images
 
     scale = max(round(cell / rows[0][0].shape[0]), 1)
     grid = images.grid([list(row) for row in rows], gap=GAP, scale=scale)
-    canvas = Image.new("RGB", (grid.shape[1], grid.shape[0] + HEADER), "white")
-    canvas.paste(Image.fromarray(grid), (0, HEADER))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-    side = rows[0][0].shape[1] * scale
-    for i, text in enumerate(columns):
-        draw.text((i * (side + GAP) + side / 2, HEADER / 2), text, fill=(70, 76, 88), font=font, anchor="mm")
+    side, font = rows[0][0].shape[1] * scale, ImageFont.load_default(14)
+    lines_of = [broken(text, side, font.getlength) for text in columns]
+    header = HEADER + LINE * (max(len(lines) for lines in lines_of) - 1)
+    canvas = Image.new("RGB", (grid.shape[1], grid.shape[0] + header), "white")
+    canvas.paste(Image.fromarray(grid), (0, header))
+    draw = ImageDraw.Draw(canvas)
+    for i, lines in enumerate(lines_of):
+        for j, text in enumerate(lines):
+            at = (i * (side + GAP) + side / 2, header / 2 + LINE * (j - (len(lines) - 1) / 2))
+            draw.text(at, text, fill=(70, 76, 88), font=font, anchor="mm")
     layout = PngInfo()
-    layout.add_text("grid", json.dumps({"columns": list(columns), "side": side, "scale": scale}))
+    facts = {"columns": list(columns), "side": side, "scale": scale, "header": header}
+    layout.add_text("grid", json.dumps(facts))
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", pnginfo=layout)
     return buffer.getvalue()
 
 
+def broken(text: str, width: float, length: Callable[[str], float]) -> list[str]:
+    """The text in lines no longer than `width` where its words allow that."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and length(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines or [""]
+
+
 def ungrid(png: bytes) -> tuple[list[str], list[list[UInt8[np.ndarray, "s s 3"]]]]:
     """The headings and the rows of pictures of a `labelled_grid`."""
     with Image.open(io.BytesIO(png)) as image:
-        layout, pixels = json.loads(image.text["grid"]), np.asarray(image)[HEADER:]  # type: ignore[attr-defined]
+        layout = json.loads(image.text["grid"])  # type: ignore[attr-defined]
+        pixels = np.asarray(image)[layout.get("header", HEADER) :]
     side, scale = layout["side"], layout["scale"]
     lefts = [i * (side + GAP) for i in range(len(layout["columns"]))]
     tops = range(0, len(pixels), side + GAP)
@@ -579,7 +656,7 @@ def _reduced(picture: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "r r 3"]:
     return np.asarray(Image.fromarray(picture).reduce(max(picture.shape[0] // FILM_CELL, 1)))
 
 
-def _data_uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 

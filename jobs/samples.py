@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddpm_core import conditioning, diffusion
 from ddpm_core import config as configs
-from ddpm_core.config import ModelConfig
+from ddpm_core.config import ModelConfig, domain_attributes
 from ddpm_core.diffusion import seeded
 from ddpm_core.images import to_float
 from jobs.arrays import NOBODY, Labels, SplitArrays
@@ -259,11 +259,6 @@ class Truth:
         found = first + (draws * np.maximum(end - first - 1, 1)).astype(np.int64)
         found = np.minimum(found + (found >= place[rows]), end - 1)
         return self.by_person[found]
-
-
-def domain_attributes(domains: Sequence[str]) -> dict[str, int]:
-    """Which attributes the domain is, and the domain that has each: of two the second is there or not."""
-    return {domains[1]: 1} if len(domains) == 2 else {name: i for i, name in enumerate(domains) if len(domains) > 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,22 +1,50 @@
-"""The measurements of `jobs.evaluate`, by torchmetrics: per picture, or over random halves of the pictures.
+"""The measurements of `jobs.evaluate`, by torchmetrics where it has them: of each picture, or of two sets of pictures.
 
-pictures   uint8 b h w 3
-PSNR       dB, data range 255, at most 60 (rounding to 8 bits alone costs 58.9 dB; identical pictures have no PSNR)
-SSIM       Gaussian window 11, sigma 1.5, data range 255
-KID        unbiased squared MMD of features, cubic kernel: on 200 random halves of either side, the same
-           halves for every method. The halves' spread is the standard error of the whole (delete-half jackknife).
+pictures     uint8 b h w 3
+PSNR         dB, data range 255, at most 60 (rounding to 8 bits alone costs 58.9 dB; identical pictures have no PSNR)
+SSIM         Gaussian window 11, sigma 1.5, data range 255
+perceptual   Zhang et al. 2018, eq. 1, with every weight 1 and the mean over maps: LPIPS without its learned weights,
+             on the maps of the net that it is named with; 0 for identical pictures
+KID          unbiased squared MMD of features, cubic kernel (Binkowski et al. 2018): on 200 random halves of either
+             side, the same halves for every method. The halves' spread is the standard error of the whole
+             (delete-half jackknife; too wide where both sides are one distribution)
+FD           Fréchet distance of features (Heusel et al. 2017); FID where the net is Inception. It is biased upwards,
+             the more the fewer the pictures: figures compare at one number of pictures and with one net
+flip rate    share of pictures that a classifier puts on the wanted side
+rank-1       share of pictures that are nearer to their own source than to every other one
+diversity    mean distance of the features of samples of one source: 0 where all are the same
+neighbours   distance of features to the nearest training picture; copied: nearer than all but 1 % of real ones lie
+
+What is of each picture is float64 b; intervals are `ddpm_core.metrics`'.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.kid import poly_kernel
 
-from ddpm_core.metrics import Interval, bootstrap
+from ddpm_core import nets
+from ddpm_core.checkpoint import Read, read_local
+from ddpm_core.errors import InputError
+from ddpm_core.identity import perceptual_distance
+from ddpm_core.metrics import (  # noqa: F401 - the intervals are asked for here too
+    Interval,
+    bonferroni,
+    bootstrap,
+    difference,
+    halves_interval,
+    significant,
+    student_quantile,
+    two_level,
+    two_level_difference,
+)
+from ddpm_core.nets import Net
 
 MAX_PSNR = 60.0
 MIN_SSIM_SIDE = 16
@@ -24,8 +52,43 @@ MIN_SSIM_SIDE = 16
 NUM_HALVES = 200
 MIN_KID_IMAGES = 20
 """With fewer pictures a KID says nothing."""
+MAX_KID_IMAGES = 5000
+"""Of more pictures, so many evenly spread ones are taken on either side: the time grows by the square."""
+MIN_FRECHET_IMAGES = 2048
+"""With fewer pictures the bias of a Fréchet distance is larger than what it is to show."""
+NUM_GROUPS = 10
+"""Groups of pictures that are left out in turn, for the interval of a Fréchet distance."""
+COPIED_SHARE = 0.01
+"""Of real held-out pictures, and so of new ones that are as unlike the training pictures."""
+LOWER_IS_BETTER = ("kid", "fd", "perceptual")
+INCEPTION = "inception"
 
 Pictures = UInt8[np.ndarray, "b h w 3"]
+Values = Float[np.ndarray, "b"]
+
+
+def feature_net(uri: str = "auto", *, read: Read = read_local) -> Net:
+    """`nets.feature_net`, and "inception": the net of the published FID, from torchmetrics and torch-fidelity.
+
+    Raises:
+        InputError: no such net, or its weights are not there and cannot be fetched.
+    """
+    if uri != INCEPTION:
+        return nets.feature_net(uri, read=read)
+    try:
+        module = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+    except ModuleNotFoundError:
+        raise InputError("the feature net inception needs torch-fidelity: pip install torch-fidelity") from None
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"the feature net inception has no weights here and fetching them failed ({error}); put "
+            f"weights-inception-2015-12-05-6726825d.pth into {torch.hub.get_dir()}/checkpoints, or take another net"
+        ) from None
+    module = module.requires_grad_(False)
+    return Net("Inception-v3 (FID's, torch-fidelity), 2048-d", nets.fingerprint(module), module)
+
+
+# -- each picture beside its reference --------------------------------------------------------------------------
 
 
 def _tensor(pictures: Pictures) -> Tensor:
@@ -60,30 +123,182 @@ def ssim(pictures: Pictures, references: Pictures, *, batch_size: int = 64) -> F
     return torch.cat([part.reshape(-1) for part in parts]).numpy().astype(np.float64)
 
 
+@torch.no_grad()
+def perceptual(net: Net, pictures: Pictures, references: Pictures, *, batch_size: int = 64) -> Values:
+    """Of each picture to its reference, 0 = identical; on the device where the net is.
+
+    Raises:
+        ValueError: the net has no maps to compare (`nets.perceptual_taps`).
+    """
+    taps = nets.perceptual_taps(net)
+    if taps is None:
+        raise ValueError(f"{net.name} has no feature maps to compare")
+    device = next(net.module.parameters()).device
+
+    def maps(part: Pictures) -> list[Tensor]:
+        return taps(torch.tensor(part).permute(0, 3, 1, 2).to(device))
+
+    parts = [
+        perceptual_distance(maps(pictures[i : i + batch_size]), maps(references[i : i + batch_size]))
+        for i in range(0, len(pictures), batch_size)
+    ]
+    return torch.cat(parts).cpu().numpy().astype(np.float64)
+
+
+# -- two sets of pictures ---------------------------------------------------------------------------------------
+
+
 def kid(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, seed: int = 0) -> Float[np.ndarray, "halves"]:
     """KID of random halves, without replacement and of equal size; equal (n, m, seed) give the same halves.
 
     Raises:
         ValueError: fewer than MIN_KID_IMAGES pictures on a side.
     """
+    real, made = (_evenly(side, MAX_KID_IMAGES).double() for side in (real, made))  # a small difference of large sums
     size = min(len(real), len(made)) // 2
     if 2 * size < MIN_KID_IMAGES:
         raise ValueError(f"KID needs {MIN_KID_IMAGES} pictures or more on either side")
-    real, made = real.double(), made.double()  # the estimate is a small difference of large sums
-    k_rr, k_rm, k_mm = poly_kernel(real, real), poly_kernel(real, made), poly_kernel(made, made)
     draw = np.random.default_rng(seed)
-    values = []
-    for _ in range(NUM_HALVES):
-        r = torch.from_numpy(draw.permutation(len(real))[:size])
-        m = torch.from_numpy(draw.permutation(len(made))[:size])
-        values.append(maximum_mean_discrepancy(k_rr[r][:, r], k_rm[r][:, m], k_mm[m][:, m]).item())
-    return np.array(values)
+    r, m = torch.zeros(NUM_HALVES, len(real)).double(), torch.zeros(NUM_HALVES, len(made)).double()
+    for half in range(NUM_HALVES):  # which pictures are in it
+        r[half, draw.permutation(len(real))[:size]] = 1
+        m[half, draw.permutation(len(made))[:size]] = 1
+
+    # torchmetrics' maximum_mean_discrepancy of all halves at once: the sums over pairs are quadratic forms.
+    k_rr, k_rm, k_mm = poly_kernel(real, real), poly_kernel(real, made), poly_kernel(made, made)
+    within = [((half @ k) * half).sum(1) - half @ k.diagonal() for half, k in ((r, k_rr), (m, k_mm))]
+    across = ((r @ k_rm) * m).sum(1)
+    return ((within[0] + within[1]) / (size * (size - 1)) - 2 * across / size**2).numpy()
 
 
-def halves_interval(values: Float[np.ndarray, "halves"]) -> Interval:
-    """Mean over the halves, and the range that holds 95 % of them."""
-    low, high = np.percentile(values, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
+def _evenly(features: Tensor, most: int) -> Tensor:
+    if len(features) <= most:
+        return features
+    return features[torch.linspace(0, len(features) - 1, most, dtype=torch.float64).round().long()]
+
+
+def frechet(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, level: float = 0.95) -> Interval:
+    """Fréchet distance, with the interval that leaving out a tenth of the pictures in turn gives (jackknife).
+
+    The interval is around the value at this number of pictures, whose bias it does not know.
+
+    Raises:
+        ValueError: fewer than MIN_FRECHET_IMAGES pictures on a side.
+    """
+    if min(len(real), len(made)) < MIN_FRECHET_IMAGES:
+        raise ValueError(f"a Fréchet distance needs {MIN_FRECHET_IMAGES} pictures or more on either side")
+    value = _frechet(real, made)
+    left_out = []
+    for group in range(NUM_GROUPS):
+        kept = [side[torch.arange(len(side)) % NUM_GROUPS != group] for side in (real, made)]
+        left_out.append(_frechet(kept[0], kept[1]))
+    spread = math.sqrt((NUM_GROUPS - 1) * float(np.var(left_out)))
+    half = student_quantile((1 + level) / 2, float(NUM_GROUPS - 1)) * spread
+    return Interval(value, max(value - half, 0.0), value + half)
+
+
+def _frechet(real: Tensor, made: Tensor) -> float:
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    metric.set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(made.double(), real=False)
+    return max(metric.compute().item(), 0.0)
+
+
+class _Given(nn.Module):
+    """Stands where torchmetrics wants a feature net: the features are there already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+# -- what nets say of single pictures ---------------------------------------------------------------------------
+
+
+def flipped(probabilities: Float[np.ndarray, "b k"], wanted: int) -> Values:
+    """1 where the wanted domain is the likeliest; a tie is none."""
+    others = np.delete(probabilities, wanted, axis=1)
+    return (probabilities[:, wanted] > others.max(axis=1)).astype(np.float64)
+
+
+def cosine(a: Float[np.ndarray, "b d"], b: Float[np.ndarray, "b d"]) -> Values:
+    """Of each row to its counterpart."""
+    return (_unit(a) * _unit(b)).sum(axis=1)
+
+
+def rank_1(
+    queries: Float[np.ndarray, "b d"], gallery: Float[np.ndarray, "b d"], *, people: np.ndarray | None = None
+) -> Values:
+    """1 where a row is nearer (by angle) to its own row of the gallery than to every other; a tie is a miss.
+
+    `people`: whom each row shows; other pictures of the same person are then no rivals.
+    """
+    likeness = _unit(queries) @ _unit(gallery).T
+    people = np.arange(len(queries)) if people is None else people
+    own = likeness.diagonal()
+    rivals = np.where(people[:, None] != people[None], likeness, -np.inf).max(axis=1)
+    # Equal vectors differ in the last digits of their products.
+    return (own > rivals + 1e-9).astype(np.float64)
+
+
+def diversity(features: Float[np.ndarray, "n k d"]) -> Float[np.ndarray, "n"]:
+    """Mean distance among k samples of each source.
+
+    Raises:
+        ValueError: fewer than two samples.
+    """
+    count = features.shape[1]
+    if count < 2:
+        raise ValueError("diversity needs two samples or more of each source")
+    of_pairs = [
+        np.linalg.norm(features[:, i].astype(np.float64) - features[:, j], axis=1)
+        for i in range(count)
+        for j in range(i)
+    ]
+    return np.mean(of_pairs, axis=0)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = vectors.astype(np.float64)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbors:
+    """How near made pictures lie to the training pictures."""
+
+    distances: Values
+    """Of each to its nearest training picture, in the features' units."""
+    copied: Values
+    """1 where that is nearer than all but COPIED_SHARE of real held-out pictures lie. The mean is COPIED_SHARE for
+    new pictures, up to the error of the threshold: from 512 real ones, the share may be 0.3 to 2 %."""
+    threshold: float
+
+
+def nearest(
+    made: Float[np.ndarray, "b d"], train: Float[np.ndarray, "n d"], real: Float[np.ndarray, "m d"]
+) -> Neighbors:
+    """Whether made pictures are training pictures over again; `real` are held-out ones, best 99 or more."""
+    distances, usual = _nearest(made, train), _nearest(real, train)
+    # Weibull's quantile: of new pictures like the real ones this share lies below it, whatever their distribution.
+    threshold = float(np.quantile(usual, COPIED_SHARE, method="weibull"))
+    return Neighbors(distances, (distances <= threshold).astype(np.float64), threshold)
+
+
+def _nearest(queries: np.ndarray, gallery: np.ndarray) -> Values:
+    """Distance of each query to the nearest row of the gallery."""
+    x, y = queries.astype(np.float64), gallery.astype(np.float64)
+    lengths = np.square(y).sum(axis=1)
+    found = np.concatenate([(lengths - 2 * part @ y.T).argmin(axis=1) for part in np.array_split(x, len(x) // 512 + 1)])
+    # The products find it; the distance itself is taken from the difference, so that a copy's is 0.
+    return np.linalg.norm(x - y[found], axis=1)
+
+
+# -- verdicts ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +317,43 @@ class Verdict:
     """The interval of the difference and the two means."""
 
 
+SHOWN: dict[str, tuple[str, str, int]] = {
+    "psnr": ("PSNR", " dB", 2),
+    "ssim": ("SSIM", "", 3),
+    "perceptual": ("perceptual distance", "", 4),
+    "kid": ("KID", "", 4),
+    "fd": ("FD", "", 2),
+    "flip_rate": ("flip rate", "", 3),
+    "identity_cosine": ("identity cosine", "", 3),
+    "identity_rank_1": ("identity rank-1", "", 3),
+    "diversity": ("diversity", "", 3),
+    "neighbor_distance": ("distance to the nearest training picture", "", 3),
+    "copied": ("share of copies", "", 3),
+}
+"""metric → its name in words, its unit and how many digits are worth showing."""
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric.partition("_to_")[0] in LOWER_IS_BETTER
+
+
 def verdict(
-    metric: str, against: str, ours: Float[np.ndarray, "b"], theirs: Float[np.ndarray, "b"], *, seed: int = 0
+    metric: str,
+    against: str,
+    ours: Float[np.ndarray, "b"],
+    theirs: Float[np.ndarray, "b"],
+    *,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Verdict:
-    """Compare per-picture values (psnr, ssim: larger is better) or halves (kid: smaller is better)."""
-    lower_is_better = metric == "kid"
-    change = ours - theirs
-    gap = halves_interval(change) if lower_is_better else bootstrap(change, seed=seed)
-    sign = -1 if lower_is_better else 1
-    clear = gap.low > 0 or gap.high < 0
-    better = (gap.mean * sign > 0) if clear else None
-    unit, digits = {"psnr": (" dB", 2), "ssim": ("", 3), "kid": ("", 4)}[metric]
+    """Compare per-picture values, or for kid the halves."""
+    if metric == "kid":
+        gap = halves_interval(ours - theirs, level=level)
+    else:
+        gap = difference(ours, theirs, seed=seed, level=level)
+    sign = -1 if lower_is_better(metric) else 1
+    better = (gap.mean * sign > 0) if significant(gap) else None
+    label, unit, digits = SHOWN[metric.partition("_to_")[0]]
     low, high = sorted((abs(gap.low), abs(gap.high)))
     by = f"by {abs(gap.mean):.{digits}f}{unit}"
     outcome = {
@@ -121,4 +362,6 @@ def verdict(
         None: (f"no clear difference to {against}", f"{gap.low:+.{digits}f} to {gap.high:+.{digits}f}"),
     }[better]
     means = f"{ours.mean():.{digits}f}{unit} against {theirs.mean():.{digits}f}{unit}"
-    return Verdict(metric, against, gap, better, f"{metric.upper()}: {outcome[0]}", f"95 %: {outcome[1]}; {means}")
+    return Verdict(
+        metric, against, gap, better, f"{label}: {outcome[0]}", f"{100 * level:.4g} %: {outcome[1]}; {means}"
+    )

@@ -26,7 +26,7 @@ from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from jobs import cli, data, storage
-from jobs.inference import SamplingOverrides, check_least, open_checkpoint
+from jobs.inference import Guides, SamplingOverrides, check_least, open_checkpoint
 
 if TYPE_CHECKING:
     import ray.data
@@ -50,6 +50,7 @@ class Args:
     domain: str
     """The side to produce, such as night."""
     sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
+    guides: Annotated[Guides, tyro.conf.arg(name="")] = Guides()
     ema: float | None = None
     """Weights averaged over this share of the training; those that validated best by default."""
     seed: int = 0
@@ -73,6 +74,7 @@ class Job:
     args: Args
     loaded: Checkpoint
     sampling: SamplingConfig
+    guides: Guides
     card: data.DatasetCard | None
     """The input's card where it is a data set."""
     options: dict[str, Any]
@@ -119,14 +121,13 @@ def prepare(args: Args) -> Job:
         raise InputError(
             f"--output {args.output} lies in the input; results would be taken for pictures: write elsewhere"
         )
-    opened = open_checkpoint(args.checkpoint, args.domain, args.sampling, ema=args.ema)
+    opened = open_checkpoint(args.checkpoint, args.domain, args.sampling, ema=args.ema, guides=args.guides)
     loaded, sampling = opened.loaded, opened.sampling
     options = {
         "input": args.input,
         "domain": args.domain,
-        **configs.to_dict(sampling),
         "seed": args.seed,
-        "checkpoint": opened.fingerprint,
+        **opened.options,
     }
     card = data.find_card(args.input)
     if card is not None and args.align == "faces":
@@ -144,7 +145,7 @@ def prepare(args: Args) -> Job:
     if not sources:
         also = f" ({num_others:,} other files or rows are there)" if num_others else ""
         raise InputError(f"--input {args.input} holds no pictures{also}; wanted: {' '.join(sorted(images.SUFFIXES))}")
-    return Job(args, loaded, sampling, card, options, template, sources, num_others)
+    return Job(args, loaded, sampling, opened.guides, card, options, template, sources, num_others)
 
 
 def inside(uri: str, folder: str) -> bool:
@@ -235,6 +236,7 @@ def translate(job: Job, manifest: "Manifest", todo: list[dict[str, Any]]) -> Non
         checkpoint_uri=job.loaded.path,
         ema=job.args.ema,
         sampling=job.sampling,
+        guides=job.guides,
         output=job.args.output,
         batch_size=job.args.batch_size,
         num_workers=job.args.num_workers,

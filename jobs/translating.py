@@ -11,6 +11,7 @@ import io
 import math
 import time
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ from ddpm_core import checkpoint, faces, images
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
-from ddpm_core.translator import Translator
-from jobs import data, storage
+from jobs import data, inference, storage
+from jobs.inference import Guides
 
 Batch = dict[str, np.ndarray]
 Plan = Mapping[str, list[tuple[str, int, str]]]
@@ -44,12 +45,20 @@ class Translate:
     """Ray Data actor: rows with a source picture become rows with the result, or with the result written."""
 
     def __init__(
-        self, *, checkpoint_uri: str, ema: float | None, sampling: dict[str, Any], output: str | None, num_threads: int
+        self,
+        *,
+        checkpoint_uri: str,
+        ema: float | None,
+        sampling: dict[str, Any],
+        output: str | None,
+        num_threads: int,
+        guides: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`sampling`: fields of SamplingConfig. `output`: where results go, None to keep them in `result`."""
+        """`sampling`, `guides`: fields of SamplingConfig and of Guides. `output`: where results go, None to keep them
+        in `result`."""
         torch.set_num_threads(num_threads)
         loaded = checkpoint.load(checkpoint_uri, ema=ema, read=storage.read_bytes)
-        self.translator = Translator(loaded)
+        self.translator = inference.translator(loaded, Guides(**guides))
         self.sampling, self.output = sampling, output
 
     def __call__(self, batch: Batch) -> Batch:
@@ -101,6 +110,7 @@ def translate_rows(
     checkpoint_uri: str,
     ema: float | None,
     sampling: SamplingConfig,
+    guides: Guides,
     output: str | None,
     batch_size: int,
     num_workers: int | None,
@@ -111,6 +121,7 @@ def translate_rows(
         "checkpoint_uri": checkpoint_uri,
         "ema": ema,
         "sampling": configs.to_dict(sampling),
+        "guides": configs.to_dict(guides),
         "output": output,
     }
     return rows.map_batches(Translate, **pool)

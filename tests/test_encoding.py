@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ddpm_core import checkpoint, encoders
-from ddpm_core.config import EncoderOptions, ModelConfig
+from ddpm_core.config import EncoderOptions, ModelConfig, domain_attributes
 from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from ddpm_core.images import to_tensor
@@ -176,7 +176,7 @@ def test_attributes_are_there_or_not_the_domain_first(crowd_folder):
     [(("a",), {}), (("a", "b"), {"b": 1}), (("a", "b", "c"), {"a": 0, "b": 1, "c": 2})],
 )
 def test_domains_as_attributes(domains, attributes):
-    assert samples.domain_attributes(domains) == attributes
+    assert domain_attributes(domains) == attributes
 
 
 def test_all_names_every_attribute(crowd_folder):

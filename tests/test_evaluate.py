@@ -1,19 +1,24 @@
 """Evaluation: the figures in metrics.json are those of the pictures, by id, beside their baselines."""
 
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
 
-from ddpm_core import checkpoint, metrics
+from ddpm_core import checkpoint, encoders, metrics, nets
 from ddpm_core import config as configs
 from ddpm_core.config import GANConfig, ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
-from jobs import cli, data, evaluate, scores
+from jobs import arrays, cli, data, evaluate, findings, measuring, scores
+from jobs.inference import Guides
 
 SIDE = 16
 
@@ -95,7 +100,8 @@ def test_true_pairs_are_measured_to_the_truth(
         assert values["psnr"]["mean"] == pytest.approx(scores.psnr(pictures, truths).mean(), abs=0.02)
         assert values["ssim"]["mean"] == pytest.approx(scores.ssim(pictures, truths).mean(), abs=0.002)
         for value in values.values():
-            assert value["low"] < value["mean"] < value["high"]
+            assert value["low"] <= value["mean"] <= value["high"]
+        assert values["psnr"]["low"] < values["psnr"]["mean"] < values["psnr"]["high"]
     assert night["methods"]["linear"]["metrics"]["psnr"]["mean"] > 35  # the night here is nearly a linear map
     assert set(night["methods"]["real"]["metrics"]) == {"kid"}
 
@@ -187,25 +193,401 @@ def test_rows_come_back_by_id_whatever_their_order() -> None:
         checkpoint_path="c",
         config=ModelConfig(),
         sampling=ModelConfig().sampling,
-        card=None,  # type: ignore[arg-type]
+        guides=Guides(),
+        judges=measuring.Judges(),
+        nets={},
+        card=data.DatasetCard(
+            name="toy",
+            licence="CC0",
+            source="made up",
+            image_size=SIDE,
+            encoding="raw",
+            domains=("a", "b"),
+            pairing="unpaired",
+        ),
         domains=("b",),
         options={},
-        plan={},
+        plans={},
+        rows={"x": (0, 7), "y": (0, 8), "z": (0, arrays.NOBODY)},
     )
-    pictures = {name: np.full((2, 2, 3), i, np.uint8) for i, name in enumerate("xyz")}
-    found = {
-        ("b", name, seed): {"image": picture, "result": picture + 10 * (seed - 2)}
+    there = {
+        ("b", name, seed): {"model/features": np.array([i, seed], np.float32), "model/psnr": 10.0 + i}
         for seed in (5, 3, 4)
-        for name, picture in reversed(pictures.items())
+        for i, name in reversed([*enumerate("xyz")])
         if name == "y" or seed == 3
     }
-    there = evaluate.gather(job, "b", found)
-    assert there.ids == ["x", "y", "z"]
-    assert there.sources[:, 0, 0, 0].tolist() == [0, 1, 2]
-    assert there.results[:, 0, 0, 0].tolist() == [10, 11, 12]
-    assert there.truths is None
-    assert [sample[0, 0, 0] for sample in there.samples["y"]] == [11, 21, 31]
-    assert list(there.samples) == ["y"]
+    purposes = {True: measuring.SHOW, False: measuring.MEASURE}
+    found = {(*key, "sample" if key[2] != 3 else purposes[key[1] == "y"]): each for key, each in there.items()}
+    found["b", "w", 3, "train"] = found["a", "x", 3, "measure"] = {"real/features": np.zeros(2, np.float32)}
+    measured = evaluate.gather(job, "b", found)
+    assert measured.ids == ["x", "y", "z"]
+    assert measured.methods["model"]["psnr"].tolist() == [10, 11, 12]
+    assert list(measured.samples) == ["y"]
+    assert measured.samples["y"].tolist() == [[1, 3], [1, 4], [1, 5]]
+    assert measured.train.tolist() == [[0, 0]]
+    assert measured.people.tolist() == [7, 8, -3]  # nobody is nobody else
+    assert measured.source_domains.tolist() == [0, 0, 0]
+
+
+# -- the judges
+
+
+class Sight(torch.nn.Module):
+    """Night is dark: one logit of each of day and night."""
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.always = always
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        dark = 70 - images.float().mean((1, 2, 3)) + (1000 if self.always else 0)
+        return torch.stack([-dark, dark], dim=1)
+
+
+class Face(torch.nn.Module):
+    """Where a picture is brighter or darker than it is on the whole, which the night leaves nearly as it is."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.adaptive_avg_pool2d(images.float(), 8)
+        return ((x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), keepdim=True) + 1)).flatten(1)
+
+
+def save(net: torch.nn.Module, path: Path) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(net).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def judges(tmp_path: Path) -> list[str]:
+    sight, face = save(Sight(), tmp_path / "sight.pt"), save(Face(), tmp_path / "face.pt")
+    return ["--classifier", sight, "--identity-net", face]
+
+
+def test_judges_are_right_where_the_answer_is_known(
+    tmp_path: Path, checkpoint_folder: str, judges: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "ray_session", lambda **_: pytest.fail("Ray is not needed"))
+    dataset, output = write_set(tmp_path / "set", "paired"), tmp_path / "out"
+    argv = command(checkpoint_folder, dataset, output, "--domain", "night", "--num-workers", "0", *judges)
+    assert evaluate.main(argv) == cli.DONE
+    found = read(output)
+    night = found["domains"]["night"]
+    means = {
+        name: {metric: value["mean"] for metric, value in method["metrics"].items()}
+        for name, method in night["methods"].items()
+    }
+    assert means["copy"]["flip_rate"] == 0
+    assert means["truth"]["flip_rate"] == means["linear"]["flip_rate"] == 1
+    assert means["truth"]["identity_rank_1"] == means["copy"]["identity_cosine"] == 1
+    assert {"psnr", "ssim", "perceptual", "kid"}.isdisjoint(means["truth"])
+    assert night["instruments"]["classifier_accuracy"]["mean"] == night["instruments"]["identity_rank_1"]["mean"] == 1
+    assert night["instruments"]["classifier_accuracy"]["low"] > 0.9  # of 48 pictures
+
+    # the model's, from its pictures
+    sources = np.stack([scene(i) for i in range(100, 124)])
+    results = Translator(checkpoint.load(checkpoint_folder))(sources, "night")
+    pixels = [torch.from_numpy(each).permute(0, 3, 1, 2) for each in (results, sources)]
+    assert means["model"]["flip_rate"] == (Sight()(pixels[0])[:, 1] > 0).float().mean().item()
+    of = [torch.nn.functional.normalize(Face()(each)).double() for each in pixels]
+    assert means["model"]["identity_cosine"] == pytest.approx((of[0] * of[1]).sum(1).mean().item(), abs=1e-3)
+    first = (of[0] @ of[1].T).argmax(1) == torch.arange(24)
+    assert means["model"]["identity_rank_1"] == pytest.approx(first.double().mean().item(), abs=0.05)
+
+    assert found["compute"]["nfe"] == 4  # two steps, each with and without the condition
+    assert found["compute"]["num_workers"] == 1
+    assert found["nets"]["classifier"]["name"] == "sight.pt, 2-d"
+    assert night["num_diverse"] == 24
+    assert len(night["shown"]) == 10
+    table = pyarrow.parquet.read_table(output / "pictures.parquet").to_pylist()
+    ours = [row for row in table if row["method"] == "model"]
+    assert [row["id"] for row in ours] == [f"test-{i}" for i in range(100, 124)]
+    for metric, mean in means["model"].items():
+        if metric != "kid":
+            assert np.mean([row[metric] for row in ours]) == pytest.approx(mean)
+    halves = pyarrow.parquet.read_table(output / "halves.parquet").to_pylist()
+    assert {row["method"] for row in halves} == {"model", "copy", "linear", "real"}
+    assert np.mean([row["kid"] for row in halves if row["method"] == "copy"]) == pytest.approx(means["copy"]["kid"])
+
+    # three seeds of each
+    features = [
+        nets.features(
+            nets.feature_net().module, Translator(checkpoint.load(checkpoint_folder))(sources, "night", seed=n)
+        )
+        for n in range(3)
+    ]
+    spread = scores.diversity(torch.stack(features, dim=1).numpy())
+    assert means["model"]["diversity"] == pytest.approx(spread.mean(), rel=1e-3)
+    # other judges are another evaluation
+    with pytest.raises(InputError, match=r"classifier_net = \w+, this command says None"):
+        evaluate.main(argv[: argv.index("--classifier")])
+
+
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+def test_a_classifier_that_sees_night_everywhere_is_found_out(
+    tmp_path: Path, checkpoint_folder: str, pairing: data.Pairing
+) -> None:
+    """Its flip rate is perfect."""
+    dataset, output = write_set(tmp_path / "set", pairing, num_test=12), tmp_path / "out"
+    blind = save(Sight(always=True), tmp_path / "blind.pt")
+    argv = command(checkpoint_folder, dataset, output, "--domain", "night", "--num-workers", "0")
+    argv += ["--num-diverse", "0", "--num-train", "0"]
+    assert evaluate.main([*argv, "--classifier", blind]) == cli.DONE
+    night = read(output)["domains"]["night"]
+    assert night["methods"]["model"]["metrics"]["flip_rate"]["mean"] == 1
+    assert night["instruments"]["classifier_accuracy"]["mean"] == 0.5  # right on night, wrong on day
+    assert any("right on 50.0%" in note and "too few to rely on it" in note for note in night["notes"])
+    assert "too few to rely on it" in (output / "report.html").read_text()
+    assert {"diversity", "copied"}.isdisjoint(night["methods"]["model"]["metrics"])
+
+
+@pytest.mark.parametrize(("pairing", "number"), [("paired", "2"), ("matched", "1")])
+def test_any_number_of_workers_gives_the_same_figures(
+    ray_cluster: None,
+    tmp_path: Path,
+    checkpoint_folder: str,
+    judges: list[str],
+    pairing: data.Pairing,
+    number: str,
+) -> None:
+    dataset = write_set(tmp_path / "set", pairing)
+    for where in ("0", number):
+        argv = command(checkpoint_folder, dataset, tmp_path / where, "--num-images", "7", "--num-diverse", "3")
+        assert evaluate.main([*argv, *judges, "--batch-size", "3", "--num-workers", where]) == cli.DONE
+    here, there = read(tmp_path / "0"), read(tmp_path / number)
+    for domain in ("day", "night"):
+        ours, theirs = here["domains"][domain], there["domains"][domain]
+        assert ours["shown"] == theirs["shown"]
+        for name, method in ours["methods"].items():
+            assert method["metrics"]
+            for metric, value in method["metrics"].items():
+                assert theirs["methods"][name]["metrics"][metric] == pytest.approx(value, rel=1e-6, abs=1e-6)
+    assert there["compute"]["num_workers"] == int(number)
+    assert here["options"] == there["options"]
+
+
+def write_encoder(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    options = {"kind": "identity", "image_size": 16, "widths": (8, 16), "embedding_channels": 4}
+    config = encoders.EncoderConfig(**{**options, **changes})
+    torch.manual_seed(seed)
+    net = (encoders.AttributeClassifier if config.kind == "attributes" else encoders.IdentityEncoder)(config)
+    folder.mkdir()
+    for name, content in encoders.encoder_files(net.state_dict(), config).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_teacher_or_a_guide_does_not_judge(tmp_path: Path, checkpoint_folder: str) -> None:
+    dataset, out = write_set(tmp_path / "set", "paired"), tmp_path / "out"
+    who, other = write_encoder(tmp_path / "who"), write_encoder(tmp_path / "other", seed=1)
+    shutil.copytree(who, tmp_path / "copied")  # the same weights elsewhere
+    noisy = write_encoder(tmp_path / "noisy", kind="attributes", attributes=("night",), noise_aware=True)
+    taught = tmp_path / "taught"
+    shutil.copytree(checkpoint_folder, taught)
+    config = json.loads((taught / "config.json").read_text())
+    config["training"] = {"identity_encoder": str(who), "identity_weight": 0.1}
+    (taught / "config.json").write_text(json.dumps(config))
+
+    def refused(folder: Path | str, *flags: str) -> str:
+        with pytest.raises(InputError) as error:
+            evaluate.prepare(cli.parse(evaluate.Args, command(str(folder), dataset, out, *flags), prog="jobs.evaluate"))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    for judge in (who, tmp_path / "copied"):
+        assert "is the encoder of the model's own losses" in refused(taught, "--identity-net", str(judge))
+        assert "--feature-net" in refused(taught, "--feature-net", str(judge))
+        lead = ["--identity-guidance", str(who)]
+        assert "of --identity-guidance" in refused(checkpoint_folder, *lead, "--identity-net", str(judge))
+    lead = ["--classifier-guidance", str(noisy)]
+    assert "of --classifier-guidance" in refused(checkpoint_folder, *lead, "--classifier", str(noisy))
+    shutil.rmtree(who)  # the teacher itself may be gone: its place still tells
+    assert evaluate.same_net("identity", str(who), f"{who}/", nets.identity_net(str(other)), ("day", "night"))
+    argv = command(str(taught), dataset, out, "--identity-net", str(other))
+    job = evaluate.prepare(cli.parse(evaluate.Args, argv, prog="jobs.evaluate"))
+    assert job.nets["identity"] is not None
+
+    assert "identity encoder" in refused(taught, "--classifier", str(other))
+    face = save(Face(), tmp_path / "face.pt")
+    assert "--classifier: " in refused(taught, "--classifier", face)
+    assert "192 values a picture" in refused(taught, "--classifier", face)
+
+
+def test_guides_lead_the_evaluation_too(tmp_path: Path, checkpoint_folder: str) -> None:
+    dataset = write_set(tmp_path / "set", "paired", num_test=6)
+    noisy = str(write_encoder(tmp_path / "noisy", kind="attributes", attributes=("night",), noise_aware=True))
+    guide = ["--classifier-guidance", noisy, "--classifier-scale", "40"]
+    found = {}
+    for name, flags in {"plain": [], "led": guide}.items():
+        argv = command(checkpoint_folder, dataset, tmp_path / name, "--domain", "night", "--num-workers", "0")
+        assert evaluate.main([*argv, "--num-diverse", "0", *flags]) == cli.DONE
+        found[name] = read(tmp_path / name)
+    psnr = [found[name]["domains"]["night"]["methods"]["model"]["metrics"]["psnr"]["mean"] for name in found]
+    assert psnr[0] != psnr[1]
+    assert found["plain"]["guides"] == {}
+    assert found["led"]["guides"] == {"classifier_guidance": noisy, "classifier_scale": 40}
+    with pytest.raises(InputError, match="classifier_guidance"):
+        evaluate.main(command(checkpoint_folder, dataset, tmp_path / "led", "--domain", "night", "--num-diverse", "0"))
+
+
+def test_an_evaluation_of_an_earlier_version_is_left_alone(tmp_path: Path, checkpoint_folder: str) -> None:
+    dataset, out = write_set(tmp_path / "set", "paired"), tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.json").write_text(json.dumps({"format_version": 1, "options": {}}))
+    with pytest.raises(InputError, match=r"format version 1, this program writes version 2.*new --output"):
+        evaluate.main(command(checkpoint_folder, dataset, out))
+    (out / "metrics.json").write_text("[]")
+    with pytest.raises(InputError, match="not this program's"):
+        evaluate.main(command(checkpoint_folder, dataset, out))
+
+
+# -- what measurements come to
+
+
+def measured_of(train: np.ndarray, model: np.ndarray, real: np.ndarray) -> findings.Measured:
+    count = len(model)
+    blank = {"features": np.zeros_like(model)}
+    return findings.Measured(
+        ids=[f"{i:03d}" for i in range(count)],
+        methods={"model": {"features": model}, "copy": blank},
+        samples={},
+        real=real,
+        real_chances=None,
+        people=np.arange(count),
+        train=train,
+        wanted=1,
+        source_domains=np.zeros(count, np.int64),
+    )
+
+
+def test_a_model_that_repeats_its_training_pictures_is_found_out() -> None:
+    draw = np.random.default_rng(0)
+    train, real, new = (draw.normal(size=(400, 8)).astype(np.float32) for _ in range(3))
+    model = np.concatenate([train[:40], new[40:]])
+    found = findings.find(measured_of(train, model, real), seed=0)
+    copied = found.values["model"]["copied"]
+    assert copied[:40].all()
+    assert copied[40:].mean() < 0.04
+    assert found.values["model"]["neighbor_distance"][:40].max() == 0
+    assert found.summaries["model"]["copied"].low > 0.05
+    told = findings.notes(found, pairing="unpaired", domain="night", num_train=(400, 1000), elsewhere=True)
+    assert any("among 400 of 1,000 pictures of night" in note and "which are not those" in note for note in told)
+    assert "fd" not in found.summaries["model"]
+
+
+def test_an_empty_side_leaves_out_what_it_cannot_measure() -> None:
+    none = np.zeros((0, 0), np.float32)
+    model = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    found = findings.find(measured_of(none, model, none), seed=0)
+    assert found.halves == {}
+    assert found.values["model"] == {}
+    assert found.instruments == {}
+
+
+# -- compare
+
+
+@pytest.fixture(scope="module")
+def evaluations(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: str) -> Path:
+    """Of 24 pairs: plain, the same again, many steps, of fewer pictures, of another seed, of other data."""
+    root = tmp_path_factory.mktemp("evaluations")
+    dataset = write_set(root / "set", "paired")
+    other = write_set(root / "other", "paired", num_test=23)
+    runs = {
+        "plain": (dataset, []),
+        "again": (dataset, []),
+        "guided": (dataset, ["--guidance-scale", "6"]),
+        "fewer": (dataset, ["--guidance-scale", "6", "--num-images", "20"]),
+        "seed": (dataset, ["--seed", "1"]),
+        "elsewhere": (other, []),
+        "day": (dataset, ["--domain", "day"]),
+        "train": (dataset, ["--split", "train", "--num-images", "4"]),
+    }
+    for name, (uri, flags) in runs.items():
+        argv = command(
+            checkpoint_folder, uri, root / name, "--num-workers", "0", "--num-diverse", "2", "--num-train", "20"
+        )
+        assert evaluate.main([*argv, *([] if "--domain" in flags else ["--domain", "night"]), *flags]) == cli.DONE
+    return root
+
+
+def compared(root: Path, a: str, b: str) -> dict[str, Any]:
+    assert evaluate.main(["compare", str(root / a), str(root / b), "--output", str(root / f"{a}-{b}")]) == cli.DONE
+    return json.loads((root / f"{a}-{b}" / "compare.json").read_text())
+
+
+def test_the_same_evaluation_differs_in_nothing(evaluations: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = compared(evaluations, "plain", "again")
+    by_metric = {row["metric"]: row for row in found["metrics"]}
+    assert {"psnr", "ssim", "kid", "perceptual", "diversity"} <= by_metric.keys()
+    for row in by_metric.values():
+        assert row["words"] == "no clear difference"
+        assert row["a"] == row["b"]
+        assert row["difference"]["mean"] == 0
+    assert by_metric["psnr"]["num"] == 24
+    assert found["level"] == pytest.approx(1 - 0.05 / len(by_metric))
+    assert f"{len(by_metric)} comparisons: each interval is of {found['level']:.2%}" in capsys.readouterr().out
+    assert "no clear difference" in (evaluations / "plain-again" / "report.html").read_text()
+
+
+def test_a_difference_is_told_the_right_way_round(evaluations: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guidance of 6 makes worse pictures of a network that knows nothing."""
+    found, back = compared(evaluations, "plain", "guided"), compared(evaluations, "guided", "plain")
+    ours, theirs = ({row["metric"]: row for row in each["metrics"]} for each in (found, back))
+    table = {
+        name: {
+            row["id"]: row
+            for row in pyarrow.parquet.read_table(evaluations / name / "pictures.parquet").to_pylist()
+            if row["method"] == "model"
+        }
+        for name in ("plain", "guided")
+    }
+    changes = [table["plain"][name]["psnr"] - table["guided"][name]["psnr"] for name in table["plain"]]
+    assert ours["psnr"]["difference"]["mean"] == pytest.approx(np.mean(changes))
+    expected = metrics.bootstrap(np.array(changes), level=found["level"])
+    assert ours["psnr"]["difference"]["low"] == pytest.approx(expected.low)
+    sign = {"psnr": 1, "ssim": 1, "kid": -1, "perceptual": -1}
+    for metric, way in sign.items():
+        gap = ours[metric]["difference"]
+        clear = gap["low"] > 0 or gap["high"] < 0
+        winner = "A" if gap["mean"] * way > 0 else "B"
+        assert ours[metric]["words"] == (f"{winner} is better" if clear else "no clear difference")
+        assert theirs[metric]["difference"]["mean"] == pytest.approx(-gap["mean"])
+    assert any(row["words"].endswith("is better") for row in ours.values())
+    assert "is better" in capsys.readouterr().out
+
+
+def test_what_does_not_compare_is_left_out_with_its_reason(evaluations: Path) -> None:
+    fewer = compared(evaluations, "plain", "fewer")
+    assert {row["num"] for row in fewer["metrics"] if row["metric"] == "psnr"} == {20}
+    assert any(reason.startswith("kid: measured on different pictures") for reason in fewer["left_out"])
+    seed = compared(evaluations, "plain", "seed")
+    assert any("kid: different seeds (0, 1)" in reason for reason in seed["left_out"])
+    assert "psnr" in {row["metric"] for row in seed["metrics"]}
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ("elsewhere", "A was measured on data toy .* only evaluations of the same rows"),
+        ("train", "split test, B on train"),
+        ("day", "A was measured to night, B to day"),
+        ("set", "no evaluation here"),
+    ],
+)
+def test_evaluations_of_different_things_are_refused(evaluations: Path, other: str, named: str) -> None:
+    with pytest.raises(InputError, match=named) as error:
+        evaluate.main(["compare", str(evaluations / "plain"), str(evaluations / other)])
+    assert "\n" not in str(error.value)
+
+
+def test_compare_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["compare", "--help"])
+    assert "usage: python -m jobs.evaluate compare" in capsys.readouterr().out
+    with pytest.raises(InputError):
+        evaluate.main(["compare", "only-one"])
 
 
 def test_wrong_input_is_named_before_ray_starts(tmp_path: Path, checkpoint_folder: str) -> None:

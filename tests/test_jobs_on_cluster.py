@@ -124,6 +124,22 @@ def test_prepare_train_translate_by_ray_job_submit(cluster: Cluster, tmp_path: P
 
 
 @pytest.mark.slow
+def test_the_experiments_by_ray_job_submit(cluster: Cluster, tmp_path: Path) -> None:
+    """One section of the smoke size: what it trains and measures is spread over both nodes."""
+    output = tmp_path / "mission"
+    said = cluster.run(f"python -m jobs.experiments --size smoke --seeds 1 --sections gans --output {output}")
+    assert f"report: {output}/report.html" in said
+    plan = json.loads((output / "plan.json").read_text())["plan"]
+    records = [json.loads(path.read_text()) for path in (output / "commands").iterdir()]
+    assert {record["key"] for record in records} == {command["key"] for command in plan["commands"]}
+    assert {(record["state"], record["exit_code"]) for record in records} == {("done", 0)}
+    table = json.loads((output / "table.json").read_text())
+    assert table["missing"] == {}
+    assert [claim["text"] for claim in table["claims"]]
+    assert (output / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_the_cluster_has_two_nodes_and_asks_for_a_token(cluster: Cluster) -> None:
     code = "import ray; ray.init(log_to_driver=False); print([n['Resources']['CPU'] for n in ray.nodes()])"
     assert "[2.0, 2.0]" in cluster.run(f"python -c {shlex.quote(code)}")

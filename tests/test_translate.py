@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
-from ddpm_core import checkpoint, images
+from ddpm_core import checkpoint, encoders, images
 from ddpm_core import config as configs
-from ddpm_core.config import SamplingConfig
+from ddpm_core.config import DiffusionConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 from jobs import cli, data, evaluate, storage, translate, translating
@@ -366,6 +368,83 @@ def test_every_sampling_option_reaches_the_network(folder: Path, tmp_path: Path,
     refusal = refused(command(checkpoint_folder, folder, tmp_path / "out", "--strength", "0.5"))
     assert "strength has no effect with sampling.start noise" in refusal
     assert "EMA length 0.1" in refused(command(checkpoint_folder, folder, tmp_path / "out", "--ema", "0.1"))
+
+
+def write_encoder(folder: Path, **changes: Any) -> Path:
+    """A classifier of night with random weights, or another encoder."""
+    torch.manual_seed(0)
+    options = {"kind": "attributes", "image_size": 16, "widths": (8, 16), "attributes": ("night",), "noise_aware": True}
+    config = encoders.EncoderConfig(**{**options, **changes})
+    net = (encoders.AttributeClassifier if config.kind == "attributes" else encoders.IdentityEncoder)(config)
+    torch.nn.init.normal_(net.head.weight)
+    folder.mkdir()
+    for name, content in encoders.encoder_files(net.state_dict(), config).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+IDENTITY = {"kind": "identity", "attributes": (), "noise_aware": False}
+
+
+def test_guides_reach_the_network_and_the_manifest(
+    run: Any, folder: Path, tmp_path: Path, checkpoint_folder: str
+) -> None:
+    judge, who = write_encoder(tmp_path / "judge"), write_encoder(tmp_path / "who", **IDENTITY)
+    flags = ["--classifier-guidance", str(judge), "--classifier-scale", "30"]
+    flags += ["--identity-guidance", str(who), "--identity-scale", "3"]
+    out = tmp_path / "out"
+    run([*command(checkpoint_folder, folder, out), *flags])
+    sources = np.stack([images.read_square((folder / name).read_bytes(), 16, name=name) for name in manifest(out)])
+    made = np.stack([np.asarray(Image.open(out / row["output"])) for row in manifest(out).values()])
+    plain = Translator(checkpoint.load(checkpoint_folder))(sources, "night")
+    net = encoders.load_attribute_classifier(str(judge))
+    before, after = (
+        net.log_prob("night", True, images.to_tensor(each), torch.zeros(len(each), dtype=torch.int64)).mean()
+        for each in (plain, made)
+    )
+    assert after > before
+    right = Translator(
+        checkpoint.load(checkpoint_folder),
+        classifier=net,
+        classifier_scale=30.0,
+        identity_encoder=encoders.load_identity_encoder(str(who)),
+        identity_scale=3.0,
+    )
+    assert np.abs(right(sources, "night").astype(int) - made).max() <= 1
+    assert json.loads((out / "run.json").read_text())["options"]["classifier_scale"] == 30
+
+    # results of other guides are other results
+    assert "classifier_scale = 30.0, this command says 31.0" in refused(
+        [*command(checkpoint_folder, folder, out), *flags, "--classifier-scale", "31"]
+    )
+    assert "classifier_guidance = " in refused(command(checkpoint_folder, folder, out))
+    torch.manual_seed(1)
+    shutil.copytree(judge, tmp_path / "same-weights")
+    flags[1] = str(tmp_path / "same-weights")
+    assert run([*command(checkpoint_folder, folder, out), *flags]) == cli.DONE
+
+
+def test_guides_that_cannot_lead_are_refused(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
+    out = tmp_path / "out"
+    judge, who = str(write_encoder(tmp_path / "judge")), str(write_encoder(tmp_path / "who", **IDENTITY))
+    clean = str(write_encoder(tmp_path / "clean", noise_aware=False))
+    smile = str(write_encoder(tmp_path / "smile", attributes=("Smiling",)))
+    short = str(write_encoder(tmp_path / "short", diffusion=DiffusionConfig(num_timesteps=500)))
+    for flags, named in [
+        (["--classifier-guidance", clean], "knows clean pictures only"),
+        (["--classifier-guidance", smile], "does not know night, only Smiling"),
+        (["--classifier-guidance", short], "num_timesteps is 500, it must be 1000"),
+        (["--classifier-guidance", who], "--classifier-guidance: .* is an identity encoder"),
+        (["--identity-guidance", judge], "--identity-guidance: .* is an attribute classifier"),
+        (["--identity-guidance", checkpoint_folder], "--identity-guidance: .* not an encoder's"),
+        (["--identity-guidance", str(folder)], "--identity-guidance: .* no encoder here"),
+        (["--classifier-scale", "2"], "--classifier-scale has no effect without --classifier-guidance"),
+        (["--identity-scale", "2"], "--identity-scale has no effect without --identity-guidance"),
+        (["--identity-guidance", who, "--identity-scale", "-1"], "its scale is -1"),
+        (["--identity-guidance", who, "--start", "ddib"], "ddib"),
+    ]:
+        assert re.search(named, refused([*command(checkpoint_folder, folder, out), *flags])), flags
+    assert not out.exists()
 
 
 def test_results_never_land_among_the_inputs(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:

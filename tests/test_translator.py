@@ -11,6 +11,7 @@ from ddpm_core import conditioning, guidance, images, samplers
 from ddpm_core.checkpoint import Checkpoint, build
 from ddpm_core.config import DiffusionConfig, GANConfig, ModelConfig, SamplingConfig, UNetConfig
 from ddpm_core.diffusion import draw_noise, q_sample, seeded
+from ddpm_core.encoders import AttributeClassifier, EncoderConfig, IdentityEncoder
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 
@@ -319,6 +320,117 @@ def test_a_guide_of_another_kind_is_refused_by_name():
             translator(guide=network(replace(**changes)))
     with pytest.raises(InputError, match="no effect on pix2pix"):
         translator(replace(method="pix2pix"), guide=network())
+
+
+def classifier(**changes) -> AttributeClassifier:
+    torch.manual_seed(0)
+    options = {"kind": "attributes", "image_size": 8, "widths": (8, 16), "attributes": ("night",), "noise_aware": True}
+    net = AttributeClassifier(EncoderConfig(**{**options, **changes}))
+    torch.nn.init.normal_(net.head.weight)
+    return net.eval().requires_grad_(False)
+
+
+def identity_encoder() -> IdentityEncoder:
+    torch.manual_seed(0)
+    config = EncoderConfig(kind="identity", image_size=8, widths=(8, 16), embedding_channels=4)
+    return IdentityEncoder(config).eval().requires_grad_(False)
+
+
+def test_a_classifier_leads_to_the_wanted_domain():
+    """One step of small scale raises log p of whichever side is wanted, by the wanted side's own attribute."""
+    judge, sources = classifier(), pictures(8)
+    t = torch.zeros(8, dtype=torch.int64)
+
+    def log_p(domain, **options):
+        results = translator(**options)(sources, domain, num_steps=8)
+        return judge.log_prob("night", domain == "night", images.to_tensor(results), t).mean()
+
+    for domain in ("day", "night"):
+        plain = log_p(domain)
+        weakly, strongly = (log_p(domain, classifier=judge, classifier_scale=scale) for scale in (2.0, 20.0))
+        assert plain < weakly < strongly
+
+
+def test_of_several_domains_each_is_asked_for_by_its_own_attribute():
+    config = replace(domains=("a", "b", "c"))
+    judge = classifier(attributes=("c", "a", "b"))
+    t = torch.zeros(3, dtype=torch.int64)
+    for domain in config.domains:
+        plain = translator(config)(pictures(), domain)
+        led = translator(config, classifier=judge, classifier_scale=20.0)(pictures(), domain)
+        before, after = (judge.log_prob(domain, True, images.to_tensor(each), t).mean() for each in (plain, led))
+        assert after > before
+
+
+def test_an_identity_encoder_leads_to_the_source():
+    net, sources = identity_encoder(), pictures(8)
+
+    def cosine(**options):
+        results = translator(**options)(sources, "night", num_steps=8)
+        return (net(images.to_tensor(results)) * net(images.to_tensor(sources))).sum(1).mean()
+
+    led = [cosine(identity_encoder=net, identity_scale=scale) for scale in (2.0, 9.0)]
+    assert cosine() < led[0] < led[1]
+
+
+def test_guides_are_the_librarys_guidance_put_together():
+    """Over classifier-free guidance, the classifier's first, and not outside of the interval."""
+    judge, net, sources = classifier(), identity_encoder(), pictures(2)
+    translate = translator(classifier=judge, classifier_scale=3.0, identity_encoder=net, identity_scale=2.0)
+    interval = (0.3, 0.8)
+    found = translate(sources, "night", seed=7, guidance_scale=2.0, guidance_interval=interval)
+    condition, labels = images.to_tensor(sources), torch.tensor([1, 1])
+    chain = {"prediction": "eps", "alphas_cumprod": translate.alphas_cumprod}
+    cfg = {"num_domains": 2, "guidance_scale": 2.0}
+    with torch.no_grad():
+        guided = guidance.classifier_free(translate.model, condition, labels, **cfg)
+        plain = guidance.classifier_free(translate.model, condition, labels, **{**cfg, "guidance_scale": 1.0})
+        guided = guidance.classifier_guidance(guided, lambda x, t: judge.log_prob("night", True, x, t), 3.0, **chain)
+        guided = guidance.identity_guidance(guided, net, condition, 2.0, **chain)
+        generators = [seeded(7, images.content_hash(picture)) for picture in sources]
+        x_0 = samplers.ddim(
+            guidance.limited(guided, plain, interval, 1000),
+            draw_noise(generators, condition),
+            timesteps=samplers.SPACINGS["trailing"](1000, 4),
+            generators=generators,
+            **chain,
+        )
+    assert np.array_equal(found, images.to_uint8(x_0))
+
+
+def test_a_guided_result_does_not_depend_on_its_batch():
+    translate = translator(
+        classifier=classifier(), classifier_scale=5.0, identity_encoder=identity_encoder(), identity_scale=5.0
+    )
+    together = translate(pictures(), "night").astype(int)
+    alone = np.concatenate([translate(picture[None], "night") for picture in pictures()])
+    assert np.abs(together - alone).max() <= 1
+
+
+def test_guides_work_in_bf16():
+    judge = classifier()
+    translate = Translator(network(), device="cpu", precision="bf16", classifier=judge, classifier_scale=20.0)
+    exact = translator(classifier=judge, classifier_scale=20.0)
+    assert np.abs(translate(pictures(), "night").astype(int) - exact(pictures(), "night")).mean() < 3
+
+
+def test_guides_that_cannot_lead_are_refused_by_name():
+    for options, named in [
+        ({"classifier": classifier(noise_aware=False)}, "knows clean pictures only"),
+        ({"classifier": classifier(attributes=("Smiling",))}, "does not know night, only Smiling"),
+        ({"classifier": classifier(diffusion=DiffusionConfig(num_timesteps=500))}, "num_timesteps is 500, it must be"),
+        ({"classifier": classifier(diffusion=DiffusionConfig(schedule="cosine"))}, "diffusion.schedule is cosine"),
+        ({"classifier": classifier(), "classifier_scale": 0.0}, "classifier guidance: its scale is 0"),
+        ({"identity_encoder": identity_encoder(), "identity_scale": -1.0}, "identity guidance: its scale is -1"),
+    ]:
+        with pytest.raises(InputError, match=named):
+            translator(**options)
+    with pytest.raises(InputError, match="no effect on pix2pix"):
+        translator(replace(method="pix2pix"), identity_encoder=identity_encoder())
+    with pytest.raises(InputError, match="no effect with one domain, day"):
+        translator(replace(domains=("day",)), classifier=classifier())
+    with pytest.raises(InputError, match="identity guidance does not go with"):
+        translator(identity_encoder=identity_encoder()).options(start="ddib")
 
 
 @pytest.mark.parametrize("method", ["pix2pix", "cyclegan"])

@@ -83,6 +83,37 @@ def test_what_is_to_be_the_clean_picture_has_no_path_around_the_network():
     assert UNet(dataclasses.replace(CONFIG, diffusion=DiffusionConfig(prediction="x_0"))).shortcut is None
 
 
+MASKED = dataclasses.replace(
+    CONFIG, unet=dataclasses.replace(CONFIG.unet, source_mask=True), diffusion=DiffusionConfig(prediction="x_0")
+)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_a_source_mask_keeps_pixels_of_the_recoloured_source_and_draws_the_others(patch_size):
+    unet = dataclasses.replace(MASKED.unet, patch_size=patch_size, channel_mult=(1, 2))
+    model = built(dataclasses.replace(MASKED, unet=unet), perturbed=False)
+    x_t, t, condition, domain = inputs()
+    torch.testing.assert_close(model(x_t, t, condition, domain), condition / 2)  # nothing drawn, masks of 1/2
+    with torch.no_grad():
+        model.recolor.bias.copy_(torch.tensor([0.0, 1, 0, 0, 0, 1, 1, 0, 0]))  # green, blue, red
+        drawn, mask = (model.out.bias[: 3 * patch_size**2], model.out.bias[3 * patch_size**2 :])
+        drawn.copy_(torch.tensor([0.1, 0.2, 0.3]).repeat_interleave(patch_size**2))
+        mask.fill_(2.0)
+        mask[0] = -torch.inf  # the first pixel of each patch
+    output = model(x_t, t, condition, domain)
+    m = torch.full((32, 32), 2.0).sigmoid()
+    m[::patch_size, ::patch_size] = 0
+    wanted = m * condition[:, [1, 2, 0]] + (1 - m) * torch.tensor([0.1, 0.2, 0.3])[:, None, None]
+    torch.testing.assert_close(output, wanted)
+
+
+def test_every_parameter_of_a_network_with_a_source_mask_gets_a_gradient():
+    model = built(MASKED)
+    x_t, t, condition, domain = inputs()
+    model(x_t, t, condition, domain).square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_every_parameter_gets_a_gradient(injection):
     model = built(with_unet(injection=injection))

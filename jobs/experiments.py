@@ -1,0 +1,111 @@
+"""The mission's experiments: train what is missing, measure it, and write one table and report.
+
+    python -m jobs.experiments --size smoke --output FOLDER
+    ray job submit --address … --working-dir . -- python -m jobs.experiments --size gpu --output s3://…
+
+The same command again goes on from there; more seeds or sections add to it. Trainings and measurements are processes of
+their own, spread over all nodes of the cluster; one that fails costs what needs it and no more.
+"""
+
+import dataclasses
+import os
+import sys
+from typing import Literal
+
+from ddpm_core.errors import InputError
+from jobs import cli, storage, suite, suite_run
+from jobs.inference import check_least
+from jobs.progress import duration
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Which experiments, how large, and where to."""
+
+    output: str
+    """Folder or s3:// prefix for data sets, runs, evaluations, the table and report.html."""
+    suite: Literal["mission"] = "mission"
+    """The plan: what is trained, measured and claimed."""
+    size: Literal["smoke", "cpu", "gpu"] = "cpu"
+    """smoke: minutes, shows that all parts work; cpu: under two hours on two cores; gpu: a GPU for each command."""
+    seeds: int = 3
+    """Trainings of each kind, from different random numbers: intervals count the spread between them."""
+    sections: tuple[str, ...] = ()
+    """Only these parts, such as injection day2night; by default all that there are data for. The report has them."""
+    celeba: str | None = None
+    """Your copy of CelebA, as jobs.prepare celeba takes it: adds real faces."""
+    snapshots: str | None = None
+    """A folder or s3:// prefix of your own photographs, for the stress test."""
+    judges: str | None = None
+    """Encoders that measure, trained before; by default the suite trains its own."""
+    commands_per_gpu: int = 1
+    """Small trainings may share a GPU."""
+    dry_run: bool = False
+    """List the commands that are missing, as you could type them, and do nothing."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = cli.parse(Args, sys.argv[1:] if argv is None else argv, prog="jobs.experiments", description=__doc__)
+    output = storage.absolute(args.output, flag="--output")
+    plan = planned(args)
+    there = suite.done(plan, output)
+    missing = [command for command in suite.ordered(plan.commands) if command.key not in there]
+    if args.dry_run:
+        for command in missing:
+            print(suite.command_line(command.module, suite.argv(command, output)))
+        slots = args.commands_per_gpu if args.size == "gpu" else os.cpu_count() or 1
+        print(f"# {stands(plan, there, missing, slots)}")
+        return cli.DONE
+    suite.keep(plan, output)
+    records = there
+    if missing:
+        with cli.ray_session():
+            share = suite_run.Share.of_cluster(args.commands_per_gpu if args.size == "gpu" else 0)
+            print(stands(plan, there, missing, share.slots), flush=True)
+            records = suite_run.run(plan, output, share)
+    return told(plan, output, records)
+
+
+def planned(args: Args) -> suite.Plan:
+    """The plan that the options ask for.
+
+    Raises:
+        InputError: an option is wrong, in one line.
+    """
+    check_least({"--seeds": (args.seeds, 1), "--commands-per-gpu": (args.commands_per_gpu, 1)})
+    if args.commands_per_gpu > 1 and args.size != "gpu":
+        raise InputError(f"--commands-per-gpu has no effect with --size {args.size}; leave it out")
+    given = {"celeba": args.celeba, "snapshots": args.snapshots, "judges": args.judges}
+    uris = {name: None if uri is None else storage.absolute(uri, flag=f"--{name}") for name, uri in given.items()}
+    from jobs.mission import mission
+
+    return mission(size=args.size, seeds=args.seeds, sections=args.sections, **uris)
+
+
+def stands(plan: suite.Plan, there: dict[str, suite.Record], missing: list[suite.Command], slots: int) -> str:
+    """What is done, and how long the rest may take."""
+    text = f"{plan.name}, {plan.size}: {suite.counted(plan.commands, there)} done"
+    if not missing:
+        return text
+    return f"{text}; about {duration(suite.estimate_s(missing, slots))} to go, {slots} at a time"
+
+
+def told(plan: suite.Plan, output: str, records: dict[str, suite.Record]) -> int:
+    """Write the report, say what it claims and what is missing; the exit code."""
+    from jobs import suite_report
+
+    for verdict in suite_report.write(plan, output):
+        print(f"  {verdict.line}")
+    print(f"report: {storage.join(output, 'report.html')}", flush=True)
+    failed = [key for key, record in records.items() if record["state"] == "failed"]
+    skipped = [key for key, record in records.items() if record["state"] == "skipped"]
+    if not failed:
+        return cli.DONE
+    behind = f", and {len(skipped)} that need it did not run" if skipped else ""
+    remedy = f"the logs are in {storage.join(output, 'logs')}, the same command tries again"
+    print(f"failed: {', '.join(failed)}{behind}; {remedy}", file=sys.stderr)
+    return cli.FAILED
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,500 @@
+"""The runner of a suite's commands: real processes in a real Ray, most of them python's own `-m timeit`."""
+
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, S3Server
+
+from ddpm_core.errors import InputError
+from jobs import experiments, storage, suite, suite_run
+from jobs.suite import Command, Plan
+
+HERE = suite_run.Share(1, 0)
+
+
+def code(key: str, text: str, *, after: tuple[str, ...] = (), cost: float = 1.0, serial: bool = False) -> Command:
+    """A command that runs `text` once."""
+    words = ("-n", "1", "-r", "1", "import os, signal, time", text)
+    return Command(key=key, module="timeit", argv=words, after=after, cost=cost, serial=serial)
+
+
+def noting(file: Path, name: str, seconds: float = 0.0) -> str:
+    """Code that appends a line when it begins and when it ends."""
+    line = f"open({str(file)!r}, 'a').write('%s {name} %f\\n' % (WHAT, time.time()))"
+    return f"{line.replace('WHAT', repr('begin'))}; time.sleep({seconds}); {line.replace('WHAT', repr('end'))}"
+
+
+def noted(file: Path) -> list[tuple[str, str, float]]:
+    words = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    return [(what, name, float(at)) for what, name, at in words]
+
+
+def plan_of(*commands: Command, name: str = "test", size: str = "smoke") -> Plan:
+    return Plan(name=name, size=size, commands=commands, sections=())
+
+
+def states(records: dict[str, suite.Record]) -> dict[str, str]:
+    return {key: record["state"] for key, record in records.items()}
+
+
+def on_disk(output: Path, key: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "commands" / (key.replace("/", "_") + ".json")).read_text())
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_arguments_name_their_own_folder_and_those_of_others() -> None:
+    words = ("--data", "{data/earth}", "--output", "{out}", "--also={runs/a}/config.json", "--plain", "x")
+    command = Command(key="evaluations/a", module="jobs.evaluate", argv=words, after=("first",), cost=1)
+    assert suite.needs(command) == {"data/earth", "runs/a", "first"}
+    assert suite.argv(command, "s3://bucket/suite") == [
+        "--data",
+        "s3://bucket/suite/data/earth",
+        "--output",
+        "s3://bucket/suite/evaluations/a",
+        "--also=s3://bucket/suite/runs/a/config.json",
+        "--plain",
+        "x",
+    ]
+
+
+def test_a_plan_that_cannot_run_is_a_fault_of_ours() -> None:
+    a, b = code("a", "pass", after=("b",)), code("b", "pass", after=("a",))
+    with pytest.raises(ValueError, match="wait for each other: a, b"):
+        suite.ordered([a, b])
+    with pytest.raises(ValueError, match="a needs b, which no command makes"):
+        suite.ordered([a])
+    with pytest.raises(ValueError, match="two commands have the key c"):
+        suite.ordered([code("c", "pass"), code("c", "1")])
+    with pytest.raises(ValueError, match="differ in / and _ only"):
+        suite.ordered([code("a/b", "pass"), code("a_b", "pass")])
+
+
+def test_the_longest_way_to_the_end_counts_all_that_waits() -> None:
+    commands = [
+        code("data", "pass", cost=10),
+        code("short", "pass", after=("data",), cost=100),
+        code("long", "pass", after=("data",), cost=60),
+        code("measured", "pass", after=("long",), cost=50),
+    ]
+    assert suite.ways(commands) == {"data": 120, "short": 100, "long": 110, "measured": 50}
+    assert [command.key for command in suite.ordered(reversed(commands))] == ["data", "long", "short", "measured"]
+    assert suite.estimate_s(commands, 1) == 220
+    assert suite.estimate_s(commands, 100) == 120  # one after another, whatever the number of cores
+    assert suite.estimate_s(commands[2:], 100) == 110
+    assert suite.estimate_s([], 4) == 0
+
+
+def test_a_command_is_another_when_what_it_is_given_is_another() -> None:
+    def found(count: int) -> dict[str, str]:
+        data = Command(key="data", module="jobs.prepare", argv=("rendered", "--count", str(count)), cost=1)
+        run = Command(key="run", module="jobs.train", argv=("--data", "{data}"), cost=1)
+        return suite.digests(plan_of(data, run, code("other", "pass")))
+
+    few, many = found(10), found(20)
+    assert [key for key in few if few[key] != many[key]] == ["data", "run"]
+    assert found(10) == few
+
+
+def test_another_suite_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    suite.keep(plan_of(code("a", "pass")), str(tmp_path))
+    suite.keep(plan_of(code("a", "pass"), code("b", "pass")), str(tmp_path))
+    there = json.loads((tmp_path / "plan.json").read_text())
+    assert [command["key"] for command in there["plan"]["commands"]] == ["a", "b"]
+    assert there["environment"]["packages"]["torch"]
+    with pytest.raises(InputError, match=f"{tmp_path} holds the suite test of size smoke, this command says test of "):
+        suite.keep(plan_of(code("a", "pass"), size="cpu"), str(tmp_path))
+    (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(InputError, match=r"plan\.json is not a plan"):
+        suite.keep(plan_of(code("a", "pass")), str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------- progress
+
+
+def test_progress_says_what_is_done_what_runs_and_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    commands = (
+        Command(key="runs/a", module="jobs.train", argv=(), cost=100),
+        Command(key="runs/b", module="jobs.train", argv=(), cost=100),
+        Command(key="evaluations/a", module="jobs.evaluate", argv=(), after=("runs/a",), cost=50),
+    )
+    shown = io.StringIO()
+    progress = suite_run._Progress(commands, {}, shown)
+    progress.show({}, ["runs/a", "runs/b"], 2)
+    clock[0] += 5
+    progress.show({}, ["runs/a", "runs/b"], 2)  # nothing new
+    clock[0] += 195
+    records = {"runs/a": {"state": "done", "seconds": 200.0}}  # twice what was thought
+    progress.show(records, ["runs/b", "evaluations/a"], 2)
+    progress.say("failed: x")
+    assert shown.getvalue().splitlines() == [
+        "experiments: about 2 min 30 s left; 0 of 2 trainings, 0 of 1 measurements; now runs/a (0 s), runs/b (0 s)",
+        "experiments: about 50 s left; 1 of 2 trainings, 0 of 1 measurements; "
+        "now runs/b (3 min 20 s), evaluations/a (0 s)",
+        "failed: x",
+    ]
+    assert progress.left_s(records, 1, clock[0]) == (50.0, pytest.approx(1 - 50 / 450))
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def test_commands_run_once_two_at_a_time_after_what_they_need(ray_cluster: None, tmp_path: Path) -> None:
+    notes, output = tmp_path / "notes", tmp_path / "suite"
+
+    def noting_in_order(key: str, after: tuple[str, ...] = (), seconds: float = 0.0, serial: bool = False) -> Command:
+        return code(key, noting(notes, key, seconds), after=after, serial=serial)
+
+    plan = plan_of(
+        noting_in_order("measured", after=("run/1", "run/2")),
+        noting_in_order("run/1", after=("data",), seconds=3),
+        noting_in_order("run/2", after=("data",), seconds=3),
+        noting_in_order("data", serial=True),
+    )
+    records = suite_run.run(plan, str(output), HERE)
+    assert states(records) == dict.fromkeys(("data", "run/1", "run/2", "measured"), "done")
+    found = noted(notes)
+    assert sorted(name for what, name, _ in found if what == "begin") == ["data", "measured", "run/1", "run/2"]
+    at = {(what, name): when for what, name, when in found}
+    assert at["end", "data"] < min(at["begin", "run/1"], at["begin", "run/2"])
+    assert max(at["begin", "run/1"], at["begin", "run/2"]) < min(at["end", "run/1"], at["end", "run/2"])
+    assert max(at["end", "run/1"], at["end", "run/2"]) < at["begin", "measured"]
+
+    record = on_disk(output, "run/1")
+    assert record == records["run/1"]
+    assert record["argv"] == list(plan.commands[1].argv)
+    assert (record["exit_code"], record["attempts"], record["error"]) == (0, 1, None)
+    assert 3 < record["seconds"] < 20
+    assert "1 loop, best of 1" in record["tail"][-1]
+    for key in records:
+        log = (output / "logs" / f"{key}.log").read_text()
+        assert log.splitlines()[0].startswith("$ python -m timeit -n 1 -r 1 ")
+        assert "1 loop, best of 1" in log
+
+    again = suite_run.run(plan, str(output), HERE)
+    assert again == records
+    assert len(noted(notes)) == 8
+
+
+def test_what_changed_or_was_lost_runs_again_and_what_needs_it(ray_cluster: None, tmp_path: Path) -> None:
+    notes, output = tmp_path / "notes", tmp_path / "suite"
+
+    def planned(text: str) -> Plan:
+        made = f"os.makedirs('{{out}}', exist_ok=True); {noting(notes, 'data')}; {text}"
+        return plan_of(
+            code("data", made), code("run", noting(notes, "run"), after=("data",)), code("b", noting(notes, "b"))
+        )
+
+    def ran() -> list[str]:
+        return sorted(name for what, name, _ in noted(notes) if what == "begin")
+
+    suite_run.run(planned("pass"), str(output), HERE)
+    assert ran() == ["b", "data", "run"]
+    suite_run.run(planned("1 + 1"), str(output), HERE)
+    assert ran() == ["b", "data", "data", "run", "run"]
+    (output / "data").rmdir()
+    assert set(suite.done(planned("1 + 1"), str(output))) == {"run", "b"}
+    suite_run.run(planned("1 + 1"), str(output), HERE)
+    assert ran() == ["b", "data", "data", "data", "run", "run"]
+    (output / "commands" / "b.json").write_text('{"state": "do')
+    suite_run.run(planned("1 + 1"), str(output), HERE)
+    assert ran() == ["b", "b", "data", "data", "data", "run", "run"]
+
+
+def test_a_failure_costs_what_needs_it_and_no_more(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = tmp_path / "absent"
+    plan = plan_of(
+        Command(
+            key="runs/a", module="jobs.train", argv=("--data", str(absent), "--output", "{out}"), cost=1, serial=True
+        ),
+        code("evaluations/a", "pass", after=("runs/a",)),
+        code("table", "pass", after=("evaluations/a",)),
+        code("bad", "print('so far'); raise RuntimeError('no luck')"),
+        code("worse", "os._exit(7)"),
+        code("aside", "os._exit(3)"),
+        code("good", "pass", after=("aside",)),
+    )
+    output = tmp_path / "suite"
+    records = suite_run.run(plan, str(output), HERE)
+    assert states(records) == {
+        "aside": "done",
+        "good": "done",
+        "runs/a": "failed",
+        "bad": "failed",
+        "worse": "failed",
+        "evaluations/a": "skipped",
+        "table": "skipped",
+    }
+    wrong = on_disk(output, "runs/a")
+    assert wrong["exit_code"] == 2
+    assert wrong["error"].startswith(f"{absent}")
+    assert wrong["tail"] == [f"error: {wrong['error']}"]
+    bad = on_disk(output, "bad")
+    assert (bad["exit_code"], bad["error"]) == (1, "RuntimeError: no luck")
+    assert bad["tail"][0] == "so far"
+    assert (on_disk(output, "worse")["exit_code"], on_disk(output, "worse")["error"]) == (7, "exit code 7")
+    assert on_disk(output, "evaluations/a")["error"] == "it needs runs/a"
+    assert on_disk(output, "table")["error"] == "it needs evaluations/a"
+    said = capsys.readouterr().err
+    assert f"failed: runs/a: {wrong['error']}\n" in said
+    assert "failed: bad: RuntimeError: no luck\n" in said
+    assert "skipped: table: it needs evaluations/a\n" in said
+    assert suite.done(plan, str(output)).keys() == {"aside", "good"}  # the others are tried again
+
+
+@pytest.mark.parametrize("victim", ["os.getpid()", "os.getppid()"])
+def test_a_command_that_was_killed_is_begun_once_more(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], victim: str
+) -> None:
+    """The process itself, as when memory runs out, and the Ray worker that waits for it, as when a node is lost."""
+    notes = tmp_path / "notes"
+    kill = f"os.kill({victim}, signal.SIGKILL); time.sleep(60)"
+    once = f"os.path.exists({str(tmp_path / 'flag')!r}) or (open({str(tmp_path / 'flag')!r}, 'w'), {kill[:-16]})"
+    plan = plan_of(
+        code("once", f"{noting(notes, 'once')}; {once}"), code("always", f"{noting(notes, 'always')}; {kill}")
+    )
+    records = suite_run.run(plan, str(tmp_path / "suite"), HERE)
+    assert (records["once"]["state"], records["once"]["attempts"]) == ("done", 2)
+    assert (records["always"]["state"], records["always"]["attempts"]) == ("failed", 2)
+    assert records["always"]["exit_code"] == -9
+    why = "killed by signal 9" if victim == "os.getpid()" else "lost (WorkerCrashedError)"
+    assert records["always"]["error"] == why
+    assert f"always: {why}; once more\n" in capsys.readouterr().err
+    assert len(noted(notes)) == 8
+
+
+def test_commands_are_alone_with_one_thread_and_no_gpu(ray_cluster: None, tmp_path: Path) -> None:
+    written = tmp_path / "environment.json"
+    text = f"import json; json.dump([os.getcwd(), dict(os.environ)], open({str(written)!r}, 'w'))"
+    records = suite_run.run(plan_of(code("a", text)), str(tmp_path / "suite"), HERE)
+    assert states(records) == {"a": "done"}
+    folder, environment = json.loads(written.read_text())
+    assert folder == str(ROOT)  # where `-m jobs.train` is found
+    assert [name for name in environment if name.startswith("RAY_")] == []
+    assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"]) == ("1", "")
+
+
+def test_a_gpu_for_each_command_needs_a_gpu(ray_cluster: None) -> None:
+    with pytest.raises(InputError, match="the cluster has no GPU; give --size cpu"):
+        suite_run.Share.of_cluster(1)
+    assert suite_run.Share.of_cluster(0) == HERE
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """Short: Ray puts unix sockets below it."""
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_commands_share_gpus_as_they_are_told(tmp_path: Path, ray_folder: str) -> None:
+    """On GPUs that only Ray believes in."""
+    commands = [
+        code(f"{i}", f"import json; json.dump(dict(os.environ), open('{tmp_path}/{i}.json', 'w')); time.sleep(2)")
+        for i in range(2)
+    ]
+    done = drive(
+        tmp_path / "suite",
+        commands,
+        start=f"num_cpus=4, num_gpus=1, _temp_dir={ray_folder!r}",
+        share="suite_run.Share.of_cluster(2)",
+    )
+    assert done.wait(timeout=60) == 0, done.communicate()[1]
+    found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["0", "0"]
+    assert [each["OMP_NUM_THREADS"] for each in found] == ["2", "2"]
+
+
+def drive(
+    output: Path, commands: list[Command], *, start: str, share: str = "suite_run.Share(1, 0)"
+) -> subprocess.Popen[str]:
+    """A process of its own that runs a plan on a Ray of its own."""
+    text = (
+        "import json, sys, ray\n"
+        "from jobs import cli, suite, suite_run\n"
+        "def main():\n"
+        f"    ray.init(address='local', log_to_driver=False, object_store_memory=100 * 2**20, {start})\n"
+        "    commands = [suite.Command(**each) for each in json.loads(sys.argv[1])]\n"
+        "    plan = suite.Plan(name='test', size='smoke', commands=commands, sections=())\n"
+        f"    records = suite_run.run(plan, sys.argv[2], {share})\n"
+        "    return 0 if all(record['state'] == 'done' for record in records.values()) else 1\n"
+        "cli.run(main)\n"
+    )
+    listed = [{**vars(command)} for command in commands]
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", text, json.dumps(listed), str(output)],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": ""} | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(what: Any, seconds: float = 40.0) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_driver_that_is_ended_takes_its_commands_with_it_and_goes_on(
+    ray_cluster: None, how: signal.Signals, tmp_path: Path, ray_folder: str
+) -> None:
+    notes, output, pid = tmp_path / "notes", tmp_path / "suite", tmp_path / "pid"
+    flag = tmp_path / "go"
+    mark = f"open({str(pid)!r}, 'w').write(str(os.getpid()))"
+    long = f"{mark}; [time.sleep(0.1) for _ in range(600) if not os.path.exists({str(flag)!r})]"
+    commands = [
+        code("first", noting(notes, "first")),
+        code("long", f"{long}; {noting(notes, 'long')}", after=("first",)),
+        code("last", noting(notes, "last"), after=("long",)),
+    ]
+    driver = drive(output, commands, start=f"num_cpus=2, _temp_dir={ray_folder!r}")
+    try:
+        wait_until(lambda: pid.exists() and pid.read_text())
+        child = int(pid.read_text())
+        if how == signal.SIGINT:  # as a terminal does it: to all that were started there
+            os.killpg(driver.pid, how)
+        else:
+            driver.send_signal(how)
+        _, said = driver.communicate(timeout=40)
+    finally:
+        driver.kill()
+    assert driver.returncode == (130 if how == signal.SIGINT else -9), said
+    if how == signal.SIGINT:
+        assert "interrupted; the same command goes on from here" in said
+        assert "Traceback" not in said
+    wait_until(lambda: not Path(f"/proc/{child}").exists(), 15)
+    assert {path.name for path in (output / "commands").iterdir()} == {"first.json"}
+    flag.touch()
+    records = suite_run.run(plan_of(*commands), str(output), HERE)
+    assert states(records) == dict.fromkeys(("first", "long", "last"), "done")
+    assert [name for what, name, _ in noted(notes) if what == "begin"] == ["first", "long", "last"]
+
+
+@pytest.mark.slow
+def test_real_commands_with_everything_on_s3(ray_cluster: None, s3: S3Server) -> None:
+    """Drawn, trained and translated; a second call does nothing."""
+    output = f"{s3.uri}/{uuid.uuid4().hex}"
+    small = "--count 24 --image-size 32 --output {out}"
+    train = "--data {data/portraits} --output {out} --preset smoke --num-workers 0"
+    translate = (
+        "--checkpoint {runs/a} --input {data/portraits} --split test --output {out} --domain female --num-steps 2"
+    )
+    plan = plan_of(
+        Command(
+            key="data/portraits",
+            module="jobs.prepare",
+            argv=("rendered", *shlex.split(small)),
+            cost=5,
+            serial=True,
+        ),
+        Command(key="runs/a", module="jobs.train", argv=(*shlex.split(train),), cost=20),
+        Command(key="translated", module="jobs.translate", argv=(*shlex.split(translate),), cost=10, serial=True),
+    )
+    records = suite_run.run(plan, output, HERE)
+    assert states(records) == dict.fromkeys(("data/portraits", "runs/a", "translated"), "done"), records
+    best = storage.read_json(f"{output}/runs/a/best.json")
+    assert storage.exists(f"{output}/runs/a/{best['checkpoint']}/model.safetensors")
+    log = storage.read_bytes(f"{output}/logs/runs/a.log").decode()
+    assert log.splitlines()[0] == f"$ python -m jobs.train {train}".replace("{out}", f"{output}/runs/a").replace(
+        "{data/portraits}", f"{output}/data/portraits"
+    )
+    assert f"best checkpoint: {output}/runs/a/" in log
+    assert "error" not in log
+    before = storage.file_sizes(output)
+    assert suite_run.run(plan, output, HERE) == records
+    assert storage.file_sizes(output) == before
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def small_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The command's plan is of three lines; the second fails until the returned file is there."""
+    flag = tmp_path / "mended"
+    plan = plan_of(
+        code("a", "pass", cost=60),
+        code("b", f"open({str(flag)!r})", cost=60),
+        code("c", "print('{b}')", cost=60),
+        name="mission",
+    )
+    monkeypatch.setattr(experiments, "planned", lambda _: plan)
+    return flag
+
+
+def test_a_dry_run_lists_what_is_missing_as_one_would_type_it(
+    small_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    output = tmp_path / "suite"
+    assert experiments.main(["--output", str(output), "--dry-run"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    words = [shlex.split(line) for line in lines]
+    assert [each[:8] for each in words] == [["python", "-m", "timeit", *code("", "").argv[:5]]] * 3
+    assert [each[8] for each in words] == ["pass", f"open({str(small_plan)!r})", f"print('{output}/b')"]
+    assert last == "# mission, smoke: 0 of 3 others done; about 2 min 00 s to go, 2 at a time"
+    assert not output.exists()
+
+
+def test_the_command_reports_what_failed_and_goes_on_when_it_is_mended(
+    ray_cluster: None, small_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "suite"
+    assert experiments.main(["--output", str(output)]) == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0].startswith("mission, smoke: 0 of 3 others done; about ")
+    assert f"report: {output / 'report.html'}" in said.out
+    failed = (
+        f"failed: b, and 1 that need it did not run; the logs are in {output / 'logs'}, the same command tries again"
+    )
+    assert said.err.splitlines()[-1] == failed
+    first = on_disk(output, "a")
+
+    small_plan.touch()
+    assert experiments.main(["--output", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("mission, smoke: 1 of 3 others done; about ")
+    assert on_disk(output, "a") == first
+    assert experiments.main(["--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"report: {output / 'report.html'}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--seeds 0", "--seeds is 0; it must be at least 1"),
+        ("--size cpu --commands-per-gpu 2", "--commands-per-gpu has no effect with --size cpu; leave it out"),
+        ("--snapshots http://x/y", "--snapshots http://x/y: scheme http:// is not supported"),
+    ],
+)
+def test_wrong_options_cost_one_line(tmp_path: Path, words: str, line: str) -> None:
+    with pytest.raises(InputError) as wrong:
+        experiments.main(["--output", str(tmp_path), *words.split()])
+    assert str(wrong.value).startswith(line)
+    assert list(tmp_path.iterdir()) == []
