@@ -110,7 +110,7 @@ def read(uri: str) -> Side:
         raise InputError(
             f"{uri}: no evaluation here (no metrics.json); give a folder that jobs.evaluate wrote"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (*storage.NOT_JSON, KeyError, TypeError):
         raise InputError(f"{uri}/metrics.json is not an evaluation's; give a folder that jobs.evaluate wrote") from None
     if version != READS:
         raise InputError(

@@ -281,11 +281,11 @@ def finished(job: Job) -> bool:
     """
     uri = storage.join(job.args.output, "metrics.json")
     try:
-        there = json.loads(storage.read_bytes(uri))
+        there = storage.read_json(uri)
         earlier, version = there["options"], there["format_version"]
     except FileNotFoundError:
         return False
-    except (ValueError, KeyError, TypeError):
+    except (*storage.NOT_JSON, KeyError, TypeError):
         raise InputError(f"{uri} is not this program's; give a new --output folder") from None
     if version != FORMAT_VERSION:
         raise InputError(

@@ -131,11 +131,11 @@ SIZES = {
         num_train=2048,
         num_diverse=32,
         num_steps=25,
-        train_s=1800,
+        train_s=900,
         evaluate_s=60,
         network=(
             *("--preset", "celeba-64", "--optim.learning-rate", "3e-4", "--optim.lr-schedule", "cosine"),
-            *("--diffusion.prediction", "v", "--global-batch-size", "128"),
+            *("--unet.source-mask", "--diffusion.prediction", "x_0", "--global-batch-size", "128"),
         ),
         identity_encoder=("--epochs", "60", "--max-train-images", "800"),
         judge=("--encoder.widths", "32", "64", "96", "192"),

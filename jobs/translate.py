@@ -183,7 +183,7 @@ def open_output(job: Job) -> "Manifest":
     if storage.exists(note):
         try:
             earlier = json.loads(storage.read_bytes(note))["options"]
-        except (ValueError, KeyError, TypeError):
+        except (*storage.NOT_JSON, KeyError, TypeError):
             raise InputError(f"{note} is not this program's; give a new --output folder") from None
         for name in dict.fromkeys([*earlier, *job.options]):
             was, now = earlier.get(name), job.options.get(name)
