@@ -145,7 +145,7 @@ SIZES = {
 }
 GUIDANCE = 1.5
 """The weight that the headline rows are measured with."""
-WEIGHTS = (1.0, 1.5, 2.5)
+WEIGHTS: tuple[float, ...] = (1.0, 1.5, 2.5)
 CONFIDENT_FLIPS, SAME_PERSON = 0.95, 0.90
 
 
