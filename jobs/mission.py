@@ -548,12 +548,10 @@ def stress(plan: _Planning) -> Section:
 def guidance(plan: _Planning) -> Section:
     paired = plan.runs("paired", "portraits")[:1]
     samplers = {"ddim": (), "ddpm": (), "dpm_solver": ()}
-    steps, weights = (3, 10, 25), WEIGHTS
-    if plan.size.num_steps < 5:  # to see that it works, fewer points do
-        steps, weights = (1, 2, 4), WEIGHTS[:1]
+    steps = (2, 4) if plan.size.num_steps < 5 else (3, 10, 25)
     rows, groups = [], []
     for sampler in samplers:
-        for weight in weights:
+        for weight in WEIGHTS:
             for count in steps:
                 flags = ("--sampler", sampler, "--guidance-scale", str(weight), "--num-steps", str(count))
                 name = f"{sampler}, guidance {weight:g}, {count} steps"
