@@ -24,7 +24,6 @@ import math
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from scipy.special import stdtrit
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
@@ -41,6 +40,7 @@ from ddpm_core.metrics import (  # noqa: F401 - the intervals are asked for here
     difference,
     halves_interval,
     significant,
+    student_quantile,
     two_level,
     two_level_difference,
 )
@@ -193,7 +193,7 @@ def frechet(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, level: fl
         kept = [side[torch.arange(len(side)) % NUM_GROUPS != group] for side in (real, made)]
         left_out.append(_frechet(kept[0], kept[1]))
     spread = math.sqrt((NUM_GROUPS - 1) * float(np.var(left_out)))
-    half = float(stdtrit(NUM_GROUPS - 1, (1 + level) / 2)) * spread
+    half = student_quantile((1 + level) / 2, float(NUM_GROUPS - 1)) * spread
     return Interval(value, max(value - half, 0.0), value + half)
 
 

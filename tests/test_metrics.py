@@ -81,6 +81,13 @@ def test_the_difference_of_two_rates_is_never_certain() -> None:
     assert found.low == -found.high == pytest.approx(-1.96 * (1 / 52 / 52) ** 0.5, rel=1e-3)
 
 
+def test_students_quantile() -> None:
+    for freedom in (1.0, 1.7, 2.0, 4.5, 30.0, 2e3, 1e6):
+        for probability in (0.6, 0.975, 0.9995):
+            exact = stats.t.ppf(probability, freedom)
+            assert metrics.student_quantile(probability, freedom) == pytest.approx(exact, rel=1e-5)
+
+
 def test_bonferroni_keeps_all_comparisons_right_at_once() -> None:
     assert metrics.bonferroni(1) == pytest.approx(0.95)
     assert metrics.bonferroni(10) == pytest.approx(0.995)
