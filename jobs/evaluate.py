@@ -334,7 +334,7 @@ def make_plans(
         chosen = [usable[i] for i in spread(len(usable), args.num_images)]
         if not chosen:
             raise InputError(f"{args.data}: no row of split {args.split!r} can be turned into {domain!r}")
-        drawn = [chosen[i] for i in spread(len(chosen), args.num_diverse)] if most_samples > 1 else chosen
+        drawn = [chosen[i] for i in spread(len(chosen), args.num_diverse)]
         shown = {drawn[i] for i in spread(len(drawn), NUM_SHOWN)}
         wishes = plans[args.split]
         for name in chosen:

@@ -59,10 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     suite.keep(plan, output)
     records = there
     if missing:
-        with cli.ray_session():
+        with suite_run.alone(output), cli.ray_session():
             share = suite_run.Share.of_cluster(args.commands_per_gpu if args.size == "gpu" else 0)
             print(stands(plan, there, missing, share.slots), flush=True)
-            records = suite_run.run(plan, output, share)
+            records = suite_run.run(plan, output, share, report=lambda: so_far(plan, output))
     return told(plan, output, records)
 
 
@@ -88,6 +88,14 @@ def stands(plan: suite.Plan, there: dict[str, suite.Record], missing: list[suite
     if not missing:
         return text
     return f"{text}; about {duration(suite.estimate_s(missing, slots))} to go, {slots} at a time"
+
+
+def so_far(plan: suite.Plan, output: str) -> None:
+    """Write the report of what there is."""
+    from jobs import suite_report
+
+    suite_report.write(plan, output)
+    print(f"report so far: {storage.join(output, 'report.html')}", flush=True)
 
 
 def told(plan: suite.Plan, output: str, records: dict[str, suite.Record]) -> int:

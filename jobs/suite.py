@@ -184,6 +184,25 @@ def ways(commands: Iterable[Command]) -> dict[str, float]:
     return found
 
 
+def urgency(plan: Plan) -> dict[str, int]:
+    """The place of the first section that needs each command, by key, so that results come section by section."""
+    there = {command.key: command for command in plan.commands}
+    found: dict[str, int] = {}
+
+    def visit(key: str, place: int) -> None:
+        if key in there and key not in found:
+            found[key] = place
+            for before in needs(there[key]):
+                visit(before, place)
+
+    for place, section in enumerate(plan.sections):
+        nets = [net.strip("{}") for each in section.figures for net in (each.classifier, each.identity, each.data)]
+        shown = [key for each in section.figures for key in (*each.runs, *each.translations)]
+        for key in [*(key for row in section.rows for key in row.evaluations), *shown, *nets]:
+            visit(key, place)
+    return {key: found.get(key, len(plan.sections)) for key in there}
+
+
 def record_uri(output: str, key: str) -> str:
     return storage.join(output, "commands", key.replace("/", "_") + ".json")
 

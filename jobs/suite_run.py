@@ -1,7 +1,8 @@
 """Running a plan's commands over Ray, each once: the same call again goes on from there.
 
-Each is a process of its own in a Ray task, so commands spread over all nodes; what one needs comes before it, and the
-longest way to the end first. Those that use Ray themselves run in the driver.
+Each is a process of its own in a Ray task, so commands spread over all nodes; what one needs comes before it, what the
+first sections need before the rest, and then the longest way to the end. Those that use Ray themselves run in the
+driver.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,6 +41,7 @@ from jobs.suite import (
     needs,
     ordered,
     record_uri,
+    urgency,
     ways,
 )
 
@@ -51,6 +55,8 @@ LOG_EVERY_S = 30.0
 """How often the log of a running command is stored."""
 LINE_EVERY_S, QUIET_S = 10.0, 300.0
 """Least time between two lines of progress, and the longest where nothing ends."""
+RENEW_S, FORGOTTEN_S = 20.0, 90.0
+"""How often a driver says that it is at work, and after what silence another may take its place."""
 STOP_S = 10.0
 """How long a command may take to end when it is told to."""
 SERIAL_CPUS = 2
@@ -155,12 +161,46 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 # ------------------------------------------------------------------------------------------------------- all of them
 
 
-def run(plan: Plan, output: str, share: "Share") -> dict[str, Record]:
+@contextlib.contextmanager
+def alone(output: str) -> Iterator[None]:
+    """Keep other drivers out of a suite's folder: driver.json says that one is at work, as long as it is renewed.
+
+    Raises:
+        InputError: another one is at work.
+    """
+    uri, me = storage.join(output, "driver.json"), {"host": platform.node(), "pid": os.getpid()}
+    if (who := _at_work(uri, me)) is not None:
+        raise InputError(
+            f"{output}: another driver is at work there ({who}); wait for it, or stop it; one that was killed is "
+            f"forgotten after {FORGOTTEN_S:.0f} s"
+        )
+    over = threading.Event()
+
+    def renew() -> None:
+        while True:
+            with contextlib.suppress(InputError):  # what the driver itself writes meets the same store, and says so
+                storage.write_bytes(uri, json.dumps({**me, "renewed": time.time()}).encode())
+            if over.wait(RENEW_S):
+                return
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        with contextlib.suppress(FileNotFoundError, InputError):
+            storage.delete_file(uri)
+
+
+def run(plan: Plan, output: str, share: "Share", *, report: Callable[[], object] = lambda: None) -> dict[str, Record]:
     """Run what is missing on the Ray that is up; the record of every command by key.
 
+    `report` is called whenever all that a section needs has ended, but for the last one.
     The caller has imported torch before Ray came up: in a submitted job oneMKL ends the process that does it after.
     """
-    suite = _Suite(plan, output, share)
+    suite = _Suite(plan, output, share, report)
     try:
         while suite.waiting or suite.running:
             suite.step()
@@ -170,6 +210,20 @@ def run(plan: Plan, output: str, share: "Share") -> dict[str, Record]:
     finally:
         suite.progress.close()
     return suite.records
+
+
+def _at_work(uri: str, me: dict[str, Any]) -> str | None:
+    """The driver that driver.json speaks of, unless it has ended."""
+    try:
+        there = storage.read_json(uri)
+    except (FileNotFoundError, *storage.NOT_JSON):
+        return None
+    try:
+        host, pid, silent_s = str(there["host"]), int(there["pid"]), time.time() - float(there["renewed"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    ended = host == me["host"] and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists()
+    return None if ended or silent_s > FORGOTTEN_S else f"process {pid} on {host}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,14 +274,14 @@ class Share:
 class _Suite:
     """Commands that wait, that run, and the records of those that have ended."""
 
-    def __init__(self, plan: Plan, output: str, share: Share) -> None:
+    def __init__(self, plan: Plan, output: str, share: Share, report: Callable[[], object]) -> None:
         from ddpm_core import provenance  # torch, which the processes that wait for a command do without
 
-        self.output, self.share = output, share
+        self.output, self.share, self.report = output, share, report
         self.records = done(plan, output)
         self.waiting = {each.key: each for each in ordered(plan.commands) if each.key not in self.records}
         self.running: dict[Any, Command] = {}
-        self.digests, self.ways = digests(plan), ways(plan.commands)
+        self.digests, self.ways, self.urgency = digests(plan), ways(plan.commands), urgency(plan)
         self.attempts: dict[str, int] = {}
         environment = provenance.environment()
         self.source = {name: environment[name] for name in ("git_commit", "source_hash")}
@@ -240,7 +294,7 @@ class _Suite:
         self.skip()
         ended = {key for key, record in self.records.items() if record["state"] == "done"}
         ready = [command for command in self.waiting.values() if needs(command) <= ended]
-        ready.sort(key=lambda command: -self.ways[command.key])
+        ready.sort(key=lambda command: (self.urgency[command.key], -self.ways[command.key]))
         alone = [command for command in ready if command.serial]
         slots, spare = self.share.slots, self.share.spare
         if alone and len(self.running) <= max(slots - spare, 0):
@@ -305,6 +359,13 @@ class _Suite:
 
     def ended(self, command: Command, ending: Record) -> None:
         self.write(command, state="done" if ending["exit_code"] in GOOD else "failed", **ending)
+        place = self.urgency[command.key]
+        left = {self.urgency[each.key] for each in (*self.waiting.values(), *self.running.values())}
+        if left and place not in left:
+            try:
+                self.report()
+            except InputError as error:  # there is another at the end
+                self.progress.say(f"no report yet: {error}")
 
     def write(self, command: Command, **facts: Any) -> None:
         """Keep the record of a command that has ended."""

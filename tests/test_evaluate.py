@@ -187,6 +187,27 @@ def test_a_gan_takes_the_same_path_and_has_one_result(ray_cluster: None, tmp_pat
     assert "noise only" not in page
 
 
+def test_a_gan_and_a_diffusion_model_are_shown_on_the_same_pictures() -> None:
+    args = evaluate.Args(checkpoint="c", data="d", output="o", num_images=40, num_diverse=20, num_train=0)
+    card = data.DatasetCard(
+        name="toy",
+        licence="CC0",
+        source="made up",
+        image_size=SIDE,
+        encoding="raw",
+        domains=("day", "night"),
+        pairing="paired",
+    )
+    rows = [(f"{i:03}", 0) for i in range(60)]
+
+    def shown(samples: int) -> list[str]:
+        plan = evaluate.make_plans(args, card, ("night",), rows, samples)["test"]
+        return [name for name, wishes in plan.items() if wishes[0][2] == measuring.SHOW]
+
+    assert len(shown(1)) == evaluate.NUM_SHOWN
+    assert shown(1) == shown(3)
+
+
 def test_rows_come_back_by_id_whatever_their_order() -> None:
     job = evaluate.Job(
         args=evaluate.Args(checkpoint="c", data="d", output="o", seed=3),

@@ -20,7 +20,7 @@ from conftest import ROOT, S3Server
 
 from ddpm_core.errors import InputError
 from jobs import experiments, storage, suite, suite_run
-from jobs.suite import Command, Plan
+from jobs.suite import Command, Figure, Measured, Plan, Section
 
 HERE = suite_run.Share(1, 0)
 
@@ -42,8 +42,13 @@ def noted(file: Path) -> list[tuple[str, str, float]]:
     return [(what, name, float(at)) for what, name, at in words]
 
 
-def plan_of(*commands: Command, name: str = "test", size: str = "smoke") -> Plan:
-    return Plan(name=name, size=size, commands=commands, sections=())
+def plan_of(*commands: Command, name: str = "test", size: str = "smoke", sections: tuple[Section, ...] = ()) -> Plan:
+    return Plan(name=name, size=size, commands=commands, sections=sections)
+
+
+def section_of(key: str, *evaluations: str, figures: tuple[Figure, ...] = ()) -> Section:
+    rows = (Measured(name=key, evaluations=evaluations, training=key),)
+    return Section(key=key, title=key, question="?", rows=rows, metrics=(), figures=figures)
 
 
 def states(records: dict[str, suite.Record]) -> dict[str, str]:
@@ -98,6 +103,52 @@ def test_the_longest_way_to_the_end_counts_all_that_waits() -> None:
     assert suite.estimate_s(commands, 100) == 120  # one after another, whatever the number of cores
     assert suite.estimate_s(commands[2:], 100) == 110
     assert suite.estimate_s([], 4) == 0
+
+
+def test_what_the_first_sections_need_is_urgent() -> None:
+    commands = [
+        code("net", "pass"),
+        code("data", "pass"),
+        code("late", "pass", after=("data",), cost=1000),
+        code("early", "pass", after=("data",)),
+        code("nobody's", "pass"),
+    ]
+    stress = Figure(kind="stress", title="", classifier="{net}", data="{data}")
+    plan = plan_of(*commands, sections=(section_of("1", "early"), section_of("2", "late", figures=(stress,))))
+    assert suite.urgency(plan) == {"data": 0, "early": 0, "late": 1, "net": 1, "nobody's": 2}
+
+
+def test_a_second_driver_is_refused_until_the_first_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note, output = tmp_path / "driver.json", str(tmp_path)
+    monkeypatch.setattr(suite_run, "RENEW_S", 0.05)
+    with suite_run.alone(output):
+        deadline = time.monotonic() + 20
+        while not note.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        there = json.loads(note.read_text())
+        assert there["pid"] == os.getpid()
+        with pytest.raises(
+            InputError, match=rf"another driver is at work there \(process {os.getpid()} on .*forgotten"
+        ):
+            suite_run.alone(output).__enter__()
+    assert not note.exists()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for left in (
+        {**there, "pid": gone.pid},  # killed on this machine
+        {**there, "host": "elsewhere", "renewed": time.time() - suite_run.FORGOTTEN_S - 1},
+    ):
+        note.write_text(json.dumps(left))
+        with suite_run.alone(output):
+            pass
+    for damaged in ("", "[]", '{"host": 3}', '{"renewed": "x", "host": "a", "pid": 1}'):
+        note.write_text(damaged)
+        with suite_run.alone(output):
+            pass
+    note.write_text(json.dumps({**there, "host": "elsewhere", "renewed": time.time()}))
+    with pytest.raises(InputError, match="on elsewhere"), suite_run.alone(output):
+        pass
+    assert note.exists()
 
 
 def test_a_command_is_another_when_what_it_is_given_is_another() -> None:
@@ -191,6 +242,23 @@ def test_commands_run_once_two_at_a_time_after_what_they_need(ray_cluster: None,
     again = suite_run.run(plan, str(output), HERE)
     assert again == records
     assert len(noted(notes)) == 8
+
+
+def test_sections_come_one_after_another_each_with_a_report(ray_cluster: None, tmp_path: Path) -> None:
+    notes, reports = tmp_path / "notes", []
+    names = ("a", "b", "c")
+    commands = [code(name, noting(notes, name, 1.0), cost=cost) for cost, name in enumerate(names, start=1)]
+    plan = plan_of(*commands, sections=tuple(section_of(name, name) for name in names))
+
+    def report() -> None:
+        reports.append([name for what, name, _ in noted(notes) if what == "end"])
+        raise InputError("the store is full")
+
+    records = suite_run.run(plan, str(tmp_path / "suite"), HERE, report=report)
+    assert states(records) == dict.fromkeys(names, "done")
+    assert [name for what, name, _ in noted(notes) if what == "begin"][-1] == "c"  # the longest, of the last section
+    assert reports
+    assert all(0 < len(found) < 3 for found in reports)
 
 
 def test_what_changed_or_was_lost_runs_again_and_what_needs_it(ray_cluster: None, tmp_path: Path) -> None:
