@@ -45,6 +45,9 @@ class Size:
     evaluate_s: float
     network: Flags
     """The network and its training, the same in every diffusion run but for what a row names."""
+    learning_rate: float
+    mask: Flags
+    """What brings the source's own pixels to the output, where a row does not say otherwise."""
     identity_encoder: Flags
     judge: Flags
     gan: Flags
@@ -68,7 +71,7 @@ _SMALL = (
         "2",
     ),
     *("--unet.attn-resolutions", "16", "8", "--unet.head-channels", "32", "--unet.anchor-channels", "24"),
-    *("--unet.source-mask", "--diffusion.loss-weighting", "uniform", "--optim.learning-rate", "1e-3"),
+    *("--diffusion.loss-weighting", "uniform"),
 )
 SIZES = {
     "smoke": Size(
@@ -88,6 +91,8 @@ SIZES = {
         train_s=6,
         evaluate_s=8,
         network=("--preset", "smoke"),
+        learning_rate=1e-3,
+        mask=(),
         identity_encoder=("--encoder.widths", "8", "16"),
         judge=("--encoder.widths", "8", "16"),
         gan=("--preset", "smoke"),
@@ -99,7 +104,7 @@ SIZES = {
         num_landscapes=3000,
         earth=(),
         epochs=6,
-        earth_epochs=6,
+        earth_epochs=3,
         face_epochs=24,
         encoder_epochs=16,
         num_images=200,
@@ -110,6 +115,8 @@ SIZES = {
         train_s=120,
         evaluate_s=25,
         network=_SMALL,
+        learning_rate=1e-3,
+        mask=("--unet.source-mask",),
         # of thousands of people, two pictures each, it learns less (docs/log.md)
         identity_encoder=("--epochs", "60", "--max-train-images", "800"),
         judge=("--encoder.widths", "32", "64", "96", "192"),
@@ -134,9 +141,11 @@ SIZES = {
         train_s=900,
         evaluate_s=60,
         network=(
-            *("--preset", "celeba-64", "--optim.learning-rate", "3e-4", "--optim.lr-schedule", "cosine"),
-            *("--unet.source-mask", "--diffusion.prediction", "x_0", "--global-batch-size", "128"),
+            *("--preset", "celeba-64", "--optim.lr-schedule", "cosine"),
+            *("--diffusion.prediction", "x_0", "--global-batch-size", "128"),
         ),
+        learning_rate=3e-4,
+        mask=("--unet.source-mask",),
         identity_encoder=("--epochs", "60", "--max-train-images", "800"),
         judge=("--encoder.widths", "32", "64", "96", "192"),
         gan=("--preset", "demo-pix2pix", "--global-batch-size", "64"),
@@ -251,16 +260,19 @@ class _Planning:
             "attribute-classifier",
             "--encoder.noise-aware",
             "--epochs",
-            str(4 * self.size.encoder_epochs),
+            str(2 * self.size.encoder_epochs),
         )
         return f"{{{self.encoder('guide', 'portraits', *flags)}}}"
 
-    def runs(self, name: str, data: str, *flags: str, seeds: int | None = None, cost: float = 1.0) -> tuple[str, ...]:
+    def runs(
+        self, name: str, data: str, *flags: str, seeds: int | None = None, mask: bool = True, cost: float = 1.0
+    ) -> tuple[str, ...]:
         """Keys of the diffusion trainings of one kind, one a seed; `cost` in plain trainings."""
         size = self.size
         epochs = {"earth": size.earth_epochs, "faces": size.face_epochs}.get(data, size.epochs)
-        more = size.earth if data == "earth" else ()
-        return self._runs(name, data, *size.network, "--epochs", str(epochs), *more, *flags, seeds=seeds, cost=cost)
+        own = ("--epochs", str(epochs), "--optim.learning-rate", str(size.learning_rate))
+        more = (*(size.mask if mask else ()), *(size.earth if data == "earth" else ()))
+        return self._runs(name, data, *size.network, *own, *more, *flags, seeds=seeds, cost=cost)
 
     def gan(self, method: str) -> tuple[str, ...]:
         """Keys of the trainings of a baseline, one a seed."""
@@ -439,13 +451,16 @@ def gans(plan: _Planning) -> Section:
 
 def problems(plan: _Planning) -> Section:
     guided = ("--guidance-scale", str(GUIDANCE))
+    injections = {"concat": ("concat",), "cross": ("concat", "cross_attention"), "anchor": ("concat", "anchor")}
     ways = {
-        "concat": plan.runs("paired", "portraits"),
-        "cross-attention": plan.runs("cross", "portraits", "--unet.injection", "concat", "cross_attention", cost=1.4),
-        "anchor": plan.runs("anchor", "portraits", "--unet.injection", "concat", "anchor"),
+        name: plan.runs(f"{name}-bare", "portraits", "--unet.injection", *how, mask=False, cost=1.2)
+        for name, how in injections.items()
     }
-    rows = [plan.measure(f"{name}, guidance {GUIDANCE}", runs, *guided) for name, runs in ways.items()]
+    rows = [plan.measure(f"{name}, no mask", runs, "--guidance-scale", "1.0") for name, runs in ways.items()]
     concat, cross, anchor = (row.name for row in rows)
+    paired = plan.runs("paired", "portraits")
+    rows.append(plan.measure(f"paired, guidance {GUIDANCE:g}", paired, *guided))
+    masked = rows[-1].name
     claims = [
         _claim(f"beats concat in {what}", metric, ours, concat)
         for ours in (cross, anchor)
@@ -461,13 +476,15 @@ def problems(plan: _Planning) -> Section:
         plan.measure("paired, identity loss", paired_kept, *guided),
     ]
     closes, costs = "closes half of what is missing in keeping the person", "costs no more than 2 points of flips"
-    for with_loss, without in {"unpaired, identity loss": "unpaired", "paired, identity loss": concat}.items():
+    for with_loss, without in {"unpaired, identity loss": "unpaired", "paired, identity loss": masked}.items():
         claims += [
             _claim(closes, "identity_rank_1", with_loss, without, kind="half_of_missing"),
             _claim(costs, "flip_rate", with_loss, without, kind="not_worse_by", threshold=0.02),
         ]
     label = ("--classifier-guidance", plan.guide(), "--classifier-scale", str(CLASSIFIER_SCALE))
-    both = plan.runs("unpaired-both", "portraits", "--pairing", "unpaired", "--target-domain", "None", seeds=1)
+    halved = str(max(plan.size.epochs // 2, 1))  # every row is there in both directions
+    ways_both = ("--target-domain", "None", "--epochs", halved)
+    both = plan.runs("unpaired-both", "portraits", "--pairing", "unpaired", *ways_both, seeds=1)
     own = plan.runs("self", "portraits", "--pairing", "self", seeds=1)
     ddib, sdedit = ("--start", "ddib", "--sampler", "ddim"), ("--start", "sdedit", "--strength", "0.5")
     rows += [
@@ -481,19 +498,19 @@ def problems(plan: _Planning) -> Section:
     ]
     led = {"unpaired by SDEdit, classifier guidance": "unpaired by SDEdit", "self, classifier guidance": "self"}
     claims += [_claim("raises flips", "flip_rate", ours, plain) for ours, plain in led.items()]
-    slow = plan.runs("slow", "portraits", "--optim.learning-rate", "2e-4", seeds=1)
-    rows.append(plan.measure(f"concat, guidance {GUIDANCE}, a tenth of the learning rate", slow, *guided))
+    slow = plan.runs("slow", "portraits", "--optim.learning-rate", f"{plan.size.learning_rate / 10:g}", seeds=1)
+    rows.append(plan.measure(f"{masked}, a tenth of the learning rate", slow, *guided))
     names = tuple(row.name for row in rows)
     figures = (
-        Figure(kind="pictures", title="How the condition gets in", rows=names[:3], domain="male"),
-        Figure(kind="pictures", title="Without pairs: what keeps the person", rows=names[3:5], domain="male"),
-        Figure(kind="pictures", title="Without pairs, other ways", rows=names[6:11], domain="male"),
+        Figure(kind="pictures", title="How the condition gets in", rows=names[:4], domain="male"),
+        Figure(kind="pictures", title="Without pairs: what keeps the person", rows=names[4:7], domain="male"),
+        Figure(kind="pictures", title="Without pairs, other ways", rows=names[7:12], domain="male"),
         Figure(kind="bars", title="Is it the same person?", y="identity_rank_1", domain="male"),
         Figure(kind="bars", title="Does it show the wanted sex?", y="flip_rate", domain="male"),
         Figure(
             kind="curves",
             title="Two learning rates: the validation curve, on the same pictures, timesteps and noise every time",
-            runs=(ways["concat"][0], slow[0]),
+            runs=(paired[0], slow[0]),
         ),
     )
     return Section(
