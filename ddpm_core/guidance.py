@@ -15,11 +15,9 @@ from torch import Tensor
 from ddpm_core.config import Prediction
 from ddpm_core.diffusion import predicted, signal_and_noise
 
-Network = Callable[
-    [Float[Tensor, "b c h w"], Int64[Tensor, " b"], Float[Tensor, "b 3 h w"], Int64[Tensor, " b"]],
-    Float[Tensor, "b c h w"],
-]
-"""(x_t, t, condition, domain) → what it was trained to predict."""
+Network = Callable[..., Float[Tensor, "b c h w"]]
+"""(x_t, t, condition, domain) → what it was trained to predict. One with a source mask m, asked with `show_mask`, adds
+m as a further channel."""
 Denoiser = Callable[[Float[Tensor, "b c h w"], Int64[Tensor, " b"]], Float[Tensor, "b c h w"]]
 LogProb = Callable[[Float[Tensor, "b c h w"], Int64[Tensor, " b"]], Float[Tensor, " b"]]
 """log p(y | x_t) of the wanted y for each picture: a classifier trained on noisy pictures."""
@@ -34,6 +32,7 @@ def classifier_free(
     guidance_scale: float,
     domain_guidance_scale: float | None = None,
     guidance_rescale: float = 0.0,
+    source_mask: bool = False,
 ) -> Denoiser:
     """Guidance towards `condition` and `domain` (Ho & Salimans 2022):
 
@@ -45,6 +44,11 @@ def classifier_free(
 
     One batched forward pass over the terms whose weight is not 0, the unconditional one first: of scale 0 or 1 there
     is only one, of two equal scales two.
+
+    `source_mask`: the network has one, m. What it keeps of the source is known, and more than all of it would be
+    contrast; so scales above 1 act on what is drawn only:
+
+        eps(c, d) + (1 - m) (eps - eps(c, d))
 
     `guidance_rescale` moves each picture's spread that far back to that of eps(c, d) (Lin et al. 2024, section 3.4).
     """
@@ -61,13 +65,19 @@ def classifier_free(
         terms.append(plain)
     weights, conditions, domains = zip(*terms, strict=True)
     n, all_conditions, all_domains = len(terms), torch.cat(conditions), torch.cat(domains)
+    held = source_mask and n > 1 and domains[-1] is domain and max(guidance_scale, domain_scale) > 1
+    shown = {"show_mask": True} if held else {}
 
     def guided(x_t: Float[Tensor, "b c h w"], t: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-        outputs = network(x_t.repeat(n, 1, 1, 1), t.repeat(n), all_conditions, all_domains).to(x_t).chunk(n)
+        outputs = network(x_t.repeat(n, 1, 1, 1), t.repeat(n), all_conditions, all_domains, **shown).to(x_t).chunk(n)
         mixed = torch.stack([weight * output for weight, output in zip(weights, outputs, strict=True)]).sum(0)
+        if held:
+            mixed, own, m = mixed[:, :-1], outputs[-1][:, :-1], outputs[-1][:, -1:]
+            mixed = own + (1 - m) * (mixed - own)
         if not rescaled:
             return mixed
-        ratio = outputs[-1].std((1, 2, 3), keepdim=True) / mixed.std((1, 2, 3), keepdim=True).clamp(min=1e-12)
+        own = outputs[-1][:, : x_t.shape[1]]
+        ratio = own.std((1, 2, 3), keepdim=True) / mixed.std((1, 2, 3), keepdim=True).clamp(min=1e-12)
         return guidance_rescale * ratio * mixed + (1 - guidance_rescale) * mixed
 
     return guided

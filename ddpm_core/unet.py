@@ -117,8 +117,11 @@ class UNet(nn.Module):
         t: Int64[Tensor, " b"],
         condition: Float[Tensor, "b 3 h w"],
         domain: Int64[Tensor, " b"],
-    ) -> Float[Tensor, "b 3 h w"]:
-        """
+        *,
+        show_mask: bool = False,
+    ) -> Float[Tensor, "b _ h w"]:
+        """b 3 h w; with `show_mask`, which needs `source_mask`, b 4 h w: the last channel is m.
+
         Raises:
             InputError: h or w is not a multiple of the network's stride.
         """
@@ -146,15 +149,18 @@ class UNet(nn.Module):
             h = level(h, embedding, see, skips)
         h = F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), unet.patch_size)
         with torch.autocast(x_t.device.type, enabled=False):
-            return self._finished(h.to(x_t), x_t, source, embedding.to(x_t))
+            return self._finished(h.to(x_t), x_t, source, embedding.to(x_t), show_mask)
 
-    def _finished(self, h: Tensor, x_t: Tensor, source: Tensor, embedding: Tensor) -> Tensor:
+    def _finished(self, h: Tensor, x_t: Tensor, source: Tensor, embedding: Tensor, show_mask: bool) -> Tensor:
         """The output from what the last convolution gave, b 3 h w, or b 4 h w with a mask."""
         if self.recolor is not None:
             drawn, mask = h.split([IMAGE_CHANNELS, 1], dim=1)
             mix = self.recolor(embedding).unflatten(1, (IMAGE_CHANNELS, IMAGE_CHANNELS))
             kept = torch.einsum("bij,bjhw->bihw", mix, source)
-            return drawn + mask.sigmoid() * (kept - drawn)
+            mask = mask.sigmoid()
+            output = drawn + mask * (kept - drawn)
+            return torch.cat([output, mask], dim=1) if show_mask else output
+        assert not show_mask, "this network has no mask"
         if self.shortcut is None:
             return h
         scale, shift = self.shortcut(embedding)[:, :, None, None].chunk(2, dim=1)

@@ -59,6 +59,17 @@ def guide(batch: int, scale: float, domain_scale: float | None = None, rescale: 
     return denoise(x_t, t), model
 
 
+class Masked(Recorder):
+    """Its mask is 1/4 on the left and 1 on the right for the condition, and elsewhere for none."""
+
+    def forward(self, x_t, t, condition, domain, *, show_mask=False):
+        output = super().forward(x_t, t, condition, domain)
+        mask = torch.full_like(output[:, :1], 0.25)
+        mask[..., 2:] = 1
+        mask = torch.where(condition.any((1, 2, 3), keepdim=True), mask, 1 - mask)
+        return torch.cat([output, mask], dim=1) if show_mask else output
+
+
 def close(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
@@ -71,6 +82,21 @@ def close(actual, expected, tolerance=1e-10):
 def test_formula(scale: float, batch: int):
     uncond, _, cond = terms(batch)
     close(guide(batch, scale)[0], uncond + scale * (cond - uncond))
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.5])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_what_a_mask_keeps_of_the_source_is_not_guided(scale: float, rescale: float):
+    x_t, t, condition, domain = inputs(2)
+    given = {"num_domains": NUM_DOMAINS, "guidance_scale": scale, "guidance_rescale": rescale}
+    found = classifier_free(Masked(), condition, domain, source_mask=True, **given)(x_t, t)
+    uncond, _, cond = terms(2)
+    if scale <= 1:  # nothing is driven beyond what the network says
+        close(found, classifier_free(Recorder(), condition, domain, **given)(x_t, t))
+        return
+    wanted = cond + torch.tensor([0.75, 0.75, 0, 0]) * (scale - 1) * (cond - uncond)
+    ratio = cond.std((1, 2, 3), keepdim=True) / wanted.std((1, 2, 3), keepdim=True)
+    close(found, wanted * (rescale * ratio + 1 - rescale))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

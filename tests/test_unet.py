@@ -105,6 +105,9 @@ def test_a_source_mask_keeps_pixels_of_the_recoloured_source_and_draws_the_other
     m[::patch_size, ::patch_size] = 0
     wanted = m * condition[:, [1, 2, 0]] + (1 - m) * torch.tensor([0.1, 0.2, 0.3])[:, None, None]
     torch.testing.assert_close(output, wanted)
+    shown = model(x_t, t, condition, domain, show_mask=True)
+    torch.testing.assert_close(shown[:, :3], output)
+    torch.testing.assert_close(shown[:, 3], m.expand(len(x_t), -1, -1))
 
 
 def test_every_parameter_of_a_network_with_a_source_mask_gets_a_gradient():
