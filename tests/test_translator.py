@@ -97,6 +97,36 @@ def test_the_defaults_are_ddim_over_trailing_steps():
     assert np.array_equal(translate(sources, "night", seed=7), images.to_uint8(x_0))
 
 
+def test_a_network_with_a_source_mask_is_guided_in_what_it_draws():
+    unet = dataclasses.replace(TINY.unet, source_mask=True)
+    config = replace(unet=unet, diffusion=DiffusionConfig(prediction="x_0"))
+    translate, sources = translator(config), pictures(2)
+    condition, found = images.to_tensor(sources), []
+    for source_mask in (True, False):
+        with torch.no_grad():
+            guided = guidance.classifier_free(
+                translate.model,
+                condition,
+                torch.tensor([1, 1]),
+                num_domains=2,
+                guidance_scale=3.0,
+                source_mask=source_mask,
+            )
+            generators = [seeded(7, images.content_hash(picture)) for picture in sources]
+            x_0 = samplers.ddim(
+                guided,
+                draw_noise(generators, condition),
+                timesteps=torch.tensor([999, 749, 499, 249]),
+                alphas_cumprod=translate.alphas_cumprod,
+                prediction="x_0",
+                generators=generators,
+            )
+        found.append(images.to_uint8(x_0))
+    result = translate(sources, "night", seed=7, guidance_scale=3.0)
+    assert np.array_equal(result, found[0])
+    assert not np.array_equal(result, found[1])
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
