@@ -2,7 +2,10 @@
 
     x_0_pred   b c h w    in [-1, 1]; gradients flow into it and into nothing else
     loss       b          0 = alike; weighted by abar_t, the share of x_t that is signal: at high noise x_0_pred is
-                          an average over many pictures, and its likeness to any one of them means nothing
+                          an average over many pictures, and its likeness to any one of them means nothing.
+                          Without pairs x_t shows somebody else than the source, and at low noise the loss could only
+                          be met by spoiling that picture: there identity is weighted by 1 - abar_t, where the source
+                          alone decides (docs/log.md has the figures)
 
 The nets are any callables: ours (`ddpm_core.encoders`) or another's.
 """
@@ -32,16 +35,20 @@ def identity_loss(
     crop_box: Box = WHOLE,
     t: Int64[Tensor, " b"],
     alphas_cumprod: Float[Tensor, " T"],
+    unpaired: bool = False,
 ) -> Float[Tensor, " b"]:
     """abar_t (1 - cos(embed(x_0_pred), embed(source))): 0 for the same person, 2 abar_t for the opposite.
 
+    `unpaired`: x_t is not made from a picture of the source's person; 1 - abar_t instead of abar_t.
     `crop_box` is what `embed` gets to see of the pictures, enlarged to their own side; our encoders crop for
     themselves.
     """
     with torch.no_grad():
         wanted = embed(crop(source, crop_box, source.shape[-1]))
     drawn = embed(crop(x_0_pred, crop_box, source.shape[-1]))
-    return _signal_power(alphas_cumprod, t) * (1 - F.cosine_similarity(drawn.float(), wanted.float(), dim=1))
+    signal = _signal_power(alphas_cumprod, t)
+    weight = 1 - signal if unpaired else signal
+    return weight * (1 - F.cosine_similarity(drawn.float(), wanted.float(), dim=1))
 
 
 def perceptual_loss(

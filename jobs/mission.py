@@ -36,6 +36,8 @@ class Size:
     """Held-out pictures of each measurement."""
     num_grid_images: int
     """Of each point of the grid of guidance weights, steps and samplers."""
+    grid_weights: tuple[float, ...]
+    grid_steps: tuple[int, ...]
     num_train: int
     """Training pictures among which the nearest one to each result is looked for."""
     num_diverse: int
@@ -85,6 +87,8 @@ SIZES = {
         encoder_epochs=2,
         num_images=20,
         num_grid_images=20,
+        grid_weights=(1.5,),
+        grid_steps=(2, 4),
         num_train=20,
         num_diverse=4,
         num_steps=2,
@@ -109,6 +113,8 @@ SIZES = {
         encoder_epochs=16,
         num_images=200,
         num_grid_images=96,
+        grid_weights=(1.0, 1.5, 2.5),
+        grid_steps=(3, 10, 25),
         num_train=512,
         num_diverse=16,
         num_steps=10,
@@ -135,6 +141,8 @@ SIZES = {
         encoder_epochs=20,
         num_images=2048,
         num_grid_images=512,
+        grid_weights=(1.0, 1.5, 2.5),
+        grid_steps=(3, 10, 25),
         num_train=2048,
         num_diverse=32,
         num_steps=25,
@@ -583,12 +591,10 @@ def stress(plan: _Planning) -> Section:
 
 def guidance(plan: _Planning) -> Section:
     paired = plan.runs("paired", "portraits")[:1]
-    samplers = {"ddim": (), "ddpm": (), "dpm_solver": ()}
-    steps = (2, 4) if plan.size.num_steps < 5 else (3, 10, 25)
     rows, groups = [], []
-    for sampler in samplers:
-        for weight in WEIGHTS:
-            for count in steps:
+    for sampler in ("ddim", "ddpm", "dpm_solver"):
+        for weight in plan.size.grid_weights:
+            for count in plan.size.grid_steps:
                 flags = ("--sampler", sampler, "--guidance-scale", str(weight), "--num-steps", str(count))
                 name = f"{sampler}, guidance {weight:g}, {count} steps"
                 rows.append(plan.measure(name, paired, *flags, num_images=plan.size.num_grid_images))

@@ -184,7 +184,14 @@ class Diffusion:
         x_0 = diffusion.predicted(self.config.diffusion.prediction, output.float(), x_t, batch.t, abar).x_0
         if self.weights["identity"]:
             whom = batch.x_0 if self.config.shown == "structure" else batch.condition
-            of_each = identity.identity_loss(x_0, whom, self.encoder, t=batch.t, alphas_cumprod=abar)
+            of_each = identity.identity_loss(
+                x_0,
+                whom,
+                self.encoder,
+                t=batch.t,
+                alphas_cumprod=abar,
+                unpaired=self.config.data.pairing == "unpaired",
+            )
             # where the condition was dropped, the network cannot know whom to keep
             added["identity"] = torch.where(batch.dropped, 0.0, of_each)
         if self.weights["perceptual"]:

@@ -182,6 +182,8 @@ def test_identity_loss_is_0_1_2_for_same_orthogonal_opposite_times_the_signal_po
     for x_0_pred, distance in ((source, 0), (3 * source, 0), (orthogonal, 1), (-source, 2)):
         loss = identity_loss(x_0_pred, source, flat, t=T, alphas_cumprod=ABAR)
         torch.testing.assert_close(loss, distance * ABAR[T].float(), rtol=1e-6, atol=1e-7)
+        loss = identity_loss(x_0_pred, source, flat, t=T, alphas_cumprod=ABAR, unpaired=True)
+        torch.testing.assert_close(loss, distance * (1 - ABAR[T].float()), rtol=1e-6, atol=1e-7)
 
 
 def test_identity_loss_reaches_the_prediction_and_not_the_source():

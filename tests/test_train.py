@@ -20,7 +20,7 @@ from PIL import Image
 
 from ddpm_core import checkpoint, encoders, identity
 from ddpm_core.conditioning import structure
-from ddpm_core.config import DiffusionConfig, ModelConfig
+from ddpm_core.config import DataCard, DiffusionConfig, ModelConfig
 from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from ddpm_core.gan import Generator
@@ -699,7 +699,8 @@ def encoder_folder(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_added_losses_are_the_librarys_on_what_was_shown(encoder_folder):
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+def test_added_losses_are_the_librarys_on_what_was_shown(encoder_folder, pairing):
     """With x_0 predicted as it is, the predicted picture is known, and so are the losses on it."""
     smoke = dataclasses.replace(PRESETS["smoke"].options, diffusion=DiffusionConfig(prediction="x_0"))
     options = dataclasses.replace(
@@ -710,19 +711,21 @@ def test_added_losses_are_the_librarys_on_what_was_shown(encoder_folder):
         perceptual_weight=2.0,
         precision="fp32",
     )
-    objective, batch = objectives.Diffusion(config_for(options), options, CPU), one_batch()
+    config = dataclasses.replace(config_for(options), data=DataCard(pairing=pairing))
+    objective, batch = objectives.Diffusion(config, options, CPU), one_batch()
     predicted = torch.randn(4, 3, 16, 16).clamp(-1, 1)
     objective.model = Oracle(predicted)
     found = objective.step(batch, 0.0, 0)
     encoder, abar = encoders.load_encoder(encoder_folder), objective.alphas_cumprod
-    of_each = identity.identity_loss(predicted, batch.condition, encoder, t=batch.t, alphas_cumprod=abar)
+    shown = {"t": batch.t, "alphas_cumprod": abar, "unpaired": pairing == "unpaired"}
+    of_each = identity.identity_loss(predicted, batch.condition, encoder, **shown)
     assert found["loss_identity"].item() == pytest.approx((of_each[1] + of_each[3]).item() / 4)  # the others: dropped
     of_each = identity.perceptual_loss(predicted, batch.x_0, encoder.maps, t=batch.t, alphas_cumprod=abar)
     assert found["loss_perceptual"].item() == pytest.approx(of_each.mean().item())
 
     # and they pull with their weights: the gradient is the sum of the parts'
     def gradient(**weights: float) -> torch.Tensor:
-        alone = objectives.Diffusion(config_for(options), dataclasses.replace(options, **weights), CPU)
+        alone = objectives.Diffusion(config, dataclasses.replace(options, **weights), CPU)
         alone.model = Oracle(predicted)
         alone.step(batch, 0.0, 0)
         return alone.model.output.grad
