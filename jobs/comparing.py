@@ -174,6 +174,9 @@ def differences(a: Side, b: Side) -> tuple[list[Compared], list[str], float]:
             else:
                 common = sorted(ours[metric].keys() & theirs[metric].keys())
                 pairs[domain, metric] = tuple(np.array([of[metric][i] for i in common]) for of in (ours, theirs))  # type: ignore[assignment]
+        models = [side.metrics["domains"][domain]["methods"]["model"]["metrics"] for side in (a, b)]
+        if any("fd" in model for model in models):
+            left_out["fd: no parts of it are kept whose difference could be taken; each report has its interval"] = None
     level = metrics.bonferroni(max(len(pairs), 1))
     rows = [_compared(domain, metric, x, y, level) for (domain, metric), (x, y) in pairs.items()]
     return rows, list(left_out), level

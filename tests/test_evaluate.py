@@ -586,6 +586,12 @@ def test_what_does_not_compare_is_left_out_with_its_reason(evaluations: Path) ->
     seed = compared(evaluations, "plain", "seed")
     assert any("kid: different seeds (0, 1)" in reason for reason in seed["left_out"])
     assert "psnr" in {row["metric"] for row in seed["metrics"]}
+    assert not any(reason.startswith("fd") for reason in seed["left_out"])
+    many = shutil.copytree(evaluations / "plain", evaluations / "many")
+    content = json.loads((many / "metrics.json").read_text())
+    content["domains"]["night"]["methods"]["model"]["metrics"]["fd"] = {"mean": 9.0, "low": 8.0, "high": 10.0}
+    (many / "metrics.json").write_text(json.dumps(content))
+    assert any(reason.startswith("fd: no parts") for reason in compared(evaluations, "plain", "many")["left_out"])
 
 
 @pytest.mark.parametrize(
