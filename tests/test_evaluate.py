@@ -36,6 +36,18 @@ def by_night(image: np.ndarray) -> np.ndarray:
     return (255 * (image / 255) ** 1.15 * np.array([0.2, 0.25, 0.5])).astype(np.uint8)
 
 
+def card_of(pairing: str, domains: tuple[str, ...] = ("day", "night")) -> data.DatasetCard:
+    return data.DatasetCard(
+        name="toy",
+        licence="CC0",
+        source="made up",
+        image_size=SIDE,
+        encoding="raw",
+        domains=domains,
+        pairing=pairing,
+    )
+
+
 def write_set(uri: Path, pairing: data.Pairing, num_test: int = 24) -> Path:
     def rows(split: str, num: int, first: int) -> list[data.Row]:
         found = []
@@ -50,15 +62,7 @@ def write_set(uri: Path, pairing: data.Pairing, num_test: int = 24) -> Path:
             found.append(data.Row(id=f"{split}-{i:03d}", domain=side, image=image, target=other))
         return found
 
-    card = data.DatasetCard(
-        name="toy",
-        licence="CC0",
-        source="made up",
-        image_size=SIDE,
-        encoding="raw",
-        domains=("day", "night"),
-        pairing=pairing,
-    )
+    card = card_of(pairing)
     data.write_dataset(str(uri), {"train": rows("train", 40, 0), "test": rows("test", num_test, 100)}, card)
     return uri
 
@@ -189,15 +193,7 @@ def test_a_gan_takes_the_same_path_and_has_one_result(ray_cluster: None, tmp_pat
 
 def test_a_gan_and_a_diffusion_model_are_shown_on_the_same_pictures() -> None:
     args = evaluate.Args(checkpoint="c", data="d", output="o", num_images=40, num_diverse=20, num_train=0)
-    card = data.DatasetCard(
-        name="toy",
-        licence="CC0",
-        source="made up",
-        image_size=SIDE,
-        encoding="raw",
-        domains=("day", "night"),
-        pairing="paired",
-    )
+    card = card_of("paired")
     rows = [(f"{i:03}", 0) for i in range(60)]
 
     def shown(samples: int) -> list[str]:
@@ -217,15 +213,7 @@ def test_rows_come_back_by_id_whatever_their_order() -> None:
         guides=Guides(),
         judges=measuring.Judges(),
         nets={},
-        card=data.DatasetCard(
-            name="toy",
-            licence="CC0",
-            source="made up",
-            image_size=SIDE,
-            encoding="raw",
-            domains=("a", "b"),
-            pairing="unpaired",
-        ),
+        card=card_of("unpaired", domains=("a", "b")),
         domains=("b",),
         options={},
         plans={},
