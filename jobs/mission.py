@@ -631,7 +631,7 @@ PORTRAITS = (
 )
 SHOWN = {"portraits": "drawn portraits", "faces": "real faces"}
 WON = {"psnr": "faithfulness", "kid": "KID", "identity_rank_1": "keeping the person"}
-IDENTITY_WEIGHT, CLASSIFIER_SCALE = 0.1, 1.0
+IDENTITY_WEIGHT, CLASSIFIER_SCALE = 0.04, 1.0
 
 
 def _claim(text: str, metric: str, ours: str, theirs: str | None = None, domain: str = "male", **more: Any) -> Claim:
