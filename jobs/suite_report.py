@@ -2,6 +2,7 @@
 
 table.json   the rows with every metric's interval and each seed's mean; the claims and what became of them
 table.csv    the same rows, a line a value
+table.md     tables of both, to be kept in a document
 plots/       every figure of the report by itself
 report.html  written last: where it is, everything is
 """
@@ -58,6 +59,7 @@ def write(plan: Plan, output: str) -> list[Verdict]:
     }
     _put(output, "table.json", json.dumps(content, indent=1, allow_nan=False))
     _put(output, "table.csv", tables.as_csv(table))
+    _put(output, "table.md", tables.as_markdown(results, verdicts))
     for section in plan.sections:
         for i, drawn in enumerate(figures[section.key]):
             if isinstance(drawn, Drawn):

@@ -607,3 +607,35 @@ def as_csv(table: Sequence[Mapping[str, Any]]) -> str:
             cost = [row["cost"][name] for name in costs]
             writer.writerow([*(row[name] for name in facts), metric, *(cell[name] for name in numbers), *cost])
     return buffer.getvalue()
+
+
+def as_markdown(results: Results, verdicts: Sequence[Verdict]) -> str:
+    """Tables of what was measured and of what became of the claims, to be kept in a document."""
+    lines = []
+    for section in results.plan.sections:
+        for (name, _), domains in groups(results, section).items():
+            for domain, measured in domains:
+                lines += [
+                    f"### {section.title} ({name} → {domain})",
+                    "",
+                    *_table(results, section, domain, measured),
+                    "",
+                ]
+    claims = [(verdict.section, verdict.claim.text, f"**{verdict.outcome}**", verdict.figures) for verdict in verdicts]
+    return "\n".join([*lines, "### Claims", "", *_lines(("section", "claim", "", "95 %"), claims), ""])
+
+
+def _table(results: Results, section: Section, domain: str, measured: Sequence[Measured]) -> list[str]:
+    cells = {row.name: {metric: results.cell(row, domain, metric) for metric in section.metrics} for row in measured}
+    metrics = [metric for metric in section.metrics if any(found[metric] for found in cells.values())]
+    body = []
+    for row in measured:
+        found = [cells[row.name][metric] for metric in metrics]
+        told = ["–" if cell is None else span(cell.interval, at) for at, cell in zip(metrics, found, strict=True)]
+        train_s = results.cost(row).train_s
+        body.append((row.name, *told, str(len(row.evaluations)), "–" if train_s is None else f"{train_s:.0f}"))
+    return _lines(("", *map(heading, metrics), "trainings", "s each"), body)
+
+
+def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *body)]

@@ -309,6 +309,15 @@ def test_the_table_holds_every_row_and_the_csv_every_value(plan: Plan, output: P
     line = next(each for each in lines if (each["row"], each["metric"]) == ("plain", "flip_rate"))
     assert float(line["mean"]) == pytest.approx(0.91)
     assert (line["section"], line["num_seeds"], line["num_pictures"]) == ("injection", "3", "200")
+    told = (output / "table.md").read_text().splitlines()
+    assert "### Injection & pairing (portraits → female)" in told
+    (guided_line,) = [line for line in told if line.startswith("| guided |")]
+    cells = [cell.strip() for cell in guided_line.strip("|").split("|")]
+    assert cells[1].startswith("23.0")
+    assert " dB" in cells[1]
+    assert cells[-2:] == ["3", "90"]
+    assert [line.count("|") for line in told if line.startswith("| guided")] == [told[2].count("|")]
+    assert sum("**holds**" in line for line in told) == len(CLAIMS["holds"])
 
 
 class Page(HTMLParser):
