@@ -630,7 +630,12 @@ PORTRAITS = (
     *("diversity", "copied", "nfe"),
 )
 SHOWN = {"portraits": "drawn portraits", "faces": "real faces"}
-WON = {"psnr": "faithfulness", "kid": "KID", "identity_rank_1": "keeping the person"}
+WON = {
+    "psnr": "faithfulness (PSNR)",
+    "ssim": "faithfulness (SSIM)",
+    "kid": "KID",
+    "identity_rank_1": "keeping the person",
+}
 IDENTITY_WEIGHT, CLASSIFIER_SCALE = 0.04, 1.0
 
 
