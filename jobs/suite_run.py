@@ -55,8 +55,8 @@ LOG_EVERY_S = 30.0
 """How often the log of a running command is stored."""
 LINE_EVERY_S, QUIET_S = 10.0, 300.0
 """Least time between two lines of progress, and the longest where nothing ends."""
-RENEW_S, FORGOTTEN_S = 20.0, 90.0
-"""How often a driver says that it is at work, and after what silence another may take its place."""
+RENEW_S, SILENT_S = 20.0, 60.0
+"""How often a driver says that it is at work, and after what silence another takes its place."""
 STOP_S = 10.0
 """How long a command may take to end when it is told to."""
 SERIAL_CPUS = 2
@@ -169,11 +169,15 @@ def alone(output: str) -> Iterator[None]:
         InputError: another one is at work.
     """
     uri, me = storage.join(output, "driver.json"), {"host": platform.node(), "pid": os.getpid()}
-    if (who := _at_work(uri, me)) is not None:
-        raise InputError(
-            f"{output}: another driver is at work there ({who}); wait for it, or stop it; one that was killed is "
-            f"forgotten after {FORGOTTEN_S:.0f} s"
-        )
+    before = _driver(uri)
+    if before is not None and not _ended(before, me):
+        who = f"process {before['pid']} on {before['host']}"
+        print(f"{output}: {who} was at work there; up to {SILENT_S:.0f} s to see if it still is", file=sys.stderr)
+        deadline = time.monotonic() + SILENT_S
+        while (now := _driver(uri)) == before and time.monotonic() < deadline:
+            time.sleep(RENEW_S / 20)
+        if now is not None and now != before:
+            raise InputError(f"{output}: another driver is at work there ({who}); wait for it, or stop it")
     over = threading.Event()
 
     def renew() -> None:
@@ -212,18 +216,18 @@ def run(plan: Plan, output: str, share: "Share", *, report: Callable[[], object]
     return suite.records
 
 
-def _at_work(uri: str, me: dict[str, Any]) -> str | None:
-    """The driver that driver.json speaks of, unless it has ended."""
+def _driver(uri: str) -> Record | None:
+    """What driver.json says, where it says something."""
     try:
-        there = storage.read_json(uri)
+        found = storage.read_json(uri)
     except (FileNotFoundError, *storage.NOT_JSON):
         return None
-    try:
-        host, pid, silent_s = str(there["host"]), int(there["pid"]), time.time() - float(there["renewed"])
-    except (KeyError, TypeError, ValueError):
-        return None
-    ended = host == me["host"] and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists()
-    return None if ended or silent_s > FORGOTTEN_S else f"process {pid} on {host}"
+    return found if isinstance(found, dict) and {"host", "pid"} <= found.keys() else None
+
+
+def _ended(driver: Record, me: Record) -> bool:
+    """Whether it was on this machine and is no more."""
+    return driver["host"] == me["host"] and Path("/proc/self").exists() and not Path(f"/proc/{driver['pid']}").exists()
 
 
 @dataclasses.dataclass(frozen=True)
