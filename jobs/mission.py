@@ -75,6 +75,8 @@ _SMALL = (
     *("--unet.attn-resolutions", "16", "8", "--unet.head-channels", "32", "--unet.anchor-channels", "24"),
     *("--diffusion.loss-weighting", "uniform"),
 )
+_DARK = ("--diffusion.loss-weighting", "snr", "--diffusion.max-snr", "100")
+"""Lights are small, and nights so dark that all else is hardly an error (docs/log.md)."""
 SIZES = {
     "smoke": Size(
         image_size=32,
@@ -106,9 +108,9 @@ SIZES = {
         image_size=32,
         num_portraits=4000,
         num_landscapes=3000,
-        earth=(),
+        earth=_DARK,
         epochs=6,
-        earth_epochs=3,
+        earth_epochs=4,
         face_epochs=24,
         encoder_epochs=16,
         num_images=200,
@@ -134,7 +136,7 @@ SIZES = {
         image_size=64,
         num_portraits=40_000,
         num_landscapes=20_000,
-        earth=(),
+        earth=_DARK,
         epochs=30,
         earth_epochs=60,
         face_epochs=54,
@@ -279,7 +281,7 @@ class _Planning:
         size = self.size
         epochs = {"earth": size.earth_epochs, "faces": size.face_epochs}.get(data, size.epochs)
         own = ("--epochs", str(epochs), "--optim.learning-rate", str(size.learning_rate))
-        more = (*(size.mask if mask else ()), *(size.earth if data == "earth" else ()))
+        more = size.earth if data == "earth" else size.mask if mask else ()  # nothing of a day is there by night
         return self._runs(name, data, *size.network, *own, *more, *flags, seeds=seeds, cost=cost)
 
     def bare(self, injection: str) -> tuple[str, ...]:
