@@ -48,22 +48,24 @@ def main(argv: list[str] | None = None) -> int:
     args = cli.parse(Args, sys.argv[1:] if argv is None else argv, prog="jobs.experiments", description=__doc__)
     output = storage.absolute(args.output, flag="--output")
     plan = planned(args)
-    there = suite.done(plan, output)
-    missing = [command for command in suite.ordered(plan.commands) if command.key not in there]
+    per_gpu = args.commands_per_gpu if args.size == "gpu" else 0
     if args.dry_run:
+        there = suite.done(plan, output)
+        missing = [command for command in suite.ordered(plan.commands) if command.key not in there]
         for command in missing:
             print(suite.command_line(command.module, suite.argv(command, output)))
-        slots = args.commands_per_gpu if args.size == "gpu" else os.cpu_count() or 1
-        print(f"# {stands(plan, there, missing, slots)}")
+        print(f"# {stands(plan, there, missing, per_gpu or os.cpu_count() or 1)}")
         return cli.DONE
-    suite.keep(plan, output)
-    records = there
-    if missing:
-        with suite_run.alone(output), cli.ray_session():
-            share = suite_run.Share.of_cluster(args.commands_per_gpu if args.size == "gpu" else 0)
-            print(stands(plan, there, missing, share.slots), flush=True)
-            records = suite_run.run(plan, output, share, report=lambda: so_far(plan, output))
-    return told(plan, output, records)
+    with suite_run.alone(output):
+        suite.keep(plan, output)
+        records = suite.done(plan, output)
+        missing = [command for command in plan.commands if command.key not in records]
+        if missing:
+            with cli.ray_session():
+                share = suite_run.Share.of_cluster(per_gpu)
+                print(stands(plan, records, missing, share.slots), flush=True)
+                records = suite_run.run(plan, output, share, report=lambda: so_far(plan, output))
+        return told(plan, output, records)
 
 
 def planned(args: Args) -> suite.Plan:

@@ -17,6 +17,8 @@ from ddpm_core.errors import InputError
 from jobs.suite import Claim, Command, Figure, Measured, Plan, Section
 
 Flags = tuple[str, ...]
+WEIGHTS = (1.0, 1.5, 2.5)
+"""Of guidance."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,6 @@ class Size:
     """Held-out pictures of each measurement."""
     num_grid_images: int
     """Of each point of the grid of guidance weights, steps and samplers."""
-    grid_weights: tuple[float, ...]
-    grid_steps: tuple[int, ...]
     num_train: int
     """Training pictures among which the nearest one to each result is looked for."""
     num_diverse: int
@@ -57,6 +57,8 @@ class Size:
     """Such that a training takes about as long as the diffusion model's."""
     cyclegan: Flags = ()
     """What the one with two generators is given besides."""
+    grid_weights: tuple[float, ...] = WEIGHTS
+    grid_steps: tuple[int, ...] = (3, 10, 25)
 
 
 _SMALL = (
@@ -115,8 +117,6 @@ SIZES = {
         encoder_epochs=16,
         num_images=200,
         num_grid_images=96,
-        grid_weights=(1.0, 1.5, 2.5),
-        grid_steps=(3, 10, 25),
         num_train=512,
         num_diverse=16,
         num_steps=10,
@@ -143,8 +143,6 @@ SIZES = {
         encoder_epochs=20,
         num_images=2048,
         num_grid_images=512,
-        grid_weights=(1.0, 1.5, 2.5),
-        grid_steps=(3, 10, 25),
         num_train=2048,
         num_diverse=32,
         num_steps=25,
@@ -164,7 +162,6 @@ SIZES = {
 }
 GUIDANCE = 1.5
 """The weight that the headline rows are measured with."""
-WEIGHTS: tuple[float, ...] = (1.0, 1.5, 2.5)
 CONFIDENT_FLIPS, SAME_PERSON = 0.95, 0.90
 
 

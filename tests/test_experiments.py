@@ -130,6 +130,9 @@ def test_a_second_driver_is_refused_while_the_first_is_at_work(tmp_path: Path, m
             suite_run.alone(output),
         ):
             pass
+        with pytest.raises(InputError, match="another driver is at work there"):
+            experiments.main(["--output", output, "--size", "smoke"])
+        assert not (tmp_path / "plan.json").exists()  # that of the first is not touched
         there = json.loads(note.read_text())
     assert not note.exists()
     gone = subprocess.Popen(["true"])
