@@ -38,6 +38,8 @@ class Checkpoint:
     config: ModelConfig
     path: str
     """The checkpoint's own folder (a run resolves to its best one)."""
+    ema: float | None = None
+    """The length of the EMA whose weights these are, where a run or the caller chose it."""
 
 
 def read_local(path: str) -> bytes:
@@ -92,7 +94,9 @@ def resolve(path: str, *, read: Read = read_local) -> tuple[str, dict[str, Any]]
     if best:
         if not isinstance(best, dict) or not isinstance(best.get("checkpoint"), str):
             raise InputError(f"{path}/best.json names no checkpoint; name a folder under {path}/checkpoints instead")
-        return f"{path}/{best['checkpoint']}", best
+        folder = best["checkpoint"]
+        elsewhere = folder.startswith("/") or "://" in folder  # a sweep over a checkpoint that was there before
+        return folder if elsewhere else f"{path}/{folder}", best
     return path, {}
 
 
@@ -142,8 +146,8 @@ def read_meta(path: str, read: Read, wanted: str, version: int, *, nothing: str)
 def load(path: str, *, ema: float | None = None, read: Read = read_local) -> Checkpoint:
     """A checkpoint folder, or a run (its best checkpoint), as a network in eval mode on the CPU.
 
-    A run's `best.json` overrides the sampling defaults. `ema` picks the weights averaged over another share of the
-    run than the best of the validation.
+    A run's or a sweep's `best.json` overrides the sampling defaults. `ema` picks the weights averaged over another
+    share of the run than what `best.json`, or else the checkpoint, takes for the best.
 
     Raises:
         InputError: nothing there, damaged files, another version, weights that do not fit the configuration, no
@@ -159,10 +163,11 @@ def load(path: str, *, ema: float | None = None, read: Read = read_local) -> Che
     )
     config = dataclasses.replace(config, sampling=sampling)
     configs.check(config)
+    ema = best.get("ema_sigma_rel") if ema is None else ema
     file = weights_file(folder, config, ema)
     model = build(config)
     load_weights(model, folder, file, read)
-    return Checkpoint(model=model.eval().requires_grad_(False), config=config, path=folder)
+    return Checkpoint(model=model.eval().requires_grad_(False), config=config, path=folder, ema=ema)
 
 
 def load_weights(network: nn.Module, folder: str, file: str, read: Read) -> None:

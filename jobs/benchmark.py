@@ -5,6 +5,7 @@ python -m jobs.benchmark data
 python -m jobs.benchmark size
 python -m jobs.benchmark train
 python -m jobs.benchmark validation
+python -m jobs.benchmark sweep
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from jobs import cli
-from jobs.benchmarks import data, network, size, training, validation
+from jobs.benchmarks import data, network, size, sweep, training, validation
 
 SUBJECTS: dict[Any, Callable[[Any], int]] = {
     network.Options: network.run,
@@ -21,6 +22,7 @@ SUBJECTS: dict[Any, Callable[[Any], int]] = {
     size.Options: size.run,
     training.Options: training.run,
     validation.Options: validation.run,
+    sweep.Options: sweep.run,
 }
 Command = (
     Annotated[network.Options, tyro.conf.subcommand("network")]
@@ -28,6 +30,7 @@ Command = (
     | Annotated[size.Options, tyro.conf.subcommand("size")]
     | Annotated[training.Options, tyro.conf.subcommand("train")]
     | Annotated[validation.Options, tyro.conf.subcommand("validation")]
+    | Annotated[sweep.Options, tyro.conf.subcommand("sweep")]
 )
 
 

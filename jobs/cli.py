@@ -156,6 +156,10 @@ def ray_session(*, start: bool = True) -> Iterator[None]:
     context = ray.data.DataContext.get_current()
     context.use_datasource_v2 = False  # its start-up costs seconds on every execution and ignores block counts
     context.enable_progress_bars = False
+    with contextlib.suppress(ImportError, AttributeError):  # its core warns, on stdout, of processes that only wait
+        from ray._private.ray_logging import stdout_deduplicator
+
+        stdout_deduplicator.skip_re = re.compile("maximum expected startup concurrency")
     for name in ("ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors also come as exceptions: told once

@@ -91,6 +91,7 @@ class Job:
 
     args: Args
     checkpoint_path: str
+    ema: float | None
     config: configs.ModelConfig
     sampling: SamplingConfig
     guides: Guides
@@ -188,6 +189,7 @@ def prepare(args: Args) -> Job:
     return Job(
         args=args,
         checkpoint_path=opened.loaded.path,
+        ema=opened.loaded.ema,
         config=config,
         sampling=opened.sampling,
         guides=opened.guides,
@@ -377,7 +379,7 @@ def look(job: Job) -> tuple[dict[Key, Found], int]:
     make: dict[str, Any] = {
         "translate": {
             "checkpoint_uri": job.checkpoint_path,
-            "ema": job.args.ema,
+            "ema": job.ema,
             "sampling": configs.to_dict(job.sampling),
             "guides": configs.to_dict(job.guides),
         },

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_core import checkpoint, conditioning, diffusion, encoders, gan, identity, losses, precision, schedule
 from ddpm_core import config as configs
-from ddpm_core.config import ModelConfig
+from ddpm_core.config import DiffusionConfig, ModelConfig
 from ddpm_core.unet import UNet
 from jobs import encoding, parallel, storage
 from jobs.presets import Parallel, TrainOptions
@@ -150,7 +150,8 @@ class Diffusion:
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Add the gradient of one part of the step; its part of the losses by name."""
         x_t, output = self._denoise(self.model, batch)
-        found = {"loss": self._denoising_loss(batch, output), **self._added_losses(batch, x_t, output)}
+        loss = self._denoising_loss(batch, output, self.config.diffusion)
+        found = {"loss": loss, **self._added_losses(batch, x_t, output)}
         # The workers' gradients are averaged, and their shares need not be of one size.
         share = parallel.world_size() / self.options.global_batch_size
         sums = {name: of_each.sum() * share for name, of_each in found.items()}
@@ -158,7 +159,8 @@ class Diffusion:
         return {name if name == "loss" else f"loss_{name}": value.detach() for name, value in sums.items()}
 
     def validation_loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        return self._denoising_loss(batch, self._denoise(network, batch)[1])
+        output = self._denoise(network, batch)[1]
+        return self._denoising_loss(batch, output, self.options.measured_by or self.config.diffusion)
 
     def _denoise(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """x_t and what the network makes of it."""
@@ -169,8 +171,8 @@ class Diffusion:
         with precision.autocast(self.device, self.dtype):
             return x_t, model(x_t, batch.t, condition, domain)
 
-    def _denoising_loss(self, batch: Batch, output: Tensor) -> Tensor:
-        config, abar = self.config.diffusion, self.alphas_cumprod
+    def _denoising_loss(self, batch: Batch, output: Tensor, config: DiffusionConfig) -> Tensor:
+        abar = self.alphas_cumprod
         target = diffusion.training_target(config.prediction, batch.x_0, batch.t, batch.noise, abar)
         weight = losses.timestep_weight(config, batch.t, abar)
         return weight * losses.per_image_loss(config, output, target)

@@ -1,7 +1,9 @@
 """Training options and the presets: Python, each with what it is for, its command, time and hardware."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from ddpm_core.config import DiffusionConfig, EncoderOptions, GANConfig, Method, SamplingConfig, UNetConfig
 from ddpm_core.precision import Precision
@@ -83,6 +85,9 @@ class TrainOptions:
     """Sampling defaults that the checkpoint carries."""
     optim: OptimConfig = OptimConfig()
     """Optimisation."""
+    measured_by: Annotated[DiffusionConfig | None, tyro.conf.Suppress] = None
+    """Whose loss validation measures, where it is not `diffusion`'s own: trials of a sweep over the loss must be
+    compared by one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -197,6 +197,7 @@ STATES = {
     "interrupted": ("even", "Interrupted"),
     "diverged": ("bad", "Diverged"),
     "failed": ("bad", "Failed"),
+    "stopped": ("even", "Stopped early"),
 }
 
 

@@ -170,9 +170,10 @@ class Sampler:
     def train(self, rows: np.ndarray, epoch: int) -> Draw:
         return self._draw(rows, [seeded(self.options.seed, epoch, self.data.ids[row]) for row in rows], training=True)
 
-    def validation(self, rows: np.ndarray, ts: np.ndarray) -> Draw:
-        """Fixed noise and given timesteps, nothing dropped or moved: the same numbers at every validation."""
-        draw = self._draw(rows, [seeded("validation", self.data.ids[row]) for row in rows], training=False)
+    def validation(self, rows: np.ndarray, ts: np.ndarray, *, noise: str = "validation") -> Draw:
+        """Fixed noise, named `noise`, and given timesteps, nothing dropped or moved: the same numbers at every
+        validation."""
+        draw = self._draw(rows, [seeded(noise, self.data.ids[row]) for row in rows], training=False)
         return dataclasses.replace(draw, t=torch.as_tensor(ts, dtype=torch.int64))
 
     def _draw(self, rows: np.ndarray, generators: list[torch.Generator], *, training: bool) -> Draw:

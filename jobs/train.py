@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -379,7 +379,7 @@ def check_cluster(args: Args) -> None:
     """The workers must fit, or Ray would wait for ever; a cluster that grows is asked to, and given time.
 
     Raises:
-        InputError: with the arithmetic.
+        NoRoomError: with the arithmetic.
     """
     import ray
     import ray.autoscaler.sdk
@@ -391,7 +391,7 @@ def check_cluster(args: Args) -> None:
     while short := {name: each for name, each in worker.items() if ray.cluster_resources().get(name, 0) < each * least}:
         if time.monotonic() >= deadline:
             name, each = next(iter(short.items()))
-            raise InputError(
+            raise NoRoomError(
                 f"--num-workers {args.num_workers} with {each} {name} each needs {each * least} {name}s, "
                 f"the cluster has {ray.cluster_resources().get(name, 0):g}: give fewer workers, "
                 "or --wait-for-nodes-s 600 to a cluster that grows"
@@ -405,8 +405,19 @@ def check_cluster(args: Args) -> None:
         ray.autoscaler.sdk.request_resources(bundles=[])
 
 
-def fit(args: Args, config: ModelConfig, dataset: str, run: str, times: profiling.Times) -> None:
+def fit(
+    args: Args,
+    config: ModelConfig,
+    dataset: str,
+    run: str,
+    times: profiling.Times,
+    *,
+    spread: bool = True,
+    callbacks: Sequence[Any] = (),
+) -> None:
     """Run the loop on Ray Train, the data read and decoded once onto the nodes' disks.
+
+    `spread` False: they are there already, and a node that lacks them reads for itself. `callbacks`: Ray Train's.
 
     Raises:
         DivergedError: the losses are lost.
@@ -422,7 +433,8 @@ def fit(args: Args, config: ModelConfig, dataset: str, run: str, times: profilin
     if not local:
         check_cluster(args)
         aside = resources_aside(args)
-        arrays.spread(dataset, ("train", "val"), resource="GPU" if args.use_gpu else "CPU")
+        if spread:
+            arrays.spread(dataset, ("train", "val"), resource="GPU" if args.use_gpu else "CPU")
     profiling.note(times, "data")
     # Only now that we can begin: a command that trains there ends when it sees it.
     owner = uuid.uuid4().hex
@@ -463,6 +475,7 @@ def fit(args: Args, config: ModelConfig, dataset: str, run: str, times: profilin
                 name=f"attempt-{time.time_ns()}",
                 storage_path=attempts,
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+                callbacks=[*callbacks],
             )
             try:
                 end = trainer(run_config=storing).fit().return_value or {}
@@ -509,6 +522,10 @@ def resources_aside(args: Args) -> dict[str, float] | None:
     if args.validate == "inline" or not spare:
         return None
     return {"num_cpus": worker["CPU"], "num_gpus": worker.get("GPU", 0)}
+
+
+class NoRoomError(InputError):
+    """The cluster is smaller than what was asked for."""
 
 
 class DivergedError(Exception):

@@ -234,7 +234,7 @@ def translate(job: Job, manifest: "Manifest", todo: list[dict[str, Any]]) -> Non
         source_rows(job, todo),
         num_rows=len(todo),
         checkpoint_uri=job.loaded.path,
-        ema=job.args.ema,
+        ema=job.loaded.ema,
         sampling=job.sampling,
         guides=job.guides,
         output=job.args.output,

@@ -60,11 +60,13 @@ class Validation:
         share: Share,
         *,
         together: bool = False,
+        noise: str = "validation",
     ) -> None:
-        """`together`: the network is sharded, so that every worker must take part in every evaluation."""
+        """`together`: the network is sharded, so that every worker must take part in every evaluation. `noise`: names
+        the draw; another than that of training's own validations tells what is luck in theirs."""
         self.config, self.options, self.method, self.device, self.share = config, options, method, device, share
         rows = training_rows(data, config, dataclasses.replace(options, max_train_images=None))
-        self.rows = evenly(rows, options.max_val_images)
+        self.rows, self.noise = evenly(rows, options.max_val_images), noise
         self.ts = stratified_timesteps(len(self.rows), config.diffusion.num_timesteps)
         self.sampler = Sampler(data, config, options)
         self.batch_size = max(1, options.global_batch_size // share.world)
@@ -97,7 +99,7 @@ class Validation:
         mine = np.arange(self.mine.rank, len(self.rows), self.mine.world)
         for first in range(0, len(mine), self.batch_size):
             index = mine[first : first + self.batch_size]
-            draw = self.sampler.validation(self.rows[index], self.ts[index])
+            draw = self.sampler.validation(self.rows[index], self.ts[index], noise=self.noise)
             batch = draw.to(self.device, shown=self.config.shown)
             for track, network in enumerate(tracks.values()):
                 measured = self.method.validation_loss(network, batch).reshape(len(index), -1)

@@ -1,5 +1,6 @@
 """Checkpoints: what is written is what is read, and what is wrong is said in one line."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -35,6 +36,30 @@ def test_a_run_means_its_best_checkpoint_and_its_sampling(checkpoint_folder, tmp
     assert loaded.path.endswith("step-00000002")
     sampling = loaded.config.sampling
     assert (sampling.guidance_scale, sampling.num_steps, sampling.sampler) == (2.5, 3, "ddpm")
+
+
+def test_a_sweep_may_mean_a_checkpoint_elsewhere_and_another_length_of_the_ema(checkpoint_folder, tmp_path):
+    config = dataclasses.replace(
+        checkpoint.read_config(checkpoint_folder),
+        training={"optim": {"ema_sigma_rels": [0.05, 0.1]}, "ema_sigma_rel": 0.1},
+    )
+    state = checkpoint.load(checkpoint_folder).model.state_dict()
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name, content in checkpoint.files(state, config, others={0.05: other}).items():
+        (elsewhere / name).write_bytes(content)
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    for ema, weights in ((0.05, other), (0.1, state)):
+        best = {"checkpoint": str(elsewhere), "ema_sigma_rel": ema, "guidance_scale": 2.5}
+        (sweep / "best.json").write_text(json.dumps(best))
+        loaded = checkpoint.load(str(sweep))
+        assert (loaded.path, loaded.ema) == (str(elsewhere), ema)
+        assert loaded.config.sampling.guidance_scale == 2.5
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.model.state_dict().items())
+    chosen = checkpoint.load(str(sweep), ema=0.05)  # the caller's word is the last
+    assert all(torch.equal(tensor, other[name]) for name, tensor in chosen.model.state_dict().items())
 
 
 @pytest.mark.parametrize("method", ["pix2pix", "cyclegan"])

@@ -4,15 +4,18 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT, free_port
+from conftest import ROOT, free_port, write_gradients
 
 RAY = Path(sys.executable).parent / "ray"
 
@@ -72,16 +75,21 @@ class Cluster:
         line = script("env", environment).stdout
         self.environment = {**environment, **exported(line)}
 
-    def submit(self, entrypoint: str, *, working_dir: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    def begin(self, entrypoint: str, *, working_dir: Path = ROOT) -> subprocess.Popen[str]:
         command = [str(RAY), "job", "submit", "--log-color", "false", "--working-dir", str(working_dir), "--"]
-        return subprocess.run(
+        return subprocess.Popen(
             [*command, *shlex.split(entrypoint)],
             cwd=ROOT,
             env=self.environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=280,
         )
+
+    def submit(self, entrypoint: str, *, working_dir: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        job = self.begin(entrypoint, working_dir=working_dir)
+        said, errors = job.communicate(timeout=280)
+        return subprocess.CompletedProcess(job.args, job.returncode, said, errors)
 
     def run(self, entrypoint: str) -> str:
         """A job that must succeed; its log."""
@@ -137,6 +145,57 @@ def test_the_experiments_by_ray_job_submit(cluster: Cluster, tmp_path: Path) -> 
     assert table["missing"] == {}
     assert [claim["text"] for claim in table["claims"]]
     assert (output / "report.html").stat().st_size > 10_000
+
+
+def ended_trials(output: Path) -> list[dict[str, Any]]:
+    """Of a sweep, as far as its results.json goes."""
+    try:
+        rows = json.loads((output / "results.json").read_text())["trials"]
+    except FileNotFoundError:
+        return []
+    return [row for row in rows if row["state"] != "running"]
+
+
+def drivers_of(output: Path) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        words = entry.read_bytes().split(b"\0") if entry.exists() else []
+        if b"jobs.sweep" in words and str(output).encode() in words:
+            found.append(int(entry.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_sweep_by_ray_job_submit_whose_driver_is_killed_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    data, output = tmp_path / "data", tmp_path / "sweep"
+    write_gradients(str(data))
+    command = (
+        f"python -m jobs.sweep --preset smoke --data {data} --output {output} --epochs 2 --num-trials 3 --num-points 3 "
+        "--num-images 4 --max-concurrent 2 --early-stopping none --space sampling.num_steps=1:2"
+    )
+    first = cluster.begin(command)
+    deadline = time.monotonic() + 150
+    while not list((output / "trials").glob("*/best.json")):  # one is at least half-way
+        assert time.monotonic() < deadline, first.communicate(timeout=30)
+        time.sleep(0.2)
+    for pid in drivers_of(output):
+        os.kill(pid, signal.SIGKILL)
+    assert first.wait(timeout=60) != 0
+    begun = {path.name for path in (output / "trials").iterdir()}
+    before = {row["number"]: row for row in ended_trials(output) if row["state"] == "complete"}
+    said = cluster.run(command)
+    assert "room for 4 workers of 1 CPU; a trial takes 1, so 4 at a time" in said
+    assert f"report: {output}/report.html" in said
+    after = {row["number"]: row for row in ended_trials(output)}
+    assert sorted(after) == [0, 1, 2]
+    assert {row["state"] for row in after.values()} == {"complete"}
+    assert {path.name for path in (output / "trials").iterdir()} == begun | {"0000", "0001", "0002"}
+    assert {number: after[number] for number in before} == before
+    assert len({row["values"]["optim.learning_rate"] for row in after.values()}) == 3
+    points = json.loads((output / "results.json").read_text())["points"]
+    assert [row["number"] for row in points] == [0, 1, 2]
+    assert json.loads((output / "best.json").read_text())["sweep"]["num_points"] == 3
+    assert not (output / "driver.json").exists()
 
 
 @pytest.mark.slow

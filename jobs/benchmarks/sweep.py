@@ -1,0 +1,296 @@
+"""Is a sweep worth its code? The same budget of training steps, spent in three ways, on a small real problem.
+
+    tpe + asha     jobs.sweep as it is
+    tpe            the same, every trial to its end
+    random         values at random, every trial to its end
+
+Earth at 32 px, small network; searched are the learning rate over four decades, its schedule and dropout, two trials at
+a time; the first trial of each search is the preset's own choice. The searches are the sweep's own objects and the
+trainings real ones, in this process: what Ray adds to them is time, not losses. That time is measured apart, by the
+commands themselves: a sweep with ASHA, a random one to the end, and its trainings one command after the other.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import heapq
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddpm_core import metrics, provenance
+from ddpm_core.errors import InputError
+from jobs import arrays, cli, prepare, storage, study, train, trials
+from jobs import space as spaces
+from jobs.study import EPOCH, LOSS, Ending
+
+SPACE = ("optim.learning_rate=1e-5:1e-1:log", "optim.lr_schedule=constant,cosine", "unet.dropout=0:0.3")
+WAYS = {
+    "tpe + asha": ("--search", "tpe", "--early-stopping", "asha", "--grace-epochs", "1"),
+    "tpe": ("--search", "tpe", "--early-stopping", "none"),
+    "random": ("--search", "random", "--early-stopping", "none"),
+}
+OURS, *OTHERS = WAYS
+COLORS = {"tpe + asha": "#123", "tpe": "#e9a13b", "random": "#c44"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Best validation loss within a budget of training steps: jobs.sweep, TPE to the end, random search to the end."""
+
+    output: str = "runs/benchmark/sweep"
+    """Folder or s3:// prefix for sweep.json and sweep.png."""
+    num_seeds: int = 5
+    """Searches of each kind."""
+    num_trials: int = 4
+    """Trainings that are the budget, each to its end."""
+    num_stopped_trials: int = 10
+    """Trials of the search that stops them early; those are counted that the budget pays for."""
+    epochs: int = 9
+    """Of a training."""
+    num_processes: int = 2
+    """Searches at a time."""
+    max_train_images: int = 512
+    """Pairs to train on."""
+
+
+def run(options: Options) -> int:
+    """Search, count, write sweep.json and sweep.png, print the table."""
+    if options.num_seeds < 2:
+        raise InputError(f"--num-seeds is {options.num_seeds}; an interval needs 2 or more")
+    output = storage.absolute(options.output, flag="--output")
+    storage.check_writable(output)
+    result: dict[str, Any] = {
+        "options": dataclasses.asdict(options),
+        "space": SPACE,
+        "environment": provenance.environment(),
+        "load_before": os.getloadavg(),
+        "sweeps": [],
+    }
+    with tempfile.TemporaryDirectory(prefix="ddpm-benchmark-") as folder:
+        os.environ[arrays.ROOT] = f"{folder}/cache"
+        data = f"{folder}/data"
+        prepare.main(["earth", "--image-size", "32", "--output", data])
+        result["commands"] = timed(data, folder, options)
+        work = itertools.product(range(options.num_seeds), WAYS)
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(options.num_processes, mp_context=spawn) as pool:
+            pending = [pool.submit(searched, data, folder, way, seed, options) for seed, way in work]
+            for done in pending:
+                result["sweeps"].append(done.result())
+                print(told(result["sweeps"][-1]), flush=True)
+    result["budget"] = max(sum(row["steps"] for row in sweep["trials"]) for sweep in of(result, "random"))
+    result["found"] = {way: [best_within(sweep, result["budget"]) for sweep in of(result, way)] for way in WAYS}
+    result["ahead"] = {other: ahead(result["found"][OURS], result["found"][other]) for other in OTHERS}
+    show(result)
+    storage.write_bytes(storage.join(output, "sweep.json"), json.dumps(result, indent=2).encode())
+    storage.write_bytes(storage.join(output, "sweep.png"), draw(result))
+    print(f"written: {storage.join(output, 'sweep.json')}")
+    return cli.DONE
+
+
+def common(data: str, options: Options) -> list[str]:
+    """Flags of the trainings."""
+    flags = {
+        "data": data,
+        "preset": "smoke",
+        "epochs": options.epochs,
+        "max-train-images": options.max_train_images,
+        "max-val-images": 128,
+        "target-domain": "night",
+        "sampling.num-steps": 1,
+    }
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+# -- what the searches find -----------------------------------------------------------------------------------------
+
+
+def searched(data: str, folder: str, way: str, seed: int, options: Options) -> dict[str, Any]:
+    """One search: its trials in the order they began in. Two run at a time, all epochs last equally long."""
+    torch.set_num_threads(1)
+    count = options.num_stopped_trials if way == OURS else options.num_trials
+    space, _ = spaces.parse(SPACE)
+    here = f"{folder}/{way.replace(' ', '')}-{seed}"
+    memory = study.Memory(_made(here), None)
+    of_search = "random" if way == "random" else "tpe"
+    found = memory.open("training", ["minimize"], study.sampler(of_search, seed, count))
+    base = train.parse([*common(data, options), "--output", here]).options
+    found.enqueue_trial(spaces.parameters(spaces.hand(base, space), space) or {})
+    begun: dict[int, dict[str, Any]] = {}
+
+    def ending(number: int, result: Mapping[str, Any] | None, lost: bool) -> Ending:
+        row = begun[number]
+        told = [loss for _, loss in row["curve"][: row["epochs"]]]
+        row["loss"] = min(told, default=None)
+        row["state"] = "diverged" if row["diverged"] else "complete" if row["epochs"] == options.epochs else "stopped"
+        return Ending(row["state"], (row["loss"],) if row["state"] == "complete" else None)
+
+    search = study.Search(
+        found,
+        space,
+        total=count,
+        config=lambda number, values: {"number": number, "values": values},
+        ending=ending,
+        room=lambda: 2,
+        told=lambda: None,
+    )
+    asha = study.ASHA(epochs=options.epochs, grace_epochs=1, reduction_factor=3) if way == OURS else None
+    events: list[tuple[float, int]] = []
+    now = 0.0
+    while True:
+        while isinstance(config := search.suggest(str(len(begun))), dict):
+            number = config["number"]
+            begun[number] = {**config, **training(data, f"{here}/{number}", config["values"], options), "epochs": 0}
+            if asha:
+                asha.on_trial_add(None, types.SimpleNamespace(trial_id=str(number)))
+            heapq.heappush(events, (now + 1, number))
+        if not events:
+            break
+        now, number = heapq.heappop(events)
+        row = begun[number]
+        result: dict[str, Any] = {}
+        if row["epochs"] < len(row["curve"]):
+            epoch, loss = row["curve"][row["epochs"]]
+            row["epochs"] += 1
+            result = {EPOCH: epoch, LOSS: loss}
+            search.on_trial_result(str(number), result)
+        over = row["epochs"] == options.epochs or not result
+        if result and asha:
+            who = types.SimpleNamespace(trial_id=str(number))
+            over |= asha.on_trial_result(None, who, result) == "STOP"
+        if over:
+            search.on_trial_complete(str(number), result)
+        else:
+            heapq.heappush(events, (now + 1, number))
+    rows = [begun[number] for number in sorted(begun)]
+    for row in rows:
+        row["steps"] = row["epochs"] * (options.max_train_images // base.global_batch_size)
+    return {"way": way, "seed": seed, "trials": rows}
+
+
+def _made(folder: str) -> str:
+    os.makedirs(folder)
+    return folder
+
+
+def training(data: str, run: str, values: dict[str, Any], options: Options) -> dict[str, Any]:
+    """A whole training: `curve` and whether its losses were lost."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        code = train.main([*common(data, options), "--output", run, "--num-workers", "0", *flags(values)])
+    return {"curve": trials.curve(run), "diverged": code == cli.FAILED}
+
+
+def flags(values: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+# -- what Ray adds --------------------------------------------------------------------------------------------------
+
+
+def timed(data: str, folder: str, options: Options) -> dict[str, Any]:
+    """Of each way to run trials their number and seconds: two sweeps, and trainings one command after the other."""
+    found = {}
+    for way, count in {OURS: options.num_stopped_trials, "random": options.num_trials}.items():
+        output = f"{folder}/command-{way.replace(' ', '')}"
+        argv = [*common(data, options), "--output", output, "--num-trials", str(count), "--num-points", "0"]
+        seconds = command("jobs.sweep", [*argv, *WAYS[way], "--space", *SPACE])
+        found[way] = {"trials": count, "seconds": seconds}
+    rows = storage.read_json(f"{folder}/command-random/results.json")["trials"]
+    seconds = 0.0
+    for row in rows:
+        argv = [*common(data, options), "--output", f"{folder}/alone-{row['number']}", *flags(row["values"])]
+        seconds += command("jobs.train", argv)
+    return {**found, "one command after the other": {"trials": len(rows), "seconds": seconds}}
+
+
+def command(module: str, argv: list[str]) -> float:
+    """Seconds that a command takes. A training that diverges has taken its time, too."""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True)
+    if done.returncode not in (cli.DONE, cli.FAILED) or (done.returncode and "the losses were lost" not in done.stderr):
+        raise RuntimeError(f"{module} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return time.monotonic() - began
+
+
+def of(result: dict[str, Any], way: str) -> list[dict[str, Any]]:
+    return [sweep for sweep in result["sweeps"] if sweep["way"] == way]
+
+
+def best_so_far(sweep: dict[str, Any]) -> list[tuple[int, float]]:
+    """(training steps spent, lowest loss of a whole training) after each trial, in their order."""
+    spent, best, found = 0, math.inf, []
+    for row in sweep["trials"]:
+        spent += row["steps"]
+        if row["state"] == "complete":
+            best = min(best, row["loss"])
+        found.append((spent, best))
+    return found
+
+
+def best_within(sweep: dict[str, Any], budget: int) -> float:
+    return min((best for spent, best in best_so_far(sweep) if spent <= budget), default=math.inf)
+
+
+def ahead(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Mean of theirs / ours - 1 over the seeds, by logarithms, with Student's interval."""
+    logs = np.log(np.array(theirs) / np.array(ours))
+    half = metrics.student_quantile(0.975, len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+    mean = float(logs.mean())
+    return {name: math.expm1(value) for name, value in {"mean": mean, "low": mean - half, "high": mean + half}.items()}
+
+
+def told(sweep: dict[str, Any]) -> str:
+    states = [row["state"] for row in sweep["trials"]]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    steps = sum(row["steps"] for row in sweep["trials"])
+    return f"{sweep['way']}, seed {sweep['seed']}: {counts}; {steps:,} steps; best {best_so_far(sweep)[-1][1]:.5f}"
+
+
+def show(result: dict[str, Any]) -> None:
+    seeds = range(result["options"]["num_seeds"])
+    print(f"\nbest validation loss within {result['budget']:,} training steps")
+    print(f"| search | {' | '.join(f'seed {seed}' for seed in seeds)} |")
+    print("|---" * (len(seeds) + 1) + "|")
+    for way, found in result["found"].items():
+        print(f"| {way} | {' | '.join(f'{loss:.5f}' for loss in found)} |")
+    for other, lead in result["ahead"].items():
+        print(f"the loss of {other} is {lead['mean']:+.1%} of ours ({lead['low']:+.1%} to {lead['high']:+.1%})")
+    for way, took in result["commands"].items():
+        rate = 3600 * took["trials"] / took["seconds"]
+        print(f"{way}: {took['trials']} trials in {took['seconds']:.0f} s, {rate:.0f} an hour")
+
+
+def draw(result: dict[str, Any]) -> bytes:
+    """Best so far against steps spent, a thin line a seed and a thick one for their mean; PNG."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(6.4, 3.7), layout="constrained")
+    axes = figure.add_subplot()
+    grid = np.linspace(0, result["budget"], 200)
+    for way in WAYS:
+        lines = []
+        for sweep in of(result, way):
+            points = [(0, math.nan), *best_so_far(sweep)]
+            lines.append([[best for spent, best in points if spent <= at][-1] for at in grid])
+            axes.step(grid, np.where(np.isfinite(lines[-1]), lines[-1], np.nan), color=COLORS[way], alpha=0.25, lw=0.8)
+        mean = np.exp(np.log(np.array(lines)).mean(axis=0))
+        axes.step(grid, np.where(np.isfinite(mean), mean, np.nan), color=COLORS[way], linewidth=2.2, label=way)
+    axes.set(xlabel="training steps spent", ylabel="lowest validation loss", yscale="log", ylim=(None, 0.1))
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

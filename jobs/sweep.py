@@ -1,0 +1,58 @@
+"""Tune a recipe: the learning rate by training, the guidance weight by looking at what the best network makes.
+
+    python -m jobs.sweep --data URI --output URI --preset demo --num-trials 16 --num-points 100
+    ray job submit --address … --working-dir . -- python -m jobs.sweep --data s3://… --output s3://… --use-gpu
+
+Stage 1 trains: each trial is a run of jobs.train in OUTPUT/trials, stopped early by ASHA on the fixed-noise validation
+loss; the first is the preset as it is. Stage 2 looks: options of sampling on the best network's frozen checkpoint,
+judged by realism, faithfulness, identity and cost at once. Both winners are then measured on fresh noise beside the
+preset's own values. OUTPUT/best.json makes the folder a --checkpoint that translates as was found best.
+
+The same command goes on where it was; a larger --num-trials or --num-points adds to what is there.
+"""
+
+import json
+import sys
+
+import tyro
+
+from jobs import cli, storage, suite_run, train
+from jobs.presets import PRESETS
+from jobs.sweep_plan import Args, described, finished, prepare, same_as_before
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    job = prepare(parse(argv))
+    output = job.args.output
+    report_uri = storage.join(output, "report.html")
+    told = described(job)
+    if same_as_before(job, told) and finished(job):
+        print(f"tuned already: {report_uri}")
+        return cli.DONE
+    storage.check_writable(output)
+    with cli.ray_session():
+        from jobs.study import SweepError
+        from jobs.sweeping import Sweep
+
+        with suite_run.alone(output):
+            storage.write_bytes(storage.join(output, "sweep.json"), json.dumps(told, indent=2).encode())
+            try:
+                Sweep(job, told).run()
+            except SweepError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return cli.FAILED
+    print(f"best: {output} (take it for --checkpoint)\nreport: {report_uri}")
+    return cli.DONE
+
+
+def parse(argv: list[str]) -> Args:
+    """The preset first, then the flags that change it."""
+    name = train.preset_name(argv)
+    presets = "\n".join(f"  {key:<20} {preset}" for key, preset in PRESETS.items())
+    default = Args(data=tyro.MISSING, output=tyro.MISSING, preset=name, options=PRESETS[name].options)
+    return cli.parse(Args, argv, prog="jobs.sweep", description=f"{__doc__}\npresets:\n{presets}", default=default)
+
+
+if __name__ == "__main__":
+    cli.run(main)
