@@ -302,6 +302,7 @@ def _environment() -> Iterator[None]:
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what it would write of each trial, the study has
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_MAX_PENDING_TRIALS_PG": "16",  # `Search.room` is what limits them
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last that a trial tells is how it ended
     }
     before = {name: os.environ.get(name) for name in wanted}

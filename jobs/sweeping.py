@@ -81,7 +81,8 @@ class Sweep:
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             with contextlib.suppress(Exception):
-                self._end("interrupted" if interrupted else "failed", "" if interrupted else str(error))
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                self._end("interrupted" if interrupted else "failed", "" if interrupted else lines[-1])
             raise
         finally:
             self.table.close()

@@ -619,6 +619,38 @@ def node_added_elastic(lab: Lab) -> Row:
     )
 
 
+def sweep_loses_a_node(lab: Lab) -> Row:
+    """The trial on it, and maybe the actor that waits for another one, are gone; the search must not be."""
+    lab.count += 1
+    output, total = f"{lab.s3.uri}/sweep-{lab.count}", 5
+    with Nodes() as nodes, tempfile.NamedTemporaryFile() as said:
+        nodes.add()
+        nodes.add()
+        command = [sys.executable, "-m", "jobs.sweep", "--preset", "smoke", "--data", lab.data, "--output", output]
+        command += ["--epochs", "40", "--validate-every-epochs", "10", "--num-trials", str(total), "--num-points", "0"]
+        sweep = subprocess.Popen(
+            [*command, "--early-stopping", "none"], cwd=ROOT, env={**os.environ, **nodes.env}, stdout=said, stderr=said
+        )
+        deadline = time.monotonic() + 400
+        while not any(storage.exists(f"{output}/trials/{n:04d}/metrics.jsonl") for n in range(total)):
+            assert sweep.poll() is None, Path(said.name).read_text()[-2000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        begun = time.monotonic()
+        nodes.kill(nodes.with_worker()[0])
+        assert sweep.wait(400) == 0, Path(said.name).read_text()[-2000:]
+    rows = storage.read_json(f"{output}/results.json")["trials"]
+    assert [(row["number"], row["state"]) for row in rows] == [(n, "complete") for n in range(total)], rows
+    again = [row["number"] for row in rows if len(attempts_of(f"{output}/{row['run']}")) > 1]
+    assert again, rows
+    steps = [attempts_of(f"{output}/{rows[n]['run']}")[-1]["step"] for n in again]
+    return Row(
+        "one of three nodes loses power under a sweep",
+        f"all {total} trials end, {len(again)} taken up again, none begun twice",
+        listed(steps), "–", "–", time.monotonic() - begun,
+    )  # fmt: skip
+
+
 FAULTS: dict[str, Callable[[Lab], Row]] = {
     "workers": workers_killed,
     "driver": driver_killed,
@@ -634,6 +666,7 @@ FAULTS: dict[str, Callable[[Lab], Row]] = {
     "link-gone": link_cut_for_good,
     "shrink": node_lost_elastic,
     "grow": node_added_elastic,
+    "sweep-node": sweep_loses_a_node,
 }
 
 
