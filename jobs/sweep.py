@@ -16,6 +16,7 @@ import sys
 
 import tyro
 
+from ddpm_core.errors import InputError
 from jobs import cli, storage, suite_run, train
 from jobs.presets import PRESETS
 from jobs.sweep_plan import Args, described, finished, prepare, same_as_before
@@ -48,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> Args:
     """The preset first, then the flags that change it."""
+    for flag in ("--space", "--prefer"):
+        if argv.count(flag) > 1:  # the last would silently be all
+            raise InputError(f"{flag} is given {argv.count(flag)} times; give all of them behind one {flag}")
     name = train.preset_name(argv)
     presets = "\n".join(f"  {key:<20} {preset}" for key, preset in PRESETS.items())
     default = Args(data=tyro.MISSING, output=tyro.MISSING, preset=name, options=PRESETS[name].options)

@@ -181,10 +181,7 @@ def prepare(args: Args) -> Job:
             options = dataclasses.replace(options, measured_by=options.diffusion)
         config = check_space(card, dataclasses.replace(args, options=options), training)
         sampling = None if config.method != "diffusion" else sampling_space(config, given_sampling)
-    if given_sampling and config.method != "diffusion":
-        raise InputError(
-            f"--space sampling.{next(iter(given_sampling))}: {config.method} does not sample; leave it out"
-        )
+    check_effect(args, card, config, given_sampling)
     check_looks(args, card, config)
     grace = args.grace_epochs or max(math.ceil(options.epochs / 4), 1)
     if grace > options.epochs:
@@ -269,6 +266,40 @@ def sampling_space(config: ModelConfig, given: Space) -> Space:
             "they must not meet"
         )
     return space
+
+
+def check_effect(args: Args, card: data.DatasetCard, config: ModelConfig, given_sampling: Space) -> None:
+    """Refuse flags that nothing would look at.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if args.early_stopping == "none" and args.grace_epochs is not None:
+        raise InputError("--grace-epochs has no effect with --early-stopping none; leave it out")
+    looks = {
+        "--domain": args.domain,
+        "--classifier": args.classifier,
+        "--identity-net": args.identity_net,
+        "--prefer": args.prefer,
+        "--space sampling.": given_sampling,
+    }
+    if config.method != "diffusion" or not args.num_points:
+        why = "--num-points 0" if config.method == "diffusion" else f"{config.method}, which does not sample"
+        for flag, value in looks.items():
+            if value:
+                raise InputError(f"{flag} has no effect with {why}; leave it out")
+    there = objectives(args, card, kid=True)
+    if unknown := [name for name in preferences(args.prefer) if name not in there]:
+        raise InputError(f"--prefer {unknown[0]}: points are judged by {', '.join(there)} only; leave it out")
+
+
+def objectives(args: Args, card: data.DatasetCard, *, kid: bool) -> list[str]:
+    """What points are judged by, in order; `kid`: whether there are pictures enough for it."""
+    found = ["kid"] if kid else []
+    found.append("psnr" if card.pairing == "paired" else "psnr_to_source")
+    found += ["identity_cosine"] if args.identity_net else []
+    found += ["flip_rate"] if args.classifier else []
+    return [*found, "nfe"]
 
 
 def check_looks(args: Args, card: data.DatasetCard, config: ModelConfig) -> None:

@@ -268,12 +268,7 @@ class Sweep:
 
     def _objectives(self) -> list[str]:
         """By name, in the order of the study's values."""
-        judges, paired = sweep_plan.judges_of(self.job.args), self.job.card.pairing == "paired"
-        found = ["kid"] if self._has_kid() else []
-        found.append("psnr" if paired else "psnr_to_source")
-        found += ["identity_cosine"] if judges.identity else []
-        found += ["flip_rate"] if judges.classifier else []
-        return [*found, "nfe"]
+        return sweep_plan.objectives(self.job.args, self.job.card, kid=self._has_kid())
 
     def _has_kid(self) -> bool:
         counts = [self.job.args.num_images, self.job.card.splits.get("val", 0)]

@@ -29,11 +29,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import ray.train
 import torch
 
 from ddpm_core import metrics, provenance
 from ddpm_core.errors import InputError
-from jobs import arrays, cli, prepare, storage, study, train, trials
+from jobs import arrays, cli, prepare, runs, storage, study, train, trials
 from jobs import space as spaces
 from jobs.study import EPOCH, LOSS, Ending
 
@@ -44,6 +45,8 @@ WAYS = {
     "random": ("--search", "random", "--early-stopping", "none"),
 }
 OURS, *OTHERS = WAYS
+RUNGS = (1, 3, 9)
+"""Epochs at which ASHA looks."""
 COLORS = {"tpe + asha": "#123", "tpe": "#e9a13b", "random": "#c44"}
 
 
@@ -55,14 +58,16 @@ class Options:
     """Folder or s3:// prefix for sweep.json and sweep.png."""
     num_seeds: int = 5
     """Searches of each kind."""
-    num_trials: int = 4
+    num_trials: int = 5
     """Trainings that are the budget, each to its end."""
-    num_stopped_trials: int = 10
+    num_stopped_trials: int = 18
     """Trials of the search that stops them early; those are counted that the budget pays for."""
     epochs: int = 9
     """Of a training."""
     num_processes: int = 2
     """Searches at a time."""
+    commands: bool = True
+    """Time the commands too."""
     max_train_images: int = 512
     """Pairs to train on."""
 
@@ -84,7 +89,7 @@ def run(options: Options) -> int:
         os.environ[arrays.ROOT] = f"{folder}/cache"
         data = f"{folder}/data"
         prepare.main(["earth", "--image-size", "32", "--output", data])
-        result["commands"] = timed(data, folder, options)
+        result["commands"] = timed(data, folder, options) if options.commands else {}
         work = itertools.product(range(options.num_seeds), WAYS)
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(options.num_processes, mp_context=spawn) as pool:
@@ -154,7 +159,7 @@ def searched(data: str, folder: str, way: str, seed: int, options: Options) -> d
     while True:
         while isinstance(config := search.suggest(str(len(begun))), dict):
             number = config["number"]
-            begun[number] = {**config, **training(data, f"{here}/{number}", config["values"], options), "epochs": 0}
+            begun[number] = {**config, "curve": [], "diverged": False, "epochs": 0}
             if asha:
                 asha.on_trial_add(None, types.SimpleNamespace(trial_id=str(number)))
             heapq.heappush(events, (now + 1, number))
@@ -162,6 +167,9 @@ def searched(data: str, folder: str, way: str, seed: int, options: Options) -> d
             break
         now, number = heapq.heappop(events)
         row = begun[number]
+        if row["epochs"] == len(row["curve"]):
+            until = next(rung for rung in (*RUNGS, options.epochs) if rung > row["epochs"] or rung == options.epochs)
+            row |= training(data, f"{here}/{number}", row["values"], options, until if asha else options.epochs)
         result: dict[str, Any] = {}
         if row["epochs"] < len(row["curve"]):
             epoch, loss = row["curve"][row["epochs"]]
@@ -187,11 +195,31 @@ def _made(folder: str) -> str:
     return folder
 
 
-def training(data: str, run: str, values: dict[str, Any], options: Options) -> dict[str, Any]:
-    """A whole training: `curve` and whether its losses were lost."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        code = train.main([*common(data, options), "--output", run, "--num-workers", "0", *flags(values)])
-    return {"curve": trials.curve(run), "diverged": code == cli.FAILED}
+class Enough(Exception):
+    """A training has come as far as it was wanted."""
+
+
+def training(data: str, run: str, values: dict[str, Any], options: Options, until: int) -> dict[str, Any]:
+    """A training up to an epoch, from where it was: `curve` and whether its losses were lost."""
+
+    def report(told: dict[str, Any]) -> None:
+        if told["val_epoch"] >= until < options.epochs:
+            raise Enough
+
+    given, code = ray.train.report, cli.DONE
+    ray.train.report = report
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            code = train.main([*common(data, options), "--output", run, "--num-workers", "0", *flags(values)])
+    except Exception as error:
+        if not isinstance(error, Enough) and "Enough" not in repr(error) + repr(error.__cause__):
+            raise
+        while runs.latest_checkpoint(run)[0] < until * (options.max_train_images // 16):
+            time.sleep(0.05)  # it is stored by a thread
+    finally:
+        ray.train.report = given
+    curve = trials.curve(run)
+    return {"curve": curve, "diverged": code == cli.FAILED}
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:
