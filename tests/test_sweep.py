@@ -17,6 +17,7 @@ from ddpm_core.config import DiffusionConfig, ModelConfig
 from ddpm_core.errors import InputError
 from jobs import (
     cli,
+    evaluate,
     looking,
     storage,
     sweep,
@@ -42,21 +43,11 @@ SEARCHED = (
     "unet.injection=concat,anchor",
     "unet.anchor_channels=16,40",  # more than the network's channels: fails where there is an anchor
 )
-FLAGS = (
-    *(
-        "--epochs",
-        "3",
-        "--max-concurrent",
-        "2",
-        "--early-stopping",
-        "asha",
-        "--grace-epochs",
-        "1",
-        "--search",
-        "random",
-    ),
-    *("--search-seed", "7", "--space", *SEARCHED, "sampling.num_steps=1:4", "--num-images", "8"),
-)
+FLAGS = [
+    *("--epochs", "3", "--max-concurrent", "2", "--early-stopping", "asha", "--grace-epochs", "1"),
+    *("--search", "random", "--search-seed", "7", "--num-images", "8"),
+    *("--space", *SEARCHED, "sampling.num_steps=1:4"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +138,19 @@ def test_the_best_is_what_the_folder_stands_for(swept: Path, tmp_path: Path) -> 
     assert translate.main([*argv, "--num-workers", "1"]) == cli.DONE
     options = json.loads((out / "run.json").read_text())["options"]
     assert {name: options[name] for name in sampling} == sampling
+
+
+@pytest.mark.slow
+def test_evaluate_and_the_endpoint_take_it_too(swept: Path, dataset_folder: str, tmp_path: Path) -> None:
+    from serve import app
+
+    loaded = checkpoint.load(str(swept))
+    argv = {"checkpoint": str(swept), "data": dataset_folder, "output": str(tmp_path / "evaluation")}
+    job = evaluate.prepare(evaluate.Args(**argv, num_images=4))
+    assert job.sampling == loaded.config.sampling != configs.SamplingConfig()
+    assert (job.checkpoint_path, job.ema) == (loaded.path, loaded.ema)
+    served = app.load(str(swept))
+    assert (served.config, served.path, served.ema) == (loaded.config, loaded.path, loaded.ema)
 
 
 @pytest.mark.slow
