@@ -91,7 +91,6 @@ class Job:
 
     args: Args
     checkpoint_path: str
-    ema: float | None
     config: configs.ModelConfig
     sampling: SamplingConfig
     guides: Guides
@@ -106,6 +105,8 @@ class Job:
     """split → row id → (domain, seed, purpose) of each picture to look at."""
     rows: dict[str, tuple[int, int]]
     """id → index of the domain, and whom it shows (NOBODY), of each row of the split."""
+    ema: float | None = None
+    """The length of the EMA that is measured, where it is not the checkpoint's own."""
 
     @property
     def has_train(self) -> bool:
@@ -189,7 +190,6 @@ def prepare(args: Args) -> Job:
     return Job(
         args=args,
         checkpoint_path=opened.loaded.path,
-        ema=opened.loaded.ema,
         config=config,
         sampling=opened.sampling,
         guides=opened.guides,
@@ -203,6 +203,7 @@ def prepare(args: Args) -> Job:
         options=options,
         plans=plans,
         rows=labels(args, card),
+        ema=opened.loaded.ema,
     )
 
 

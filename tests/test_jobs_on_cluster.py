@@ -166,11 +166,12 @@ def drivers_of(output: Path) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_sweep_by_ray_job_submit_whose_driver_is_killed_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     data, output = tmp_path / "data", tmp_path / "sweep"
     write_gradients(str(data))
     command = (
-        f"python -m jobs.sweep --preset smoke --data {data} --output {output} --epochs 2 --num-trials 3 --num-points 3 "
+        f"python -m jobs.sweep --preset smoke --data {data} --output {output} --epochs 2 --num-trials 2 --num-points 2 "
         "--num-images 4 --max-concurrent 2 --early-stopping none --space sampling.num_steps=1:2"
     )
     first = cluster.begin(command)
@@ -187,14 +188,14 @@ def test_a_sweep_by_ray_job_submit_whose_driver_is_killed_goes_on(cluster: Clust
     assert "room for 4 workers of 1 CPU; a trial takes 1, so 4 at a time" in said
     assert f"report: {output}/report.html" in said
     after = {row["number"]: row for row in ended_trials(output)}
-    assert sorted(after) == [0, 1, 2]
+    assert sorted(after) == [0, 1]
     assert {row["state"] for row in after.values()} == {"complete"}
-    assert {path.name for path in (output / "trials").iterdir()} == begun | {"0000", "0001", "0002"}
+    assert {path.name for path in (output / "trials").iterdir()} == begun | {"0000", "0001"}
     assert {number: after[number] for number in before} == before
-    assert len({row["values"]["optim.learning_rate"] for row in after.values()}) == 3
+    assert len({row["values"]["optim.learning_rate"] for row in after.values()}) == 2
     points = json.loads((output / "results.json").read_text())["points"]
-    assert [row["number"] for row in points] == [0, 1, 2]
-    assert json.loads((output / "best.json").read_text())["sweep"]["num_points"] == 3
+    assert [row["number"] for row in points] == [0, 1]
+    assert json.loads((output / "best.json").read_text())["sweep"]["num_points"] == 2
     assert not (output / "driver.json").exists()
 
 
