@@ -503,9 +503,22 @@ def _values(trial: optuna.trial.FrozenTrial, space: Space) -> dict[str, Any]:
 
 
 def _importance(of: optuna.Study, objective: int | None) -> dict[str, float]:
-    """Of each option for what is good (PED-ANOVA, Watanabe et al. 2023); {} where the trials do not tell."""
+    """Of each option for what is good (PED-ANOVA, Watanabe et al. 2023); {} where the trials do not tell.
+
+    `objective`: its place among the values of points; None for trainings, of which those that were stopped tell, too.
+    """
     sign = -1.0 if objective is not None and of.directions[objective].name == "MAXIMIZE" else 1.0
     target = None if objective is None else lambda trial: sign * trial.values[objective]
+    if objective is None:
+        losses = {trial.number: study.facts(trial).get("loss") for trial in study.trials(of)}
+        told = [trial for trial in study.trials(of) if losses[trial.number] is not None]
+        of = optuna.create_study()
+        for trial in told:
+            of.add_trial(
+                optuna.trial.create_trial(
+                    params=trial.params, distributions=trial.distributions, value=losses[trial.number]
+                )
+            )
     with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from jobs import (
     evaluate,
     looking,
     storage,
+    study,
     sweep,
     sweep_figures,
     sweep_plan,
@@ -357,6 +359,19 @@ def test_an_outlier_does_not_flatten_what_is_good() -> None:
     good = [{"kid": 0.10, "psnr": 20.0}, {"kid": 0.11, "psnr": 23.0}, {"kid": 0.20, "psnr": 23.5}]
     assert sweeping.nearest_to_ideal(good, {}) == 1
     assert sweeping.nearest_to_ideal([*good, {"kid": 50.0, "psnr": 23.6}], {}) == 1
+
+
+def test_trials_that_were_stopped_say_what_matters_too() -> None:
+    """Only the first of forty ended: of it alone nothing could be told."""
+    found = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for number in range(40):
+        trial = found.ask()
+        loss = abs(math.log10(trial.suggest_float("optim.learning_rate", 1e-5, 1e-1, log=True)) + 3)
+        trial.suggest_float("unet.dropout", 0.0, 0.3)
+        ending = study.Ending("stopped" if number else "complete", None if number else (loss,), {"loss": loss})
+        study.tell(found, trial, ending)
+    shares = sweeping._importance(found, None)
+    assert shares["optim.learning_rate"] > 0.8
 
 
 def test_equal_objectives_do_not_count() -> None:
