@@ -57,7 +57,9 @@ class Memory:
     def __init__(self, output: str, url: str | None) -> None:
         """Raises InputError: a URL that is no database, or a journal that cannot be read."""
         self.uri = None if url else storage.join(output, "study.journal")
-        self.local = tempfile.TemporaryDirectory(prefix="ddpm-study-") if self.uri and _remote(output) else None
+        self.local = (
+            tempfile.TemporaryDirectory(prefix="ddpm-study-") if self.uri and storage.is_remote(output) else None
+        )
         self.file = Path(self.local.name) / "study.journal" if self.local else Path(self.uri or "")
         self.storage: BaseStorage
         if url:
@@ -94,10 +96,6 @@ class Memory:
     def close(self) -> None:
         if self.local:
             self.local.cleanup()
-
-
-def _remote(uri: str) -> bool:
-    return storage.is_remote(uri)
 
 
 def _drop_broken_end(file: Path) -> None:

@@ -14,11 +14,8 @@ The same command goes on where it was; a larger --num-trials or --num-points add
 import json
 import sys
 
-import tyro
-
 from ddpm_core.errors import InputError
 from jobs import cli, storage, suite_run, train
-from jobs.presets import PRESETS
 from jobs.sweep_plan import Args, described, finished, prepare, same_as_before
 
 
@@ -52,10 +49,7 @@ def parse(argv: list[str]) -> Args:
     for flag in ("--space", "--prefer"):
         if argv.count(flag) > 1:  # the last would silently be all
             raise InputError(f"{flag} is given {argv.count(flag)} times; give all of them behind one {flag}")
-    name = train.preset_name(argv)
-    presets = "\n".join(f"  {key:<20} {preset}" for key, preset in PRESETS.items())
-    default = Args(data=tyro.MISSING, output=tyro.MISSING, preset=name, options=PRESETS[name].options)
-    return cli.parse(Args, argv, prog="jobs.sweep", description=f"{__doc__}\npresets:\n{presets}", default=default)
+    return train.parse_from_preset(Args, argv, prog="jobs.sweep", description=__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -158,10 +158,7 @@ def prepare(args: Args) -> Job:
             "--batch-size": (args.batch_size, 1),
         }
     )
-    encoder = args.options.identity_encoder
-    if encoder is not None:
-        encoder = storage.absolute(encoder, flag="--identity-encoder")
-    options = dataclasses.replace(args.options, identity_encoder=encoder)
+    options = train.with_absolute_encoder(args.options)
     card = data.read_card(args.data)
     training, given_sampling = spaces.parse(args.space)
     sampling: Space | None = None

@@ -151,13 +151,7 @@ class Sweep:
             scheduler=scheduler,
             max_failures=args.max_failures,
         )
-        done = [trial for trial in study.trials(self.training) if study.facts(trial)["state"] == "complete"]
-        if not done:
-            errors = [study.facts(trial).get("error") for trial in study.trials(self.training)]
-            raise SweepError(
-                f"no trial came to its end: {next((error for error in errors if error), 'all were stopped')}"
-            )
-        best = min(done, key=lambda trial: trial.values[0])
+        best = min(_complete(self.training, "no trial came to its end"), key=lambda trial: trial.values[0])
         self.best_trial = best.number
         run = job.run_of(best.number)
         self._promote(run, {}, complete=False)
@@ -187,13 +181,14 @@ class Sweep:
 
     def _training_facts(self, number: int) -> dict[str, Any]:
         """Of a trial's run, as far as it is."""
-        curve = [point for point in trials.curve(self.job.run_of(number)) if math.isfinite(point[1])]
+        curve, num_steps = trials.progress(self.job.run_of(number))
+        curve = [point for point in curve if math.isfinite(point[1])]
         began = self.began.get("training", {}).get(number)
         return {
             "curve": curve,
             "loss": min((loss for _, loss in curve), default=None),
             "epochs": max((epoch for epoch, _ in curve), default=0),
-            "steps": trials.num_steps(self.job.run_of(number)),
+            "steps": num_steps,
             "seconds": None if began is None else time.monotonic() - began,
         }
 
@@ -308,10 +303,7 @@ class Sweep:
 
     def _choose(self, objectives: list[str]) -> None:
         assert self.points is not None
-        done = [trial for trial in study.trials(self.points) if study.facts(trial)["state"] == "complete"]
-        if not done:
-            errors = [study.facts(trial).get("error") for trial in study.trials(self.points)]
-            raise SweepError(f"no point could be looked at: {next((error for error in errors if error), '')}")
+        _complete(self.points, "no point could be looked at")
         front = self.points.best_trials
         self.front = sorted(trial.number for trial in front)
         values = [dict(zip(objectives, trial.values, strict=True)) for trial in front]
@@ -485,6 +477,19 @@ class Sweep:
 
 def _begun(of: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [trial for trial in study.trials(of) if trial.state != optuna.trial.TrialState.WAITING]
+
+
+def _complete(of: optuna.Study, nothing: str) -> list[optuna.trial.FrozenTrial]:
+    """The trials that came to their end.
+
+    Raises:
+        SweepError: `nothing`, and the first error.
+    """
+    done = [trial for trial in study.trials(of) if study.facts(trial)["state"] == "complete"]
+    if not done:
+        errors = [study.facts(trial).get("error") for trial in study.trials(of)]
+        raise SweepError(f"{nothing}: {next((error for error in errors if error), 'all were stopped')}")
+    return done
 
 
 def _hand(of: optuna.Study | None) -> int | None:

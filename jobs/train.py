@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -24,6 +24,8 @@ from ddpm_core.config import DataCard, Method, ModelConfig
 from ddpm_core.errors import InputError
 from jobs import cli, data, encoding, profiling, runs, storage, tracking, watching
 from jobs.presets import PRESETS, Parallel, TrainOptions
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,14 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     times = profiling.since_command()
     args = parse(sys.argv[1:] if argv is None else argv)
     dataset, run = storage.absolute(args.data, flag="--data"), storage.absolute(args.output, flag="--output")
-    args = with_absolute_encoder(args)
+    args = dataclasses.replace(args, options=with_absolute_encoder(args.options))
     if args.mlflow is not None:
         args = dataclasses.replace(args, mlflow=tracking.mlflow_uri(args.mlflow))
-    card = data.read_card(dataset)
-    config = model_config(card, args.options)
-    check_fit(card, config, args)
-    if config.method in configs.ENCODERS:
-        config = encoding.informed(config, args.options, card, dataset)
+    config = configured(args, dataset)
     if finished(run, config, args.options):
         print(f"already trained: {run}")
         return cli.DONE
@@ -109,20 +107,36 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> Args:
-    """The preset first, then the flags that change it."""
+    return parse_from_preset(Args, argv, prog="jobs.train", description=__doc__ or "")
+
+
+def parse_from_preset(cls: type[T], argv: list[str], *, prog: str, description: str) -> T:
+    """The preset first, then the flags that change it; `cls` has data, output, preset and options, as `Args`."""
     name = preset_name(argv)
     presets = "\n".join(f"  {key:<20} {preset}" for key, preset in PRESETS.items())
-    default = Args(data=tyro.MISSING, output=tyro.MISSING, preset=name, options=PRESETS[name].options)
-    return cli.parse(Args, argv, prog="jobs.train", description=f"{__doc__}\npresets:\n{presets}", default=default)
+    fields: Any = {"data": tyro.MISSING, "output": tyro.MISSING, "preset": name, "options": PRESETS[name].options}
+    return cli.parse(cls, argv, prog=prog, description=f"{description}\npresets:\n{presets}", default=cls(**fields))
 
 
-def with_absolute_encoder(args: Args) -> Args:
+def with_absolute_encoder(options: TrainOptions) -> TrainOptions:
     """The workers run in other folders than the command."""
-    uri = args.options.identity_encoder
-    if uri is None:
-        return args
-    options = dataclasses.replace(args.options, identity_encoder=storage.absolute(uri, flag="--identity-encoder"))
-    return dataclasses.replace(args, options=options)
+    if (uri := options.identity_encoder) is None:
+        return options
+    return dataclasses.replace(options, identity_encoder=storage.absolute(uri, flag="--identity-encoder"))
+
+
+def configured(args: Args, dataset: str) -> ModelConfig:
+    """What the options come to on this data set.
+
+    Raises:
+        InputError: they do not go together.
+    """
+    card = data.read_card(dataset)
+    config = model_config(card, args.options)
+    check_fit(card, config, args)
+    if config.method in configs.ENCODERS:
+        config = encoding.informed(config, args.options, card, dataset)
+    return config
 
 
 def preset_name(argv: list[str]) -> str:

@@ -16,7 +16,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ddpm_core import checkpoint
 from ddpm_core import config as configs
 from ddpm_core.ema import EMA
-from jobs import cli, data, encoding, runs, storage, train
+from jobs import cli, runs, storage, train
 from jobs.presets import TrainOptions
 
 ROOM_S = 600.0
@@ -28,7 +28,7 @@ NUM_DRAWS = 4
 def train_trial(trial: dict[str, Any]) -> None:
     """Ray Tune's trainable: one run of `jobs.train`. Only a lost node makes it raise: then it is begun again.
 
-    `trial`: run, and the fields of `train.Args` and of its options as plain data.
+    `trial`: args (the fields of `train.Args` but one) and options, as plain data.
     """
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{ROOM_S:.0f}")
     with cli.ray_session(start=False):
@@ -42,10 +42,7 @@ def trained(trial: Mapping[str, Any]) -> dict[str, Any]:
     deadline = time.monotonic() + ROOM_S
     while True:
         try:
-            card = data.read_card(args.data)
-            config = train.model_config(card, options)
-            if config.method in configs.ENCODERS:
-                config = encoding.informed(config, options, card, args.data)
+            config = train.configured(args, args.data)
             if not train.finished(args.output, config, options):
                 train.fit(args, config, args.data, args.output, {}, spread=False, callbacks=[TuneReportCallback()])
             return {"outcome": "complete", "error": None}
@@ -61,22 +58,14 @@ def trained(trial: Mapping[str, Any]) -> dict[str, Any]:
             return {"outcome": "failed", "error": lines[-1]}
 
 
-def curve(run: str) -> list[tuple[int, float]]:
-    """(epoch, validation loss) of a run, as far as it is."""
+def progress(run: str) -> tuple[list[tuple[int, float]], int]:
+    """(epoch, validation loss) of a run, as far as it is, and its optimiser steps."""
     try:
         rows = storage.read_json_lines(storage.join(run, "metrics.jsonl"))
     except FileNotFoundError:
-        return []
-    return [(row["epoch"], row["loss"]) for row in rows if row.get("split") == "val"]
-
-
-def num_steps(run: str) -> int:
-    """Optimiser steps of a run, as far as its metrics go."""
-    try:
-        rows = storage.read_json_lines(storage.join(run, "metrics.jsonl"))
-    except FileNotFoundError:
-        return 0
-    return max((row["step"] for row in rows), default=0)
+        return [], 0
+    curve = [(row["epoch"], row["loss"]) for row in rows if row["split"] == "val"]
+    return curve, max((row["step"] for row in rows), default=0)
 
 
 def losses_again(there: Mapping[str, str], dataset: str, split: str, use_gpu: bool) -> dict[str, np.ndarray]:
@@ -86,12 +75,12 @@ def losses_again(there: Mapping[str, str], dataset: str, split: str, use_gpu: bo
 
 
 def _losses_again(run: str, dataset: str, split: str, use_gpu: bool) -> np.ndarray:
-    best = runs.read_best(run)
     from jobs import arrays
     from jobs.objectives import objective
     from jobs.samples import Share
     from jobs.validation import Validation
 
+    best = runs.read_best(run)
     config = checkpoint.read_config(run, read=storage.read_bytes)
     options = configs.from_dict(TrainOptions, config.training)
     device = torch.device("cuda" if use_gpu and torch.cuda.is_available() else "cpu")

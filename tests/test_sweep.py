@@ -417,7 +417,7 @@ def test_a_smaller_delta_is_not_a_smaller_loss(dataset_folder: str, tmp_path: Pa
             with cli.ray_session(start=False):
                 config = train.model_config(train.data.read_card(dataset_folder), options)
                 train.fit(args, config, dataset_folder, run, {})
-            losses[name, delta] = trials.curve(run)[-1][1]
+            losses[name, delta] = trials.progress(run)[0][-1][1]
     assert losses["own", 0.01] < 0.2 * losses["own", 1.0]
     assert (
         losses["one", 0.01]

@@ -218,7 +218,7 @@ def training(data: str, run: str, values: dict[str, Any], options: Options, unti
             time.sleep(0.05)  # it is stored by a thread
     finally:
         ray.train.report = given
-    curve = trials.curve(run)
+    curve, _ = trials.progress(run)
     return {"curve": curve, "diverged": code == cli.FAILED}
 
 
