@@ -19,6 +19,8 @@ import optuna
 import ray.tune
 import ray.tune.schedulers
 import ray.tune.search
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -80,9 +82,8 @@ class Memory:
         except (ValueError, KeyError) as error:
             raise InputError(f"{self.uri} is damaged ({error}); mend or delete it, or give another --output") from None
 
-    def open(self, name: str, directions: Sequence[str], sampler: Callable[[int], Any]) -> optuna.Study:
-        """The study of that name, made if need be; `sampler`: from the number of its trials, as one with the same seed
-        would propose again what it did after its start."""
+    def open(self, name: str, directions: Sequence[str], sampler: Callable[[int], BaseSampler]) -> optuna.Study:
+        """The study of that name, made if need be; `sampler`: from the number of its trials."""
         study = optuna.create_study(
             study_name=name, storage=self.storage, directions=[*directions], load_if_exists=True
         )
@@ -110,20 +111,45 @@ def _drop_broken_end(file: Path) -> None:
             storage.write_bytes(str(file), whole)
 
 
-def sampler(search: str, seed: int, num_trials: int) -> Callable[[int], Any]:
-    """TPE (Bergstra et al. 2011; over several objectives Ozaki et al. 2022) after some points at random, or random."""
+def sampler(search: str, seed: int, num_trials: int) -> Callable[[int], BaseSampler]:
+    """How values are proposed: "random", or "tpe", `SobolThenTPE`. Makes one from the number of trials that are there:
+    a random sequence that began anew would propose again what it did before."""
 
-    def make(num_there: int) -> Any:
+    def make(num_there: int) -> BaseSampler:
         own = seed + 1_000_003 * num_there
         if search == "random":
-            return optuna.samplers.RandomSampler(seed=own)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return optuna.samplers.TPESampler(
-                seed=own, n_startup_trials=min(10, max(num_trials // 4, 3)), multivariate=True, constant_liar=True
-            )
+            return RandomSampler(seed=own)
+        return SobolThenTPE(num_first=min(10, max(num_trials // 4, 4)), sobol_seed=seed, tpe_seed=own)
 
     return make
+
+
+class SobolThenTPE(BaseSampler):
+    """First a scrambled Sobol sequence, which leaves no part of the space out, as a few points at random do; then TPE
+    (Bergstra et al. 2011; over several objectives Ozaki et al. 2022)."""
+
+    def __init__(self, *, num_first: int, sobol_seed: int, tpe_seed: int) -> None:
+        self.num_first = num_first
+        with warnings.catch_warnings():  # both are experimental, Optuna says
+            warnings.simplefilter("ignore")
+            self.sobol = QMCSampler(scramble=True, seed=sobol_seed, warn_independent_sampling=False)
+            self.tpe = TPESampler(n_startup_trials=0, constant_liar=True, seed=tpe_seed)
+
+    def _of(self, trial: FrozenTrial) -> BaseSampler:
+        return self.sobol if trial.number <= self.num_first else self.tpe  # the first is the preset's
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
 
 
 @dataclasses.dataclass(frozen=True)

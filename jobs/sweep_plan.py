@@ -96,6 +96,10 @@ class Args:
     options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
 
 
+def default_grace_epochs(epochs: int) -> int:
+    return max(math.ceil(epochs / 4), 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """Everything one command has made up its mind about before the work starts."""
@@ -180,7 +184,7 @@ def prepare(args: Args) -> Job:
         sampling = None if config.method != "diffusion" else sampling_space(config, given_sampling)
     check_effect(args, card, config, given_sampling)
     check_looks(args, card, config)
-    grace = args.grace_epochs or max(math.ceil(options.epochs / 4), 1)
+    grace = args.grace_epochs or default_grace_epochs(options.epochs)
     if grace > options.epochs:
         raise InputError(f"--grace-epochs {grace} is more than the {options.epochs} epochs of a trial; give fewer")
     return Job(

@@ -119,7 +119,8 @@ class Sweep:
                 f"--num-workers {args.num_workers}: {arithmetic(ray.nodes(), job.worker, args.num_workers)}; "
                 "give fewer workers, or fewer --cpus-per-worker"
             )
-        print(f"sweep: {arithmetic(ray.nodes(), job.worker, args.num_workers)}", flush=True)
+        fewer = f", no more than --max-concurrent {args.max_concurrent}" if args.max_concurrent else ""
+        print(f"sweep: {arithmetic(ray.nodes(), job.worker, args.num_workers)}{fewer}", flush=True)
         arrays.spread(args.data, ("train", "val"), resource="GPU" if args.use_gpu else "CPU")
         self.training = self.memory.open(
             "training", ["minimize"], study.sampler(args.search, args.search_seed, job.num_trials)

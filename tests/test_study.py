@@ -259,3 +259,33 @@ def test_asha_remembers_what_a_killed_driver_saw(memory: study.Memory) -> None:
 def test_random_search_is_random() -> None:
     make = study.sampler("random", 0, 10)
     assert isinstance(make(0), optuna.samplers.RandomSampler)
+
+
+def quarter(rate: float) -> int:
+    """Of the range of learning rates that `SPACE` has, in its logarithm."""
+    return int((math.log10(rate) + 5) / 3 * 4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_values_leave_no_part_of_the_range_out(memory: study.Memory, seed: int) -> None:
+    driver = Driver(memory, total=16, seed=seed)
+    driver.study.enqueue_trial({"optim.learning_rate": 2e-4, "unet.injection": "concat"})
+    found = []
+    for name in "abcde":  # two at a time
+        found.append(driver.search.suggest(name) or {})
+        if name > "a":
+            driver.complete(chr(ord(name) - 1), 1.0)
+    assert sorted(quarter(each["optim.learning_rate"]) for each in found[1:]) == [0, 1, 2, 3]
+    assert sorted(len(each["unet.injection"]) for each in found[1:]) == [1, 1, 1, 1]
+    assert len({each["unet.injection"][0] for each in found[1:]}) == 2
+
+
+def test_a_search_that_goes_on_leaves_no_part_of_the_range_out_either(memory: study.Memory) -> None:
+    rates = []
+    for total, name in enumerate("abcde", 1):  # a driver that is killed after each trial
+        driver = Driver(memory, total=total)
+        if total == 1:
+            driver.study.enqueue_trial({"optim.learning_rate": 2e-4, "unet.injection": "concat"})
+        rates.append((driver.search.suggest(name) or {})["optim.learning_rate"])
+        driver.complete(name, 1.0)
+    assert sorted(map(quarter, rates[1:])) == [0, 1, 2, 3]

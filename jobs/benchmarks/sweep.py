@@ -6,16 +6,17 @@
 
 Earth at 32 px, small network; searched are the learning rate over four decades, its schedule and dropout, two trials at
 a time; the first trial of each search is the preset's own choice. The searches are the sweep's own objects and the
-trainings real ones, in this process: what Ray adds to them is time, not losses. That time is measured apart, by the
-commands themselves: a sweep with ASHA, a random one to the end, and its trainings one command after the other.
+trainings real ones, in this process: what Ray adds to them is time, not losses. Values that two searches of a seed have
+in common are trained once. That time is measured apart, by the commands themselves: a sweep with ASHA, a random one to
+the end, and its trainings one command after the other.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import heapq
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -34,19 +35,17 @@ import torch
 
 from ddpm_core import metrics, provenance
 from ddpm_core.errors import InputError
-from jobs import arrays, cli, prepare, runs, storage, study, train, trials
+from jobs import arrays, cli, prepare, runs, storage, study, sweep_plan, train, trials
 from jobs import space as spaces
 from jobs.study import EPOCH, LOSS, Ending
 
 SPACE = ("optim.learning_rate=1e-5:1e-1:log", "optim.lr_schedule=constant,cosine", "unet.dropout=0:0.3")
 WAYS = {
-    "tpe + asha": ("--search", "tpe", "--early-stopping", "asha", "--grace-epochs", "1"),
+    "tpe + asha": ("--search", "tpe", "--early-stopping", "asha"),
     "tpe": ("--search", "tpe", "--early-stopping", "none"),
     "random": ("--search", "random", "--early-stopping", "none"),
 }
 OURS, *OTHERS = WAYS
-RUNGS = (1, 3, 9)
-"""Epochs at which ASHA looks."""
 COLORS = {"tpe + asha": "#123", "tpe": "#e9a13b", "random": "#c44"}
 
 
@@ -56,16 +55,16 @@ class Options:
 
     output: str = "runs/benchmark/sweep"
     """Folder or s3:// prefix for sweep.json and sweep.png."""
-    num_seeds: int = 5
+    num_seeds: int = 12
     """Searches of each kind."""
-    num_trials: int = 5
+    num_trials: int = 6
     """Trainings that are the budget, each to its end."""
     num_stopped_trials: int = 18
     """Trials of the search that stops them early; those are counted that the budget pays for."""
     epochs: int = 9
     """Of a training."""
     num_processes: int = 2
-    """Searches at a time."""
+    """Seeds at a time."""
     commands: bool = True
     """Time the commands too."""
     max_train_images: int = 512
@@ -90,13 +89,13 @@ def run(options: Options) -> int:
         data = f"{folder}/data"
         prepare.main(["earth", "--image-size", "32", "--output", data])
         result["commands"] = timed(data, folder, options) if options.commands else {}
-        work = itertools.product(range(options.num_seeds), WAYS)
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(options.num_processes, mp_context=spawn) as pool:
-            pending = [pool.submit(searched, data, folder, way, seed, options) for seed, way in work]
+            pending = [pool.submit(of_seed, data, folder, seed, options) for seed in range(options.num_seeds)]
             for done in pending:
-                result["sweeps"].append(done.result())
-                print(told(result["sweeps"][-1]), flush=True)
+                for sweep in done.result():
+                    result["sweeps"].append(sweep)
+                    print(told(sweep), flush=True)
     result["budget"] = max(sum(row["steps"] for row in sweep["trials"]) for sweep in of(result, "random"))
     result["found"] = {way: [best_within(sweep, result["budget"]) for sweep in of(result, way)] for way in WAYS}
     result["ahead"] = {other: ahead(result["found"][OURS], result["found"][other]) for other in OTHERS}
@@ -124,12 +123,16 @@ def common(data: str, options: Options) -> list[str]:
 # -- what the searches find -----------------------------------------------------------------------------------------
 
 
+def of_seed(data: str, folder: str, seed: int, options: Options) -> list[dict[str, Any]]:
+    return [searched(data, f"{folder}/{seed}", way, seed, options) for way in WAYS]
+
+
 def searched(data: str, folder: str, way: str, seed: int, options: Options) -> dict[str, Any]:
     """One search: its trials in the order they began in. Two run at a time, all epochs last equally long."""
     torch.set_num_threads(1)
     count = options.num_stopped_trials if way == OURS else options.num_trials
     space, _ = spaces.parse(SPACE)
-    here = f"{folder}/{way.replace(' ', '')}-{seed}"
+    here = f"{folder}/{way.replace(' ', '')}"
     memory = study.Memory(_made(here), None)
     of_search = "random" if way == "random" else "tpe"
     found = memory.open("training", ["minimize"], study.sampler(of_search, seed, count))
@@ -153,7 +156,9 @@ def searched(data: str, folder: str, way: str, seed: int, options: Options) -> d
         room=lambda: 2,
         told=lambda: None,
     )
-    asha = study.ASHA(epochs=options.epochs, grace_epochs=1, reduction_factor=3) if way == OURS else None
+    grace, factor = sweep_plan.default_grace_epochs(options.epochs), sweep_plan.Args.reduction_factor
+    asha = study.ASHA(epochs=options.epochs, grace_epochs=grace, reduction_factor=factor) if way == OURS else None
+    rungs = [grace * factor**k for k in range(options.epochs)] if asha else []
     events: list[tuple[float, int]] = []
     now = 0.0
     while True:
@@ -168,8 +173,9 @@ def searched(data: str, folder: str, way: str, seed: int, options: Options) -> d
         now, number = heapq.heappop(events)
         row = begun[number]
         if row["epochs"] == len(row["curve"]):
-            until = next(rung for rung in (*RUNGS, options.epochs) if rung > row["epochs"] or rung == options.epochs)
-            row |= training(data, f"{here}/{number}", row["values"], options, until if asha else options.epochs)
+            until = min([*(rung for rung in rungs if rung > row["epochs"]), options.epochs])
+            name = hashlib.sha256(json.dumps(row["values"], sort_keys=True).encode()).hexdigest()[:12]
+            row |= training(data, f"{folder}/{name}", row["values"], options, until)
         result: dict[str, Any] = {}
         if row["epochs"] < len(row["curve"]):
             epoch, loss = row["curve"][row["epochs"]]
@@ -200,7 +206,9 @@ class Enough(Exception):
 
 
 def training(data: str, run: str, values: dict[str, Any], options: Options, until: int) -> dict[str, Any]:
-    """A training up to an epoch, from where it was: `curve` and whether its losses were lost."""
+    """A training up to an epoch at least, from where it was: `curve` and whether its losses were lost."""
+    if len(known := trials.progress(run)[0]) >= until:
+        return {"curve": known, "diverged": False}
 
     def report(told: dict[str, Any]) -> None:
         if told["val_epoch"] >= until < options.epochs:
