@@ -361,12 +361,13 @@ def described(job: Job) -> dict[str, Any]:
     """The content of sweep.json."""
     args = job.args
     asha = {"grace_epochs": job.grace_epochs, "reduction_factor": args.reduction_factor}
+    trains = not args.checkpoint
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "uri": args.output,
         "command": shlex.join(["python", "-m", "jobs.sweep", *sys.argv[1:]]),
-        "preset": args.preset,
+        "preset": args.preset if trains else None,
         "data": {
             "uri": args.data,
             "name": job.card.name,
@@ -386,9 +387,9 @@ def described(job: Job) -> dict[str, Any]:
         "judges": configs.to_dict(judges_of(args)),
         "prefer": job.prefer,
         "epochs": job.epochs,
-        "early_stopping": asha if args.early_stopping == "asha" else None,
+        "early_stopping": asha if trains and args.early_stopping == "asha" else None,
         "rule": RULE,
-        "options": configs.to_dict(job.options),
+        "options": configs.to_dict(job.options) if trains else {},
         "environment": provenance.environment(),
     }
 

@@ -53,7 +53,7 @@ STATES = {
 }
 ENDED = ("", "finished", "interrupted", "failed")
 OUTCOMES = {"better": ("good", "✓"), "worse": ("bad", "✗"), "even": ("even", "≈")}
-SEARCHES = {"tpe": "TPE", "random": "random search"}
+SEARCHES = {"tpe": "Sobol, then TPE", "random": "random search"}
 LEARNING_RATE = "optim.learning_rate"
 MAX_ROWS, MAX_PARETO = 14, 4
 """A longer table is folded; as many pairs of objectives are drawn."""

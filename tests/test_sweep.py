@@ -216,6 +216,9 @@ def test_a_checkpoint_alone_can_be_tuned_and_more_points_are_only_more_points(
     first = results(output)
     assert (len(first["trials"]), len(first["points"])) == (0, 2)
     assert checkpoint.load(str(output)).path == checkpoint_folder  # it stays where it is
+    page = (output / "report.html").read_text()
+    assert ": sweep from a checkpoint</title>" in page
+    assert "Options that all trials share" not in page  # of trials there are none
     assert sweep.main([*argv, "3"]) == cli.DONE
     points = results(output)["points"]
     assert len(points) == 3

@@ -257,7 +257,8 @@ def test_the_page_has_every_part_and_stands_by_itself(tmp_path: Path, results: d
     assert sections_of(page) == SECTIONS
     for text in (
         "<title>earth: sweep from demo</title>",
-        "16 trials of 9 epochs · 40 points of sampling · TPE · ASHA: from epoch 3 on 1 in 3 goes on · 2026-01-02",
+        "16 trials of 9 epochs · 40 points of sampling · Sobol, then TPE · ",
+        "ASHA: from epoch 3 on 1 in 3 goes on · 2026-01-02",
         "11 complete, 3 stopped early, 1 diverged, 1 failed",
         html.escape(SWEEP["rule"]),
         "PED-ANOVA (Watanabe et al. 2023)",
