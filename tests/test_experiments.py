@@ -391,7 +391,7 @@ def test_commands_share_gpus_as_they_are_told(tmp_path: Path, ray_folder: str) -
         start=f"num_cpus=4, num_gpus=1, _temp_dir={ray_folder!r}",
         share="suite_run.Share.of_cluster(2)",
     )
-    assert done.wait(timeout=60) == 0, done.communicate()[1]
+    assert done.wait(timeout=180) == 0, done.communicate()[1]
     found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
     assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["0", "0"]
     assert [each["OMP_NUM_THREADS"] for each in found] == ["2", "2"]
@@ -424,7 +424,7 @@ def drive(
     )
 
 
-def wait_until(what: Any, seconds: float = 40.0) -> None:
+def wait_until(what: Any, seconds: float = 120.0) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "it did not come"

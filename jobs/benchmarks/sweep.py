@@ -4,7 +4,7 @@
     tpe            the same, every trial to its end
     random         values at random, every trial to its end
 
-Earth at 32 px, small network; searched are the learning rate over four decades, its schedule and dropout, two trials at
+Earth at 16 px, small network; searched are the learning rate over four decades, its schedule and dropout, two trials at
 a time; the first trial of each search is the preset's own choice. The searches are the sweep's own objects and the
 trainings real ones, in this process: what Ray adds to them is time, not losses. Values that two searches of a seed have
 in common are trained once. That time is measured apart, by the commands themselves: a sweep with ASHA, a random one to
@@ -55,14 +55,16 @@ class Options:
 
     output: str = "runs/benchmark/sweep"
     """Folder or s3:// prefix for sweep.json and sweep.png."""
-    num_seeds: int = 12
+    num_seeds: int = 16
     """Searches of each kind."""
     num_trials: int = 6
     """Trainings that are the budget, each to its end."""
-    num_stopped_trials: int = 18
-    """Trials of the search that stops them early; those are counted that the budget pays for."""
+    num_stopped_trials: int = 14
+    """Trials that the search which stops them early may begin; it ends when the budget is spent."""
     epochs: int = 9
     """Of a training."""
+    image_size: int = 16
+    """Pixels of a side."""
     num_processes: int = 2
     """Seeds at a time."""
     commands: bool = True
@@ -87,7 +89,7 @@ def run(options: Options) -> int:
     with tempfile.TemporaryDirectory(prefix="ddpm-benchmark-") as folder:
         os.environ[arrays.ROOT] = f"{folder}/cache"
         data = f"{folder}/data"
-        prepare.main(["earth", "--image-size", "32", "--output", data])
+        prepare.main(["earth", "--image-size", str(options.image_size), "--output", data])
         result["commands"] = timed(data, folder, options) if options.commands else {}
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(options.num_processes, mp_context=spawn) as pool:
@@ -164,11 +166,11 @@ def searched(data: str, folder: str, way: str, seed: int, options: Options) -> d
     while True:
         while isinstance(config := search.suggest(str(len(begun))), dict):
             number = config["number"]
-            begun[number] = {**config, "curve": [], "diverged": False, "epochs": 0}
+            begun[number] = {**config, "curve": [], "diverged": False, "epochs": 0, "state": "running", "loss": None}
             if asha:
                 asha.on_trial_add(None, types.SimpleNamespace(trial_id=str(number)))
             heapq.heappush(events, (now + 1, number))
-        if not events:
+        if not events or sum(row["epochs"] for row in begun.values()) >= options.num_trials * options.epochs:
             break
         now, number = heapq.heappop(events)
         row = begun[number]
