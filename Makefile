@@ -38,7 +38,7 @@ types: setup ## mypy
 	@$(BIN)/mypy
 
 test: setup ## all tests, in two processes: half of the time goes into waiting
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 check: lint types test ## what must be green before a commit
 

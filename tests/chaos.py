@@ -67,14 +67,14 @@ class Training:
         except FileNotFoundError:
             return 0
 
-    def wait(self, done: Callable[[], bool], what: str, within_s: float = 240) -> None:
+    def wait(self, done: Callable[[], bool], what: str, within_s: float = 500) -> None:
         deadline = time.monotonic() + within_s
         while not done():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"{what}: not so after {within_s} s, or ended before: {self.lines()}")
             time.sleep(0.05)
 
-    def wait_for(self, step: int, within_s: float = 240) -> None:
+    def wait_for(self, step: int, within_s: float = 500) -> None:
         """Until there is a checkpoint of `step` or later."""
         self.wait(lambda: self.saved >= step, f"a checkpoint of step {step}", within_s)
 
