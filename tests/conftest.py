@@ -50,17 +50,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay together (`--dist loadgroup`). Files with clusters of their own come first, one after the
-    other: two at a time, beside the sessions' own Rays, are more than two cores can do.
-    """
-    own = ("test_jobs_on_cluster.py", "test_train_faults.py")
-    for item in items:
-        group = "own clusters" if item.path.name in own else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path.name not in own)
-
-
 @pytest.fixture(scope="session")
 def ray_cluster(s3: "S3Server") -> Iterator[None]:
     """One Ray for the session: four logical CPUs, so that Train workers never take all of them from Ray Data.
