@@ -4,7 +4,7 @@
     halves     KID on random halves of the pictures; their spread is the standard error of the whole
     level      0.95 means 95 %; `bonferroni` gives the level at which several are true together
 
-The metrics themselves are in `jobs.scores`, the nets in `ddpm_core.nets`.
+The metrics themselves are in `jobs.evaluation.metrics`, the nets in `ddpm_core.nets`.
 """
 
 import dataclasses

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from jobs import cli
 from jobs.benchmarks import data, network, size, sweep, training, validation
+from jobs.common import cli
 
 SUBJECTS: dict[Any, Callable[[Any], int]] = {
     network.Options: network.run,

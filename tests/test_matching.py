@@ -12,8 +12,9 @@ from test_prepare import ATTRIBUTES, CelebA, celeba_set, refused, run
 
 from ddpm_core import encoders, images
 from ddpm_core.errors import InputError
-from jobs import data
-from jobs.datasets import celeba, matching
+from jobs.datasets import matching
+from jobs.datasets.format import read_card
+from jobs.datasets.sources import celeba
 
 
 def traits(count: int, seed: int, *, landmarks: bool = True, embeddings: bool = True) -> matching.Traits:
@@ -164,7 +165,7 @@ def test_people_who_look_alike_are_matched(
 ) -> None:
     encoder = Path(shutil.copytree(encoder_folder, tmp_path / "encoder"))
     rows = celeba_set(source, tmp_path / "out", "--identity-encoder", encoder, "--match-correlation", 2)
-    card = data.read_card(str(tmp_path / "out"))
+    card = read_card(str(tmp_path / "out"))
     assert any("4 of 4 attributes, landmarks, identity: " in note for note in card.notes)
     pixels = np.stack([np.frombuffer(rows[name]["image"], np.uint8).reshape(16, 16, 3) for name in source.names])
     with torch.inference_mode():
@@ -189,7 +190,7 @@ def test_people_who_look_alike_are_matched(
 
 def test_self(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
     rows = celeba_set(source, tmp_path / "out", "--pairing", "self")
-    assert data.read_card(str(tmp_path / "out")).pairing == "self"
+    assert read_card(str(tmp_path / "out")).pairing == "self"
     assert {row["target"] for row in rows.values()} == {None}
     assert len(rows) == 60
 

@@ -5,8 +5,12 @@ import pytest
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
-from jobs import cli, evaluate, experiments, mission, prepare, suite, train, translate
-from jobs.suite import Command, Plan
+from jobs import experiments, prepare, train
+from jobs.common import cli
+from jobs.evaluation.plan import EvaluateArgs
+from jobs.suite import mission
+from jobs.suite.plan import Command, Plan, argv, ordered
+from jobs.translation.plan import TranslateArgs
 
 SIZES = list(mission.SIZES)
 
@@ -25,7 +29,7 @@ def without_seed(command: Command) -> tuple[str, ...]:
 def test_every_command_is_one_that_a_user_could_type(size: str) -> None:
     distinct = {(each.module, without_seed(each)): each for each in plan(size).commands if "{out}" in each.argv}
     for command in distinct.values():
-        words = suite.argv(command, "/suite")
+        words = argv(command, "/suite")
         if command.module == "jobs.train":
             args = train.parse(words)
             assert args.num_workers == "0"
@@ -34,19 +38,19 @@ def test_every_command_is_one_that_a_user_could_type(size: str) -> None:
                 config = ModelConfig(unet=options.unet, diffusion=options.diffusion, method=options.method)
                 configs.check(config)
         elif command.module == "jobs.evaluate":
-            assert cli.parse(evaluate.Args, words, prog="jobs.evaluate").num_workers == 0
+            assert cli.parse(EvaluateArgs, words, prog="jobs.evaluate").num_workers == 0
         elif command.module == "jobs.translate":
-            assert cli.parse(translate.Args, words, prog="jobs.translate").align in ("auto", "none")
+            assert cli.parse(TranslateArgs, words, prog="jobs.translate").align in ("auto", "none")
         else:
             assert command.module == "jobs.prepare"
-            assert cli.parse(prepare.Command, words, prog="jobs.prepare").output == suite.argv(command, "/suite")[-1]
+            assert cli.parse(prepare.Command, words, prog="jobs.prepare").output == argv(command, "/suite")[-1]
     assert len(distinct) > 40
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_claims_and_figures_speak_of_rows_that_are_there(size: str) -> None:
     found = plan(size)
-    keys = {command.key for command in suite.ordered(found.commands)}  # no key twice, nothing that waits for itself
+    keys = {command.key for command in ordered(found.commands)}  # no key twice, nothing that waits for itself
     assert [section.key for section in found.sections] == list(mission.SECTIONS)
     for section in found.sections:
         names = [row.name for row in section.rows]

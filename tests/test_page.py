@@ -87,7 +87,7 @@ def likeness(shown: np.ndarray, small: np.ndarray) -> float:
 def day_picture(folder: Path) -> Path:
     """A real picture: part of the Earth by day, wider than high."""
     path = folder / "day.png"
-    with Image.open(ROOT / "jobs/datasets/earth_maps/day.avif") as earth:
+    with Image.open(ROOT / "jobs/datasets/sources/earth_maps/day.avif") as earth:
         earth.convert("RGB").crop((1000, 200, 1120, 280)).save(path)
     return path
 

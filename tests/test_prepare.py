@@ -20,10 +20,14 @@ import pyarrow.parquet
 import pytest
 from PIL import Image, ImageDraw
 
-from ddpm_core import images
+from ddpm_core import images, storage
 from ddpm_core.errors import InputError
-from jobs import data, prepare, storage
-from jobs.datasets import common, earth
+from jobs import prepare
+from jobs.datasets import decode
+from jobs.datasets.archive import Archive
+from jobs.datasets.format import FORMAT_VERSION, SPLITS, read_card
+from jobs.datasets.source import split_names
+from jobs.datasets.sources import earth
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTRIBUTES = ("Bald", "Male", "Smiling", "Wearing_Hat", "Young")
@@ -56,7 +60,7 @@ def table(folder: Path | str, split: str) -> list[dict[str, Any]]:
 
 
 def all_rows(folder: Path | str) -> dict[str, dict[str, Any]]:
-    card = data.read_card(str(folder))
+    card = read_card(str(folder))
     return {
         row["id"]: row | {"split": split} for split in card.splits if card.splits[split] for row in table(folder, split)
     }
@@ -98,7 +102,7 @@ def place(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def test_earth_has_enough_of_everything(earth_set: Path) -> None:
-    card = data.read_card(str(earth_set))
+    card = read_card(str(earth_set))
     assert card.splits["train"] > 1000
     assert card.splits["val"] >= 50
     assert card.splits["test"] >= 80
@@ -110,7 +114,7 @@ def test_earth_has_enough_of_everything(earth_set: Path) -> None:
 
 def test_no_pixel_of_a_test_tile_is_seen_in_training(earth_set: Path) -> None:
     seen = np.zeros((2048, 4096), int)
-    for bit, split in enumerate(data.SPLITS):
+    for bit, split in enumerate(SPLITS):
         for row in table(earth_set, split):
             top, left = place(row)
             seen[top : top + 64, left : left + 64] |= 1 << bit
@@ -162,14 +166,14 @@ def test_land_and_sea(latitude: float, longitude: float, land: bool) -> None:
 @pytest.mark.parametrize("size", [32, 128])
 def test_earth_at_other_sizes(size: int, tmp_path: Path) -> None:
     assert run("earth", "--output", tmp_path, "--image-size", size, "--encoding", "jpeg") == 0
-    assert all(count >= 20 for count in data.read_card(str(tmp_path)).splits.values())
+    assert all(count >= 20 for count in read_card(str(tmp_path)).splits.values())
 
 
 def test_a_submitted_job_finds_the_maps_where_the_project_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = earth.MAPS
-    monkeypatch.setattr(earth, "MAPS", tmp_path / "jobs/datasets/earth_maps")  # the package leaves them out
+    monkeypatch.setattr(earth, "MAPS", tmp_path / "jobs/datasets/sources/earth_maps")  # the package leaves them out
     assert earth.maps_folder() == there
 
     def not_installed(name: str) -> None:
@@ -208,7 +212,7 @@ def test_a_set_of_an_older_format_is_replaced_when_asked(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"format_version 1, .*; give another --output, or --overwrite to replace it"):
         prepare.main(command)
     assert prepare.main([*command, "--overwrite"]) == 0
-    assert json.loads(card.read_text())["format_version"] == data.FORMAT_VERSION
+    assert json.loads(card.read_text())["format_version"] == FORMAT_VERSION
 
 
 def test_another_data_set_is_not_overwritten_unasked(earth_set: Path, tmp_path: Path) -> None:
@@ -228,7 +232,7 @@ def test_a_damaged_data_set_is_made_again(earth_set: Path, tmp_path: Path) -> No
 def test_killed_in_the_middle_the_same_command_gives_the_same_bytes(earth_set: Path, tmp_path: Path) -> None:
     arguments = ["earth", "--output", str(tmp_path / "set")]
     slow = (
-        "import sys, time; from jobs import prepare, storage; write = storage.write_bytes\n"
+        "import sys, time; from ddpm_core import storage; from jobs import prepare; write = storage.write_bytes\n"
         "storage.write_bytes = lambda uri, data: (write(uri, data), 'val/' in uri and time.sleep(600))\n"
         "prepare.main(sys.argv[1:])"
     )
@@ -247,7 +251,7 @@ def test_killed_in_the_middle_the_same_command_gives_the_same_bytes(earth_set: P
     process.wait()
     assert not (tmp_path / "set/dataset.json").exists()
     with pytest.raises(InputError, match="is not a data set"):
-        data.read_card(str(tmp_path / "set"))
+        read_card(str(tmp_path / "set"))
     command = [sys.executable, "-m", "jobs.prepare", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -272,7 +276,7 @@ def two_folders(tmp_path: Path) -> Path:
 def test_folders(ray_cluster: None, two_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--image-size", 16, "--licence", "CC0", "--name", "pets")
     assert run("folders", "--source", two_folders, "--output", tmp_path / "out", *flags) == 0
-    card = data.read_card(str(tmp_path / "out"))
+    card = read_card(str(tmp_path / "out"))
     assert (card.name, card.licence, card.pairing, card.domains) == ("pets", "CC0", "unpaired", ("cat", "dog"))
     assert card.splits == {"train": 32, "val": 4, "test": 4}
     assert card.domain_counts["val"] == {"cat": 2, "dog": 2}
@@ -318,7 +322,7 @@ def test_folders_paired_by_name(ray_cluster: None, two_folders: Path, tmp_path: 
 def test_folders_anywhere_named_on_the_command_line(ray_cluster: None, two_folders: Path, tmp_path: Path) -> None:
     domains = ("--domain", f"a={two_folders}/cat", "--domain", f"b={two_folders}/dog")
     assert run("folders", *domains, "--output", tmp_path / "out", "--image-size", 8) == 0
-    assert data.read_card(str(tmp_path / "out")).domains == ("a", "b")
+    assert read_card(str(tmp_path / "out")).domains == ("a", "b")
 
 
 @pytest.mark.parametrize("train", ["train", "Train"])
@@ -329,7 +333,7 @@ def test_split_folders_are_respected(ray_cluster: None, tmp_path: Path, layout: 
             for number in range(count):
                 save(drawn(number), tmp_path / "in" / layout.format(split=split, domain=domain) / f"{number}.png")
     assert run("folders", "--source", tmp_path / "in", "--output", tmp_path / "out", "--image-size", 8) == 0
-    card = data.read_card(str(tmp_path / "out"))
+    card = read_card(str(tmp_path / "out"))
     assert card.splits == {"train": 22, "val": 2, "test": 6}
     assert all("/test/" in row["id"] for row in table(tmp_path / "out", "test"))
     assert "10% val" in card.notes[0]
@@ -337,12 +341,12 @@ def test_split_folders_are_respected(ray_cluster: None, tmp_path: Path, layout: 
 
 def test_splits_do_not_depend_on_anything_but_names() -> None:
     names = [f"{number}.jpg" for number in range(1000)]
-    splits = common.split_names(names)
-    assert splits == common.split_names(reversed(names))
-    counts = [list(splits.values()).count(split) for split in data.SPLITS]
+    splits = split_names(names)
+    assert splits == split_names(reversed(names))
+    counts = [list(splits.values()).count(split) for split in SPLITS]
     assert counts == [800, 100, 100]
-    assert sorted(common.split_names(names[:3]).values()) == ["test", "train", "val"]
-    assert set(common.split_names(names[:2]).values()) == {"train"}
+    assert sorted(split_names(names[:3]).values()) == ["test", "train", "val"]
+    assert set(split_names(names[:2]).values()) == {"train"}
 
 
 # ------------------------------------------------------------------------------------------------- pairs
@@ -375,7 +379,7 @@ def test_pairs_from_a_list(ray_cluster: None, listed: Path) -> None:
     assert second["target"] == images.to_square(drawn(118), 16).tobytes()
     assert second["target_id"] == "dog/sub/118.png"
     assert rejected(listed.parent / "out")["17.png~sub/117.png"] == "dog/sub/117.png cannot be used"
-    assert data.read_card(str(listed.parent / "out")).pairing == "paired"
+    assert read_card(str(listed.parent / "out")).pairing == "paired"
 
 
 def test_pairs_hang_together_over_versions(ray_cluster: None, listed: Path) -> None:
@@ -387,13 +391,13 @@ def test_pairs_hang_together_over_versions(ray_cluster: None, listed: Path) -> N
     lines = ["cat,dog", f"{in_train},{in_val}", "19.png,sub/119.png", f"18.png,{in_val}"]
     (listed.parent / "pairs.csv").write_text("\n".join(lines))
     assert run("folders", *pairs_flags(listed, "--append")) == 3
-    card = data.read_card(str(out))
+    card = read_card(str(out))
     torn = {f"{in_train}~{in_val}", f"18.png~{in_val}"}
     assert rejected(out) == dict.fromkeys(torn, "earlier versions have pictures of it in train and in val")
     assert card.parts[0].rows == 1
     (listed.parent / "pairs.csv").write_text("\n".join([lines[0], lines[3]]))
     assert run("folders", *pairs_flags(listed, "--append")) == 3
-    (shard,) = [shard.file for shard in data.read_card(str(out)).shards if shard.file.startswith("val/part-00001")]
+    (shard,) = [shard.file for shard in read_card(str(out)).shards if shard.file.startswith("val/part-00001")]
     assert pyarrow.parquet.read_table(out / shard).column("id").to_pylist() == [f"18.png~{in_val}"]
 
 
@@ -438,7 +442,7 @@ def test_side_by_side_pictures(ray_cluster: None, tmp_path: Path) -> None:
             save(both, tmp_path / f"in/{split}/{number}.png")
     flags = ("--source", tmp_path / "in", "--image-size", 40, "--licence", "CC0")
     assert run("day2night", *flags, "--output", tmp_path / "out") == 0
-    card = data.read_card(str(tmp_path / "out"))
+    card = read_card(str(tmp_path / "out"))
     assert card.splits == {"train": 6, "val": 2, "test": 2}
     assert any("left halves taken for night" in note for note in card.notes)
     row = all_rows(tmp_path / "out")["train/3.png"]
@@ -515,7 +519,7 @@ def test_celeba_matched(ray_cluster: None, source: CelebA, tmp_path: Path) -> No
     points = np.random.default_rng(1).integers(60, 110, (60, 10))
     source.text("list_landmarks_align_celeba.txt", points, tuple("abcdefghij"))
     rows = celeba_set(source, tmp_path / "out", "--match-correlation", 2)
-    card = data.read_card(str(tmp_path / "out"))
+    card = read_card(str(tmp_path / "out"))
     assert card.splits == {"train": 42, "val": 9, "test": 9}
     assert (card.domains, card.pairing, card.attribute_names) == (("female", "male"), "matched", ATTRIBUTES)
     assert card.licence == "CelebA: non-commercial research only"
@@ -524,7 +528,7 @@ def test_celeba_matched(ray_cluster: None, source: CelebA, tmp_path: Path) -> No
         assert row["domain"] == int(source.values[number, 1] > 0)
         assert row["attributes"] == source.values[number].tolist()
         assert row["identity"] == source.people[number]
-        assert row["split"] == data.SPLITS[source.partition()[number, 0]]
+        assert row["split"] == SPLITS[source.partition()[number, 0]]
         np.testing.assert_allclose(row["landmarks"][:2], (points[number, :2] - [0, 20]) * 16 / 178, rtol=1e-5)
         counterpart = rows[row["target_id"]]
         assert counterpart["split"] == row["split"]
@@ -540,7 +544,7 @@ def test_celeba_matched(ray_cluster: None, source: CelebA, tmp_path: Path) -> No
 
 def test_celeba_unpaired_by_another_attribute(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
     rows = celeba_set(source, tmp_path / "out", "--pairing", "unpaired", "--domain-attribute", "Smiling")
-    assert data.read_card(str(tmp_path / "out")).domains == ("not_smiling", "smiling")
+    assert read_card(str(tmp_path / "out")).domains == ("not_smiling", "smiling")
     assert rows["000007.jpg"]["domain"] == int(source.values[6, 2] > 0)
     assert rows["000007.jpg"]["target"] is None
 
@@ -550,13 +554,13 @@ def test_celeba_splits_by_identity_where_it_is_known(ray_cluster: None, source: 
     rows = celeba_set(source, tmp_path / "out", "--pairing", "unpaired")
     splits_of = [{rows[name]["split"] for name in source.names[3 * person : 3 * person + 3]} for person in range(20)]
     assert all(len(splits) == 1 for splits in splits_of)
-    assert data.read_card(str(tmp_path / "out")).splits == {"train": 48, "val": 6, "test": 6}
-    assert "identity" in data.read_card(str(tmp_path / "out")).notes[0]
+    assert read_card(str(tmp_path / "out")).splits == {"train": 48, "val": 6, "test": 6}
+    assert "identity" in read_card(str(tmp_path / "out")).notes[0]
 
 
 def test_celeba_says_so_where_identities_are_unknown(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
     celeba_set(source, tmp_path / "out", "--pairing", "unpaired")
-    assert "a person may be in two splits" in data.read_card(str(tmp_path / "out")).notes[0]
+    assert "a person may be in two splits" in read_card(str(tmp_path / "out")).notes[0]
 
 
 def test_celeba_says_so_where_some_are_unknown(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
@@ -564,7 +568,7 @@ def test_celeba_says_so_where_some_are_unknown(ray_cluster: None, source: CelebA
     _edit("identity_CelebA.txt", lambda text: "\n".join(text.splitlines()[:50]))(source.folder)
     celeba_set(source, tmp_path / "out", "--pairing", "unpaired")
     unknown = "identity of 10 pictures unknown: identity_CelebA.txt does not list them"
-    assert unknown in data.read_card(str(tmp_path / "out")).notes
+    assert unknown in read_card(str(tmp_path / "out")).notes
 
 
 def test_celeba_as_csv_and_zip_is_the_same(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
@@ -600,7 +604,7 @@ def test_celeba_set_aside_pictures_are_not_matched(ray_cluster: None, source: Ce
     assert set(reasons) == {"000002.jpg", "000003.jpg"}
     assert "not an image" in reasons["000002.jpg"]
     assert "truncated" in reasons["000003.jpg"]
-    card = data.read_card(str(out))
+    card = read_card(str(out))
     assert card.num_rejected == 2
     assert any(note.startswith("1 of the pictures that list_attr_celeba lists") for note in card.notes)
     assert run("celeba", *flags) == 3  # already there, and still not all of it
@@ -610,7 +614,7 @@ def test_celeba_limit_takes_some_of_each_split(ray_cluster: None, source: CelebA
     source.text("list_eval_partition.txt", source.partition())
     rows = celeba_set(source, tmp_path / "out", "--limit", 30, "--pairing", "unpaired")
     assert len(rows) == 30
-    assert min(data.read_card(str(tmp_path / "out")).splits.values()) >= 2
+    assert min(read_card(str(tmp_path / "out")).splits.values()) >= 2
 
 
 def _edit(file: str, change: Callable[[str], str]) -> Callable[[Path], None]:
@@ -810,7 +814,7 @@ def test_what_cannot_be_read_is_set_aside_with_its_reason(ray_cluster: None, tmp
     assert set(told) == {f"a/{name}" for name in reasons}
     for name, reason in reasons.items():
         assert told[f"a/{name}"].startswith(reason)
-    assert "1 picture is smaller than 32 pixels and was enlarged" in data.read_card(str(tmp_path / "out")).notes
+    assert "1 picture is smaller than 32 pixels and was enlarged" in read_card(str(tmp_path / "out")).notes
 
 
 def test_a_file_that_may_not_be_read_is_set_aside(tmp_path: Path) -> None:
@@ -818,7 +822,7 @@ def test_a_file_that_may_not_be_read_is_set_aside(tmp_path: Path) -> None:
     path = save(drawn(1), tmp_path / "x.png")
     path.chmod(0)
     become = "os.setuid(65534)" if os.getuid() == 0 else "pass"
-    code = f"import os; from jobs.datasets import common; {become}; print(common._read_or_error({str(path)!r}))"
+    code = f"import os; from jobs.datasets import decode; {become}; print(decode.read_or_error({str(path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "permission denied" in done.stdout, done.stderr
 
@@ -902,29 +906,29 @@ def test_zip_on_s3(s3: Any) -> None:
         for name, content in names.items():
             archive.writestr(name, content)
     storage.write_bytes(f"{s3.uri}/prepare/x.zip", buffer.getvalue())
-    there = common.Archive(f"{s3.uri}/prepare/x.zip")
+    there = Archive(f"{s3.uri}/prepare/x.zip")
     assert {name: there.read(name) for name in there.members} == names
     storage.write_bytes(f"{s3.uri}/prepare/y.zip", buffer.getvalue()[:2000])
     with pytest.raises(InputError, match=r"y\.zip is not a whole zip file"):
-        common.Archive(f"{s3.uri}/prepare/y.zip")
+        Archive(f"{s3.uri}/prepare/y.zip")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"PK\x05\x06" + b"\xff" * 60])
 def test_what_is_no_zip(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.zip").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.zip is not a whole zip file"):
-        common.Archive(str(tmp_path / "x.zip"))
+        Archive(str(tmp_path / "x.zip"))
 
 
 def test_a_zip_packed_otherwise(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("a.jpg", b"picture")
     with pytest.raises(zipfile.BadZipFile, match="packed by method 12"):
-        common.Archive(str(tmp_path / "x.zip")).read("a.jpg")
+        Archive(str(tmp_path / "x.zip")).read("a.jpg")
 
 
 def test_no_room_for_decoded_pictures(tmp_path: Path) -> None:
-    pixels = common.Pixels((2, 1, 8, 8, 3), tmp_path)
+    pixels = decode.Pixels((2, 1, 8, 8, 3), tmp_path)
     pixels.file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
     with pytest.raises(InputError, match=r"TMPDIR.*no space left"), pixels.file:
         pixels[0] = bytes(8 * 8 * 3)

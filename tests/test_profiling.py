@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ddpm_core.errors import InputError
-from jobs import profiling
 from jobs import train as train_job
+from jobs.training import profiling
 
 
 def train(folder: str | None, num_steps: int) -> None:
@@ -36,7 +36,7 @@ def test_some_steps_after_the_first_are_traced(tmp_path: Path) -> None:
 
 
 def test_the_trace_is_there_while_training_goes_on_and_goes_to_s3(s3: object) -> None:
-    from jobs import storage
+    from ddpm_core import storage
 
     uri = f"{s3.uri}/traced"
     train(uri, profiling.NEEDED - 1)
@@ -57,7 +57,9 @@ def test_the_start_is_told_by_its_parts() -> None:
 
 
 def test_the_start_begins_with_the_process() -> None:
-    code = "import time; time.sleep(1); from jobs import profiling; print(profiling.since_command()['command'])"
+    code = (
+        "import time; time.sleep(1); from jobs.training import profiling; print(profiling.since_command()['command'])"
+    )
     before = time.time()
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert before - 0.05 < float(output) < before + 0.9

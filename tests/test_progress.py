@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from jobs import progress
-from jobs.progress import Progress, duration
+from jobs.common import progress
+from jobs.common.progress import Progress, duration
 
 
 class Clock:

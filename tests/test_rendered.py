@@ -13,9 +13,10 @@ from conftest import ROOT
 from PIL import Image
 
 from ddpm_core.errors import InputError
-from jobs import data, prepare
-from jobs.datasets import rendered, rendered_landscapes, rendered_portraits
-from jobs.datasets.rendered import draw, landmarks_of, parameters_of
+from jobs import prepare
+from jobs.datasets.format import SPLITS, read_card
+from jobs.datasets.sources import rendered, rendered_landscapes, rendered_portraits
+from jobs.datasets.sources.rendered import draw, landmarks_of, parameters_of
 
 SCENES: tuple[rendered.Scene, ...] = ("portraits", "landscapes")
 
@@ -35,7 +36,7 @@ def refused(*argv: object) -> str:
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         row["id"]: row | {"split": split}
-        for split in data.SPLITS
+        for split in SPLITS
         for row in pyarrow.parquet.read_table(folder / split / "part-00000.parquet").to_pylist()
     }
 
@@ -128,7 +129,7 @@ def test_extreme_parameters_are_drawn(scene: rendered.Scene) -> None:
 
 def test_pictures_are_the_same_in_another_process() -> None:
     program = (
-        "import hashlib; from jobs.datasets.rendered import draw, parameters_of\n"
+        "import hashlib; from jobs.datasets.sources.rendered import draw, parameters_of\n"
         "for scene in ('portraits', 'landscapes'):\n"
         "    for index in range(3):\n"
         "        for domain in (0, 1):\n"
@@ -241,7 +242,7 @@ def test_landmarks_scale_with_the_picture_and_are_the_same_for_both_sexes() -> N
 
 def test_data_set_holds_the_parameters_that_make_its_pixels(tmp_path: Path, ray_cluster: None) -> None:
     assert run("--output", tmp_path / "large", "--count", 30, "--image-size", 32) == 0
-    card, rows = data.read_card(str(tmp_path / "large")), rows_of(tmp_path / "large")
+    card, rows = read_card(str(tmp_path / "large")), rows_of(tmp_path / "large")
     assert (card.domains, card.pairing, card.splits) == (
         ("female", "male"),
         "paired",
@@ -265,7 +266,7 @@ def test_data_set_holds_the_parameters_that_make_its_pixels(tmp_path: Path, ray_
     # the same again, made by two appends
     assert run("--output", tmp_path / "grown", "--count", 20, "--image-size", 32) == 0
     assert run("--output", tmp_path / "grown", "--count", 10, "--first", 20, "--image-size", 32, "--append") == 0
-    grown = data.read_card(str(tmp_path / "grown"))
+    grown = read_card(str(tmp_path / "grown"))
     assert (grown.version, grown.splits) == (2, card.splits)
     assert grown.mean_landmarks == card.mean_landmarks
     with pytest.raises(InputError, match="seed"):
@@ -276,7 +277,7 @@ def test_data_set_holds_the_parameters_that_make_its_pixels(tmp_path: Path, ray_
 def test_without_counterparts_everyone_is_in_one_domain(pairing: str, tmp_path: Path, ray_cluster: None) -> None:
     options = ("--scene", "landscapes", "--count", 40, "--image-size", 32, "--pairing", pairing)
     assert run("--output", tmp_path / "set", *options) == 0
-    card, rows = data.read_card(str(tmp_path / "set")), rows_of(tmp_path / "set")
+    card, rows = read_card(str(tmp_path / "set")), rows_of(tmp_path / "set")
     assert (card.pairing, card.domains) == (pairing, ("day", "night"))
     assert {row["domain"] for row in rows.values()} == {0, 1}
     assert len({row["identity"] for row in rows.values()}) == len(rows) == 40

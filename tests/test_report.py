@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_core import images
-from jobs import report, storage
+from ddpm_core import images, storage
+from jobs.reports import charts as reports_charts
+from jobs.reports import report
+from jobs.reports.grids import FILM_ROWS, HEADER, film_strip, labelled_grid, ungrid
 
 
 def picture(value: int, side: int = 16) -> np.ndarray:
@@ -178,13 +180,13 @@ def test_what_an_encoder_minimises_and_what_is_measured_of_it_are_drawn_apart(ru
 
 def test_many_attributes_are_drawn_as_their_mean_and_odd_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[str]] = []
-    draw_lines = report.draw_lines
+    draw_lines = reports_charts.draw_lines
 
     def note(axes: Any, rows: Any, labels: Any, **options: Any) -> None:
         drawn.append([*labels.values()])
         draw_lines(axes, rows, labels, **options)
 
-    monkeypatch.setattr(report, "draw_lines", note)
+    monkeypatch.setattr(reports_charts, "draw_lines", note)
     for count, shown in ((2, ["accuracy", r"accuracy $\0$", r"accuracy $\1$"]), (40, ["accuracy"])):
         accuracies = {"accuracy": 0.5, **{rf"accuracy_$\{i}$": 0.5 for i in range(count)}}
         rows = [{"step": n, "split": "val", "loss": 1.0, **accuracies} for n in (1, 2)]
@@ -194,8 +196,8 @@ def test_many_attributes_are_drawn_as_their_mean_and_odd_names_as_they_are(monke
 
 
 def test_a_film_of_large_pictures_is_reduced() -> None:
-    grid = report.labelled_grid(["source", "translated"], [[picture(10, 256), picture(20, 256)]])
-    columns, rows = report.ungrid(report.film_strip({50: grid, 100: grid}))
+    grid = labelled_grid(["source", "translated"], [[picture(10, 256), picture(20, 256)]])
+    columns, rows = ungrid(film_strip({50: grid, 100: grid}))
     assert columns == ["source", "50", "100"]
     assert [each.shape for each in rows[0]] == [(128, 128, 3)] * 3
     assert [each[0, 0, 0] for each in rows[0]] == [10, 20, 20]
@@ -206,7 +208,7 @@ def test_losses_that_fall_far_are_drawn_on_a_log_scale() -> None:
 
     def scale(losses: list[float]) -> str:
         axes = Figure().add_subplot()
-        report.draw_losses(axes, [{"images_seen": i, "loss": loss} for i, loss in enumerate(losses)], [])
+        reports_charts.draw_losses(axes, [{"images_seen": i, "loss": loss} for i, loss in enumerate(losses)], [])
         return axes.get_yscale()
 
     assert scale([1.0, 0.5, 0.01]) == "log"
@@ -218,37 +220,37 @@ def test_a_wide_interval_does_not_flatten_the_curve() -> None:
 
     axes = Figure().add_subplot()
     rows = [{"images_seen": n, "loss": loss, "loss_ci": 0.5} for n, loss in enumerate([1.0, 0.25, 0.1])]
-    report.draw_losses(axes, [], rows)
+    reports_charts.draw_losses(axes, [], rows)
     assert (axes.get_yscale(), axes.get_ylim()) == ("log", (pytest.approx(0.08), pytest.approx(1.25)))
 
 
 def test_a_grid_has_headings_and_enlarged_pictures_in_order() -> None:
-    png = report.labelled_grid(["source", "result"], [[picture(10), picture(20)], [picture(30), picture(40)]])
+    png = labelled_grid(["source", "result"], [[picture(10), picture(20)], [picture(30), picture(40)]])
     grid = np.asarray(Image.open(io.BytesIO(png)))
     side = 128
-    assert grid.shape == (report.HEADER + 2 * side + 4, 2 * side + 4, 3)
-    assert grid[: report.HEADER].min() < 200  # the words
-    centres = [[grid[report.HEADER + 64 + i * 132, 64 + j * 132, 0] for j in (0, 1)] for i in (0, 1)]
+    assert grid.shape == (HEADER + 2 * side + 4, 2 * side + 4, 3)
+    assert grid[:HEADER].min() < 200  # the words
+    centres = [[grid[HEADER + 64 + i * 132, 64 + j * 132, 0] for j in (0, 1)] for i in (0, 1)]
     assert centres == [[10, 20], [30, 40]]
 
 
 def test_a_grid_can_be_taken_apart_again() -> None:
     rows = [[picture(10 * i + j) for j in range(3)] for i in range(2)]
-    columns, cut = report.ungrid(report.labelled_grid(["source", "translated", "truth"], rows))
+    columns, cut = ungrid(labelled_grid(["source", "translated", "truth"], rows))
     assert columns == ["source", "translated", "truth"]
     np.testing.assert_array_equal(cut, rows)
 
 
 def test_a_film_strip_shows_the_same_pictures_after_each_step() -> None:
     def grid(step: int) -> bytes:
-        return report.labelled_grid(
+        return labelled_grid(
             ["source", "translated", "truth"], [[picture(i), picture(step + i), picture(200 + i)] for i in range(6)]
         )
 
-    columns, rows = report.ungrid(report.film_strip({step: grid(step) for step in (100, 50, 150)}))
+    columns, rows = ungrid(film_strip({step: grid(step) for step in (100, 50, 150)}))
     assert columns == ["source", "50", "100", "150", "truth"]
     assert [[int(cell[0, 0, 0]) for cell in row] for row in rows] == [
-        [i, 50 + i, 100 + i, 150 + i, 200 + i] for i in range(report.FILM_ROWS)
+        [i, 50 + i, 100 + i, 150 + i, 200 + i] for i in range(FILM_ROWS)
     ]
 
 
@@ -311,20 +313,20 @@ def test_a_run_that_has_ended_is_told_as_such(run: Path, state: str) -> None:
 def test_the_fixed_pictures_are_shown_as_they_are_and_as_they_came_to_be(run: Path) -> None:
     for step in range(10, 110, 10):
         rows = [[picture(10), picture(step)], [picture(20), picture(step)]]
-        storage.write_bytes(f"{run}/samples/step-{step:08d}.png", report.labelled_grid(["source", "translated"], rows))
+        storage.write_bytes(f"{run}/samples/step-{step:08d}.png", labelled_grid(["source", "translated"], rows))
     storage.write_bytes(f"{run}/samples/step-00000100.png.1234.tmp", b"half")
     report.write_report(str(run), run_uri=str(run), status=STATUS)
     page = (run / "report.html").read_text()
     assert "Validation pictures after 100 steps" in page
     grids = [png for png in embedded_pngs(page) if b"grid" in png[:200]]
-    assert report.ungrid(grids[0])[1][0][1][0, 0, 0] == 100
-    columns, rows = report.ungrid(grids[1])
+    assert ungrid(grids[0])[1][0][1][0, 0, 0] == 100
+    columns, rows = ungrid(grids[1])
     assert columns == ["source", "10", "30", "50", "60", "80", "100"]
     assert [int(cell[0, 0, 0]) for cell in rows[1]] == [20, 10, 30, 50, 60, 80, 100]
 
 
 def test_an_evaluation_of_a_run_does_not_show_the_pictures_of_its_training(run: Path) -> None:
-    storage.write_bytes(f"{run}/samples/step-00000010.png", report.labelled_grid(["source"], [[picture(1)]]))
+    storage.write_bytes(f"{run}/samples/step-00000010.png", labelled_grid(["source"], [[picture(1)]]))
     report.write_report(str(run), run_uri=str(run))
     assert "Validation pictures" not in (run / "report.html").read_text()
 

@@ -20,8 +20,10 @@ import pytest
 from conftest import ROOT, S3Server
 from PIL import Image
 
+from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs import data, storage
+from jobs.datasets import reading
+from jobs.datasets.format import find_card, read_card
 from jobs.prepare import main as prepare_main
 
 
@@ -199,7 +201,7 @@ def many(own_s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[st
             storage.write_bytes(f"{uri}/{name}", content)
         assert len(storage.list_files(uri)) == 2000
     assert told(prepare(str(folder), str(folder / "../many-out"))) == (0, "")
-    return uri, data.read_card(str(folder / "../many-out")).content_hash
+    return uri, read_card(str(folder / "../many-out")).content_hash
 
 
 def wait_for_decoding(process: Any) -> None:
@@ -232,7 +234,7 @@ def test_prepare_outlives_the_servers_death(own_s3: S3Server, many: tuple[str, s
     assert process.poll() is None
     own_s3.start()
     assert told(process) == (0, "")
-    assert data.read_card(prefix).content_hash == expected
+    assert read_card(prefix).content_hash == expected
 
 
 @pytest.mark.slow
@@ -258,7 +260,7 @@ def test_credentials_that_are_revoked_in_the_middle(
         own_s3.start()
     for name, value in own_s3.env.items():
         monkeypatch.setenv(name, value)
-    assert data.find_card(prefix) is None
+    assert find_card(prefix) is None
 
 
 def test_an_object_deleted_between_listing_and_reading(
@@ -275,7 +277,7 @@ def test_an_object_deleted_between_listing_and_reading(
     monkeypatch.setattr(storage, "check_writable", and_delete)
     flags = ["folders", "--source", uri, "--output", f"{s3.uri}/vanishing/out", "--image-size", "16"]
     assert prepare_main(flags) == 3
-    assert sum(data.read_card(f"{s3.uri}/vanishing/out").splits.values()) == 9
+    assert sum(read_card(f"{s3.uri}/vanishing/out").splits.values()) == 9
     lines = pyarrow.parquet.read_table(io.BytesIO(storage.read_bytes(f"{s3.uri}/vanishing/out/rejected.parquet")))
     line = lines.to_pylist()[0]
     assert (line["picture"], line["reason"]) == ("a/00004.png", "the file is gone")
@@ -290,5 +292,5 @@ def test_a_whole_bucket_with_names_of_every_kind(ray_cluster: None, s3: S3Server
     for number, name in enumerate(names):
         storage.write_bytes(f"s3://whole/{name}", picture(number))
     assert prepare_main(["folders", "--source", "s3://whole", "--output", str(tmp_path / "out")]) == 0
-    card = data.read_card(str(tmp_path / "out"))
-    assert set(data.read_index(str(tmp_path / "out"), card)) == set(names)
+    card = read_card(str(tmp_path / "out"))
+    assert set(reading.read_index(str(tmp_path / "out"), card)) == set(names)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs import storage
 
 ROOT = Path(__file__).resolve().parent.parent
 

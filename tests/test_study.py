@@ -13,10 +13,11 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs import space as spaces
-from jobs import storage, study
-from jobs.study import EPOCH, LOSS, Ending
+from jobs.tuning import search_space as spaces
+from jobs.tuning import study
+from jobs.tuning.study import EPOCH, LOSS, Ending
 
 SPACE, _ = spaces.parse(["optim.learning_rate=1e-5:1e-2:log", "unet.injection=concat,cross_attention"])
 

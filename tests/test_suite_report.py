@@ -18,11 +18,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ddpm_core import images
+from ddpm_core import images, storage
 from ddpm_core.metrics import Interval
-from jobs import data, evaluate, report, storage, suite, suite_figures, suite_report, suite_table
-from jobs.suite import Claim, Command, Figure, Measured, Plan, Section
-from jobs.suite_table import Results
+from jobs import evaluate
+from jobs.datasets import writing
+from jobs.datasets.format import DatasetCard, Row
+from jobs.reports import charts as reports_charts
+from jobs.reports import grids
+from jobs.suite import charts as suite_charts
+from jobs.suite import report
+from jobs.suite import results as suite_results
+from jobs.suite.plan import Claim, Command, Figure, Measured, Plan, Section, digests
+from jobs.suite.results import Results
 
 IDS = tuple(f"portrait-{i:03d}" for i in range(200))
 NOISE = np.random.default_rng(0).normal(size=len(IDS))
@@ -82,7 +89,7 @@ def write_evaluation(
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(halves), folder / "halves.parquet")
     shown = list(IDS[::40])
     grid = [[picture(10 + i), picture(color + i), picture(color + i), picture(200 + i)] for i in range(len(shown))]
-    (folder / "grid.png").write_bytes(report.labelled_grid(["source", "sample 1", "sample 2", "truth"], grid))
+    (folder / "grid.png").write_bytes(grids.labelled_grid(["source", "sample 1", "sample 2", "truth"], grid))
     metrics = {
         "format_version": 2,
         "data": {
@@ -115,7 +122,7 @@ def interval(mean: float, half: float = 1.0) -> dict[str, float]:
 
 def write_record(output: Path, key: str, plan: Plan | None = None, **facts: Any) -> None:
     (output / "commands").mkdir(exist_ok=True, parents=True)
-    facts |= {"digest": suite.digests(plan)[key]} if plan else {}
+    facts |= {"digest": digests(plan)[key]} if plan else {}
     record = {"key": key, "state": "done", "exit_code": 0, "seconds": 90.0, "error": None, **facts}
     (output / "commands" / (key.replace("/", "_") + ".json")).write_text(json.dumps(record))
 
@@ -256,12 +263,12 @@ def output(plan: Plan, tmp_path: Path) -> Path:
 
 
 def test_every_claim_gets_its_verdict(plan: Plan, output: Path) -> None:
-    found = {verdict.claim.text: verdict.outcome for verdict in suite_report.write(plan, str(output))}
+    found = {verdict.claim.text: verdict.outcome for verdict in report.write(plan, str(output))}
     assert found == {each.text: outcome for outcome, group in CLAIMS.items() for each in group}
 
 
 def test_a_verdicts_figures_are_those_that_were_measured(plan: Plan, output: Path) -> None:
-    verdicts = {each.claim.text: each for each in suite_table.verdicts(Results(plan, str(output)))}
+    verdicts = {each.claim.text: each for each in suite_results.verdicts(Results(plan, str(output)))}
     more = verdicts["guided has more PSNR"]
     assert more.estimate is not None
     assert more.estimate.mean == pytest.approx(3.0)
@@ -287,7 +294,7 @@ def test_a_verdicts_figures_are_those_that_were_measured(plan: Plan, output: Pat
 
 
 def test_the_table_holds_every_row_and_the_csv_every_value(plan: Plan, output: Path) -> None:
-    suite_report.write(plan, str(output))
+    report.write(plan, str(output))
     table = json.loads((output / "table.json").read_text())
     rows = {(row["row"], row["data"], row["domain"]): row for row in table["rows"]}
     assert [name for name, _, _ in rows] == ["guided", "plain", "same", "one seed", "elsewhere"]
@@ -347,7 +354,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_says_what_holds_and_fetches_nothing(plan: Plan, output: Path) -> None:
-    suite_report.write(plan, str(output))
+    report.write(plan, str(output))
     text = (output / "report.html").read_text()
     page = Page(text)
     said = " ".join(page.texts)
@@ -379,13 +386,13 @@ def test_the_best_is_marked_only_where_it_is_clear(plan: Plan, output: Path) -> 
     results, rows = Results(plan, str(output)), plan.sections[0].rows[:3]
     best = {metric: row and row.name for metric in METRICS if (row := results.best(rows, "female", metric)) or True}
     assert best == {"psnr": "guided", "kid": None, "flip_rate": "guided", "identity_rank_1": "guided"}
-    suite_report.write(plan, str(output))  # in the page one seed competes too
+    report.write(plan, str(output))  # in the page one seed competes too
     marked = re.findall(r'<td class="best">([^<]+)', (output / "report.html").read_text())
     assert [text.partition(".")[0].partition(" ")[0] for text in marked] == ["23", "99", "90"]
 
 
 def test_every_figure_stands_by_itself(plan: Plan, output: Path) -> None:
-    suite_report.write(plan, str(output))
+    report.write(plan, str(output))
     there = sorted(path.name for path in (output / "plots").iterdir())
     assert there == [
         "injection-1-pictures.png",
@@ -401,8 +408,8 @@ def test_every_figure_stands_by_itself(plan: Plan, output: Path) -> None:
 
 
 def test_the_same_sources_stand_side_by_side(plan: Plan, output: Path) -> None:
-    suite_report.write(plan, str(output))
-    columns, rows = report.ungrid((output / "plots/injection-1-pictures.png").read_bytes())
+    report.write(plan, str(output))
+    columns, rows = grids.ungrid((output / "plots/injection-1-pictures.png").read_bytes())
     assert columns == ["source", "guided", "plain", "truth"]  # lost has none
     assert [[int(cell[0, 0, 0]) for cell in row] for row in rows] == [
         [10 + i, 100 + i, 120 + i, 200 + i] for i in range(5)
@@ -422,9 +429,9 @@ def drawn(results: Results, figure: Figure) -> Any:
         return ""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "chart", chart)
-        patch.setattr(report, "render", lambda *_, **__: b"")
-        suite_figures.draw(results, results.plan.sections[0], figure)
+        patch.setattr(reports_charts, "chart", chart)
+        patch.setattr(reports_charts, "render", lambda *_, **__: b"")
+        suite_charts.draw(results, results.plan.sections[0], figure)
     drawers[0](axes)
     return axes
 
@@ -474,7 +481,7 @@ def test_what_is_known_as_a_summary_only_is_compared_over_seeds(plan: Plan, outp
     cell = results.cell(row["guided"], "female", "fd")
     assert cell is not None
     assert dataclasses.astuple(cell.interval) == pytest.approx((10.1, 10.0, 10.2))
-    verdict = suite_table.judge(results, section, claim("lower", "fd", "guided"), together=0.99)
+    verdict = suite_results.judge(results, section, claim("lower", "fd", "guided"), together=0.99)
     assert verdict.estimate is not None
     assert (verdict.outcome, verdict.estimate.mean) == ("holds", pytest.approx(10.0))
     assert "Fréchet distance: better by 10" in verdict.figures
@@ -484,7 +491,7 @@ def test_a_seed_that_is_missing_is_said_and_the_others_count(plan: Plan, output:
     (output / "evaluations/guided/seed-1/metrics.json").unlink()
     (output / "evaluations/same/seed-0/metrics.json").unlink()
     write_record(output, "evaluations/guided/seed-1", state="failed", exit_code=1, error="killed by signal 9")
-    verdicts = {each.claim.text: each for each in suite_report.write(plan, str(output))}
+    verdicts = {each.claim.text: each for each in report.write(plan, str(output))}
     more = verdicts["guided has more PSNR"]
     assert (more.outcome, "2 training seeds" in more.figures) == ("holds", True)
     same = verdicts["same has more PSNR than plain"]  # of the same networks: those seeds that both have
@@ -495,7 +502,7 @@ def test_a_seed_that_is_missing_is_said_and_the_others_count(plan: Plan, output:
 
 
 def test_a_suite_that_has_hardly_begun_still_has_a_report(plan: Plan, tmp_path: Path) -> None:
-    verdicts = suite_report.write(plan, str(tmp_path))
+    verdicts = report.write(plan, str(tmp_path))
     assert {each.outcome for each in verdicts} == {"not measured"}
     assert verdicts[0].figures == "data/portraits has not run yet"
     Page((tmp_path / "report.html").read_text())
@@ -511,7 +518,7 @@ def test_the_report_is_written_last(plan: Plan, output: Path, monkeypatch: pytes
         write_bytes(uri, content)
 
     monkeypatch.setattr(storage, "write_bytes", noted)
-    suite_report.write(plan, str(output))
+    report.write(plan, str(output))
     assert order[-1] == f"{output}/report.html"
     assert order[:2] == [f"{output}/table.json", f"{output}/table.csv"]
 
@@ -520,11 +527,11 @@ def test_a_plan_that_names_what_is_not_there_is_a_mistake(plan: Plan, output: Pa
     results = Results(plan, str(output))
     section = plan.sections[0]
     with pytest.raises(ValueError, match="'none', which is no row of section injection"):
-        suite_table.judge(results, section, claim("x", "psnr", "none"), together=0.99)
+        suite_results.judge(results, section, claim("x", "psnr", "none"), together=0.99)
     with pytest.raises(ValueError, match="nothing to compare with"):
-        suite_table.judge(results, section, claim("x", "psnr", "plain", None), together=0.99)
+        suite_results.judge(results, section, claim("x", "psnr", "plain", None), together=0.99)
     with pytest.raises(ValueError, match="'none', which is no row of section injection"):
-        suite_figures.draw(results, section, Figure(kind="bars", title="x", y="psnr", rows=("none",)))
+        suite_charts.draw(results, section, Figure(kind="bars", title="x", y="psnr", rows=("none",)))
 
 
 @pytest.mark.parametrize(
@@ -544,17 +551,17 @@ def test_a_plan_that_names_what_is_not_there_is_a_mistake(plan: Plan, output: Pa
 def test_numbers_have_as_many_digits_as_their_interval_gives_a_meaning(
     value: Interval, metric: str, shown: str
 ) -> None:
-    assert suite_table.span(value, metric) == shown
+    assert suite_results.span(value, metric) == shown
 
 
 def test_what_jobs_evaluate_writes_is_read(tmp_path: Path, checkpoint_folder: str) -> None:
     """The contract between the two, on real evaluations."""
     colors = np.random.default_rng(0).integers(0, 255, (48, 3))
     pairs = [
-        data.Row(id=f"{i:02d}", domain=0, image=plain(color), target=plain(color, 0.3), target_id=f"{i:02d}")
+        Row(id=f"{i:02d}", domain=0, image=plain(color), target=plain(color, 0.3), target_id=f"{i:02d}")
         for i, color in enumerate(colors)
     ]
-    card = data.DatasetCard(
+    card = DatasetCard(
         name="colours",
         licence="CC0",
         source="drawn",
@@ -564,7 +571,7 @@ def test_what_jobs_evaluate_writes_is_read(tmp_path: Path, checkpoint_folder: st
         pairing="paired",
     )
     dataset_folder = str(tmp_path / "data")
-    data.write_dataset(dataset_folder, {"train": pairs[:24], "test": pairs[24:]}, card)
+    writing.write_dataset(dataset_folder, {"train": pairs[:24], "test": pairs[24:]}, card)
     for name in ("one", "two"):
         folder = str(tmp_path / "evaluations" / name)
         argv = ["--checkpoint", checkpoint_folder, "--data", dataset_folder, "--output", folder, "--num-images", "20"]
@@ -579,7 +586,7 @@ def test_what_jobs_evaluate_writes_is_read(tmp_path: Path, checkpoint_folder: st
     section = Section(
         key="real", title="Real", question="?", rows=rows, metrics=metrics, claims=claims, figures=figures
     )
-    verdicts = suite_report.write(Plan(name="x", size="y", commands=(), sections=(section,)), str(tmp_path))
+    verdicts = report.write(Plan(name="x", size="y", commands=(), sections=(section,)), str(tmp_path))
     assert [verdict.outcome for verdict in verdicts].count("not measured") == 0
     table = json.loads((tmp_path / "table.json").read_text())
     said = json.loads((tmp_path / "evaluations/one/metrics.json").read_text())["domains"]["night"]
@@ -589,7 +596,7 @@ def test_what_jobs_evaluate_writes_is_read(tmp_path: Path, checkpoint_folder: st
         assert [found[key] for key in ("mean", "low", "high")] == pytest.approx(
             [expected[key] for key in ("mean", "low", "high")]
         )
-    columns, _ = report.ungrid((tmp_path / "plots/real-1-pictures.png").read_bytes())
+    columns, _ = grids.ungrid((tmp_path / "plots/real-1-pictures.png").read_bytes())
     assert columns == ["source", "one", "two", "truth"]
 
 
@@ -629,7 +636,7 @@ def stressed(tmp_path: Path) -> tuple[Plan, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is on its way out
             torch.jit.script(net).save(str(tmp_path / f"{name}.pt"))
-    card = data.DatasetCard(
+    card = DatasetCard(
         name="reds",
         licence="CC0",
         source="drawn",
@@ -638,8 +645,8 @@ def stressed(tmp_path: Path) -> tuple[Plan, str]:
         domains=("male", "female"),
         pairing="unpaired",
     )
-    rows = [data.Row(id=f"{i:03d}", domain=i % 2, image=plain(color)) for i, color in enumerate(DARK)]
-    data.write_dataset(str(output / "data/reds"), {"train": rows[::2], "test": rows[1::2]}, card)
+    rows = [Row(id=f"{i:03d}", domain=i % 2, image=plain(color)) for i, color in enumerate(DARK)]
+    writing.write_dataset(str(output / "data/reds"), {"train": rows[::2], "test": rows[1::2]}, card)
     photos, results = (
         tmp_path / "photos",
         {
@@ -678,7 +685,7 @@ def stressed(tmp_path: Path) -> tuple[Plan, str]:
 
 def test_snapshots_are_judged_and_sorted(stressed: tuple[Plan, str]) -> None:
     plan, output = stressed
-    suite_report.write(plan, output)
+    report.write(plan, output)
     [folder] = json.loads(Path(output, "table.json").read_text())["stress"]
     judged = {each["name"]: each for each in folder["pictures"]}
     assert folder["rejected"] == {"empty.png": "no face"}
@@ -701,7 +708,7 @@ def test_snapshots_are_judged_and_sorted(stressed: tuple[Plan, str]) -> None:
 
 def test_successes_and_failures_stand_side_by_side(stressed: tuple[Plan, str]) -> None:
     plan, output = stressed
-    suite_report.write(plan, output)
+    report.write(plan, output)
     text = Path(output, "report.html").read_text()
     Page(text)
     good, bad = re.findall(r'<h4 class="(?:good|bad)">.*?</div></div>', text)
@@ -712,7 +719,7 @@ def test_successes_and_failures_stand_side_by_side(stressed: tuple[Plan, str]) -
     assert "flipped; identity 0.51, nearer to another; out of distribution (100 %)" in bad
     assert "out of distribution (100 %)" in good
     assert "<summary>1 set aside</summary><ul><li>empty.png: no face</li>" in text
-    columns, rows = report.ungrid(Path(output, "plots/stress-1-stress.png").read_bytes())
+    columns, rows = grids.ungrid(Path(output, "plots/stress-1-stress.png").read_bytes())
     assert columns == ["source", "result"] * 3
     assert len(rows) == 2
     assert "translations/none has not run yet" in text
@@ -721,6 +728,6 @@ def test_successes_and_failures_stand_side_by_side(stressed: tuple[Plan, str]) -
 def test_a_judge_that_is_missing_costs_its_figure_only(stressed: tuple[Plan, str], tmp_path: Path) -> None:
     plan, output = stressed
     (tmp_path / "gender.pt").unlink()
-    suite_report.write(plan, output)
+    report.write(plan, output)
     text = Path(output, "report.html").read_text()
     assert f"Snapshots: not drawn: {tmp_path}/gender.pt: no such net file" in text

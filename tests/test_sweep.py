@@ -12,28 +12,23 @@ import optuna
 import pytest
 from rich.console import Console
 
-from ddpm_core import checkpoint
+from ddpm_core import checkpoint, storage
 from ddpm_core import config as configs
 from ddpm_core.config import DiffusionConfig, ModelConfig
 from ddpm_core.errors import InputError
-from jobs import (
-    cli,
-    evaluate,
-    looking,
-    storage,
-    study,
-    sweep,
-    sweep_figures,
-    sweep_plan,
-    sweep_table,
-    sweeping,
-    train,
-    translate,
-    trials,
-)
-from jobs.inference import SamplingOverrides
-from jobs.looking import Seen
-from jobs.presets import TrainOptions
+from jobs import sweep, train, translate
+from jobs.common import cli
+from jobs.evaluation.plan import EvaluateArgs, plan_evaluation
+from jobs.reports import sweep_charts
+from jobs.training import checks
+from jobs.training.driver import fit
+from jobs.training.options import TrainArgs, TrainOptions
+from jobs.translation.options import SamplingOverrides
+from jobs.tuning import sampling_trial, study, terminal, training_trial
+from jobs.tuning.choice import nearest_to_ideal
+from jobs.tuning.driver import _importance, arithmetic, num_slots
+from jobs.tuning.plan import FORMAT, OBJECTIVES, described, plan_sweep, same_as_before, spaces
+from jobs.tuning.sampling_trial import Seen
 
 
 def command(data: str, output: Path | str, *more: str) -> list[str]:
@@ -148,7 +143,7 @@ def test_evaluate_and_the_endpoint_take_it_too(swept: Path, dataset_folder: str,
 
     loaded = checkpoint.load(str(swept))
     argv = {"checkpoint": str(swept), "data": dataset_folder, "output": str(tmp_path / "evaluation")}
-    job = evaluate.prepare(evaluate.Args(**argv, num_images=4))
+    job = plan_evaluation(EvaluateArgs(**argv, num_images=4))
     assert job.sampling == loaded.config.sampling != configs.SamplingConfig()
     assert (job.checkpoint_path, job.ema) == (loaded.path, loaded.ema)
     served = app.load(str(swept))
@@ -169,7 +164,7 @@ def test_the_front_is_what_no_other_point_beats(swept: Path) -> None:
 
 
 def test_what_a_better_objective_is() -> None:
-    lower = {name for name in sweep_plan.OBJECTIVES if sweep_figures.is_lower_better(name)}
+    lower = {name for name in OBJECTIVES if sweep_charts.is_lower_better(name)}
     assert lower == {"kid", "nfe"}
 
 
@@ -274,15 +269,15 @@ def test_wrong_input_is_told_before_anything_starts(
 ) -> None:
     flags = [checkpoint_folder if word == "CHECKPOINT" else word for word in flags]
     with pytest.raises(InputError, match=said) as raised:
-        sweep_plan.prepare(sweep.parse(command(dataset_folder, tmp_path / "out", *flags)))
+        plan_sweep(sweep.parse(command(dataset_folder, tmp_path / "out", *flags)))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(dataset_folder: str, tmp_path: Path) -> None:
     def told(output: Path) -> bool:
-        job = sweep_plan.prepare(sweep.parse(command(dataset_folder, output)))
-        return sweep_plan.same_as_before(job, sweep_plan.described(job))
+        job = plan_sweep(sweep.parse(command(dataset_folder, output)))
+        return same_as_before(job, described(job))
 
     run = tmp_path / "run"
     run.mkdir()
@@ -294,7 +289,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(dataset_folder: str, t
     (other / "sweep.json").write_text("[]")
     with pytest.raises(InputError, match="is not this program's"):
         told(other)
-    (other / "sweep.json").write_text(json.dumps({"format": sweep_plan.FORMAT, "format_version": 99}))
+    (other / "sweep.json").write_text(json.dumps({"format": FORMAT, "format_version": 99}))
     with pytest.raises(InputError, match="format version 99"):
         told(other)
     assert not told(tmp_path / "nothing")
@@ -321,11 +316,11 @@ def nodes(*resources: dict[str, float], dead: int = 0) -> list[dict[str, Any]]:
     ],
 )
 def test_workers_fit_on_nodes_not_on_sums(there: list[dict[str, Any]], worker: dict[str, float], slots: int) -> None:
-    assert sweeping.num_slots(there, worker) == slots
+    assert num_slots(there, worker) == slots
 
 
 def test_the_arithmetic_is_shown() -> None:
-    said = sweeping.arithmetic(nodes({"CPU": 3.0}, {"CPU": 3.0}), {"CPU": 2}, 2)
+    said = arithmetic(nodes({"CPU": 3.0}, {"CPU": 3.0}), {"CPU": 2}, 2)
     assert said == "6 CPUs on 2 nodes: room for 2 workers of 2 CPUs; a trial takes 2, so 1 at a time"
 
 
@@ -345,11 +340,11 @@ def test_the_nearest_to_the_ideal_point() -> None:
         {"kid": 0.30, "psnr": 24.0, "nfe": 20.0},
         {"kid": 0.90, "psnr": 12.0, "nfe": 2.0},
     ]
-    assert sweeping.nearest_to_ideal(front, {}) == 1
-    assert sweeping.nearest_to_ideal(front, {"kid": 50.0}) == 0
-    assert sweeping.nearest_to_ideal(front, {"psnr": 50.0}) == 2
-    assert sweeping.nearest_to_ideal(front, {"nfe": 50.0}) == 3
-    assert sweeping.nearest_to_ideal(front[:1], {}) == 0
+    assert nearest_to_ideal(front, {}) == 1
+    assert nearest_to_ideal(front, {"kid": 50.0}) == 0
+    assert nearest_to_ideal(front, {"psnr": 50.0}) == 2
+    assert nearest_to_ideal(front, {"nfe": 50.0}) == 3
+    assert nearest_to_ideal(front[:1], {}) == 0
     # by hand, in units of (median - best): kid (.21 - .10), psnr (24 - 21.5), log nfe (log 20 - log 2)
     by_hand = []
     for point in front:
@@ -360,8 +355,8 @@ def test_the_nearest_to_the_ideal_point() -> None:
 
 def test_an_outlier_does_not_flatten_what_is_good() -> None:
     good = [{"kid": 0.10, "psnr": 20.0}, {"kid": 0.11, "psnr": 23.0}, {"kid": 0.20, "psnr": 23.5}]
-    assert sweeping.nearest_to_ideal(good, {}) == 1
-    assert sweeping.nearest_to_ideal([*good, {"kid": 50.0, "psnr": 23.6}], {}) == 1
+    assert nearest_to_ideal(good, {}) == 1
+    assert nearest_to_ideal([*good, {"kid": 50.0, "psnr": 23.6}], {}) == 1
 
 
 def test_trials_that_were_stopped_say_what_matters_too() -> None:
@@ -373,12 +368,12 @@ def test_trials_that_were_stopped_say_what_matters_too() -> None:
         trial.suggest_float("unet.dropout", 0.0, 0.3)
         ending = study.Ending("stopped" if number else "complete", None if number else (loss,), {"loss": loss})
         study.tell(found, trial, ending)
-    shares = sweeping._importance(found, None)
+    shares = _importance(found, None)
     assert shares["optim.learning_rate"] > 0.8
 
 
 def test_equal_objectives_do_not_count() -> None:
-    assert sweeping.nearest_to_ideal([{"kid": 0.2, "nfe": 10.0}, {"kid": 0.1, "nfe": 10.0}], {}) == 1
+    assert nearest_to_ideal([{"kid": 0.2, "nfe": 10.0}, {"kid": 0.1, "nfe": 10.0}], {}) == 1
 
 
 def test_what_was_seen_twice_is_compared_picture_by_picture() -> None:
@@ -386,7 +381,7 @@ def test_what_was_seen_twice_is_compared_picture_by_picture() -> None:
     base = random.normal(20, 5, 400)
     ours = Seen({"psnr": base + 1 + random.normal(0, 0.1, 400)}, np.full(200, 0.1), 10.0)
     theirs = Seen({"psnr": base}, np.full(200, 0.3), 50.0)
-    found = looking.compared(ours, theirs, seed=0)
+    found = sampling_trial.compared(ours, theirs, seed=0)
     assert found["psnr"]["difference"].mean == pytest.approx(1, abs=0.02)
     assert found["psnr"]["difference"].high - found["psnr"]["difference"].low < 0.03  # not the pictures' own spread
     assert found["kid"]["difference"].mean == pytest.approx(-0.2)
@@ -398,9 +393,9 @@ def test_what_was_seen_twice_is_compared_picture_by_picture() -> None:
 
 def test_trials_over_the_loss_are_measured_by_one_loss(dataset_folder: str, tmp_path: Path) -> None:
     argv = command(dataset_folder, tmp_path / "out", "--space", "diffusion.huber_delta=0.01:1:log")
-    job = sweep_plan.prepare(sweep.parse(argv))
+    job = plan_sweep(sweep.parse(argv))
     assert job.options.measured_by == DiffusionConfig()
-    plain = sweep_plan.prepare(sweep.parse(command(dataset_folder, tmp_path / "out")))
+    plain = plan_sweep(sweep.parse(command(dataset_folder, tmp_path / "out")))
     assert plain.options.measured_by is None
 
 
@@ -416,11 +411,11 @@ def test_a_smaller_delta_is_not_a_smaller_loss(dataset_folder: str, tmp_path: Pa
             values["measured_by"] = None if measured_by is None else configs.to_dict(measured_by)
             options = configs.from_dict(TrainOptions, values)
             run = str(tmp_path / f"{name}-{delta}")
-            args = train.Args(data=dataset_folder, output=run, preset="smoke", num_workers="0", options=options)
+            args = TrainArgs(data=dataset_folder, output=run, preset="smoke", num_workers="0", options=options)
             with cli.ray_session(start=False):
-                config = train.model_config(train.data.read_card(dataset_folder), options)
-                train.fit(args, config, dataset_folder, run, {})
-            losses[name, delta] = trials.progress(run)[0][-1][1]
+                config = checks.model_config(train.data.read_card(dataset_folder), options)
+                fit(args, config, dataset_folder, run, {})
+            losses[name, delta] = training_trial.progress(run)[0][-1][1]
     assert losses["own", 0.01] < 0.2 * losses["own", 1.0]
     assert (
         losses["one", 0.01]
@@ -446,7 +441,7 @@ TRIAL = {
 
 def shown(results: dict[str, Any]) -> str:
     stream = io.StringIO()
-    table = sweep_table.Table(stream)
+    table = terminal.Table(stream)
     table.show(results)
     table.close()
     return stream.getvalue()
@@ -467,16 +462,16 @@ def test_a_log_gets_a_line_for_what_has_ended() -> None:
 def test_a_long_table_shows_the_best_and_the_latest() -> None:
     rows = [{**TRIAL, "number": n, "state": "complete", "loss": 1 / (1 + n % 30)} for n in range(60)]
     console = Console(width=200, file=io.StringIO(), record=True)
-    console.print(sweep_table.table({"state": "training", "trials": rows, "points": [], "best_trial": 29}))
+    console.print(terminal.table({"state": "training", "trials": rows, "points": [], "best_trial": 29}))
     text = console.export_text()
     numbers = [int(found) for found in re.findall(r"^(\d+)", text, re.MULTILINE)]
     assert {29, 59} <= set(numbers)
-    assert len(numbers) == sweep_table.NUM_SHOWN
+    assert len(numbers) == terminal.NUM_SHOWN
 
 
 def test_overrides_and_points_name_the_same_options() -> None:
     """What a sweep tunes is what translate takes by flags."""
     fields = set(vars(SamplingOverrides()))
-    point = sweep_plan.spaces.sampling_values(configs.SamplingConfig(), None)
+    point = spaces.sampling_values(configs.SamplingConfig(), None)
     assert fields == {*point, "guidance_interval"} - {"guidance_low", "guidance_high", "ema"}
     assert storage.join("a", "b") == "a/b"

@@ -17,7 +17,8 @@ from PIL import Image
 
 from ddpm_core import images
 from ddpm_core.metrics import Interval
-from jobs import report, sweep_figures, sweep_report
+from jobs.reports import charts as reports_charts
+from jobs.reports import sweep, sweep_charts
 
 HOSTILE = "<script>alert('x')</script> & \"CUDA\" http://evil.example"
 LEARNING_RATE = {"low": 1e-5, "high": 1e-2, "log": True, "integer": False}
@@ -182,11 +183,11 @@ def results() -> dict[str, Any]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what a page says, charts need not be drawn."""
-    monkeypatch.setattr(report, "chart", lambda draw, alt, **_: f'<img alt="{html.escape(alt)}">')
+    monkeypatch.setattr(reports_charts, "chart", lambda draw, alt, **_: f'<img alt="{html.escape(alt)}">')
 
 
 def page_of(results: dict[str, Any], **changes: Any) -> str:
-    page = sweep_report.build({**SWEEP, **changes}, results)
+    page = sweep.build({**SWEEP, **changes}, results)
     Strict().read(page)
     return page
 
@@ -250,7 +251,7 @@ SECTIONS = [
 
 def test_the_page_has_every_part_and_stands_by_itself(tmp_path: Path, results: dict[str, Any]) -> None:
     grid = images.encode_png(np.full((16, 16, 3), 7, np.uint8))
-    uri = sweep_report.write(str(tmp_path), SWEEP, results, [("guidance 0 <to> 4", grid)])
+    uri = sweep.write(str(tmp_path), SWEEP, results, [("guidance 0 <to> 4", grid)])
     assert uri == str(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     Strict().read(page)
@@ -315,7 +316,7 @@ def test_the_winner_stands_beside_the_hand_choice(results: dict[str, Any]) -> No
     ],
 )
 def test_luck_is_what_a_lead_loses(lead: float, gain: tuple[float, float, float], words: str) -> None:
-    assert sweep_report.luck(lead, Interval(*gain)) == words
+    assert sweep.luck(lead, Interval(*gain)) == words
 
 
 @pytest.mark.parametrize(
@@ -331,7 +332,7 @@ def test_luck_is_what_a_lead_loses(lead: float, gain: tuple[float, float, float]
     ],
 )
 def test_a_difference_counts_where_its_interval_leaves_out_zero(gap: Any, lower: bool, outcome: str) -> None:
-    assert sweep_report.judged(Interval(*gap), lower=lower) == outcome
+    assert sweep.judged(Interval(*gap), lower=lower) == outcome
 
 
 def fresh(winner: float, hand: float, width: float) -> dict[str, Any]:
@@ -340,21 +341,21 @@ def fresh(winner: float, hand: float, width: float) -> dict[str, Any]:
 
 
 def test_gain_in_loss_is_told_in_plain_words() -> None:
-    assert sweep_report.gain_in_loss(TRAINED_AGAIN) == (
+    assert sweep.gain_in_loss(TRAINED_AGAIN) == (
         "better",
         "On fresh noise the winner's loss is 0.0312, the hand choice's 0.0401: 22 % lower, more than chance "
         "(difference −0.0089, −0.0101 to −0.0077).",
         "Seen in the search it was 0.0310 against 0.0400, 22 % lower: about 1.4 % of the lead was luck (0 % to 15 %). "
         "Measured again on 128 pictures of test.",
     )
-    outcome, text, figures = sweep_report.gain_in_loss(fresh(0.0390, 0.0400, 0.002)) or ("", "", "")
+    outcome, text, figures = sweep.gain_in_loss(fresh(0.0390, 0.0400, 0.002)) or ("", "", "")
     assert (outcome, text) == (
         "even",
         "On fresh noise the winner's loss is 0.0390, the hand choice's 0.0400: 2.5 % lower, no more than chance "
         "(difference −0.001, −0.003 to +0.001).",
     )
     assert "22 % lower: the lead cannot be told from luck." in figures
-    outcome, text, figures = sweep_report.gain_in_loss(fresh(0.0420, 0.0400, 0.001)) or ("", "", "")
+    outcome, text, figures = sweep.gain_in_loss(fresh(0.0420, 0.0400, 0.001)) or ("", "", "")
     assert outcome == "worse"
     assert "5 % higher, more than chance" in text
     assert text.endswith("The hand choice is the better one.")
@@ -362,10 +363,10 @@ def test_gain_in_loss_is_told_in_plain_words() -> None:
 
 
 def test_a_loss_without_its_counterpart_is_not_compared() -> None:
-    assert sweep_report.gain_in_loss({}) is None
+    assert sweep.gain_in_loss({}) is None
     alone = {"fresh": {"winner": interval(0.03, 0.001), "hand": None, "difference": None}}
-    assert sweep_report.gain_in_loss(alone) is None
-    unseen = sweep_report.gain_in_loss({"fresh": TRAINED_AGAIN["fresh"], "seen": {"winner": 0.031, "hand": None}})
+    assert sweep.gain_in_loss(alone) is None
+    unseen = sweep.gain_in_loss({"fresh": TRAINED_AGAIN["fresh"], "seen": {"winner": 0.031, "hand": None}})
     assert unseen is not None
     assert unseen[2] == ""
 
@@ -397,8 +398,8 @@ def test_the_best_so_far_is_of_complete_trials_in_their_order() -> None:
         return {"number": number, "loss": loss, "state": state}
 
     trials = [made(3, 0.4), made(0, 0.5), made(1, 0.6), made(2, 0.1, "stopped"), made(4, None), made(5, 0.3)]
-    assert sweep_figures.best_so_far(trials) == [(0, 0.5), (1, 0.5), (3, 0.4), (5, 0.3)]
-    assert sweep_figures.best_so_far([made(0, 0.1, "diverged")]) == []
+    assert sweep_charts.best_so_far(trials) == [(0, 0.5), (1, 0.5), (3, 0.4), (5, 0.3)]
+    assert sweep_charts.best_so_far([made(0, 0.1, "diverged")]) == []
 
 
 @pytest.mark.parametrize(
@@ -416,15 +417,15 @@ def test_the_best_so_far_is_of_complete_trials_in_their_order() -> None:
     ],
 )
 def test_which_objectives_are_drawn_against_each_other(objectives: list[str], pairs: list[tuple[str, str]]) -> None:
-    assert sweep_report.pairs_of(objectives) == pairs
+    assert sweep.pairs_of(objectives) == pairs
 
 
 def test_curves_are_coloured_by_the_learning_rate_or_the_first_range() -> None:
     other, choices = {"low": 0, "high": 1}, {"choices": [1, 2]}
-    rate = sweep_report.LEARNING_RATE
-    assert sweep_report.colored_by({"a": other, rate: LEARNING_RATE}) == rate
-    assert sweep_report.colored_by({"c": choices, "a": other, "b": other}) == "a"
-    assert sweep_report.colored_by({"c": choices}) is None
+    rate = sweep.LEARNING_RATE
+    assert sweep.colored_by({"a": other, rate: LEARNING_RATE}) == rate
+    assert sweep.colored_by({"c": choices, "a": other, "b": other}) == "a"
+    assert sweep.colored_by({"c": choices}) is None
 
 
 def axes() -> Any:
@@ -437,7 +438,7 @@ def lines_of(drawn: Any) -> dict[str, list[tuple[float, float]]]:
 
 def test_the_history_shows_each_trial_where_it_belongs(results: dict[str, Any]) -> None:
     drawn, trials, best = axes(), results["trials"], results["best_trial"]
-    sweep_figures.draw_history(drawn, trials, best)
+    sweep_charts.draw_history(drawn, trials, best)
     lines = lines_of(drawn)
     assert lines["complete"] == [(t["number"], t["loss"]) for t in trials if t["state"] == "complete"]
     assert lines["stopped early"] == [(t["number"], t["loss"]) for t in trials if t["state"] == "stopped"]
@@ -448,7 +449,7 @@ def test_the_history_shows_each_trial_where_it_belongs(results: dict[str, Any]) 
     assert (drawn.get_xlabel(), drawn.get_ylabel(), drawn.get_yscale()) == ("trial", "validation loss", "linear")
     trials[4]["loss"] = 9.0
     drawn = axes()
-    sweep_figures.draw_history(drawn, trials, best)
+    sweep_charts.draw_history(drawn, trials, best)
     assert drawn.get_yscale() == "log"
 
 
@@ -456,7 +457,7 @@ def test_a_slice_has_the_scale_of_its_option(results: dict[str, Any]) -> None:
     drawn = {}
     for name, allowed in SWEEP["space"].items():
         drawn[name] = axes()
-        sweep_figures.draw_slice(drawn[name], results["trials"], name, allowed, results["best_trial"])
+        sweep_charts.draw_slice(drawn[name], results["trials"], name, allowed, results["best_trial"])
     assert {name: each.get_xscale() for name, each in drawn.items()} == {
         "optim.learning_rate": "log",
         "unet.injection": "linear",
@@ -476,14 +477,14 @@ def test_values_that_no_trial_has_or_that_the_space_lacks_do_not_hurt(results: d
     page = page_of(results, space=space)
     assert 'alt="never"' not in page
     drawn = axes()
-    sweep_figures.draw_slice(drawn, results["trials"], "unet.injection", SWEEP["space"]["unet.injection"], None)
+    sweep_charts.draw_slice(drawn, results["trials"], "unet.injection", SWEEP["space"]["unet.injection"], None)
     assert [text.get_text() for text in drawn.get_xticklabels()][-1] == "film"
 
 
 def test_the_curves_end_where_the_trials_ended(results: dict[str, Any]) -> None:
-    drawn, rate = axes(), sweep_report.LEARNING_RATE
+    drawn, rate = axes(), sweep.LEARNING_RATE
     trials = [each for each in results["trials"] if each["curve"]]
-    sweep_figures.draw_curves(drawn, trials, rate, True, results["best_trial"])
+    sweep_charts.draw_curves(drawn, trials, rate, True, results["best_trial"])
     assert [line.get_xdata()[-1] for line in drawn.get_lines()] == [each["epochs"] for each in trials]
     widths = {each["number"]: line.get_linewidth() for each, line in zip(trials, drawn.get_lines(), strict=True)}
     assert max(widths, key=widths.__getitem__) == results["best_trial"]
@@ -494,7 +495,7 @@ def test_the_curves_end_where_the_trials_ended(results: dict[str, Any]) -> None:
 
 def test_a_pareto_plot_tells_the_front_the_chosen_and_the_hand_choice(results: dict[str, Any]) -> None:
     drawn, points = axes(), results["points"]
-    sweep_figures.draw_pareto(drawn, points, "nfe", "kid")
+    sweep_charts.draw_pareto(drawn, points, "nfe", "kid")
     lines = lines_of(drawn)
 
     def places(key: str, value: bool = True) -> list[tuple[float, float]]:
@@ -559,7 +560,7 @@ def test_the_page_loads_itself_again_only_while_the_sweep_goes_on(state: str, li
     page = page_of(results)
     assert page.count('http-equiv="refresh"') == live
     assert ("<title>4% · earth: sweep from demo</title>" in page) == bool(live)  # 2 of 16 trials and 40 points
-    assert f">{sweep_report.STATES[state][1]}</h2>" in page
+    assert f">{sweep.STATES[state][1]}</h2>" in page
     assert ("3 min 20 s" in page) == bool(live)
     assert ('<progress value="2" max="56"' in page) == (state != "finished")
     assert "stop &amp; go" in page
@@ -568,7 +569,7 @@ def test_the_page_loads_itself_again_only_while_the_sweep_goes_on(state: str, li
 
 
 def test_nothing_but_the_beginning_is_a_page() -> None:
-    page = sweep_report.build({}, {})
+    page = sweep.build({}, {})
     Strict().read(page)
     assert sections_of(page) == []
     page = page_of({"state": "training", "trials": None, "points": [], "importance": None, "again": None})

@@ -17,11 +17,11 @@ from conftest import ROOT, free_port
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from ddpm_core import images
+from ddpm_core import images, storage
 from ddpm_core.config import DataCard, ModelConfig
 from ddpm_core.errors import InputError
-from jobs import storage, tracking
-from jobs.tracking import GAUGES, Events, Tracking, mlflow_uri
+from jobs.training import tracking
+from jobs.training.tracking import GAUGES, Events, Tracking, mlflow_uri
 
 CONFIG = dataclasses.replace(
     ModelConfig(image_size=16, domains=("day", "night")),

@@ -18,15 +18,32 @@ import ray
 import torch
 from PIL import Image
 
-from ddpm_core import checkpoint, encoders, identity
+from ddpm_core import checkpoint, encoders, identity, storage
 from ddpm_core.conditioning import structure
 from ddpm_core.config import DataCard, DiffusionConfig, ModelConfig
 from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from ddpm_core.gan import Generator
 from ddpm_core.translator import Translator
-from jobs import arrays, cli, data, objectives, runs, samples, storage, train, train_loop, translate, validation
-from jobs.presets import PRESETS, TrainOptions
+from jobs import train, translate
+from jobs.common import cli
+from jobs.datasets import cache, writing
+from jobs.datasets.format import DatasetCard, Row, read_card
+from jobs.training import checks, loop, methods, validation
+from jobs.training.batches import (
+    Batch,
+    Draw,
+    Feed,
+    Sampler,
+    Share,
+    epoch_order,
+    moved,
+    stratified_timesteps,
+    training_rows,
+)
+from jobs.training.options import TrainOptions
+from jobs.training.presets import PRESETS
+from jobs.training.run_folder import Run, describe, latest_checkpoint, read_best
 
 CPU = torch.device("cpu")
 
@@ -227,7 +244,7 @@ def started_until(step: int, output: Path, flags: list[str]) -> subprocess.Popen
         text=True,
     )
     deadline = time.monotonic() + 120
-    while runs.latest_checkpoint(str(output))[0] < step:
+    while latest_checkpoint(str(output))[0] < step:
         if driver.poll() is not None or time.monotonic() > deadline:
             driver.kill()
             pytest.fail(f"no checkpoint of step {step}: {driver.communicate()[1]}")
@@ -240,7 +257,7 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_not_taken_for_one(two_epoc
     half = folder / "checkpoints/step-99999999"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    assert runs.latest_checkpoint(str(folder)) == (4, str(folder / "checkpoints/step-00000004"))
+    assert latest_checkpoint(str(folder)) == (4, str(folder / "checkpoints/step-00000004"))
 
 
 def test_a_run_whose_losses_explode_stops_and_names_the_last_good_checkpoint(dataset_folder, tmp_path, capsys):
@@ -261,9 +278,9 @@ def test_a_run_whose_losses_explode_stops_and_names_the_last_good_checkpoint(dat
 
 def test_when_workers_take_a_checkpoint(monkeypatch):
     clock, leaving = [100.0], [None]
-    monkeypatch.setattr(train_loop.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(train_loop.ray.train, "get_preemption_info", lambda: leaving[0])
-    signals = train_loop.Signals(1, save_every_s=60.0, comparable=True)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(loop.ray.train, "get_preemption_info", lambda: leaving[0])
+    signals = loop.Signals(1, save_every_s=60.0, comparable=True)
     good, bad = {"loss": torch.tensor(0.5)}, {"loss": torch.tensor(float("nan"))}
 
     def after(seconds: float, losses=good, *, storing: bool = False) -> int:
@@ -271,24 +288,24 @@ def test_when_workers_take_a_checkpoint(monkeypatch):
         return signals.agree(losses, storing=storing)
 
     assert after(1) == 0
-    assert after(3) == train_loop.ASK
-    assert after(57) & train_loop.SAVE  # a minute after the start
-    assert not after(59) & train_loop.SAVE
-    assert not after(2, storing=True) & train_loop.SAVE  # the last one is still on its way
-    assert after(0.1) & train_loop.SAVE
+    assert after(3) == loop.ASK
+    assert after(57) & loop.SAVE  # a minute after the start
+    assert not after(59) & loop.SAVE
+    assert not after(2, storing=True) & loop.SAVE  # the last one is still on its way
+    assert after(0.1) & loop.SAVE
     leaving[0] = object()  # a node is about to go
-    assert after(4) == train_loop.ASK
-    assert [after(0.1) & train_loop.SAVE for _ in range(3)] == [train_loop.SAVE] * 3  # as often as they can be stored
-    assert not after(0.1, bad) & train_loop.STOP  # known one step later
-    assert after(0.1) & train_loop.STOP
+    assert after(4) == loop.ASK
+    assert [after(0.1) & loop.SAVE for _ in range(3)] == [loop.SAVE] * 3  # as often as they can be stored
+    assert not after(0.1, bad) & loop.STOP  # known one step later
+    assert after(0.1) & loop.STOP
 
 
 def test_a_run_has_diverged_when_its_losses_stay_far_above_the_first_ones():
     def stopped_at(losses: list[float], *, comparable: bool = True) -> int | None:
-        signals = train_loop.Signals(1, save_every_s=1e9, comparable=comparable)
+        signals = loop.Signals(1, save_every_s=1e9, comparable=comparable)
         signals.asked_s = math.inf
         for step, loss in enumerate(losses):
-            if signals.agree({"loss": torch.tensor(loss)}, storing=False) & train_loop.STOP:
+            if signals.agree({"loss": torch.tensor(loss)}, storing=False) & loop.STOP:
                 return step
         return None
 
@@ -302,9 +319,9 @@ def test_a_run_has_diverged_when_its_losses_stay_far_above_the_first_ones():
 def test_checkpoints_that_cannot_be_stored(tmp_path, monkeypatch):
     """In between validations two may be lost; nothing that was there before is touched."""
     options = PRESETS["smoke"].options
-    objective = objectives.Diffusion(config_for(options), options, CPU)
+    objective = methods.Diffusion(config_for(options), options, CPU)
     ema = EMA(objective.network, sigma_rels=(0.1,))
-    folder = runs.Run(str(tmp_path), config_for(options), files=checkpoint.files, comparable=True)
+    folder = Run(str(tmp_path), config_for(options), files=checkpoint.files, comparable=True)
     good = {"step": 1, "epoch": 1, "split": "val", "loss": 1.0, "ema_sigma_rel": 0.1}
 
     def save(step: int, *, strict: bool = False) -> None:
@@ -326,13 +343,13 @@ def test_checkpoints_that_cannot_be_stored(tmp_path, monkeypatch):
         save(step)
     with pytest.raises(InputError, match="no space left"):
         save(5)
-    assert runs.latest_checkpoint(str(tmp_path)) == (1, str(tmp_path / "checkpoints/step-00000001"))
+    assert latest_checkpoint(str(tmp_path)) == (1, str(tmp_path / "checkpoints/step-00000001"))
     assert {path: path.read_bytes() for path in before} == before
     monkeypatch.setattr(storage, "write_bytes", write)
     save(6)
     folder.stored(strict=True)
-    assert runs.latest_checkpoint(str(tmp_path))[0] == 6
-    assert runs.read_best(str(tmp_path))["metric"]["step"] == 1  # no validation, no claim to be the best
+    assert latest_checkpoint(str(tmp_path))[0] == 6
+    assert read_best(str(tmp_path))["metric"]["step"] == 1  # no validation, no claim to be the best
     monkeypatch.setattr(storage, "write_bytes", full)
     save(7)
     with pytest.raises(InputError, match="no space left"):  # after a validation it counts at once
@@ -342,7 +359,7 @@ def test_checkpoints_that_cannot_be_stored(tmp_path, monkeypatch):
 def test_a_checkpoint_that_was_lost_is_not_promoted_and_costs_none_before_it(tmp_path, monkeypatch):
     """The store failed for as long as the checkpoint took, and was well again when best.json was written."""
     ema = EMA(torch.nn.Linear(1, 1), sigma_rels=(0.1,))
-    folder = runs.Run(str(tmp_path), ModelConfig(), files=checkpoint.files, comparable=True)
+    folder = Run(str(tmp_path), ModelConfig(), files=checkpoint.files, comparable=True)
     write = storage.write_bytes
 
     def failing(uri: str, data: bytes) -> None:
@@ -364,7 +381,7 @@ def test_a_checkpoint_that_was_lost_is_not_promoted_and_costs_none_before_it(tmp
     promote(3, 0.4)
     with pytest.raises(InputError, match="no space left"):
         folder.stored(strict=True)
-    best = runs.read_best(str(tmp_path))
+    best = read_best(str(tmp_path))
     assert best["checkpoint"] == "checkpoints/step-00000001"
     assert "epochs" not in best  # not whole
     kept = sorted(each.name for each in (tmp_path / "checkpoints").iterdir())
@@ -372,10 +389,10 @@ def test_a_checkpoint_that_was_lost_is_not_promoted_and_costs_none_before_it(tmp
 
 
 def test_of_two_commands_for_one_run_the_earlier_ends(tmp_path):
-    def command(name: str) -> runs.Run:
-        for file, content in runs.describe(str(tmp_path), ModelConfig(), name).items():
+    def command(name: str) -> Run:
+        for file, content in describe(str(tmp_path), ModelConfig(), name).items():
             storage.write_bytes(str(tmp_path / file), content)
-        return runs.Run(str(tmp_path), ModelConfig(), files=checkpoint.files, comparable=True, owner=name)
+        return Run(str(tmp_path), ModelConfig(), files=checkpoint.files, comparable=True, owner=name)
 
     ema = EMA(torch.nn.Linear(1, 1), sigma_rels=(0.1,))
     first = command("first")
@@ -471,11 +488,11 @@ def test_ctrl_c_is_not_taken_for_success(ray_cluster, dataset_folder, tmp_path):
     told = driver.communicate(timeout=60)[1]
     assert driver.returncode == 130, told
     assert "interrupted; the same command goes on from here" in told
-    assert "epochs" not in runs.read_best(str(tmp_path / "run"))
+    assert "epochs" not in read_best(str(tmp_path / "run"))
 
 
-def loaded(dataset_folder: str, split: str = "train") -> arrays.SplitArrays:
-    return arrays.load(dataset_folder, split)
+def loaded(dataset_folder: str, split: str = "train") -> cache.SplitArrays:
+    return cache.load(dataset_folder, split)
 
 
 def config_for(options: TrainOptions) -> ModelConfig:
@@ -491,7 +508,7 @@ def config_for(options: TrainOptions) -> ModelConfig:
 
 def test_samples_are_functions_of_seed_epoch_and_id(ray_cluster, dataset_folder):
     options = PRESETS["smoke"].options
-    sampler = samples.Sampler(loaded(dataset_folder), config_for(options), options)
+    sampler = Sampler(loaded(dataset_folder), config_for(options), options)
     rows = np.arange(8)
     whole = sampler.train(rows, epoch=3)
     halves = [sampler.train(rows[:4], epoch=3), sampler.train(rows[4:], epoch=3)]
@@ -513,10 +530,10 @@ def test_the_order_is_ours(ray_cluster, dataset_folder, workers, start):
 
     @ray.remote(num_cpus=0.1)
     def drawn(rank: int, world: int, first: int) -> list[tuple[list[str], list[torch.Tensor]]]:
-        sampler = samples.Sampler(arrays.load(dataset_folder, "train"), config, options)
-        share = samples.Share(rank=rank, world=world)
-        feed = samples.Feed(sampler, np.arange(32), share, start=first, stop=10, pin=False)
-        names = [field.name for field in dataclasses.fields(samples.Draw) if field.name != "ids"]
+        sampler = Sampler(cache.load(dataset_folder, "train"), config, options)
+        share = Share(rank=rank, world=world)
+        feed = Feed(sampler, np.arange(32), share, start=first, stop=10, pin=False)
+        names = [field.name for field in dataclasses.fields(Draw) if field.name != "ids"]
         return [(draw.ids, [getattr(draw, name) for name in names]) for draw in feed]
 
     (whole,) = ray.get([drawn.remote(0, 1, 0)])
@@ -533,15 +550,15 @@ def test_the_order_is_ours(ray_cluster, dataset_folder, workers, start):
 
 def test_pictures_are_flipped_and_shifted_together():
     picture = torch.arange(5 * 5 * 3).reshape(1, 5, 5, 3).to(torch.uint8)
-    plain = samples.moved(picture, torch.tensor([False]), torch.tensor([[0, 0]]))
+    plain = moved(picture, torch.tensor([False]), torch.tensor([[0, 0]]))
     assert torch.equal(((plain + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1), picture)
-    assert torch.equal(samples.moved(picture, torch.tensor([True]), torch.tensor([[0, 0]])), plain.flip(3))
-    down, right = (samples.moved(picture, torch.tensor([False]), torch.tensor([shift])) for shift in ([2, 0], [0, -1]))
+    assert torch.equal(moved(picture, torch.tensor([True]), torch.tensor([[0, 0]])), plain.flip(3))
+    down, right = (moved(picture, torch.tensor([False]), torch.tensor([shift])) for shift in ([2, 0], [0, -1]))
     assert torch.equal(down[:, :, 2:], plain[:, :, :3])
     assert torch.equal(down[:, :, :2], plain[:, :, [2, 1]])  # the edge mirrored, not repeated
     assert torch.equal(right[..., :4], plain[..., 1:])
     assert torch.equal(right[..., 4], plain[..., 3])
-    both = samples.moved(picture, torch.tensor([True]), torch.tensor([[0, 1]]))
+    both = moved(picture, torch.tensor([True]), torch.tensor([[0, 1]]))
     assert torch.equal(both[..., 1:], plain.flip(3)[..., :4])  # first flipped, then shifted
 
 
@@ -549,12 +566,12 @@ def test_what_the_network_is_shown(ray_cluster, dataset_folder):
     """The counterpart, any picture of the other side, or the structure of x_0 itself."""
     rows_of, rows = loaded(dataset_folder), np.arange(32)
 
-    def batch(**changes) -> samples.Batch:
+    def batch(**changes) -> Batch:
         options = TrainOptions(max_shift=3, **changes)
         config = dataclasses.replace(config_for(options), shown="structure" if options.pairing == "self" else "source")
-        return samples.Sampler(rows_of, config, options).train(rows, 0).to(CPU, shown=config.shown)
+        return Sampler(rows_of, config, options).train(rows, 0).to(CPU, shown=config.shown)
 
-    def pairs(found: samples.Batch) -> int:
+    def pairs(found: Batch) -> int:
         """How many conditions are the counterparts of x_0: a night is its day dimmed."""
         dim = torch.tensor([0.2, 0.3, 0.5])[:, None, None]
         number = 0
@@ -571,29 +588,29 @@ def test_what_the_network_is_shown(ray_cluster, dataset_folder):
 
 
 def test_each_epoch_visits_every_row_once_in_its_own_order():
-    first, second = (samples.epoch_order(0, epoch, 50) for epoch in (0, 1))
+    first, second = (epoch_order(0, epoch, 50) for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(50))
     assert list(first) != list(second)
-    assert list(samples.epoch_order(0, 1, 50)) == list(second)
+    assert list(epoch_order(0, 1, 50)) == list(second)
 
 
 def test_both_directions_and_one(ray_cluster, dataset_folder):
     rows_of = loaded(dataset_folder)
     rows = np.arange(len(rows_of))
     options = TrainOptions(flip=False)
-    both = samples.Sampler(rows_of, config_for(options), options).train(rows, 0).to(CPU)
+    both = Sampler(rows_of, config_for(options), options).train(rows, 0).to(CPU)
     assert set(both.domain.tolist()) == {0, 1}
     for i, domain in enumerate(both.domain.tolist()):
         dimmer, brighter = both.x_0[i].mean(), both.condition[i].mean()
         assert (dimmer < brighter) == (domain == 1)  # night is darker: the picture fits its label
     one = TrainOptions(flip=False, target_domain="night")
-    assert set(samples.Sampler(rows_of, config_for(one), one).train(rows, 0).domain.tolist()) == {1}
+    assert set(Sampler(rows_of, config_for(one), one).train(rows, 0).domain.tolist()) == {1}
 
 
 def test_conditions_and_domains_are_dropped_apart_as_often_as_asked(ray_cluster, dataset_folder):
     rows_of = loaded(dataset_folder)
     options = TrainOptions(diffusion=DiffusionConfig(p_uncond=0.2, p_uncond_domain=0.5))
-    sampler = samples.Sampler(rows_of, config_for(options), options)
+    sampler = Sampler(rows_of, config_for(options), options)
     batches = [sampler.train(np.arange(len(rows_of)), epoch) for epoch in range(40)]
     dropped, domain_dropped = (
         torch.cat([getattr(each, name) for each in batches]) for name in ("dropped", "domain_dropped")
@@ -608,7 +625,7 @@ def test_conditions_and_domains_are_dropped_apart_as_often_as_asked(ray_cluster,
 def test_cyclegan_is_shown_no_pairs(ray_cluster, dataset_folder):
     rows_of = loaded(dataset_folder)
     options = TrainOptions(method="cyclegan", flip=False)
-    batch = samples.Sampler(rows_of, config_for(options), options).train(np.arange(len(rows_of)), 0).to(CPU)
+    batch = Sampler(rows_of, config_for(options), options).train(np.arange(len(rows_of)), 0).to(CPU)
     days = {tuple(picture.flatten().tolist()) for picture in rows_of.images(range(len(rows_of)))}
     pairs = 0
     for x_0, condition, domain in zip(batch.x_0, batch.condition, batch.domain.tolist(), strict=True):
@@ -624,13 +641,13 @@ def test_validation_gives_the_same_numbers_every_time_and_picks_the_best_length(
     options = dataclasses.replace(PRESETS["smoke"].options, method=method)
     config, rows_of = config_for(options), loaded(dataset_folder, "val")
     torch.manual_seed(0)
-    objective = objectives.objective(config, options, CPU)
+    objective = methods.objective(config, options, CPU)
     ema = EMA(objective.network, sigma_rels=(0.05, 0.1))
-    batch = samples.Sampler(rows_of, config, options).train(np.arange(8), 0).to(CPU)
+    batch = Sampler(rows_of, config, options).train(np.arange(8), 0).to(CPU)
     for step in range(4):
         objective.step(batch, 1e-3, step)
         ema.update(objective.network, step + 1)
-    validate = validation.Validation(rows_of, config, options, objective, CPU, samples.Share(rank=0, world=1))
+    validate = validation.Validation(rows_of, config, options, objective, CPU, Share(rank=0, world=1))
     found = validate(ema.tracks)
     torch.rand(7)
     assert validate(ema.tracks) == found
@@ -648,11 +665,11 @@ def test_validation_gives_the_same_numbers_every_time_and_picks_the_best_length(
 
 
 def test_timesteps_of_validation_are_stratified():
-    ts = samples.stratified_timesteps(200, 1000)
+    ts = stratified_timesteps(200, 1000)
     assert np.histogram(ts, bins=10, range=(0, 1000))[0].tolist() == pytest.approx([20] * 10, abs=1)
 
 
-def one_batch(**changes) -> samples.Batch:
+def one_batch(**changes) -> Batch:
     x_0, condition, noise = torch.randn(3, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     whole = {
         "x_0": x_0,
@@ -664,7 +681,7 @@ def one_batch(**changes) -> samples.Batch:
         "domain_dropped": torch.tensor([False, False, True, True]),
         "labels": torch.empty(4, 0, dtype=torch.int64),
     }
-    return samples.Batch(**{**whole, **changes})
+    return Batch(**{**whole, **changes})
 
 
 class Oracle(torch.nn.Module):
@@ -682,7 +699,7 @@ class Oracle(torch.nn.Module):
 def test_a_perfect_network_has_no_loss():
     options, batch = PRESETS["smoke"].options, one_batch()
     oracle = Oracle(batch.noise)
-    loss = objectives.Diffusion(config_for(options), options, CPU).validation_loss(oracle, batch)
+    loss = methods.Diffusion(config_for(options), options, CPU).validation_loss(oracle, batch)
     assert loss.tolist() == [0, 0, 0, 0]
     assert oracle.domain.tolist() == [0, 1, 2, 2]  # dropped: the null label
     assert not oracle.condition[[0, 2]].any()
@@ -712,7 +729,7 @@ def test_added_losses_are_the_librarys_on_what_was_shown(encoder_folder, pairing
         precision="fp32",
     )
     config = dataclasses.replace(config_for(options), data=DataCard(pairing=pairing))
-    objective, batch = objectives.Diffusion(config, options, CPU), one_batch()
+    objective, batch = methods.Diffusion(config, options, CPU), one_batch()
     predicted = torch.randn(4, 3, 16, 16).clamp(-1, 1)
     objective.model = Oracle(predicted)
     found = objective.step(batch, 0.0, 0)
@@ -725,7 +742,7 @@ def test_added_losses_are_the_librarys_on_what_was_shown(encoder_folder, pairing
 
     # and they pull with their weights: the gradient is the sum of the parts'
     def gradient(**weights: float) -> torch.Tensor:
-        alone = objectives.Diffusion(config, dataclasses.replace(options, **weights), CPU)
+        alone = methods.Diffusion(config, dataclasses.replace(options, **weights), CPU)
         alone.model = Oracle(predicted)
         alone.step(batch, 0.0, 0)
         return alone.model.output.grad
@@ -744,7 +761,7 @@ def test_gradient_checkpointing_changes_no_number():
     for checkpointing in (False, True):
         options = dataclasses.replace(smoke, gradient_checkpointing=checkpointing, precision="fp32")
         torch.manual_seed(0)
-        objective = objectives.Diffusion(config_for(options), options, CPU)
+        objective = methods.Diffusion(config_for(options), options, CPU)
         objective.distribute()
         losses = [objective.step(batch, 1e-2, step)["loss"].item() for step in range(3)]
         found.append((losses, [*objective.network.state_dict().values()]))
@@ -759,7 +776,7 @@ def test_a_step_in_parts_is_the_step_in_one():
     for parts in (1, 2, 4):
         options = dataclasses.replace(smoke, accumulate=parts, precision="fp32")
         torch.manual_seed(0)
-        objective = objectives.Diffusion(config_for(options), options, CPU)
+        objective = methods.Diffusion(config_for(options), options, CPU)
         loss = objective.step(batch, 1e-2, 0)["loss"].item()
         found.append((loss, {name: weights.grad for name, weights in objective.network.named_parameters()}))
     for loss, gradients in found[1:]:
@@ -775,7 +792,7 @@ def test_gans_name_their_losses_and_measure_the_same_in_training_and_validation(
     ):
         options = dataclasses.replace(PRESETS["smoke"].options, method=method, precision="fp32")
         torch.manual_seed(0)
-        gan, batch = objectives.objective(config_for(options), options, CPU), one_batch()
+        gan, batch = methods.objective(config_for(options), options, CPU), one_batch()
         expected = gan.validation_loss(gan.network, batch).mean().item()
         if method == "cyclegan":  # training goes round from either side
             back = dataclasses.replace(batch, condition=batch.x_0, domain=1 - batch.domain)
@@ -793,7 +810,7 @@ def test_a_picture_as_its_own_guide(dataset_folder, tmp_path):
     assert (there.config.shown, there.config.data.pairing) == ("structure", "self")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert 0 <= rows[0]["data_wait_share"] < 1
-    source = arrays.load(dataset_folder, "test").images([0])
+    source = cache.load(dataset_folder, "test").images([0])
     assert Translator(there)(source, "night").shape == source.shape
 
 
@@ -820,7 +837,7 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
     where = ["--checkpoint", str(output), "--num-workers", "1"]
     made = ["--input", dataset_folder, "--output", str(tmp_path / "made"), "--domain", "night"]
     assert translate.main([*where, *made]) == 0
-    source = arrays.load(dataset_folder, "test").images([0])
+    source = cache.load(dataset_folder, "test").images([0])
     right = Translator(loaded)(source, "night")[0]
     found = np.asarray(Image.open(tmp_path / "made/test-000.png"), int)
     assert np.abs(found - right).max() <= 1
@@ -894,13 +911,10 @@ def test_what_cannot_work_is_refused_in_one_line(dataset_folder, tmp_path, flags
 
 def unpaired(folder: Path, *domains: int, val: tuple[int, ...] | None = None) -> str:
     rows, held_out = (
-        [
-            data.Row(id=f"{prefix}{i:02d}", domain=side, image=np.zeros((16, 16, 3), np.uint8))
-            for i, side in enumerate(sides)
-        ]
+        [Row(id=f"{prefix}{i:02d}", domain=side, image=np.zeros((16, 16, 3), np.uint8)) for i, side in enumerate(sides)]
         for prefix, sides in (("", domains), ("v", domains if val is None else val))
     )
-    card = data.DatasetCard(
+    card = DatasetCard(
         name="toy",
         licence="CC0",
         source="x",
@@ -909,7 +923,7 @@ def unpaired(folder: Path, *domains: int, val: tuple[int, ...] | None = None) ->
         domains=("day", "night"),
         pairing="unpaired",
     )
-    data.write_dataset(str(folder), {"train": rows, "val": held_out}, card)
+    writing.write_dataset(str(folder), {"train": rows, "val": held_out}, card)
     return str(folder)
 
 
@@ -943,23 +957,23 @@ def test_splits_with_nothing_to_make_or_to_show_are_refused(tmp_path, val, flags
 
 def test_few_training_rows_are_of_every_domain(tmp_path, monkeypatch):
     """Ids of folders begin with the domain's name: the first so many would be of one."""
-    monkeypatch.setenv(arrays.ROOT, str(tmp_path / "cache"))
-    rows = arrays.load(unpaired(tmp_path / "set", *(0,) * 30, *(1,) * 30), "train")
+    monkeypatch.setenv(cache.ROOT, str(tmp_path / "cache"))
+    rows = cache.load(unpaired(tmp_path / "set", *(0,) * 30, *(1,) * 30), "train")
     config = ModelConfig(image_size=16, domains=("day", "night"))
     for most, each in ((20, 10), (100, 30)):
-        kept = samples.training_rows(rows, config, dataclasses.replace(PRESETS["smoke"].options, max_train_images=most))
+        kept = training_rows(rows, config, dataclasses.replace(PRESETS["smoke"].options, max_train_images=most))
         assert np.bincount(rows.domain[kept]).tolist() == [each, each]
 
 
 def test_a_run_on_data_that_changed_is_told_apart(tmp_path):
     first, second = (unpaired(tmp_path / str(i), *(0, 1) * (16 + i)) for i in range(2))
     args = train.parse(["--data", first, "--output", str(tmp_path / "run"), "--preset", "smoke"])
-    old, new = (train.model_config(data.read_card(uri), args.options) for uri in (first, second))
-    for name, content in runs.describe(args.output, old).items():
+    old, new = (checks.model_config(read_card(uri), args.options) for uri in (first, second))
+    for name, content in describe(args.output, old).items():
         storage.write_bytes(f"{args.output}/{name}", content)
-    assert not train.finished(args.output, old, args.options)
+    assert not checks.finished(args.output, old, args.options)
     with pytest.raises(InputError, match=r"holds a run on other data .* it was replaced or appended to since"):
-        train.finished(args.output, new, args.options)
+        checks.finished(args.output, new, args.options)
 
 
 def test_more_workers_than_the_cluster_has_are_refused_with_the_arithmetic(ray_cluster, dataset_folder, tmp_path):
@@ -980,23 +994,23 @@ def test_a_folder_with_something_else_is_not_overwritten(dataset_folder, tmp_pat
 def test_learning_rate():
     options = PRESETS["demo"].options
     peak, warmup = options.optim.learning_rate, options.optim.warmup_steps
-    assert train_loop.learning_rate(options, 0, 1000) == pytest.approx(peak / warmup, rel=1e-3)
-    assert train_loop.learning_rate(options, 500, 1000) == pytest.approx(peak / 2)
-    assert train_loop.learning_rate(options, 999, 1000) < peak * 1e-4
+    assert loop.learning_rate(options, 0, 1000) == pytest.approx(peak / warmup, rel=1e-3)
+    assert loop.learning_rate(options, 500, 1000) == pytest.approx(peak / 2)
+    assert loop.learning_rate(options, 999, 1000) < peak * 1e-4
     constant = TrainOptions()
-    assert train_loop.learning_rate(constant, 10_000, 10_000) == constant.optim.learning_rate
+    assert loop.learning_rate(constant, 10_000, 10_000) == constant.optim.learning_rate
 
 
 @pytest.mark.parametrize("comparable", [True, False])
 def test_the_best_checkpoint_is_the_last_where_losses_do_not_compare(tmp_path, comparable):
     """A generator that copies has CycleGAN's lowest loss: the untrained one must not stay the best for ever."""
-    run = runs.Run(str(tmp_path), ModelConfig(), files=checkpoint.files, comparable=comparable)
+    run = Run(str(tmp_path), ModelConfig(), files=checkpoint.files, comparable=comparable)
     ema = EMA(torch.nn.Linear(1, 1), sigma_rels=(0.1,))
     for step, loss in ((1, 0.1), (2, 0.3)):
         run.save(step, ema.state_dict(), {}, strict=True)
         run.promote({"step": step, "epoch": step, "loss": loss, "ema_sigma_rel": 0.1}, of_epochs=2)
     run.stored(strict=True)
-    best = runs.read_best(str(tmp_path))
+    best = read_best(str(tmp_path))
     assert best["checkpoint"] == f"checkpoints/step-{1 if comparable else 2:08d}"
     assert best["epochs"] == 2
     kept = {folder.name for folder in (tmp_path / "checkpoints").iterdir()}

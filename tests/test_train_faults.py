@@ -16,8 +16,10 @@ import ray
 from chaos import NEVER, OFTEN, SMOKE, Nodes, Training, difference, struck
 from conftest import S3Server
 
+from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs import runs, storage, train
+from jobs import train
+from jobs.training import run_folder
 
 WITHOUT_END = ["--epochs", "100000"]
 HERE = ["--num-workers", "0"]
@@ -57,7 +59,7 @@ def test_killed_at_random_steps_a_run_ends_with_the_same_weights(ray_cluster, da
         time.sleep(0.05)
     assert resumed == sorted(set(resumed)), resumed
     assert [attempt["step"] for attempt in chaos.attempts_of(output)] == [0, *resumed]
-    step, _ = runs.latest_checkpoint(output)
+    step, _ = run_folder.latest_checkpoint(output)
     shutil.copytree(output, tmp_path / "by-three")
     to = ["--epochs", str(step + 3)]
     assert run(dataset_folder, output, *to, *HERE) == 0
@@ -124,7 +126,7 @@ def once(output: str, step: int, deed: Callable[[], Any]) -> threading.Thread:
     """Do it as soon as there is a checkpoint of `step`."""
 
     def wait() -> None:
-        while runs.latest_checkpoint(output)[0] < step:
+        while run_folder.latest_checkpoint(output)[0] < step:
             time.sleep(0.02)
         deed()
 
@@ -199,7 +201,7 @@ def test_a_full_disk_ends_the_run_in_one_line(dataset_folder, whole):
 
 def resumes(output: str, data: str, whole: str) -> None:
     """What was stored before is whole, and the same command goes on from there."""
-    step, folder = runs.latest_checkpoint(output)
+    step, folder = run_folder.latest_checkpoint(output)
     assert 5 <= step < 60
     assert storage.file_sizes(folder)
     assert run(data, output, *SIXTY) == 0

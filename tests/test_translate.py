@@ -19,12 +19,20 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from ddpm_core import checkpoint, encoders, images
+from ddpm_core import checkpoint, encoders, images, storage
 from ddpm_core import config as configs
 from ddpm_core.config import DiffusionConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
-from jobs import cli, data, evaluate, storage, translate, translating
+from jobs import evaluate, translate
+from jobs.common import cli
+from jobs.datasets import writing
+from jobs.datasets.format import DatasetCard, Row, read_card
+from jobs.translation import listing
+from jobs.translation.batch import Translate, expand_rows, read_pictures
+from jobs.translation.driver import open_output
+from jobs.translation.manifest import Manifest
+from jobs.translation.plan import TranslateArgs, plan_translation, remaining
 
 
 def picture(seed: int, side: int = 16) -> np.ndarray:
@@ -62,16 +70,16 @@ def manifest(output: Path) -> dict[str, dict[str, Any]]:
     ],
 )
 def test_outputs_keep_the_name_and_never_meet(ids: list[str], expected: list[str]) -> None:
-    assert list(translating.output_names(ids, {}).values()) == expected
+    assert list(listing.output_names(ids, {}).values()) == expected
 
 
 def test_names_given_before_stay() -> None:
-    names = translating.output_names(["a.jpg", "a.png"], {"a.jpg": "a.png"})
+    names = listing.output_names(["a.jpg", "a.png"], {"a.jpg": "a.png"})
     assert names == {"a.jpg": "a.png", "a.png": "a.png.png"}
 
 
 def test_a_picture_called_preview_is_not_lost() -> None:
-    assert translating.output_names(["preview.jpg"], {"": "preview.png"}) == {"preview.jpg": "preview.jpg.png"}
+    assert listing.output_names(["preview.jpg"], {"": "preview.png"}) == {"preview.jpg": "preview.jpg.png"}
 
 
 # -- the listing
@@ -82,7 +90,7 @@ def test_only_pictures_are_listed_to_any_depth(tmp_path: Path) -> None:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"12345")
-    found, others = translating.list_pictures(str(tmp_path))
+    found, others = listing.list_pictures(str(tmp_path))
     assert [entry["id"] for entry in found] == ["b.JPG", "x/y/a.png"]
     assert others == 4
     assert found[0]["size"] == 5
@@ -96,33 +104,33 @@ def test_parts_survive_a_kill_and_later_rows_win(tmp_path: Path, monkeypatch: py
     def row(name: str, status: str) -> dict[str, Any]:
         return {"id": name, "output": f"{name}.png", "status": status, "error": "", "size": 1, "mtime_ns": 2}
 
-    monkeypatch.setattr(translating.Manifest, "FLUSH_EVERY_S", 0.0)
-    first = translating.Manifest(str(tmp_path))
+    monkeypatch.setattr(Manifest, "FLUSH_EVERY_S", 0.0)
+    first = Manifest(str(tmp_path))
     first.add([row("a", "rejected"), row("b", "ok")])
     first.add([row("a", "ok")])
-    again = translating.Manifest(str(tmp_path))  # the first was killed here
+    again = Manifest(str(tmp_path))  # the first was killed here
     assert {name: entry["status"] for name, entry in again.rows.items()} == {"a": "ok", "b": "ok"}
     again.add([row("c", "ok")])
     again.finish()
     assert not (tmp_path / ".manifest").exists()
     assert set(manifest(tmp_path)) == {"a", "b", "c"}
-    assert set(translating.Manifest(str(tmp_path)).rows) == {"a", "b", "c"}
+    assert set(Manifest(str(tmp_path)).rows) == {"a", "b", "c"}
 
 
 def test_many_parts_are_put_together_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(translating.Manifest, "FLUSH_EVERY_S", 0.0)
-    monkeypatch.setattr(translating.Manifest, "MAX_PARTS", 3)
-    notes = translating.Manifest(str(tmp_path))
+    monkeypatch.setattr(Manifest, "FLUSH_EVERY_S", 0.0)
+    monkeypatch.setattr(Manifest, "MAX_PARTS", 3)
+    notes = Manifest(str(tmp_path))
     for i in range(7):
         notes.add([{"id": str(i), "output": "x", "status": "ok", "error": "", "size": 1, "mtime_ns": 2}])
     assert len(list((tmp_path / ".manifest").iterdir())) == 1
-    assert len(translating.Manifest(str(tmp_path)).rows) == 7
+    assert len(Manifest(str(tmp_path)).rows) == 7
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match=r"manifest\.parquet is damaged"):
-        translating.Manifest(str(tmp_path))
+        Manifest(str(tmp_path))
 
 
 # -- rows
@@ -132,7 +140,7 @@ def test_reading_prepares_as_training_did_and_keeps_the_reason(tmp_path: Path) -
     put(tmp_path / "wide.png", 1, side=40)
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     batch = {"id": np.array(["wide.png", "bad.jpg", "gone.png"]), "output": np.array(["1", "2", "3"])}
-    read = translating.read_pictures(batch, root=str(tmp_path), image_size=16, to="night", seed=5)
+    read = read_pictures(batch, root=str(tmp_path), image_size=16, to="night", seed=5)
     right = images.to_square(images.decode((tmp_path / "wide.png").read_bytes()), 16)
     assert np.array_equal(read["image"][0], right)
     assert read["error"][0] == ""
@@ -150,9 +158,7 @@ def test_a_pair_is_read_from_either_side(to: str, source: str, truth: str) -> No
         "target": np.stack([picture(3), picture(4)]),
     }
     plan = {"b": [(to, 7, "b.png"), (to, 8, "b.png")]}
-    rows = translating.expand_rows(
-        batch, plan=plan, domains=["day", "night"], paired=True, image_size=16, keep_truth=True
-    )
+    rows = expand_rows(batch, plan=plan, domains=["day", "night"], paired=True, image_size=16, keep_truth=True)
     assert rows["id"].tolist() == ["b", "b"]
     assert rows["seed"].tolist() == [7, 8]
     assert np.array_equal(rows["image"], np.stack([batch[source][1]] * 2))
@@ -160,7 +166,7 @@ def test_a_pair_is_read_from_either_side(to: str, source: str, truth: str) -> No
 
 
 def test_the_actor_groups_by_wish_and_skips_what_is_set_aside(checkpoint_folder: str) -> None:
-    actor = translating.Translate(checkpoint_uri=checkpoint_folder, ema=None, sampling={}, output=None, num_threads=1)
+    actor = Translate(checkpoint_uri=checkpoint_folder, ema=None, sampling={}, output=None, num_threads=1)
     batch = {
         "id": np.array(["a", "b", "c"]),
         "to": np.array(["night", "day", "night"]),
@@ -253,10 +259,9 @@ def test_a_folder_is_translated_resumed_and_kept_up_to_date(
 
 def test_a_data_set_is_translated_row_by_row(run: Any, tmp_path: Path, checkpoint_folder: str) -> None:
     rows = [
-        data.Row(id=f"{i:02d}.jpg", domain=0, image=picture(i), target=picture(50 + i), target_id=f"n{i}")
-        for i in range(6)
+        Row(id=f"{i:02d}.jpg", domain=0, image=picture(i), target=picture(50 + i), target_id=f"n{i}") for i in range(6)
     ]
-    card = data.DatasetCard(
+    card = DatasetCard(
         name="toy",
         licence="CC0",
         source="here",
@@ -265,7 +270,7 @@ def test_a_data_set_is_translated_row_by_row(run: Any, tmp_path: Path, checkpoin
         domains=("day", "night"),
         pairing="paired",
     )
-    data.write_dataset(str(tmp_path / "set"), {"train": rows[:1], "test": rows[1:]}, card)
+    writing.write_dataset(str(tmp_path / "set"), {"train": rows[:1], "test": rows[1:]}, card)
     output = tmp_path / "out"
     assert run(command(checkpoint_folder, tmp_path / "set", output)) == cli.DONE
     names = sorted(path.name for path in output.glob("*.png") if path.name != "preview.png")
@@ -336,10 +341,10 @@ SAMPLING = [
 
 def test_every_sampling_option_reaches_the_network(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
     argv = command(checkpoint_folder, folder, tmp_path / "out", *SAMPLING)
-    args = cli.parse(translate.Args, argv, prog="jobs.translate")
+    args = cli.parse(TranslateArgs, argv, prog="jobs.translate")
     assert all(value is not None for value in vars(args.sampling).values())
     assert vars(args.sampling).keys() == {field.name for field in dataclasses.fields(SamplingConfig)}
-    job = translate.prepare(args)
+    job = plan_translation(args)
     wanted = SamplingConfig(
         sampler="ddim",
         num_steps=3,
@@ -353,7 +358,7 @@ def test_every_sampling_option_reaches_the_network(folder: Path, tmp_path: Path,
         strength=0.8,
     )
     assert job.sampling == wanted
-    actor = translating.Translate(
+    actor = Translate(
         checkpoint_uri=checkpoint_folder, ema=None, sampling=configs.to_dict(job.sampling), output=None, num_threads=1
     )
     batch = {
@@ -475,8 +480,8 @@ def test_an_output_below_a_file_is_named(folder: Path, tmp_path: Path, checkpoin
 
 
 def test_a_data_set_of_another_size_is_named(tmp_path: Path, checkpoint_folder: str) -> None:
-    row = data.Row(id="a", domain=0, image=picture(1, 8), target=picture(2, 8), target_id="b")
-    card = data.DatasetCard(
+    row = Row(id="a", domain=0, image=picture(1, 8), target=picture(2, 8), target_id="b")
+    card = DatasetCard(
         name="toy",
         licence="CC0",
         source="here",
@@ -485,12 +490,12 @@ def test_a_data_set_of_another_size_is_named(tmp_path: Path, checkpoint_folder: 
         domains=("day", "night"),
         pairing="paired",
     )
-    data.write_dataset(str(tmp_path / "set"), {"train": [row]}, card)
+    writing.write_dataset(str(tmp_path / "set"), {"train": [row]}, card)
     message = refused(command(checkpoint_folder, tmp_path / "set", tmp_path / "out"))
     assert "--image-size 16" in message
-    card = data.read_card(str(tmp_path / "set"))
+    card = read_card(str(tmp_path / "set"))
     with pytest.raises(InputError, match="no rows in split 'test'; it has train"):
-        translating.split_rows(str(tmp_path / "set"), card, "test")
+        listing.split_rows(str(tmp_path / "set"), card, "test")
 
 
 # -- kill -9
@@ -519,7 +524,7 @@ def test_killed_half_way_and_started_again_equals_an_unbroken_run(
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = translating.Manifest(str(killed)).rows
+    before = Manifest(str(killed)).rows
     assert 0 < len(before) < 40, "killed too early or too late to show anything"
     done = {name: (killed / row["output"]).stat().st_mtime_ns for name, row in before.items()}
 
@@ -535,12 +540,12 @@ def test_killed_half_way_and_started_again_equals_an_unbroken_run(
 
 
 def test_temporary_files_of_a_killed_run_are_swept(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
-    args = translate.Args(checkpoint=checkpoint_folder, input=str(folder), output=str(tmp_path / "out"), domain="night")
-    job = translate.prepare(args)
-    notes = translate.open_output(job)
+    args = TranslateArgs(checkpoint=checkpoint_folder, input=str(folder), output=str(tmp_path / "out"), domain="night")
+    job = plan_translation(args)
+    notes = open_output(job)
     debris = tmp_path / "out" / "0" / "p0.png.0123abcd.tmp"
     storage.write_bytes(str(debris), b"half")
-    assert len(translate.remaining(job, notes)) == 5
+    assert len(remaining(job, notes)) == 5
     assert not debris.exists()
 
 

@@ -32,12 +32,14 @@ import torch.utils.data
 from PIL import Image
 from torch import Tensor
 
-from ddpm_core import images, provenance
+from ddpm_core import images, provenance, storage
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
-from jobs import arrays, cli, samples, storage
-from jobs import data as datasets
-from jobs.presets import TrainOptions
+from jobs.common import cli
+from jobs.datasets import cache, writing
+from jobs.datasets.format import DatasetCard, Encoding, Row
+from jobs.training import batches
+from jobs.training.options import TrainOptions
 
 WIDTH, HEIGHT, QUALITY = 178, 218, 90
 """Of the JPEG files that are made."""
@@ -76,7 +78,7 @@ def run(options: Options) -> int:
     torch.set_num_threads(1)
     result: dict[str, Any] = {"options": dataclasses.asdict(options), "environment": provenance.environment()}
     with tempfile.TemporaryDirectory(prefix="ddpm-benchmark-") as folder:
-        os.environ[arrays.ROOT] = f"{folder}/cache"
+        os.environ[cache.ROOT] = f"{folder}/cache"
         files = jpeg_files(options, Path(folder) / "files")
         result["rows"] = [row for size in options.image_sizes for row in measure(files, size, options, Path(folder))]
     storage.write_bytes(storage.join(output, "data.json"), json.dumps(result, indent=2).encode())
@@ -106,7 +108,7 @@ def jpeg_files(options: Options, folder: Path) -> list[Path]:
         if len(found) < options.num_pictures:
             raise InputError(f"--source {options.source} holds {len(found)} JPEG files; --num-pictures wants more")
         return found[: options.num_pictures]
-    from jobs.datasets import earth
+    from jobs.datasets.sources import earth
 
     world = images.decode((earth.maps_folder() / "day.avif").read_bytes())
     folder.mkdir()
@@ -168,12 +170,12 @@ def our_ways(files: list[Path], size: int, options: Options, folder: Path) -> di
     contents = [file.read_bytes() for file in files]
     places = {"local": str(folder)} | ({"S3": f"{options.s3}/{size}"} if options.s3 else {})
     ways: dict[str, Way] = {}
-    encodings: tuple[datasets.Encoding, ...] = ("raw", "jpeg")
+    encodings: tuple[Encoding, ...] = ("raw", "jpeg")
     for (place, uri), encoding in itertools.product(places.items(), encodings):
         target = f"{uri}-{encoding}"
         make_set(target, contents, size, encoding)
         ways[f"ours, once: {encoding} shards, {place}"] = functools.partial(fill, target)
-    loaded = arrays.load(f"{folder}-raw", "train")
+    loaded = cache.load(f"{folder}-raw", "train")
     ways["ours, epoch: rows from the cache"] = lambda: epoch_of(loaded, options.batch_size)
     ways["ours, epoch: with noise and all else drawn"] = lambda: training_epoch(loaded, size, options.batch_size)
     ways["ours, prepare: file to square"] = lambda: squares(contents, lambda data: images.read_square(data, size))
@@ -181,8 +183,8 @@ def our_ways(files: list[Path], size: int, options: Options, folder: Path) -> di
     return ways
 
 
-def make_set(uri: str, contents: list[bytes], size: int, encoding: datasets.Encoding) -> None:
-    card = datasets.DatasetCard(
+def make_set(uri: str, contents: list[bytes], size: int, encoding: Encoding) -> None:
+    card = DatasetCard(
         name="benchmark",
         licence="",
         source="",
@@ -192,36 +194,36 @@ def make_set(uri: str, contents: list[bytes], size: int, encoding: datasets.Enco
         pairing="unpaired",
     )
     rows = (
-        datasets.Row(id=f"{number:06d}", domain=number % 2, image=images.read_square(content, size))
+        Row(id=f"{number:06d}", domain=number % 2, image=images.read_square(content, size))
         for number, content in enumerate(contents)
     )
-    datasets.write_dataset(uri, {"train": rows}, card)
+    writing.write_dataset(uri, {"train": rows}, card)
 
 
 def fill(uri: str) -> Iterator[Tensor]:
     """The shards read into an empty cache."""
     with tempfile.TemporaryDirectory() as empty:
-        before, os.environ[arrays.ROOT] = os.environ[arrays.ROOT], empty
+        before, os.environ[cache.ROOT] = os.environ[cache.ROOT], empty
         try:
-            count = len(arrays.load(uri, "train"))
+            count = len(cache.load(uri, "train"))
         finally:
-            os.environ[arrays.ROOT] = before
+            os.environ[cache.ROOT] = before
     yield torch.empty(count)
 
 
-def epoch_of(loaded: arrays.SplitArrays, batch_size: int) -> Iterator[Tensor]:
-    order = samples.epoch_order(0, 0, len(loaded))
+def epoch_of(loaded: cache.SplitArrays, batch_size: int) -> Iterator[Tensor]:
+    order = batches.epoch_order(0, 0, len(loaded))
     for first in range(0, len(order), batch_size):
         yield images.to_tensor(loaded.images(order[first : first + batch_size]))
 
 
-def training_epoch(loaded: arrays.SplitArrays, size: int, batch_size: int) -> Iterator[Tensor]:
+def training_epoch(loaded: cache.SplitArrays, size: int, batch_size: int) -> Iterator[Tensor]:
     """Two pictures a sample, noise for it, flipped, on the device: all of a step but the network."""
-    sampler = samples.Sampler(
+    sampler = batches.Sampler(
         loaded, ModelConfig(image_size=size), TrainOptions(global_batch_size=batch_size, pairing="unpaired")
     )
-    share = samples.Share(rank=0, world=1)
-    feed = samples.Feed(sampler, np.arange(len(loaded)), share, start=0, stop=len(loaded) // batch_size, pin=False)
+    share = batches.Share(rank=0, world=1)
+    feed = batches.Feed(sampler, np.arange(len(loaded)), share, start=0, stop=len(loaded) // batch_size, pin=False)
     for draw in feed:
         yield draw.to(CPU).x_0
 

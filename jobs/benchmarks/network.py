@@ -33,12 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_core import diffusion, images, provenance, schedule
+from ddpm_core import diffusion, images, provenance, schedule, storage
 from ddpm_core.config import DiffusionConfig, ModelConfig, UNetConfig
 from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from ddpm_core.unet import UNet
-from jobs import arrays, cli, storage
+from jobs.common import cli
+from jobs.datasets import cache
 
 IMAGE_SIZE = 64
 BATCH_SIZE = 16
@@ -389,7 +390,7 @@ class Track:
 
             prepare.main(["earth", "--image-size", str(IMAGE_SIZE), "--output", folder])
             # without Ray, so that nothing runs beside what is measured
-            self.train, test = (arrays.load(folder, split) for split in ("train", "test"))
+            self.train, test = (cache.load(folder, split) for split in ("train", "test"))
         self.abar = schedule.alphas_cumprod(DiffusionConfig())
         rows = np.linspace(0, len(test) - 1, NUM_VALIDATION).round().astype(int)
         t = (torch.arange(NUM_VALIDATION) * 0.618034 % 1 * 1000).long()
@@ -405,7 +406,7 @@ class Track:
         return self.noised(self.train, rows, t, noise)
 
     def noised(
-        self, pairs: arrays.SplitArrays, rows: np.ndarray, t: Tensor, noise: Tensor
+        self, pairs: cache.SplitArrays, rows: np.ndarray, t: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         day, night = images.to_tensor(pairs.images(rows)), images.to_tensor(pairs.targets(rows))
         return diffusion.q_sample(night, t, noise, self.abar), day, t, noise

@@ -26,11 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ddpm_core import images, provenance
+from ddpm_core import images, provenance, storage
 from ddpm_core.errors import InputError
-from jobs import arrays, cli, data, storage
-from jobs.datasets import earth
-from jobs.datasets.celeba import CENTRE, HEIGHT, WIDTH
+from jobs.common import cli
+from jobs.datasets import cache
+from jobs.datasets.format import read_card
+from jobs.datasets.sources import earth
+from jobs.datasets.sources.celeba import CENTRE, HEIGHT, WIDTH
 
 if TYPE_CHECKING:
     import psutil
@@ -42,7 +44,7 @@ STEPS = ("decode", "match", "write")
 """What `jobs.prepare` reports progress of."""
 READ = """
 import sys
-from jobs import arrays
+from jobs.datasets import cache
 rows = arrays.load(sys.argv[1], "train")
 for start in range(0, len(rows), 256):
     some = range(start, min(start + 256, len(rows)))
@@ -118,7 +120,7 @@ def measure(num_pictures: int, image_size: int, folder: Path) -> dict[str, Any]:
     prepared = Watched([*command, "--image-size", str(image_size)], folder)
     steps = {step: seconds_of(step, prepared.stderr) for step in STEPS}
     read = Watched([sys.executable, "-c", READ, str(out)], folder)
-    card = data.read_card(str(out))
+    card = read_card(str(out))
     num_rows = sum(card.splits.values())
     steps |= {
         "rest": prepared.wall_s - sum(steps.values()),
@@ -158,7 +160,7 @@ class Watched:
     """A process that ran to its end: time, and the largest memory of it and of all that it started."""
 
     def __init__(self, command: list[str], folder: Path) -> None:
-        environment = {**os.environ, "TMPDIR": str(folder), arrays.ROOT: str(folder / "cache")}
+        environment = {**os.environ, "TMPDIR": str(folder), cache.ROOT: str(folder / "cache")}
         self.driver_bytes = self.all_bytes = self.scratch_bytes = 0
         self.cpu_s = 0.0
         import psutil

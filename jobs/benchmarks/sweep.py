@@ -33,11 +33,15 @@ import numpy as np
 import ray.train
 import torch
 
-from ddpm_core import metrics, provenance
+from ddpm_core import metrics, provenance, storage
 from ddpm_core.errors import InputError
-from jobs import arrays, cli, prepare, runs, storage, study, sweep_plan, train, trials
-from jobs import space as spaces
-from jobs.study import EPOCH, LOSS, Ending
+from jobs import prepare, train
+from jobs.common import cli
+from jobs.datasets import cache
+from jobs.training import run_folder
+from jobs.tuning import plan, study, training_trial
+from jobs.tuning import search_space as spaces
+from jobs.tuning.study import EPOCH, LOSS, Ending
 
 SPACE = ("optim.learning_rate=1e-5:1e-1:log", "optim.lr_schedule=constant,cosine", "unet.dropout=0:0.3")
 WAYS = {
@@ -87,7 +91,7 @@ def run(options: Options) -> int:
         "sweeps": [],
     }
     with tempfile.TemporaryDirectory(prefix="ddpm-benchmark-") as folder:
-        os.environ[arrays.ROOT] = f"{folder}/cache"
+        os.environ[cache.ROOT] = f"{folder}/cache"
         data = f"{folder}/data"
         prepare.main(["earth", "--image-size", str(options.image_size), "--output", data])
         result["commands"] = timed(data, folder, options) if options.commands else {}
@@ -158,7 +162,7 @@ def searched(data: str, folder: str, way: str, seed: int, options: Options) -> d
         room=lambda: 2,
         told=lambda: None,
     )
-    grace, factor = sweep_plan.default_grace_epochs(options.epochs), sweep_plan.Args.reduction_factor
+    grace, factor = plan.default_grace_epochs(options.epochs), plan.SweepArgs.reduction_factor
     asha = study.ASHA(epochs=options.epochs, grace_epochs=grace, reduction_factor=factor) if way == OURS else None
     rungs = [grace * factor**k for k in range(options.epochs)] if asha else []
     events: list[tuple[float, int]] = []
@@ -209,7 +213,7 @@ class Enough(Exception):
 
 def training(data: str, run: str, values: dict[str, Any], options: Options, until: int) -> dict[str, Any]:
     """A training up to an epoch at least, from where it was: `curve` and whether its losses were lost."""
-    if len(known := trials.progress(run)[0]) >= until:
+    if len(known := training_trial.progress(run)[0]) >= until:
         return {"curve": known, "diverged": False}
 
     def report(told: dict[str, Any]) -> None:
@@ -224,11 +228,11 @@ def training(data: str, run: str, values: dict[str, Any], options: Options, unti
     except Exception as error:
         if not isinstance(error, Enough) and "Enough" not in repr(error) + repr(error.__cause__):
             raise
-        while runs.latest_checkpoint(run)[0] < until * (options.max_train_images // 16):
+        while run_folder.latest_checkpoint(run)[0] < until * (options.max_train_images // 16):
             time.sleep(0.05)  # it is stored by a thread
     finally:
         ray.train.report = given
-    curve, _ = trials.progress(run)
+    curve, _ = training_trial.progress(run)
     return {"curve": curve, "diverged": code == cli.FAILED}
 
 

@@ -32,13 +32,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ddpm_core import conditioning, diffusion, precision, provenance, schedule
+from ddpm_core import conditioning, diffusion, precision, provenance, schedule, storage
 from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from ddpm_core.unet import UNet
-from jobs import arrays, cli, profiling, samples, storage, train, train_loop
-from jobs import data as datasets
-from jobs.samples import Batch, Draw, Feed
+from jobs import train
+from jobs.common import cli
+from jobs.datasets import writing
+from jobs.datasets.cache import ROOT, load
+from jobs.datasets.format import DatasetCard, Row, read_card
+from jobs.training import checks, loop, profiling
+from jobs.training.batches import Batch, Draw, Feed, Sampler, Share
+from jobs.training.options import TrainArgs
 
 CPU = torch.device("cpu")
 PATIENCE_S = 600.0
@@ -80,7 +85,7 @@ def run(options: Options) -> int:
         "load_before": os.getloadavg(),
     }
     with tempfile.TemporaryDirectory(prefix="ddpm-benchmark-") as folder:
-        os.environ.update({"OMP_NUM_THREADS": "1", arrays.ROOT: f"{folder}/cache"})  # of all processes from here on
+        os.environ.update({"OMP_NUM_THREADS": "1", ROOT: f"{folder}/cache"})  # of all processes from here on
         for part, num_workers in {"one": 1, "two": 2}.items():
             if part in options.parts:
                 result[part] = overhead(options, num_workers, Path(folder) / part)
@@ -117,19 +122,19 @@ def overhead(options: Options, num_workers: int, folder: Path) -> dict[str, Any]
         context.Process(target=plain, args=(argv, gates, name, turns, options.steps), daemon=True)
         for name in teams["plain"]
     ]
-    real, ended = train_loop.train_loop, threading.Event()
+    real, ended = loop.train_loop, threading.Event()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         conducted = pool.submit(conduct, gates, teams, turns, ended)
         try:
             for process in processes:
                 process.start()
-            train_loop.train_loop = functools.partial(gated, gates, options.steps)
+            loop.train_loop = functools.partial(gated, gates, options.steps)
             code = train.main(argv)
             assert code == cli.DONE, code
             seconds = conducted.result()  # the last turn may be the plain loops'
         finally:
             ended.set()
-            train_loop.train_loop = real
+            loop.train_loop = real
             for process in processes:
                 process.terminate()
     return told(num_workers, seconds, pictures=options.steps * options.batch_size)
@@ -166,13 +171,13 @@ def make_set(uri: str, options: Options, *, num_rows: int) -> None:
     size = options.image_size
     random = np.random.default_rng(0)
 
-    def rows(split: str, count: int) -> Iterator[datasets.Row]:
+    def rows(split: str, count: int) -> Iterator[Row]:
         for number in range(count):
             source, target = random.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
             name = f"{split}-{number:06d}"
-            yield datasets.Row(id=name, domain=0, image=source, target=target, target_id=name)
+            yield Row(id=name, domain=0, image=source, target=target, target_id=name)
 
-    card = datasets.DatasetCard(
+    card = DatasetCard(
         name="noise",
         licence="",
         source="",
@@ -181,7 +186,7 @@ def make_set(uri: str, options: Options, *, num_rows: int) -> None:
         domains=("day", "night"),
         pairing="paired",
     )
-    datasets.write_dataset(uri, {"train": rows("train", num_rows), "val": rows("val", 4)}, card)
+    writing.write_dataset(uri, {"train": rows("train", num_rows), "val": rows("val", 4)}, card)
 
 
 def command(data: str, run: str, options: Options, *, num_workers: int, epochs: int) -> list[str]:
@@ -274,8 +279,8 @@ def gated(folder: Path, num_steps: int, job: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     gate = Gate(folder, f"job-{ray.train.get_context().get_world_rank()}")
-    train_loop.Feed = functools.partial(GatedFeed, gate, num_steps)  # type: ignore[assignment,misc]
-    return train_loop.train_loop(job)
+    loop.Feed = functools.partial(GatedFeed, gate, num_steps)  # type: ignore[assignment,misc]
+    return loop.train_loop(job)
 
 
 def plain(argv: list[str], folder: Path, name: str, turns: int, num_steps: int) -> None:
@@ -283,7 +288,7 @@ def plain(argv: list[str], folder: Path, name: str, turns: int, num_steps: int) 
     torch.set_num_threads(1)
     args = train.parse(argv)
     options, gate = args.options, Gate(folder, name)
-    config = train.model_config(datasets.read_card(args.data), options)
+    config = checks.model_config(read_card(args.data), options)
     batches = batches_of(args, num_steps)
     network = UNet(config)
     optimizer = torch.optim.AdamW(
@@ -317,12 +322,12 @@ def plain(argv: list[str], folder: Path, name: str, turns: int, num_steps: int) 
         gate.end()
 
 
-def batches_of(args: train.Args, count: int) -> list[Batch]:
+def batches_of(args: TrainArgs, count: int) -> list[Batch]:
     """The job's first batches, as rank 0 has them."""
-    config = train.model_config(datasets.read_card(args.data), args.options)
-    rows = arrays.load(args.data, "train")
-    share = samples.Share(rank=0, world=args.workers[0])
-    sampler = samples.Sampler(rows, config, args.options)
+    config = checks.model_config(read_card(args.data), args.options)
+    rows = load(args.data, "train")
+    share = Share(rank=0, world=args.workers[0])
+    sampler = Sampler(rows, config, args.options)
     feed = Feed(sampler, np.arange(len(rows)), share, start=0, stop=count, pin=False)
     return [draw.to(CPU, shown=config.shown) for draw in feed]
 
@@ -379,7 +384,7 @@ def bare_start(folder: Path, number: int) -> dict[str, float]:
 
 
 def job_start(argv: list[str], cache: Path) -> dict[str, float]:
-    words, env = [sys.executable, "-m", "jobs.train", *argv], {**os.environ, arrays.ROOT: str(cache)}
+    words, env = [sys.executable, "-m", "jobs.train", *argv], {**os.environ, ROOT: str(cache)}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])

@@ -25,15 +25,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddpm_core import checkpoint, provenance
+from ddpm_core import checkpoint, provenance, storage
 from ddpm_core.config import ModelConfig
 from ddpm_core.diffusion import seeded
 from ddpm_core.errors import InputError
-from jobs import arrays, cli, prepare, storage, train
-from jobs.objectives import Objective, objective
-from jobs.presets import TrainOptions
-from jobs.samples import Share
-from jobs.validation import Validation
+from jobs import prepare, train
+from jobs.common import cli
+from jobs.datasets import cache
+from jobs.training.batches import Share
+from jobs.training.methods import Objective, objective
+from jobs.training.options import TrainOptions
+from jobs.training.validation import Validation
 
 CPU = torch.device("cpu")
 LAST = 10
@@ -77,7 +79,7 @@ def run(options: Options) -> int:
         "load_before": os.getloadavg(),
     }
     with tempfile.TemporaryDirectory(prefix="ddpm-benchmark-") as folder:
-        os.environ[arrays.ROOT] = f"{folder}/cache"
+        os.environ[cache.ROOT] = f"{folder}/cache"
         data = f"{folder}/data"
         prepare.main(["earth", "--image-size", "32", "--output", data])
         result["runs"] = [measure(data, folder, rate, options) for rate in options.learning_rates]
@@ -146,7 +148,7 @@ class Validator:
     def __init__(self, data: str, config: ModelConfig, options: TrainOptions) -> None:
         self.config = config
         self.method: Objective = objective(config, options, CPU)
-        rows = arrays.load(data, "val")
+        rows = cache.load(data, "val")
         self.ours = Validation(rows, config, options, self.method, CPU, Share(rank=0, world=1))
 
     def __call__(self, folder: Path, epoch: int) -> dict[str, float]:

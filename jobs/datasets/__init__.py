@@ -1,1 +1,1 @@
-"""Sources of pictures: one file a source, each a function that yields `jobs.data.Row`s in a fixed order."""
+"""The data-set format: written from sources of pictures, read, cached, scanned."""

@@ -1,7 +1,7 @@
 """Pictures that come twice: with equal pixels, or saved again, scaled or cropped by a hair.
 
-Two pictures are nearly the same where their dHashes (`jobs.survey.mark`) differ in at most MAX_DISTANCE of 64 bits and
-their 8 x 8 miniatures correlate by MIN_CORRELATION or more. On 999 CelebA pictures at 64 px
+Two pictures are nearly the same where their dHashes (`jobs.datasets.scan.mark`) differ in at most MAX_DISTANCE of 64
+bits and their 8 x 8 miniatures correlate by MIN_CORRELATION or more. On 999 CelebA pictures at 64 px
 the hash alone would take 61 of the 498,501 pairs of different pictures for the same (aligned faces are alike); both
 together take none. They find again 998 of those saved as JPEG of quality 60, all of those halved in size, 988 of those
 cropped by 1 % on each side and 674 of those cropped by 2 %; none is taken for a copy of another.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.survey import DIGEST_BYTES, HASH_BYTES, MARK_BYTES
+from jobs.datasets.scan import DIGEST_BYTES, HASH_BYTES, MARK_BYTES
 
 MAX_DISTANCE = 6
 MIN_CORRELATION = 0.98

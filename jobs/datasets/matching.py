@@ -24,8 +24,9 @@ import ray.data
 from jaxtyping import Float32, Int, Int8, Int64, UInt8
 from ray.data.extensions import ArrowTensorArray
 
-from jobs import cli, storage
-from jobs.datasets import common
+from ddpm_core import storage
+from jobs.common import cli
+from jobs.datasets import source
 
 if TYPE_CHECKING:
     from ddpm_core.encoders import IdentityEncoder
@@ -162,7 +163,7 @@ def nearest(
         if len(tied) == NEAREST < len(candidates.vectors):
             costs = candidates.norms - 2 * (candidates.vectors @ distinct[query])
             ties[query] = np.flatnonzero(costs == costs.min())
-    draws = (int.from_bytes(common.name_hash(key), "big") for key in keys)
+    draws = (int.from_bytes(source.name_hash(key), "big") for key in keys)
     return np.array([candidates.pick(ties[q], draw) for q, draw in zip(which.ravel(), draws, strict=True)], np.int64)
 
 

@@ -1,0 +1,1 @@
+"""What every command and package stands on: the command line, progress, locks."""

@@ -1,0 +1,58 @@
+"""A zip file, local or remote, as a folder of files."""
+
+import functools
+import struct
+import zipfile
+import zlib
+
+from ddpm_core import storage
+from ddpm_core.errors import InputError
+
+
+class Archive:
+    """A zip file, local or remote: listed once, then each member costs one ranged read, from any thread."""
+
+    def __init__(self, uri: str) -> None:
+        fs, path = storage.filesystem(uri)
+        self.uri = uri
+        self.file = storage.persistently(uri, lambda: fs.open_input_file(path))
+        try:
+            listing = storage.persistently(uri, self._listing)
+        except zipfile.BadZipFile as error:
+            raise InputError(f"{uri} is not a whole zip file ({error}); download it again") from None
+        self.members = {info.filename: info for info in listing if not info.is_dir()}
+
+    def _listing(self) -> list[zipfile.ZipInfo]:
+        try:
+            return zipfile.ZipFile(self.file).infolist()
+        except (ValueError, NotImplementedError, struct.error) as error:  # so it ends where the listing is nonsense
+            raise zipfile.BadZipFile(str(error)) from None
+
+    def sizes(self) -> dict[str, int]:
+        """Size of each member by its path."""
+        return {name: info.file_size for name, info in self.members.items()}
+
+    def read(self, member: str) -> bytes:
+        """Raises KeyError where there is no such member, BadZipFile where it is damaged."""
+        info = self.members[member]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise zipfile.BadZipFile(f"packed by method {info.compress_type}, only 0 and 8 are read: pack it anew")
+        # local header: 30 bytes, name and extra field (whose length may differ from the listing's), then data
+        start, size = info.header_offset, 30 + len(info.filename.encode()) + 2**10 + info.compress_size
+        data = storage.persistently(self.uri, lambda: self.file.read_at(size, start))
+        if len(data) < 30 or data[:4] != b"PK\x03\x04" or info.flag_bits & 1:
+            raise zipfile.BadZipFile("damaged or encrypted member")
+        skip = 30 + int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")
+        data = data[skip : skip + info.compress_size]
+        try:
+            content = data if info.compress_type == zipfile.ZIP_STORED else zlib.decompress(data, -15)
+        except zlib.error as error:
+            raise zipfile.BadZipFile(str(error)) from None
+        if zlib.crc32(content) != info.CRC:
+            raise zipfile.BadZipFile("bad checksum")
+        return content
+
+
+@functools.lru_cache(maxsize=2)
+def archive(uri: str) -> Archive:
+    return Archive(uri)

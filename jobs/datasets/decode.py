@@ -1,0 +1,241 @@
+"""Files to squares by Ray Data over all CPUs; what cannot be read is set aside with its reason."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import ray.data
+from jaxtyping import UInt8
+
+from ddpm_core import faces, images, storage
+from ddpm_core.errors import InputError
+from jobs.common import cli
+from jobs.common.progress import Progress
+from jobs.datasets import writing
+from jobs.datasets.format import Encoding
+from jobs.datasets.scan import mark
+
+PICTURES_PER_TASK = 64
+"""Pictures that one Ray task decodes."""
+UNREADABLE = {".heic", ".heif"}
+"""What phones write and Pillow does not read: set aside with the reason rather than passed over."""
+DECODED = pyarrow.schema(
+    [
+        pyarrow.field("pixels", pyarrow.binary()),
+        pyarrow.field("marks", pyarrow.list_(pyarrow.binary())),
+        pyarrow.field("enlarged", pyarrow.bool_()),
+        pyarrow.field("landmarks", pyarrow.list_(pyarrow.float32())),
+        pyarrow.field("num_faces", pyarrow.int32()),
+        pyarrow.field("error", pyarrow.string()),
+    ]
+)
+"""What comes back of a picture."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One file to decode."""
+
+    name: str
+    """What to call it in messages."""
+    uri: str
+    """The file; `archive.zip!member` for a member of an archive."""
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+
+
+class Pixels:
+    """Decoded pictures in a file, (n, parts, s, s, 3) uint8, so that 200,000 of them need no memory."""
+
+    def __init__(self, shape: tuple[int, int, int, int, int], scratch: Path) -> None:
+        self.shape, self.scratch = shape, scratch
+        # It has no name: nothing of it is left when the process is killed.
+        self.file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
+        self.ok = np.zeros(shape[0], bool)
+        """(n,) whether the picture is used."""
+        self.marks: list[tuple[bytes, ...]] = [()] * shape[0]
+        """`survey.mark` of each part."""
+        self.num_enlarged = 0
+        """Pictures that are smaller than they are stored."""
+        self.landmarks: list[list[float] | None] = [None] * shape[0]
+        """In pixels of the stored picture, of those that were aligned."""
+        self.num_several = 0
+        """Aligned pictures with other faces than the one that was taken."""
+
+    def __setitem__(self, row: int, pixels: bytes) -> None:
+        size = int(np.prod(self.shape[1:]))
+        assert len(pixels) == size, row
+        with self._explained():
+            self.file.seek(row * size)
+            self.file.write(pixels)
+
+    def __getitem__(self, index: tuple[int, int]) -> UInt8[np.ndarray, "s s 3"]:
+        row, part = index
+        size = int(np.prod(self.shape[2:]))
+        with self._explained():
+            self.file.seek((row * self.shape[1] + part) * size)
+            return np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape[2:])
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        bytes_needed = int(np.prod(self.shape))
+        return storage.explained(f"{self.scratch} (TMPDIR says where) for {bytes_needed / 1e6:,.0f} MB of pixels")
+
+    def means(self) -> np.ndarray:
+        """(parts,) mean grey level of each part over the decoded pictures."""
+        rows = np.flatnonzero(self.ok).tolist()
+        return np.array([[self[row, part].mean() for part in range(self.shape[1])] for row in rows]).mean(axis=0)
+
+    def notes(self) -> list[str]:
+        """What a reader should know of how they were decoded."""
+        words = []
+        if self.num_enlarged:
+            what = "1 picture is" if self.num_enlarged == 1 else f"{self.num_enlarged:,} pictures are"
+            was = "was" if self.num_enlarged == 1 else "were"
+            words.append(f"{what} smaller than {self.shape[2]} pixels and {was} enlarged")
+        if any(points is not None for points in self.landmarks):
+            words.append(f"aligned to CelebA's landmarks; of several faces ({self.num_several:,} pictures) the largest")
+        return words
+
+
+def decode_pictures(
+    pictures: Sequence[Picture],
+    *,
+    size: int,
+    halves: bool,
+    scratch: Path,
+    encoding: Encoding,
+    template: tuple[float, ...] = (),
+) -> tuple[Pixels, list[tuple[str, str]]]:
+    """Every picture cut to a centred square of `size`, by Ray Data over all its CPUs.
+
+    With `halves` a picture is two side by side, and each becomes a part. With `template` (`faces.CELEBA`) the square
+    is not the centred one but that which brings the largest face there. Marks are those of the pictures as `encoding`
+    stores them.
+    Returns the pixels and (name, reason) of each picture that could not be decoded.
+
+    Raises:
+        InputError: none could be decoded, or the store refuses.
+    """
+    pixels = Pixels((len(pictures), 2 if halves else 1, size, size, 3), scratch)
+    rejected = []
+    tables = [
+        pyarrow.table(
+            {
+                "index": pyarrow.array(range(start, start + len(some)), pyarrow.int64()),
+                "name": [picture.name for picture in some],
+                "uri": [picture.uri for picture in some],
+            }
+        )
+        for start, some in zip(
+            itertools.count(0, PICTURES_PER_TASK), batched(pictures, PICTURES_PER_TASK), strict=False
+        )
+    ]
+    with cli.ray_session(), Progress(total=len(pictures), description="decode") as progress:
+        decoded = ray.data.from_arrow(tables).map_batches(
+            decode_batch,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={"size": size, "halves": halves, "encoding": encoding, "template": template},
+        )
+        for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            for line in batch.to_pylist():
+                if line["error"] is not None:
+                    rejected.append((line["name"], line["error"]))
+                    continue
+                pixels[line["index"]] = line["pixels"]
+                pixels.ok[line["index"]] = True
+                pixels.marks[line["index"]] = tuple(line["marks"])
+                pixels.num_enlarged += line["enlarged"]
+                pixels.landmarks[line["index"]] = line["landmarks"]
+                pixels.num_several += (line["num_faces"] or 0) > 1
+            progress.update(len(batch))
+    if not pixels.ok.any():
+        name, reason = min(rejected)
+        raise InputError(f"none of the {len(pictures)} pictures can be used; the first: {name}: {reason}")
+    return pixels, sorted(rejected)
+
+
+def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def decode_batch(
+    batch: pyarrow.Table, size: int, halves: bool, encoding: Encoding = "raw", template: tuple[float, ...] = ()
+) -> pyarrow.Table:
+    """One task's pictures: pixels and their marks, or the reason why there are none."""
+    done: list[dict[str, Any]] = []
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # reading waits on the network, decoding does not
+        for content in pool.map(read_or_error, batch.column("uri").to_pylist()):
+            try:
+                if isinstance(content, InputError):
+                    raise content
+                squares, facts = portrait(content, size, template) if template else decode_one(content, size, halves)
+                marks = [mark(writing.stored(square, encoding)) for square in squares]
+                done.append({"pixels": squares.tobytes(), "marks": marks, **facts})
+            except InputError as error:
+                reason = str(error).removeprefix("picture: ")
+                done.append({"pixels": None, "error": reason})
+    columns = pyarrow.Table.from_pylist(done, schema=DECODED)
+    return columns.append_column("index", batch.column("index")).append_column("name", batch.column("name"))
+
+
+def portrait(
+    content: bytes, size: int, template: tuple[float, ...]
+) -> tuple[UInt8[np.ndarray, "1 size size 3"], dict[str, Any]]:
+    """A file's bytes as the square around its largest face; and what else `DECODED` asks for.
+
+    Raises:
+        InputError: not a usable picture, or there is no face.
+    """
+    found = faces.read_portrait(content, size, template)
+    landmarks = [value * size for value in found.landmarks]
+    return found.pixels[None], {"enlarged": found.zoom > 1, "landmarks": landmarks, "num_faces": found.num_faces}
+
+
+def decode_one(
+    content: bytes, size: int, halves: bool
+) -> tuple[UInt8[np.ndarray, "parts size size 3"], dict[str, Any]]:
+    """A file's bytes as one square, or as two where it is two pictures side by side; and whether that enlarged it.
+
+    Raises:
+        InputError: not a usable picture.
+    """
+    image = images.decode(content, square=None if halves else size)
+    pieces = [image]
+    if halves:
+        if image.width % 2 or not image.width / image.height >= 1.2:
+            raise InputError(f"{image.width} x {image.height} pixels; two pictures side by side are expected")
+        middle = image.width // 2
+        pieces = [image.crop((0, 0, middle, image.height)), image.crop((middle, 0, image.width, image.height))]
+    enlarged = min(min(piece.size) for piece in pieces) < size
+    return np.stack([images.to_square(piece, size) for piece in pieces]), {"enlarged": enlarged}
+
+
+def read_or_error(uri: str) -> bytes | InputError:
+    """A picture's bytes. What is wrong with one file sets it aside; a store that refuses stops the work."""
+    try:
+        file, bang, member = uri.partition(".zip!")
+        return archive(f"{file}.zip").read(member) if bang else storage.read_bytes(uri)
+    except FileNotFoundError:
+        return InputError("the file is gone")
+    except (zipfile.BadZipFile, KeyError) as error:
+        return InputError(f"cannot be read from the archive ({error})")
+    except InputError as error:
+        if storage.is_remote(uri) and not isinstance(error, storage.UnusableNameError):
+            raise
+        return InputError(str(error).removeprefix(f"{uri}: "))
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """Where decoded pictures wait to be written; removed at the end."""
+    return tempfile.TemporaryDirectory(prefix="ddpm-prepare-")

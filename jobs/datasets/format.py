@@ -1,0 +1,209 @@
+"""The data-set format: written once by `jobs.prepare`, read by every other job through Ray Data.
+
+    DATASET/  dataset.json                     written last: a folder without it is not a data set
+              rejected.parquet                 picture, reason, version: what was set aside
+              duplicates.parquet               picture, of, kind, distance, split, split_of, version
+              train|val|test/part-00000.parquet
+                id          string             unique; rows are sorted by it
+                domain      int8               index into dataset.json's domains
+                image       binary             square, s s 3 uint8 sRGB, encoded as dataset.json says
+                target      binary | null      the counterpart, encoded likewise; null when unpaired or self
+                target_id   string | null      what the counterpart is called at its source
+                identity    int32 | null       of the person or place; no two splits share one
+                attributes  list<int8> | null  one a name of attribute_names
+                landmarks   list<float32> | null   x0 y0 x1 y1 ..., in pixels of the stored picture
+
+`raw` pictures are their s*s*3 bytes, so that a column of them is one array in memory and nothing is decoded.
+The same rows give the same bytes. An append writes further shards and then replaces dataset.json: rows are sorted
+within a shard, and of the two tables lines whose `version` is above dataset.json's do not count.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow
+import pyarrow.dataset
+import pyarrow.parquet
+from jaxtyping import UInt8
+
+from ddpm_core import storage
+from ddpm_core.config import from_dict
+from ddpm_core.errors import InputError
+
+FORMAT_VERSION = 2
+"""Version of the layout above; raised when an older reader would misread a newer data set."""
+
+Encoding = Literal["raw", "png", "jpeg"]
+Pairing = Literal["paired", "matched", "unpaired", "self"]
+
+MAKE_AGAIN = "make the data set again with python -m jobs.prepare"
+"""The remedy for a data set that cannot be read."""
+CARD = "dataset.json"
+REJECTED, DUPLICATES = "rejected.parquet", "duplicates.parquet"
+CONTACT_SHEET, ENVIRONMENT = "contact_sheet.png", "environment.json"
+SPLITS = ("train", "val", "test")
+SCHEMA = pyarrow.schema(
+    [
+        pyarrow.field("id", pyarrow.string(), nullable=False),
+        pyarrow.field("domain", pyarrow.int8(), nullable=False),
+        pyarrow.field("image", pyarrow.binary(), nullable=False),
+        pyarrow.field("target", pyarrow.binary()),
+        pyarrow.field("target_id", pyarrow.string()),
+        pyarrow.field("identity", pyarrow.int32()),
+        pyarrow.field("attributes", pyarrow.list_(pyarrow.int8())),
+        pyarrow.field("landmarks", pyarrow.list_(pyarrow.float32())),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One picture of one domain, with its counterpart where it has one."""
+
+    id: str
+    domain: int
+    image: UInt8[np.ndarray, "s s 3"]
+    target: UInt8[np.ndarray, "s s 3"] | None = None
+    target_id: str | None = None
+    identity: int | None = None
+    attributes: Sequence[int] | None = None
+    landmarks: Sequence[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One parquet file of a data set."""
+
+    file: str
+    """Path relative to the data set."""
+    rows: int
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one append brought."""
+
+    prepared_by: dict[str, Any]
+    """The command and its options, as the card's own."""
+    source_hash: str
+    rows: int
+    """Those that were new."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetCard:
+    """All of `dataset.json`."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of the format, of rows and card alike."""
+    name: str
+    """Name of the data set."""
+    licence: str
+    """Licence of the pictures; it travels to checkpoints and outputs."""
+    source: str
+    """Where the pictures come from, with the credit they ask for."""
+    image_size: int
+    """Side of the square pictures, in pixels."""
+    encoding: Encoding
+    """How `image` and `target` are stored."""
+    domains: tuple[str, ...]
+    """Names of the sides; a row's `domain` is an index into them."""
+    pairing: Pairing
+    """paired: true counterparts. matched: nearest neighbours as proxies. unpaired: no targets. self: none either, the
+    network is shown the structure of the very picture it is to make."""
+    attribute_names: tuple[str, ...] = ()
+    """What the numbers of the column `attributes` stand for."""
+    prepared_by: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The command and its options, without where it read and wrote: the same again means nothing to do."""
+    source_hash: str = ""
+    """Hash of names and sizes of the source's files: tells whether it changed since."""
+    notes: tuple[str, ...] = ()
+    """What a reader of results should know of how the pictures were paired and split."""
+    num_rejected: int = 0
+    """Pictures of the source that could not be used; rejected.parquet says why."""
+    # from here on filled in by the writer
+    version: int = 1
+    """1 when made, one more for each append that brought rows."""
+    parts: tuple[Part, ...] = ()
+    """What each append brought, in order."""
+    splits: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Rows in each split."""
+    domain_counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    """Rows of each domain in each split."""
+    mean_color: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """Mean of the training pictures' pixels, r g b in [-1, 1]."""
+    mean_landmarks: tuple[float, ...] = ()
+    """Mean of the training rows' landmarks, x0 y0 x1 y1 ..., as shares of the side; () where there are none."""
+    shards: tuple[Shard, ...] = ()
+    """The files that make up the data set."""
+    content_hash: str = ""
+    """Hash of every row's split, id, domain, pictures, identity and attributes, in order."""
+    made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Versions of the packages that decide the bytes."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether rows have counterparts."""
+        return self.pairing in ("paired", "matched")
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def find_card(uri: str) -> DatasetCard | None:
+    """The card of a complete data set, None where there is none.
+
+    Raises:
+        InputError: dataset.json is damaged or of another version, or the store refuses.
+    """
+    where = storage.join(uri, CARD)
+    try:
+        text = storage.read_bytes(where)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where} is damaged ({error}); {MAKE_AGAIN}") from None
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{where} has format_version {version}, this program reads {FORMAT_VERSION}; {MAKE_AGAIN}")
+    return _card(values, where)
+
+
+def _card(values: dict[str, Any], where: str) -> DatasetCard:
+    needed = {field.name for field in dataclasses.fields(DatasetCard)}
+    for name in sorted(needed - set(values)):
+        raise InputError(f"{where} is damaged: no field {name!r}; {MAKE_AGAIN}")
+    card = from_dict(DatasetCard, values, where=where)
+    good_counts = set(card.splits) <= set(SPLITS) and all(isinstance(n, int) for n in card.splits.values())
+    per_split = dict.fromkeys(card.splits, 0)
+    for shard in card.shards:
+        split = shard.file.partition("/")[0]
+        per_split[split] = per_split.get(split, 0) + shard.rows
+    if not good_counts or per_split != card.splits or len(card.mean_color) != 3 or not card.domains:
+        raise InputError(f"{where} is damaged: shards, counts, domains or mean colour do not fit; {MAKE_AGAIN}")
+    return card
+
+
+def read_card(uri: str) -> DatasetCard:
+    """The card of the data set at `uri`.
+
+    Raises:
+        InputError: not a data set, damaged, or of another version.
+    """
+    card = find_card(uri)
+    if card is None:
+        what = "is not a data set (no dataset.json)" if storage.exists(uri) else "does not exist"
+        raise InputError(f"{uri} {what}; make a data set with python -m jobs.prepare")
+    return card
+
+
+def missing_shards(uri: str, card: DatasetCard) -> list[str]:
+    """Files that the card names and that are gone or of another size."""
+    sizes = storage.file_sizes(uri)
+    return [shard.file for shard in card.shards if sizes.get(shard.file) != shard.num_bytes]

@@ -1,0 +1,222 @@
+"""What the sources of pictures share: options, decoding with Ray Data, splits by name, progress.
+
+A source is a module with an `Options` dataclass and `draft(options) -> Draft`. `draft` does every check that is
+cheap and reads no picture; `Draft.make` does the work.
+"""
+
+import dataclasses
+import hashlib
+import posixpath
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ddpm_core import images, storage
+from ddpm_core.errors import InputError
+from jobs.datasets import decode, duplicates, reading
+from jobs.datasets.format import DatasetCard, Encoding, Row, find_card, read_card
+from jobs.datasets.scan import name_hash, survey
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options of every source."""
+
+    output: str
+    """Folder or s3://bucket/prefix for the data set."""
+    source: str | None = None
+    """Folder or s3://bucket/prefix that holds the pictures."""
+    image_size: int = 64
+    """Side of the square pictures, in pixels."""
+    encoding: Encoding = "raw"
+    """How pictures are stored: raw (needs no decoding) and png are exact, jpeg takes about half the room."""
+    overwrite: bool = False
+    """Replace another data set at --output."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromFiles(Common):
+    """Options of sources that read the user's own pictures."""
+
+    append: bool = False
+    """Add the pictures that are not in the data set at --output yet to it, as its next version."""
+    duplicates: Literal["report", "drop"] = "report"
+    """Pictures that come twice, exactly or nearly: list them in duplicates.parquet, or also set the copies aside (first
+    in training, then in validation)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+    """What `Draft.make` gives: rows to write and what to tell."""
+
+    rows: Mapping[str, Iterable[Row]]
+    """Rows of each split, sorted by id; iterated once."""
+    num_rows: int
+    rejected: Sequence[tuple[str, str]] = ()
+    """(picture, reason) of those that could not be used."""
+    copies: Sequence[duplicates.Copy] = ()
+    """Pictures that come twice."""
+    notes: Sequence[str] = ()
+    """What a reader of results should know."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A source that passed its checks."""
+
+    card: DatasetCard
+    """All that is known before a picture is read."""
+    make: Callable[[Path], Made]
+    """Does the work; the folder is for scratch files that the rows still need while they are iterated."""
+
+
+def check_common(options: Common) -> None:
+    """Raises InputError for a size that no network takes."""
+    if not images.MIN_SIDE <= options.image_size <= 1024:
+        raise InputError(f"--image-size is {options.image_size}; it must lie between {images.MIN_SIDE} and 1024")
+
+
+def source_folder(options: Common, what: str) -> str:
+    """`--source` made absolute; it must be there.
+
+    Raises:
+        InputError: not given, missing, or a file.
+    """
+    if not options.source:
+        raise InputError(f"--source is missing; give {what}")
+    source = storage.absolute(options.source, flag="--source")
+    require_folder(source, "--source")
+    return source
+
+
+def require_folder(uri: str, flag: str) -> None:
+    """Raises InputError where `uri` is not a folder (or prefix) with something in it."""
+    if storage.is_file(uri):
+        raise InputError(f"{flag} {uri} is a file; give the folder that holds the pictures")
+    if not storage.exists(uri):
+        raise InputError(f"{flag} {uri} does not exist; check the path")
+
+
+def picture_files(files: Iterable[str]) -> list[str]:
+    """Those of the paths that end like pictures, without hidden ones and what macOS leaves in archives."""
+    return [
+        file
+        for file in files
+        if posixpath.splitext(file)[1].lower() in images.SUFFIXES | decode.UNREADABLE
+        and not any(part.startswith((".", "__MACOSX")) for part in file.split("/"))
+    ]
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash of the source's file names and sizes and of small files' content."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Mapping):
+            data = "\n".join(f"{name}\t{size}" for name, size in sorted(part.items())).encode()
+        else:
+            data = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def prepared_by(command: str, options: Common) -> dict[str, Any]:
+    """The command and every option that decides the rows; which files are read, `fingerprint` tells."""
+    elsewhere = ("output", "source", "overwrite", "append", "domain", "pairs")
+    values = {key: value for key, value in dataclasses.asdict(options).items() if key not in elsewhere}
+    return {"command": command, **values}
+
+
+# ------------------------------------------------------------------------------------------------ splits
+
+
+def split_names(
+    names: Iterable[str], held_out: Sequence[str] = ("val", "test"), kept: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """A tenth of the names for each held-out split and the rest for training, by hash of the name.
+
+    No split is empty as long as there is a name for each. With `kept` (names that an earlier version has) those keep
+    their split, and each other name has a chance of a tenth: of a handful none need be held out.
+    """
+    ranked = sorted(set(names), key=lambda name: (name_hash(name), name))
+    if kept:
+        share = 2**64 // 10
+        ends = dict(enumerate(held_out))
+        drawn = {name: ends.get(int.from_bytes(name_hash(name), "big") // share, "train") for name in ranked}
+        return drawn | {name: kept[name] for name in ranked if name in kept}
+    tenth = max(1, round(len(ranked) / 10)) if len(ranked) > len(held_out) else 0
+    ends_of = [split for split in held_out for _ in range(tenth)]
+    return {name: ends_of[rank] if rank < len(ends_of) else "train" for rank, name in enumerate(ranked)}
+
+
+def rows_there(options: FromFiles) -> dict[str, reading.IndexRow]:
+    """Rows of the data set that --append adds to, by id; {} without it.
+
+    Raises:
+        InputError: there is no data set, or it is damaged.
+    """
+    if not options.append:
+        return {}
+    output = storage.absolute(options.output, flag="--output")
+    card = find_card(output)
+    if card is None:
+        raise InputError(f"--append: there is no data set at {output}; leave --append out to make one")
+    return reading.read_index(output, card)
+
+
+def weed(
+    pixels: decode.Pixels,
+    names: Sequence[str],
+    splits: Sequence[str],
+    options: FromFiles,
+    *,
+    known: Sequence[bool] | None = None,
+    groups: Sequence[int] | None = None,
+) -> tuple[list[duplicates.Copy], list[tuple[str, str]], str]:
+    """Pictures that come twice; with `--duplicates drop` they are no longer `ok`, and are given as rejected too.
+
+    `known`: those that an earlier version has already, which are not looked at. `groups`: pictures are compared with
+    those of their group only (default: all); for pairs the group is the domain, since counterparts may well be alike.
+    Returns the copies, the rejected, and a note.
+    """
+    fresh = [i for i in np.flatnonzero(pixels.ok).tolist() if known is None or not known[i]]
+    new = duplicates.Pool(
+        names=[names[i] for i in fresh],
+        splits=[splits[i] for i in fresh],
+        groups=[0 if groups is None else groups[i] for i in fresh],
+        marks=[pixels.marks[i] for i in fresh],
+    )
+    found = duplicates.find(new, _pool_there(options, pixels.shape[1], grouped=groups is not None))
+    copies, dropped = [copy for _, copy in found], options.duplicates == "drop"
+    rejected = []
+    if dropped:
+        for place, copy in found:
+            pixels.ok[fresh[place]] = False
+            same = (
+                "the same picture as" if copy.kind == "exact" else f"nearly the same picture ({copy.distance} bits) as"
+            )
+            rejected.append((copy.picture, f"{same} {copy.of} in {copy.split_of}"))
+    return copies, rejected, duplicates.note(copies, dropped)
+
+
+def _pool_there(options: FromFiles, parts: int, *, grouped: bool) -> duplicates.Pool:
+    """The pictures of the data set that --append adds to."""
+    there: list[tuple[str, str, int, tuple[bytes, ...]]] = []
+    if options.append:
+        output = storage.absolute(options.output, flag="--output")
+        card = read_card(output)
+        marks = survey(output, card.content_hash).marks
+        for name, row in sorted(reading.read_index(output, card).items()):
+            if parts == 2:
+                there.append((name, row.split, 0, marks[name]))
+                continue
+            there.append((name, row.split, row.domain if grouped else 0, marks[name][:1]))
+            if grouped:  # the targets are pictures of the source too
+                there.append((row.target_id or name, row.split, 1 - row.domain, marks[name][1:]))
+    return duplicates.Pool(
+        names=[name for name, _, _, _ in there],
+        splits=[split for _, split, _, _ in there],
+        groups=[group for _, _, group, _ in there],
+        marks=[marks for _, _, _, marks in there],
+    )

@@ -1,0 +1,116 @@
+"""Places by day and by night, as they are distributed for pix2pix or as two folders.
+
+SOURCE/{train,val,test}/*.jpg        each picture is two, side by side
+SOURCE/day/…  SOURCE/night/…         counterparts have equal names; train, val and test folders are respected
+"""
+
+import dataclasses
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from ddpm_core import storage
+from ddpm_core.errors import InputError
+from jobs.datasets import decode
+from jobs.datasets.decode import Picture
+from jobs.datasets.format import DatasetCard
+from jobs.datasets.source import (
+    Draft,
+    FromFiles,
+    Made,
+    check_common,
+    fingerprint,
+    picture_files,
+    prepared_by,
+    rows_there,
+    source_folder,
+    weed,
+)
+from jobs.datasets.sources import folders
+from jobs.datasets.sources.folders import SPLIT_FOLDERS, Item, Plan
+
+DOMAINS = ("day", "night")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(FromFiles):
+    """True pairs of the same place by day and by night."""
+
+    left: Literal["auto", "day", "night"] = "auto"
+    """Side-by-side pictures: what the left half shows. auto: day is where the pictures are brighter on average."""
+    licence: str = "unknown"
+    """Licence of the pictures; it travels to checkpoints and outputs."""
+
+
+def draft(options: Options) -> Draft:
+    """Raises InputError where neither layout is found, or pictures or counterparts are missing."""
+    check_common(options)
+    source = source_folder(options, "pix2pix's folder of side-by-side pictures, or one with day/ and night/")
+    domains, sizes = folders.domains_in(source)
+    if set(DOMAINS) <= set(domains):
+        if options.left != "auto":
+            raise InputError(
+                f"--left {options.left} has no effect: {source} has day/ and night/, not pairs side by side"
+            )
+        return folders.draft_domains(
+            {domain: domains[domain] for domain in DOMAINS},
+            sizes,
+            options,
+            command="day2night",
+            name="day2night",
+            licence=options.licence,
+            pairing="paired",
+        )
+    if set(DOMAINS) & set(domains):
+        (there,) = set(DOMAINS) & set(domains)
+        (gone,) = set(DOMAINS) - {there}
+        raise InputError(f"--source {source}: there are pictures in {there}/ and none in {gone}/; both are needed")
+    items = [
+        Item(file=file, uri=storage.join(source, file), split=folders.split_folder(file))
+        for file in picture_files(sizes)
+        if posixpath.dirname(file).lower() in {"", *SPLIT_FOLDERS}
+    ]
+    if not items:
+        raise InputError(
+            f"--source {source}: no pictures in day/ and night/ nor in train/, val/ and test/; check the path"
+        )
+    card = DatasetCard(
+        name="day2night",
+        licence=options.licence,
+        source="pictures given by the user",
+        image_size=options.image_size,
+        encoding=options.encoding,
+        domains=DOMAINS,
+        pairing="paired",
+        prepared_by=prepared_by("day2night", options),
+        source_hash=fingerprint(sizes),
+    )
+    return Draft(card=card, make=lambda scratch: _make(items, options, scratch))
+
+
+def _make(items: Sequence[Item], options: Options, scratch: Path) -> Made:
+    there = rows_there(options)
+    kept = {posixpath.splitext(name)[0]: row.split for name, row in there.items()}
+    splits, note = folders.assign_splits({"": items}, kept)
+    pictures = [Picture(name=item.file, uri=item.uri) for item in items]
+    pixels, rejected = decode.decode_pictures(
+        pictures, size=options.image_size, halves=True, scratch=scratch, encoding=options.encoding
+    )
+    left, notes = options.left, [note]
+    if left == "auto":
+        means = pixels.means()
+        left = "day" if means[0] >= means[1] else "night"
+        notes.append(f"left halves taken for {left} (mean grey {means[0]:.0f}, right {means[1]:.0f})")
+    day = 0 if left == "day" else 1
+    pixels.marks = [(marks[day], marks[1 - day]) if marks else () for marks in pixels.marks]
+    names = [item.file for item in items]
+    copies, dropped, word = weed(
+        pixels, names, [splits["", name] for name in names], options, known=[name in there for name in names]
+    )
+    plans = [
+        (splits["", item.file], Plan(item.file, 0, (number, day), (number, 1 - day), item.file))
+        for number, item in enumerate(items)
+        if pixels.ok[number]
+    ]
+    return folders.planned(plans, pixels, sorted([*rejected, *dropped]), [*notes, *pixels.notes(), word], copies)

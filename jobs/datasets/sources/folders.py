@@ -1,0 +1,519 @@
+"""Any folders of pictures, one a domain; alone, or paired by equal names.
+
+    SOURCE/cats/…  SOURCE/dogs/…              --source SOURCE
+    SOURCE/train/cats/…  SOURCE/test/cats/…   the same, split already
+    anywhere                                  --domain cats=URI --domain dogs=URI
+    pairs.csv                                 cats,dogs / sub/1.jpg,7.png / …: --pairs pairs.csv
+
+Folders are read to any depth. A `train`, `val` or `test` folder (capitals do not matter) within a domain or around the
+domains decides the split of what it holds.
+"""
+
+import csv
+import dataclasses
+import io
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ddpm_core import faces, storage
+from ddpm_core.errors import InputError
+from jobs.datasets import decode, duplicates, reading
+from jobs.datasets.decode import Picture, Pixels
+from jobs.datasets.format import SPLITS, DatasetCard, Row, find_card
+from jobs.datasets.source import (
+    Draft,
+    FromFiles,
+    Made,
+    check_common,
+    fingerprint,
+    picture_files,
+    prepared_by,
+    require_folder,
+    rows_there,
+    source_folder,
+    split_names,
+    weed,
+)
+
+SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(FromFiles):
+    """Two or more folders of your own, one a domain."""
+
+    domain: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=URI, once for each domain; without it every folder in --source is a domain."""
+    pairing: Literal["unpaired", "paired", "self"] = "unpaired"
+    """paired: pictures of equal name (up to the ending) in two folders show the same. unpaired: training shows the
+    network any picture of another domain. self: it shows the structure of the very picture to make."""
+    pairs: str | None = None
+    """A CSV file that says which pictures are pairs: the first line names two domains, each other line a picture of
+    either, by its path in the domain's folder (or in --source)."""
+    align: Literal["none", "faces"] = "none"
+    """faces: portraits are turned and cut so that the largest face lies where CelebA has its own; those without a face
+    are set aside. none: pictures are cut to centred squares."""
+    name: str = "folders"
+    """Name of the data set."""
+    licence: str = "unknown"
+    """Licence of the pictures; it travels to checkpoints and outputs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """One picture of one domain."""
+
+    file: str
+    """Path within its domain."""
+    uri: str
+    split: str | None
+    """What a split folder says."""
+
+    @property
+    def name(self) -> str:
+        """Path without ending: counterparts share it, and it decides the split where no folder does."""
+        return posixpath.splitext(self.file)[0]
+
+
+def draft(options: Options) -> Draft:
+    """Raises InputError where folders, pictures or counterparts are missing."""
+    check_common(options)
+    if options.domain:
+        if options.source:
+            raise InputError("--source and --domain are both given; give one of them")
+        domains, sizes = _named_domains(options.domain)
+    else:
+        source = source_folder(options, "a folder with one folder for each domain, or --domain NAME=URI ...")
+        domains, sizes = domains_in(source)
+    domains = _as_before(domains, options)
+    pairs = None
+    if options.pairs is not None:
+        if options.pairing == "self":
+            raise InputError("--pairs has no effect with --pairing self; give one of them")
+        pairs = parse_pairs(storage.absolute(options.pairs, flag="--pairs"), domains, options.source)
+        domains = {domain: domains[domain] for domain in pairs.domains}
+    return draft_domains(
+        domains,
+        sizes,
+        options,
+        command="folders",
+        name=options.name,
+        licence=options.licence,
+        pairing=options.pairing if pairs is None else "paired",
+        pairs=pairs,
+        template=faces.template_for(faces.CELEBA, options.align),
+    )
+
+
+def _as_before(domains: dict[str, list[Item]], options: Options) -> dict[str, list[Item]]:
+    """With --append: the domains of the data set that is there, some of which may bring nothing new."""
+    card = find_card(storage.absolute(options.output, flag="--output")) if options.append else None
+    if card is None or not set(domains) <= set(card.domains) or not any(domains.values()):
+        return domains
+    return {domain: domains.get(domain, []) for domain in card.domains}
+
+
+def _named_domains(pairs: Sequence[str]) -> tuple[dict[str, list[Item]], dict[str, int]]:
+    domains: dict[str, list[Item]] = {}
+    sizes: dict[str, int] = {}
+    for pair in pairs:
+        name, equals, uri = pair.partition("=")
+        if not (name and equals and uri):
+            raise InputError(f"--domain {pair}: write NAME=URI, such as --domain day=/pictures/day")
+        if name in domains:
+            raise InputError(f"--domain {name} is given twice; names must differ")
+        uri = storage.absolute(uri, flag=f"--domain {name}")
+        require_folder(uri, f"--domain {name}")
+        found = storage.file_sizes(uri)
+        domains[name] = _items(uri, found)
+        sizes |= {f"{name}/{file}": size for file, size in found.items()}
+    return domains, sizes
+
+
+def domains_in(source: str) -> tuple[dict[str, list[Item]], dict[str, int]]:
+    """Items of each domain below `source`, and the size of every file."""
+    sizes = storage.file_sizes(source)
+    domains: dict[str, list[Item]] = {}
+    for file in picture_files(sizes):
+        head, _, rest = file.partition("/")
+        within = file
+        split = split_folder(file) if "/" in rest else None
+        if split:  # SOURCE/train/cats/1.jpg
+            head, _, rest = rest.partition("/")
+        if rest:  # not a picture lying beside the domains' folders
+            within = posixpath.join(split, rest) if split else rest
+            item = Item(file=within, uri=storage.join(source, file), split=split or split_folder(rest))
+            domains.setdefault(head, []).append(item)
+    return domains, sizes
+
+
+def _items(uri: str, files: Mapping[str, int]) -> list[Item]:
+    return [Item(file=file, uri=storage.join(uri, file), split=split_folder(file)) for file in picture_files(files)]
+
+
+def split_folder(file: str) -> str | None:
+    """The split that the first folder of a path says, if it says one."""
+    head, slash, _ = file.partition("/")
+    return SPLIT_FOLDERS.get(head.lower()) if slash else None
+
+
+def draft_domains(
+    domains: Mapping[str, list[Item]],
+    sizes: Mapping[str, int],
+    options: FromFiles,
+    *,
+    command: str,
+    name: str,
+    licence: str,
+    pairing: Literal["unpaired", "paired", "self"],
+    pairs: "Pairs | None" = None,
+    template: tuple[float, ...] = (),
+) -> Draft:
+    """A draft of these domains (also what day2night's two folders become); `template` as in `decode_pictures`.
+
+    Raises:
+        InputError: too few domains, an empty one, or (paired) not two of them or no common names.
+    """
+    where = options.source or "--domain"
+    if len(domains) < 2:
+        there = f"only {', '.join(domains)}" if domains else "no pictures in sub-folders"
+        raise InputError(f"{where}: {there}; two folders of pictures or more are needed, one a domain")
+    empty = [domain for domain, items in domains.items() if not items]
+    if empty and (pairing == "paired" or not options.append or len(empty) == len(domains)):
+        raise InputError(f"--domain {empty[0]}: no pictures there; check the path")
+    if pairing == "paired" and pairs is None:
+        check_pairs(domains)
+    card = DatasetCard(
+        name=name,
+        licence=licence,
+        source="pictures given by the user",
+        image_size=options.image_size,
+        encoding=options.encoding,
+        domains=tuple(domains),
+        pairing=pairing,
+        prepared_by=prepared_by(command, options),
+        source_hash=fingerprint(sizes, *domains, *([] if pairs is None else [pairs.content])),
+    )
+    return Draft(card=card, make=lambda scratch: _make(domains, pairing, pairs, options, template, scratch))
+
+
+def check_pairs(domains: Mapping[str, list[Item]]) -> None:
+    """Raises InputError unless two domains share names that are unique in each."""
+    if len(domains) != 2:
+        raise InputError(f"--pairing paired needs two domains, there are {len(domains)}: {', '.join(domains)}")
+    for domain, items in domains.items():
+        seen: dict[str, str] = {}
+        for item in items:
+            if item.name in seen:
+                raise InputError(
+                    f"{domain}: {seen[item.name]} and {item.file} have the same name; a pair needs one of each"
+                )
+            seen[item.name] = item.file
+    (a, items_a), (b, items_b) = domains.items()
+    if not {item.name for item in items_a} & {item.name for item in items_b}:
+        raise InputError(
+            f"no picture of {a} has a counterpart of the same name in {b} "
+            f"({items_a[0].file}, {items_b[0].file}); rename them, or use --pairing unpaired"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """What --pairs says."""
+
+    domains: tuple[str, str]
+    lines: list[tuple[Item, Item]]
+    content: bytes
+
+
+def parse_pairs(uri: str, domains: Mapping[str, list[Item]], source: str | None) -> Pairs:
+    """Raises InputError with the number of the line that is wrong: no such domain or picture, a pair twice."""
+    try:
+        content = storage.read_bytes(uri)
+        text = io.StringIO(content.decode("utf-8-sig"), newline="")
+        lines = list(csv.reader(text, skipinitialspace=True))
+    except FileNotFoundError:
+        raise InputError(f"--pairs {uri} does not exist; check the path") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--pairs {uri} is not a CSV file in UTF-8 ({error})") from None
+    if len(lines) < 2:
+        raise InputError(f"--pairs {uri} lists no pairs; the first line names two domains, each other line a pair")
+    header = [name.strip() for name in lines[0]]
+    if len(header) != 2 or len(set(header)) != 2:
+        raise InputError(
+            f"--pairs {uri} line 1: two different domains are needed, parted by a comma; it has {', '.join(header)!r}"
+        )
+    for name in header:
+        if name not in domains:
+            raise InputError(f"--pairs {uri} line 1: there is no domain {name!r}; there are {', '.join(domains)}")
+    known = [_by_path(name, domains[name], source) for name in header]
+    pairs: dict[tuple[str, str], int] = {}
+    found = []
+    for number, line in enumerate(lines[1:], 2):
+        if not "".join(line).strip():
+            continue
+        if len(line) != 2:
+            raise InputError(f"--pairs {uri} line {number}: two pictures are expected, it has {len(line)} columns")
+        for name, path, items in zip(header, line, known, strict=True):
+            if path.strip() not in items:
+                raise InputError(f"--pairs {uri} line {number}: there is no picture {path.strip()!r} in {name}")
+        one, two = (items[path.strip()] for path, items in zip(line, known, strict=True))
+        if (first := pairs.setdefault((one.file, two.file), number)) != number:
+            raise InputError(f"--pairs {uri} line {number}: the same pair as in line {first}")
+        found.append((one, two))
+    if not found:
+        raise InputError(f"--pairs {uri} lists no pairs; the first line names two domains, each other line a pair")
+    return Pairs((header[0], header[1]), found, content)
+
+
+def _by_path(domain: str, items: Sequence[Item], source: str | None) -> dict[str, Item]:
+    """Items by their path in the source and, before that, in the domain's folder."""
+    root = storage.join(storage.absolute(source), "") if source else None
+    in_source = {item.uri.removeprefix(root): item for item in items} if root else {}
+    return in_source | {item.file: item for item in items}
+
+
+def assign_splits(
+    domains: Mapping[str, Sequence[Item]], kept: Mapping[str, str] | None = None
+) -> tuple[dict[tuple[str, str], str], str]:
+    """The split of each (domain, file), and a word on how it was found.
+
+    Names in `kept` (an earlier version's) keep their split. Otherwise folders decide; splits that no folder names take
+    a tenth each of what is left, by hash of the name, so that pictures of equal name in two domains are never in two
+    splits.
+    """
+    kept = kept or {}
+    given = {item.split for items in domains.values() for item in items if item.split}
+    held_out = [split for split in ("val", "test") if split not in given]
+    by_name: dict[str, str] = {}
+    for items in domains.values():
+        free = {item.name for item in items if item.split in (None, "train")} - set(by_name)
+        by_name |= split_names(free, held_out, kept)
+    splits = {
+        (domain, item.file): kept.get(item.name)
+        or (item.split if item.split in ("val", "test") else by_name[item.name])
+        for domain, items in domains.items()
+        for item in items
+    }
+    return splits, _how_split(held_out, bool(given))
+
+
+def _how_split(held_out: Sequence[str], given: bool) -> str:
+    if not held_out:
+        return "split as the folders say"
+    drawn = " and ".join(f"10% {split}" for split in held_out)
+    return f"split by hash of the name: {drawn}" + (", the rest as the folders say" if given else "")
+
+
+def kept_names(there: Mapping[str, reading.IndexRow], domains: Sequence[str], pairing: str) -> dict[str, str]:
+    """Split of each `Item.name` that an earlier version has."""
+    if pairing == "paired":
+        return {name: row.split for name, row in there.items()}
+    return {
+        posixpath.splitext(name.removeprefix(f"{domains[row.domain]}/"))[0]: row.split for name, row in there.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A row before its pictures are fetched."""
+
+    id: str
+    domain: int
+    image: tuple[int, int]
+    """Index into the decoded pictures, and part."""
+    target: tuple[int, int] | None = None
+    target_id: str | None = None
+
+
+def _make(
+    domains: Mapping[str, list[Item]],
+    pairing: str,
+    pairs: Pairs | None,
+    options: FromFiles,
+    template: tuple[float, ...],
+    scratch: Path,
+) -> Made:
+    there = rows_there(options)
+    torn: list[tuple[str, str]] = []
+    if pairs is None:
+        splits, note = assign_splits(domains, kept_names(there, list(domains), pairing))
+    else:
+        splits, torn, note = split_pairs(pairs, there)
+        domains = {domain: [item for item in of if (domain, item.file) in splits] for domain, of in domains.items()}
+    flat = [(domain, item) for domain, items in domains.items() for item in items]
+    names = [f"{domain}/{item.file}" for domain, item in flat]
+    pictures = [Picture(name=name, uri=item.uri) for name, (_, item) in zip(names, flat, strict=True)]
+    pixels, rejected = decode.decode_pictures(
+        pictures,
+        size=options.image_size,
+        halves=False,
+        scratch=scratch,
+        encoding=options.encoding,
+        template=template,
+    )
+    order = list(domains)
+    earlier = pictures_there(there, order) if pairing == "paired" else there
+    copies, dropped, word = weed(
+        pixels,
+        names,
+        [splits[domain, item.file] for domain, item in flat],
+        options,
+        known=[not {name, posixpath.splitext(name)[0]}.isdisjoint(earlier) for name in names],
+        groups=[order.index(domain) for domain, _ in flat] if pairing == "paired" else None,
+    )
+    index = {(domain, item.file): i for i, (domain, item) in enumerate(flat) if pixels.ok[i]}
+    alone: list[tuple[str, str]] = []
+    if pairs is not None:
+        plans, alone = _listed(pairs, splits, index, {name for name, _ in torn})
+    elif pairing == "paired":
+        plans, alone = _paired(domains, splits, index)
+    else:
+        plans = [
+            (splits[domain, item.file], Plan(f"{domain}/{item.file}", number, (index[domain, item.file], 0)))
+            for number, (domain, items) in enumerate(domains.items())
+            for item in items
+            if (domain, item.file) in index
+        ]
+    return planned(plans, pixels, sorted([*rejected, *dropped, *torn, *alone]), [note, *pixels.notes(), word], copies)
+
+
+PAIR = "~"
+"""Between the files of a pair that --pairs lists, in its id."""
+
+
+def pictures_there(there: Mapping[str, reading.IndexRow], domains: Sequence[str]) -> dict[str, str]:
+    """Split of each picture of an earlier version's pairs; where they were pairs by name, those of the first domain
+    stand without their ending."""
+    first, second = domains
+    found = {}
+    for name, row in there.items():
+        target = row.target_id or ""
+        found[target] = row.split
+        found[f"{first}/{name.removesuffix(PAIR + target.removeprefix(f'{second}/'))}"] = row.split
+    return found
+
+
+def split_pairs(
+    pairs: Pairs, there: Mapping[str, reading.IndexRow]
+) -> tuple[dict[tuple[str, str], str], list[tuple[str, str]], str]:
+    """The split of each (domain, file) in a pair, pairs that cannot have one, and a word on how it was found.
+
+    Pictures that hang together by pairs share a split: that of an earlier version, else the one a folder says (test
+    before val), else one by hash. Where an earlier version has them in two splits, new pairs among them are refused.
+    """
+    kept = pictures_there(there, pairs.domains)
+    above: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(node: tuple[str, str]) -> tuple[str, str]:
+        while (parent := above.setdefault(node, node)) != node:
+            above[node] = above[parent]
+            node = parent
+        return node
+
+    a, b = pairs.domains
+    for one, two in pairs.lines:
+        first, second = sorted((root((a, one.file)), root((b, two.file))))
+        above[second] = first  # so the root is the first of its group by name
+    items = {(domain, item.file): item for line in pairs.lines for domain, item in zip((a, b), line, strict=True)}
+    old: dict[tuple[str, str], set[str]] = {root(node): set() for node in items}
+    given: dict[tuple[str, str], set[str]] = {root(node): set() for node in items}
+    for (domain, file), item in items.items():
+        names = (f"{domain}/{file}", f"{domain}/{item.name}")
+        old[root((domain, file))] |= {kept[name] for name in names if name in kept}
+        given[root((domain, file))] |= {item.split} if item.split else set()
+    held_out = [split for split in ("val", "test") if split not in set().union(*given.values())]
+    free = {"/".join(node): node for node in old if not old[node] and given[node] <= {"train"}}
+    drawn = split_names(free, held_out, dict.fromkeys(there, "train"))
+    splits = {node: drawn[name] for name, node in free.items()}
+    for node in set(old) - set(splits):
+        splits[node] = min(old[node] or given[node], key=lambda split: duplicates.RANK[split])
+    torn = [
+        (
+            pair_id(one, two),
+            f"earlier versions have pictures of it in {' and in '.join(sorted(old[root((a, one.file))]))}",
+        )
+        for one, two in pairs.lines
+        if len(old[root((a, one.file))]) > 1 and pair_id(one, two) not in there
+    ]
+    note = _how_split(held_out, any(given.values()))
+    return {node: splits[root(node)] for node in items}, torn, note
+
+
+def pair_id(one: Item, two: Item) -> str:
+    """The id of a pair that --pairs lists: a picture may be in several."""
+    return f"{one.file}{PAIR}{two.file}"
+
+
+def _listed(
+    pairs: Pairs, splits: dict[tuple[str, str], str], index: dict[tuple[str, str], int], torn: set[str]
+) -> tuple[list[tuple[str, Plan]], list[tuple[str, str]]]:
+    """Rows of the pairs that --pairs lists; and those that are not usable, with the reason."""
+    a, b = pairs.domains
+    plans, alone = [], []
+    for one, two in pairs.lines:
+        name = pair_id(one, two)
+        gone = [f"{domain}/{file}" for domain, file in ((a, one.file), (b, two.file)) if (domain, file) not in index]
+        if gone:
+            alone.append((name, f"{gone[0]} cannot be used"))
+        elif name not in torn:
+            image, target = (index[a, one.file], 0), (index[b, two.file], 0)
+            plans.append((splits[a, one.file], Plan(name, 0, image, target, f"{b}/{two.file}")))
+    return plans, [line for line in alone if line[0] not in torn]
+
+
+def _paired(
+    domains: Mapping[str, list[Item]], splits: dict[tuple[str, str], str], index: dict[tuple[str, str], int]
+) -> tuple[list[tuple[str, Plan]], list[tuple[str, str]]]:
+    """Rows of pictures with their counterparts; and usable ones that have none, with the reason."""
+    (a, items_a), (b, items_b) = domains.items()
+    others = {item.name: item for item in items_b}
+    plans, alone = [], []
+    for item in items_a:
+        other = others.pop(item.name, None)
+        if other is None:
+            if (a, item.file) in index:
+                alone.append((f"{a}/{item.file}", f"no counterpart of the same name in {b}"))
+        elif (a, item.file) in index and (b, other.file) in index:
+            image, target = (index[a, item.file], 0), (index[b, other.file], 0)
+            plans.append((splits[a, item.file], Plan(item.name, 0, image, target, f"{b}/{other.file}")))
+        elif (a, item.file) in index or (b, other.file) in index:
+            good = f"{a}/{item.file}" if (a, item.file) in index else f"{b}/{other.file}"
+            alone.append((good, "its counterpart cannot be used"))
+    reason = f"no counterpart of the same name in {a}"
+    alone += [(f"{b}/{item.file}", reason) for item in others.values() if (b, item.file) in index]
+    return plans, alone
+
+
+def planned(
+    plans: Sequence[tuple[str, Plan]],
+    pixels: Pixels,
+    rejected: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    copies: Sequence[duplicates.Copy],
+) -> Made:
+    """(split, plan) of every row, as rows sorted by id."""
+    ordered = sorted(plans, key=lambda item: item[1].id)
+    return Made(
+        rows={split: _rows([plan for of, plan in ordered if of == split], pixels) for split in SPLITS},
+        num_rows=len(ordered),
+        rejected=rejected,
+        notes=notes,
+        copies=copies,
+    )
+
+
+def _rows(plans: Sequence[Plan], pixels: Pixels) -> Iterator[Row]:
+    for plan in plans:
+        yield Row(
+            id=plan.id,
+            domain=plan.domain,
+            image=pixels[plan.image],
+            target=None if plan.target is None else pixels[plan.target],
+            target_id=plan.target_id,
+            landmarks=pixels.landmarks[plan.image[0]],
+        )

@@ -1,0 +1,224 @@
+"""Portraits and landscapes drawn from parameters, with the exact counterpart of each.
+
+    --scene portraits    female, male    the same person; only what `rendered_portraits.sex_linked` gives differs
+    --scene landscapes   day, night      the same place; only light, sky and lamps differ
+
+A row is a function of (seed, index): it depends neither on --count nor on other rows. The column `attributes` holds
+every parameter, 0 to 100, `attribute_names` their names, and `draw` makes the row's pixels from them again; `identity`
+is the index.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow
+import ray.data
+from jaxtyping import UInt8
+
+from ddpm_core.errors import InputError
+from jobs.common import cli
+from jobs.common.progress import Progress
+from jobs.datasets import decode, source
+from jobs.datasets.format import SPLITS, DatasetCard, Row
+from jobs.datasets.sources import rendered_landscapes, rendered_portraits
+from jobs.datasets.sources.rendered_svg import SIDE, Sheet
+
+Scene = Literal["portraits", "landscapes"]
+
+DRAWN_BY: dict[Scene, Callable[[Mapping[str, float], int], Sheet]] = {
+    "portraits": rendered_portraits.portrait,
+    "landscapes": rendered_landscapes.landscape,
+}
+DOMAINS: dict[Scene, tuple[str, ...]] = {
+    "portraits": rendered_portraits.DOMAINS,
+    "landscapes": rendered_landscapes.DOMAINS,
+}
+NAMES: dict[Scene, tuple[str, ...]] = {"portraits": rendered_portraits.NAMES, "landscapes": rendered_landscapes.NAMES}
+LEVELS = 101
+"""Values of a parameter: 0 to 100."""
+MIN_SIZE, MAX_SIZE = 32, SIDE
+MAX_INDEX = 10**8
+"""Ids have eight digits, so that they sort as numbers do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(source.Common):
+    """Portraits (female, male) or landscapes (day, night) drawn by this program, each with its exact counterpart."""
+
+    scene: Scene = "portraits"
+    """What to draw."""
+    count: int = 10_000
+    """How many people or places."""
+    seed: int = 0
+    """Which people or places."""
+    first: int = 0
+    """Index of the first; more of the same set begin where it ends."""
+    pairing: Literal["paired", "unpaired", "self"] = "paired"
+    """paired: everyone in both domains. unpaired, self: everyone in one domain only, without a counterpart."""
+    append: bool = False
+    """Add the indices that are not in the data set at --output yet to it, as its next version."""
+
+
+def draft(options: Options) -> source.Draft:
+    """Raises InputError where an option is out of range."""
+    check(options)
+    scene = options.scene
+    card = DatasetCard(
+        name=f"rendered-{scene}",
+        licence="CC0 (drawn by this program)",
+        source=f"drawn from parameters: {scene}, seed {options.seed}",
+        image_size=options.image_size,
+        encoding=options.encoding,
+        domains=DOMAINS[scene],
+        pairing=options.pairing,
+        attribute_names=NAMES[scene],
+        prepared_by=source.prepared_by("rendered", options),
+        source_hash=source.fingerprint(scene, options.seed),
+    )
+    return source.Draft(card=card, make=lambda scratch: _make(options, scratch))
+
+
+def check(options: Options) -> None:
+    if options.source is not None:
+        raise InputError("--source is given, and rendered draws its pictures itself; leave --source out")
+    if not MIN_SIZE <= options.image_size <= MAX_SIZE:
+        raise InputError(f"--image-size is {options.image_size}; it must lie between {MIN_SIZE} and {MAX_SIZE}")
+    if options.count < 1:
+        raise InputError(f"--count is {options.count}; it must be at least 1")
+    if options.first < 0 or options.first + options.count > MAX_INDEX:
+        raise InputError(
+            f"--first {options.first} and --count {options.count}: indices must lie between 0 and {MAX_INDEX:,}"
+        )
+
+
+# ------------------------------------------------------------------------------------------- one person or place
+
+
+def parameters_of(scene: Scene, seed: int, index: int) -> list[int]:
+    """The parameters of a person or place, 0 to 100 each, independent and evenly spread; in the order of NAMES."""
+    digest = hashlib.shake_128(f"{scene}/{seed}/{index}".encode()).digest(2 * len(NAMES[scene]))
+    return [number * LEVELS >> 16 for number in np.frombuffer(digest, "<u2").tolist()]
+
+
+def draw(scene: Scene, parameters: Sequence[int], domain: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The picture that these parameters (0 to 100 each, in the order of NAMES) stand for, as a domain of the scene."""
+    return DRAWN_BY[scene](_named(scene, parameters), domain).pixels(size)
+
+
+def landmarks_of(scene: Scene, parameters: Sequence[int], domain: int, size: int) -> list[float] | None:
+    """x0 y0 x1 y1 ... of eyes, nose tip and corners of the mouth in pixels; a landscape has none."""
+    if scene == "landscapes":
+        return None
+    return [size * share for share in rendered_portraits.landmarks(_named(scene, parameters), domain)]
+
+
+def _named(scene: Scene, parameters: Sequence[int]) -> dict[str, float]:
+    return {name: value / (LEVELS - 1) for name, value in zip(NAMES[scene], parameters, strict=True)}
+
+
+def split_of(seed: int, index: int) -> str:
+    """Of each ten in a row one is for validation and one for test: which, decides a hash."""
+    block, place = divmod(index, 10)
+    number = _hash("split", seed, block) % 90
+    val, step = number % 10, 1 + number // 10
+    return "val" if place == val else "test" if place == (val + step) % 10 else "train"
+
+
+def domain_of(seed: int, index: int) -> int:
+    """The one domain in which a person or place is shown where nobody has a counterpart."""
+    return _hash("domain", seed, index) % 2
+
+
+def _hash(*parts: object) -> int:
+    return int.from_bytes(source.name_hash("/".join(map(str, parts))), "big")
+
+
+# ---------------------------------------------------------------------------------------------- many of them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What every drawing task needs to know."""
+
+    scene: Scene
+    seed: int
+    first: int
+    size: int
+    paired: bool
+
+    def domains(self, index: int) -> tuple[int, ...]:
+        """The domains in which this person or place is drawn."""
+        return (0, 1) if self.paired else (domain_of(self.seed, index),)
+
+
+def _make(options: Options, scratch: Path) -> source.Made:
+    task = Task(
+        scene=options.scene,
+        seed=options.seed,
+        first=options.first,
+        size=options.image_size,
+        paired=options.pairing == "paired",
+    )
+    pixels = draw_all(task, options.count, scratch)
+    indices: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for index in range(options.first, options.first + options.count):
+        indices[split_of(options.seed, index)].append(index)
+    notes = ["split by hash of the index: of each ten one val, one test"]
+    if not task.paired:
+        notes.append("each in one domain only, by hash of the index")
+    return source.Made(
+        rows={split: _rows(task, of, pixels) for split, of in indices.items()}, num_rows=options.count, notes=notes
+    )
+
+
+def draw_all(task: Task, count: int, scratch: Path) -> decode.Pixels:
+    """Every picture, by Ray Data over all its CPUs; parts are the domains of `Task.domains`."""
+    pixels = decode.Pixels((count, 2 if task.paired else 1, task.size, task.size, 3), scratch)
+    with cli.ray_session(), Progress(total=count, unit="row", description="draw") as progress:
+        blocks = -(-count // decode.PICTURES_PER_TASK)
+        drawn = ray.data.range(count, override_num_blocks=blocks).map_batches(
+            draw_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"task": task}
+        )
+        for batch in drawn.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            for line in batch.to_pylist():
+                pixels[line["id"]] = line["pixels"]
+            progress.update(len(batch))
+    return pixels
+
+
+def draw_batch(batch: pyarrow.Table, task: Task) -> pyarrow.Table:
+    """One task's pictures: the bytes of each row's domains, one after another."""
+    numbers = batch.column("id").to_pylist()
+    return pyarrow.table(
+        {
+            "id": batch.column("id"),
+            "pixels": pyarrow.array([_bytes(task, number) for number in numbers], pyarrow.binary()),
+        }
+    )
+
+
+def _bytes(task: Task, number: int) -> bytes:
+    index = task.first + number
+    parameters = parameters_of(task.scene, task.seed, index)
+    return b"".join(draw(task.scene, parameters, domain, task.size).tobytes() for domain in task.domains(index))
+
+
+def _rows(task: Task, indices: Iterable[int], pixels: decode.Pixels) -> Iterator[Row]:
+    for index in indices:
+        parameters = parameters_of(task.scene, task.seed, index)
+        domain = task.domains(index)[0]
+        name, number = f"{index:08d}", index - task.first
+        yield Row(
+            id=name,
+            domain=domain,
+            image=pixels[number, 0],
+            target=pixels[number, 1] if task.paired else None,
+            target_id=name if task.paired else None,
+            identity=index,
+            attributes=parameters,
+            landmarks=landmarks_of(task.scene, parameters, domain, task.size),
+        )

@@ -1,0 +1,1 @@
+"""Measuring a checkpoint on held-out pictures, and comparing two such measurements."""

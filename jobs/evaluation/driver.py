@@ -1,0 +1,276 @@
+"""An evaluation as its driver sees it: measurements gathered, metrics.json and the files beside it."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddpm_core import config as configs
+from ddpm_core import metrics, provenance, storage
+from jobs.common.progress import Progress
+from jobs.datasets import cache, reading
+from jobs.evaluation import summary, worker
+from jobs.evaluation.plan import FORMAT, FORMAT_VERSION, EvaluationJob
+from jobs.evaluation.summary import Findings, Measured
+from jobs.evaluation.worker import Found
+from jobs.translation.batch import Batch, actor_pool, dataset_rows
+from jobs.translation.options import Guides
+
+Key = tuple[str, str, int, str]
+"""(domain, id, seed, purpose) of one picture."""
+
+
+# -- looking ------------------------------------------------------------------------------------------------------
+
+
+def fit_color_maps(job: EvaluationJob) -> dict[str, np.ndarray]:
+    """domain → the colour map fitted on every training pair; {} where pairs are not true ones."""
+    if job.card.pairing != "paired" or not job.has_train:
+        return {}
+    options = {"domains": job.card.domains, "wanted": job.domains}
+    if job.args.num_workers == 0:
+        batches = worker.batches_here(job.args.data, job.card, "train")
+        parts = [worker.color_moments(batch, **options)["moments"] for batch in batches]
+    else:
+        rows = reading.read_split(job.args.data, "train")
+        rows = rows.map_batches(worker.color_moments, batch_size=256, fn_kwargs=options)
+        parts = [batch["moments"] for batch in rows.iter_batches(batch_size=None, batch_format="numpy")]
+    moments = np.concatenate(parts).sum(axis=0)
+    return {domain: metrics.solve_color_map(moments[i]) for i, domain in enumerate(job.domains)}
+
+
+def look(job: EvaluationJob) -> tuple[dict[Key, Found], int]:
+    """What came of every picture that the plans name, and how many copies of the network there were."""
+    make: dict[str, Any] = {
+        "translate": {
+            "checkpoint_uri": job.checkpoint_path,
+            "ema": job.ema,
+            "sampling": configs.to_dict(job.sampling),
+            "guides": configs.to_dict(job.guides),
+        },
+        "judges": configs.to_dict(job.judges),
+        "domains": job.card.domains,
+        "pairing": job.card.pairing,
+        "color_maps": fit_color_maps(job),
+    }
+    batches: Iterator[Batch]
+    num_rows = sum(len(wishes) for plan in job.plans.values() for wishes in plan.values())
+    if job.args.num_workers == 0:
+        # A thread for every other core: on two busy cores a second thread made the feature net four times slower.
+        threads = min(torch.get_num_threads(), max((os.cpu_count() or 1) // 2, 1))
+        actor, num_workers = worker.Measure(**make, num_threads=threads), 1
+        batches = map(actor, rows_here(job))
+    else:
+        batches, num_workers = over_ray(job, make, num_rows)
+    found: dict[Key, Found] = {}
+    with Progress(total=num_rows, unit="picture", description="evaluate") as progress:
+        for batch in batches:
+            found.update(worker.opened(batch))
+            progress.update(len(batch["id"]))
+    if len(found) != num_rows:
+        raise RuntimeError(f"{num_rows} pictures were to be looked at, {len(found)} came back")
+    return found, num_workers
+
+
+def rows_here(job: EvaluationJob) -> Iterator[Batch]:
+    for split, plan in job.plans.items():
+        yield from worker.rows_here(
+            job.args.data, job.card, split, plan, batch_size=job.args.batch_size, keep_truth=job.card.has_targets
+        )
+
+
+def over_ray(job: EvaluationJob, make: dict[str, Any], num_rows: int) -> tuple[Iterator[Batch], int]:
+    """The batches as the cluster gives them back, and the number of its actors."""
+    size = job.args.batch_size
+    rows = [
+        dataset_rows(job.args.data, job.card, split, plan, batch_size=size, keep_truth=job.card.has_targets)
+        for split, plan in job.plans.items()
+    ]
+    pool = actor_pool(num_rows, size, job.args.num_workers)
+    pool["fn_constructor_kwargs"] |= make
+    measured = rows[0].union(*rows[1:]).map_batches(worker.Measure, **pool)
+    batches = measured.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy")
+    return iter(batches), pool["compute"].max_size
+
+
+# -- what it comes to ---------------------------------------------------------------------------------------------
+
+
+def gather(job: EvaluationJob, domain: str, found: Mapping[Key, Found]) -> Measured:
+    """One domain's measurements in the order of their ids."""
+    mine = {key[1:]: each for key, each in found.items() if key[0] == domain}
+
+    def of(*purposes: str) -> dict[str, Found]:
+        return {name: mine[name, seed, purpose] for name, seed, purpose in sorted(mine) if purpose in purposes}
+
+    main, real, train = of(worker.MEASURE, worker.SHOW), of(worker.REAL), of(worker.TRAIN)
+    columns = {
+        name: np.stack([each[name] for each in main.values()]) for name in next(iter(main.values())) if "/" in name
+    }
+    methods: dict[str, dict[str, np.ndarray]] = {}
+    for name, values in columns.items():
+        method, _, what = name.partition("/")
+        methods.setdefault(method, {})[what] = values
+    samples: dict[str, list[np.ndarray]] = {}
+    for (name, _, purpose), each in sorted(mine.items()):
+        if purpose in (worker.SAMPLE, worker.SHOW_SAMPLE):
+            samples.setdefault(name, [main[name]["model/features"]]).append(each["model/features"])
+    wanted = job.card.domains.index(domain)
+    sides, people = (np.array(each) for each in zip(*(job.rows[name] for name in main), strict=True))
+    if job.card.pairing == "paired":
+        truths = methods["truth"]
+        real_features, real_chances = truths["features"], truths.get("chances")
+        sides = np.full(len(main), 1 - wanted)  # whichever side the row is stored as
+    else:
+        real_features = stacked(real, "real/features")
+        real_chances = stacked(real, "real/chances") if job.judges.classifier else None
+    return Measured(
+        ids=list(main),
+        methods=methods,
+        samples={name: np.stack(each) for name, each in samples.items()},
+        real=real_features,
+        real_chances=real_chances,
+        people=np.where(people == cache.NOBODY, -1 - np.arange(len(people)), people),
+        train=stacked(train, "real/features"),
+        wanted=wanted,
+        source_domains=sides,
+    )
+
+
+def stacked(found: Mapping[str, Found], name: str) -> np.ndarray:
+    """The values `name` of every row; (0, 0) of none."""
+    return np.stack([each[name] for each in found.values()]) if found else np.zeros((0, 0), np.float32)
+
+
+def grid(job: EvaluationJob, domain: str, found: Mapping[Key, Found]) -> tuple[list[str], bytes]:
+    """The ids shown, and their pictures: source, samples and counterpart."""
+    from jobs.reports.grids import labelled_grid
+
+    keys = sorted(key for key in found if key[0] == domain and key[3] in (worker.SHOW, worker.SHOW_SAMPLE))
+    ids = list(dict.fromkeys(key[1] for key in keys))
+    rows = []
+    for name in ids:
+        samples = [found[key] for key in keys if key[1] == name]
+        rows.append([samples[0]["source"], *(each["result"] for each in samples)])
+        if "truth" in samples[0]:
+            rows[-1].append(samples[0]["truth"])
+    columns = [f"sample {n + 1}" for n in range(job.num_samples)] if job.num_samples > 1 else ["result"]
+    last = {"paired": ["truth"], "matched": ["proxy"]}.get(job.card.pairing, [])
+    return ids, labelled_grid(["source", *columns, *last], rows)
+
+
+def evaluate(job: EvaluationJob) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The content of metrics.json, and the files beside it."""
+    found, num_workers = look(job)
+    outcome: dict[str, tuple[list[str], Findings]] = {}
+    domains, files, names = {}, {}, {}
+    for domain in job.domains:
+        measured = gather(job, domain, found)
+        outcome[domain] = measured.ids, summary.find(measured, seed=job.args.seed)
+        shown, png = grid(job, domain, found)
+        names[domain] = "grid.png" if len(job.domains) == 1 else f"grid-{domain}.png"
+        files[names[domain]] = png
+        domains[domain] = {**told(job, domain, measured, outcome[domain][1]), "shown": shown}
+    files["pictures.parquet"] = summary.pictures_table(outcome)
+    files["halves.parquet"] = summary.halves_table(outcome)
+    evaluation = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "options": job.options,
+        "checkpoint": job.checkpoint_path,
+        "data": {
+            "uri": job.args.data,
+            "name": job.card.name,
+            "licence": job.card.licence,
+            "source": job.card.source,
+            "pairing": job.card.pairing,
+            "content_hash": job.card.content_hash,
+        },
+        "split": job.args.split,
+        "seed": job.args.seed,
+        "sampling": configs.to_dict(job.sampling),
+        "guides": {name: value for name, value in configs.to_dict(job.guides).items() if guided(job.guides, name)},
+        "feature_net": (job.nets["features"] or {})["name"],
+        "nets": job.nets,
+        "compute": cost(found, num_workers),
+        "domains": domains,
+        "grids": names,
+        "model": configs.to_dict(job.config),
+        "environment": provenance.environment(),
+    }
+    return evaluation, files
+
+
+def guided(guides: Guides, name: str) -> bool:
+    """Whether that field of the guides has an effect."""
+    return getattr(guides, name.rpartition("_")[0] + "_guidance") is not None
+
+
+def told(job: EvaluationJob, domain: str, measured: Measured, found: Findings) -> dict[str, Any]:
+    """What metrics.json says of one domain."""
+    pairing = job.card.pairing
+    verdicts = summary.verdicts(found, seed=job.args.seed)
+    methods = [name for name in summary.METHODS if name in found.summaries]
+    return {
+        "headline": summary.headline(verdicts),
+        "num_images": len(measured.ids),
+        "num_real_images": len(measured.real),
+        "num_train_images": len(measured.train),
+        "num_diverse": len(measured.samples),
+        "reference": {"paired": "true counterpart", "matched": "source and proxy"}.get(pairing, "source"),
+        "metric_labels": summary.labels(pairing, domain),
+        "methods": {
+            name: {
+                "name": summary.METHODS[name],
+                "metrics": {metric: dataclasses.asdict(each) for metric, each in found.summaries[name].items()},
+            }
+            for name in methods
+        },
+        "instruments": {name: dataclasses.asdict(each) for name, each in found.instruments.items()},
+        "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
+        "notes": summary.notes(
+            found,
+            pairing=pairing,
+            domain=domain,
+            num_train=(len(measured.train), job.card.splits.get("train", 0)),
+            elsewhere=job.config.data.content_hash not in ("", job.card.content_hash),
+        ),
+    }
+
+
+def cost(found: Mapping[Key, Found], num_workers: int) -> dict[str, Any]:
+    """What a picture cost: passes through the network, and pictures a second of one copy of it (the median of the
+    batches: the first one warms up)."""
+    made = [each for each in found.values() if "nfe" in each]
+    return {
+        "nfe": sum(each["nfe"] for each in made) / len(made),
+        "images_per_s": 1 / float(np.median([each["seconds"] for each in made])),
+        "device": made[0]["device"],
+        "num_workers": num_workers,
+    }
+
+
+def write(job: EvaluationJob, evaluation: dict[str, Any], files: dict[str, bytes]) -> None:
+    """Tables, grids and report first, metrics.json last: where it is, everything is."""
+    from jobs.reports import report
+
+    for name, content in files.items():
+        storage.write_bytes(storage.join(job.args.output, name), content)
+    made = "the result" if job.num_samples == 1 else f"{job.num_samples} samples that differ in their noise only"
+    images = [
+        (
+            f"Held-out pictures to {domain}: the source, {made}"
+            + {"paired": ", the truth.", "matched": ", the proxy (another person)."}.get(job.card.pairing, "."),
+            files[name],
+        )
+        for domain, name in evaluation["grids"].items()
+    ]
+    run = job.checkpoint_path.partition("/checkpoints/")[0]
+    run_uri = run if storage.exists(storage.join(run, "metrics.jsonl")) else None
+    report.write_report(job.args.output, run_uri=run_uri, evaluation=evaluation, images=images)
+    text = json.dumps(evaluation, indent=2, allow_nan=False)
+    storage.write_bytes(storage.join(job.args.output, "metrics.json"), text.encode())

@@ -1,0 +1,316 @@
+"""What one evaluation is to measure: its command, checked, before the work starts."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import tyro
+
+from ddpm_core import checkpoint, storage
+from ddpm_core import config as configs
+from ddpm_core.config import SamplingConfig
+from ddpm_core.errors import InputError
+from ddpm_core.nets import Net
+from jobs.datasets import cache
+from jobs.datasets.format import DatasetCard, read_card
+from jobs.evaluation import worker
+from jobs.evaluation.worker import Judges
+from jobs.translation import listing
+from jobs.translation.options import Guides, SamplingOverrides, check_least, open_checkpoint
+
+FORMAT, FORMAT_VERSION = "ddpm-translate-evaluation", 2
+NUM_SHOWN = 10
+"""Pictures in the grid, spread over the set."""
+NUM_SAMPLES = 3
+"""Results of different seeds of those whose diversity is measured, and shown."""
+JUDGE_FLAGS = {"features": "--feature-net", "classifier": "--classifier", "identity": "--identity-net"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateArgs:
+    """What to measure on what."""
+
+    checkpoint: str
+    """A run (its best checkpoint) or a checkpoint folder, local or s3://."""
+    data: str
+    """Data set: a folder or s3:// prefix that holds dataset.json."""
+    output: str
+    """Folder or s3:// prefix for metrics.json, grid.png and report.html."""
+    num_images: int = 512
+    """Pictures to translate for each domain, spread evenly over the split; 0 takes all."""
+    num_diverse: int = 32
+    """Of them, those drawn with three seeds to see how different the results are; a GAN has but one result.
+    0: none."""
+    split: str = "test"
+    """Rows to measure on."""
+    domain: str | None = None
+    """The side to produce; by default each that the checkpoint was trained for."""
+    num_train: int = 2048
+    """Training pictures of each domain, spread evenly, that say how far real pictures are from real ones, and whether
+    results are what was learned over again; 0 leaves that out."""
+    sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
+    guides: Annotated[Guides, tyro.conf.arg(name="")] = Guides()
+    feature_net: str = "auto"
+    """What realism is measured with: auto (EfficientNet-lite0 where its package is installed, else a fixed random net),
+    inception, or a net file."""
+    classifier: str | None = None
+    """Which domain a picture is taken for: a net file (.pt, .pt2) that gives a logit of each domain, or a run of an
+    attribute classifier of ours. Not one that leads the sampling."""
+    identity_net: str | None = None
+    """Whom a picture shows: a net file that gives an embedding, or a run of our own identity encoder. Not one that the
+    model was trained with or that leads the sampling."""
+    ema: float | None = None
+    """Weights averaged over this share of the training; those that validated best by default."""
+    seed: int = 0
+    """Of the sampling noise, the bootstrap and the KID halves."""
+    batch_size: int = 16
+    """Pictures the network sees at once; memory and speed, not results."""
+    num_workers: int | None = None
+    """Copies of the network; by default one for each GPU, or for each CPU where there is none. 0: this process alone,
+    without Ray."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationJob:
+    """Everything one command has made up its mind about before the work starts."""
+
+    args: EvaluateArgs
+    checkpoint_path: str
+    config: configs.ModelConfig
+    sampling: SamplingConfig
+    guides: Guides
+    judges: Judges
+    nets: dict[str, dict[str, str] | None]
+    """Name and fingerprint of each judge, None of those not given."""
+    card: DatasetCard
+    domains: tuple[str, ...]
+    options: dict[str, Any]
+    """What the results depend on."""
+    plans: dict[str, dict[str, list[tuple[str, int, str]]]]
+    """split → row id → (domain, seed, purpose) of each picture to look at."""
+    rows: dict[str, tuple[int, int]]
+    """id → index of the domain, and whom it shows (NOBODY), of each row of the split."""
+    ema: float | None = None
+    """The length of the EMA that is measured, where it is not the checkpoint's own."""
+
+    @property
+    def has_train(self) -> bool:
+        return bool(self.card.splits.get("train"))
+
+    @property
+    def num_samples(self) -> int:
+        return num_samples(self.config, self.args)
+
+
+def plan_evaluation(args: EvaluateArgs) -> EvaluationJob:
+    """All checks that cost little.
+
+    Raises:
+        InputError: whatever is wrong with the command, in one line.
+    """
+    args = dataclasses.replace(
+        args,
+        checkpoint=storage.absolute(args.checkpoint, flag="--checkpoint"),
+        data=storage.absolute(args.data, flag="--data"),
+        output=storage.absolute(args.output, flag="--output"),
+    )
+    check_least(
+        {
+            "--num-images": (args.num_images, 0),
+            "--num-diverse": (args.num_diverse, 0),
+            "--num-train": (args.num_train, 0),
+            "--batch-size": (args.batch_size, 1),
+            "--num-workers": (args.num_workers, 0),
+        }
+    )
+    opened = open_checkpoint(args.checkpoint, args.domain, args.sampling, ema=args.ema, guides=args.guides)
+    config, domains = opened.loaded.config, opened.domains
+    card = read_card(args.data)
+    listing.check_dataset(args.data, card, config)
+    rows = listing.split_rows(args.data, card, args.split)
+    judges = Judges(
+        features=place(args.feature_net, "--feature-net"),
+        classifier=args.classifier and place(args.classifier, "--classifier"),
+        identity=args.identity_net and place(args.identity_net, "--identity-net"),
+    )
+    judging = open_judges(judges, card.domains)
+    check_independent(judges, judging, opened.guides, config)
+    options = {
+        "data": card.content_hash,
+        "split": args.split,
+        "domains": list(domains),
+        "num_images": args.num_images,
+        "num_diverse": args.num_diverse,
+        "num_train": args.num_train,
+        "seed": args.seed,
+        **opened.options,
+        **{f"{name}_net": net and net.fingerprint for name, net in judging.items()},
+    }
+    plans = make_plans(args, card, domains, rows, num_samples(config, args))
+    return EvaluationJob(
+        args=args,
+        checkpoint_path=opened.loaded.path,
+        config=config,
+        sampling=opened.sampling,
+        guides=opened.guides,
+        judges=judges,
+        nets={
+            name: None if net is None else {"name": net.name, "fingerprint": net.fingerprint}
+            for name, net in judging.items()
+        },
+        card=card,
+        domains=domains,
+        options=options,
+        plans=plans,
+        rows=labels(args, card),
+        ema=opened.loaded.ema,
+    )
+
+
+def place(uri: str, flag: str) -> str:
+    """A net's name, or its absolute place."""
+    return uri if uri in worker.NAMED else storage.absolute(uri, flag=flag)
+
+
+def open_judges(judges: Judges, domains: tuple[str, ...]) -> dict[str, Net | None]:
+    """Each judge, None of those not given.
+
+    Raises:
+        InputError: it is no such net, by its flag.
+    """
+    found: dict[str, Net | None] = {}
+    for name, flag in JUDGE_FLAGS.items():
+        uri = getattr(judges, name)
+        try:
+            found[name] = None if uri is None else worker.load_judge(name, uri, domains)
+        except InputError as error:
+            raise InputError(f"{flag}: {error}") from None
+    return found
+
+
+def labels(args: EvaluateArgs, card: DatasetCard) -> dict[str, tuple[int, int]]:
+    """See `Job.rows`."""
+    found = cache.read_labels(args.data, card, args.split)
+    return dict(zip(found.ids, zip(found.domain.tolist(), found.identity.tolist(), strict=True), strict=True))
+
+
+def check_independent(
+    judges: Judges, judging: Mapping[str, Net | None], guides: Guides, config: configs.ModelConfig
+) -> None:
+    """A net that taught the model, or leads its sampling, would judge its own work.
+
+    Raises:
+        InputError: naming it.
+    """
+    teacher = config.training.get("identity_encoder")
+    used = [
+        ("identity", teacher, "the encoder of the model's own losses"),
+        ("identity", guides.identity_guidance, "the encoder of --identity-guidance"),
+        ("classifier", guides.classifier_guidance, "the classifier of --classifier-guidance"),
+    ]
+    for kind, uri, what in used:
+        for name in {"identity": ("identity", "features"), "classifier": ("classifier",)}[kind]:
+            judge, there = judging[name], getattr(judges, name)
+            if uri is None or judge is None or there in worker.NAMED:
+                continue
+            if same_net(kind, uri, there, judge, config.domains):
+                raise InputError(
+                    f"{JUDGE_FLAGS[name]} {there} is {what} and would judge its own work; give another net, such as "
+                    "one trained with another --seed or on other pictures"
+                )
+
+
+def same_net(kind: str, uri: str, there: str, judge: Net, domains: tuple[str, ...]) -> bool:
+    """Whether the encoder at `uri` is the judge: the same place, or as far as it can still be read the same weights."""
+    places = set()
+    for each in (uri, there):
+        try:
+            places.add(checkpoint.resolve(each, read=storage.read_bytes)[0])
+        except InputError:
+            places.add(each.rstrip("/"))
+    if len(places) == 1:
+        return True
+    try:
+        return worker.load_judge(kind, uri, domains).fingerprint == judge.fingerprint
+    except InputError:  # the training's encoder may be gone
+        return False
+
+
+def finished(job: EvaluationJob) -> bool:
+    """Whether the output holds this very evaluation.
+
+    Raises:
+        InputError: it holds another one.
+    """
+    uri = storage.join(job.args.output, "metrics.json")
+    try:
+        there = storage.read_json(uri)
+        earlier, version = there["options"], there["format_version"]
+    except FileNotFoundError:
+        return False
+    except (*storage.NOT_JSON, KeyError, TypeError):
+        raise InputError(f"{uri} is not this program's; give a new --output folder") from None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{job.args.output} holds an evaluation of format version {version}, this program writes version "
+            f"{FORMAT_VERSION}, which measures more; give a new --output folder"
+        )
+    for name in dict.fromkeys([*earlier, *job.options]):
+        if earlier.get(name) != job.options.get(name):
+            raise InputError(
+                f"{job.args.output} holds an evaluation with {name} = {earlier.get(name)}, this command says "
+                f"{job.options.get(name)}; give the old value back, or a new --output folder"
+            )
+    return True
+
+
+# -- what to look at ----------------------------------------------------------------------------------------------
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """At most `wanted` indices, evenly over `total`; 0 wanted means all."""
+    if not wanted or wanted >= total:
+        return list(range(total))
+    return [int((i + 0.5) * total / wanted) for i in range(wanted)]
+
+
+def num_samples(config: configs.ModelConfig, args: EvaluateArgs) -> int:
+    """How many results of a picture are drawn at most: a GAN has but one."""
+    return NUM_SAMPLES if config.method == "diffusion" and args.num_diverse else 1
+
+
+def make_plans(
+    args: EvaluateArgs, card: DatasetCard, domains: tuple[str, ...], rows: list[tuple[str, int]], most_samples: int
+) -> dict[str, dict[str, list[tuple[str, int, str]]]]:
+    """Which rows of which split to look at, translated to what with which seeds.
+
+    Raises:
+        InputError: no row can be turned into the wanted domain.
+    """
+    plans: dict[str, dict[str, list[tuple[str, int, str]]]] = {args.split: {}}
+    looked_at = args.num_train and card.splits.get("train")
+    train = listing.split_rows(args.data, card, "train") if looked_at else []
+    for domain in domains:
+        # A pair can be read from either side; other sets give the pictures of the other sides.
+        paired = card.pairing == "paired"
+        usable = [name for name, side in rows if paired or card.domains[side] != domain]
+        chosen = [usable[i] for i in spread(len(usable), args.num_images)]
+        if not chosen:
+            raise InputError(f"{args.data}: no row of split {args.split!r} can be turned into {domain!r}")
+        drawn = [chosen[i] for i in spread(len(chosen), args.num_diverse)]
+        shown = {drawn[i] for i in spread(len(drawn), NUM_SHOWN)}
+        wishes = plans[args.split]
+        for name in chosen:
+            purpose = worker.SHOW if name in shown else worker.MEASURE
+            wishes.setdefault(name, []).append((domain, args.seed, purpose))
+        for name in drawn:
+            purpose = worker.SHOW_SAMPLE if name in shown else worker.SAMPLE
+            wishes[name] += [(domain, args.seed + more, purpose) for more in range(1, most_samples)]
+        if not paired:
+            there = [name for name, side in rows if card.domains[side] == domain]
+            for i in spread(len(there), args.num_images):
+                wishes.setdefault(there[i], []).append((domain, args.seed, worker.REAL))
+        known = [name for name, side in train if paired or card.domains[side] == domain]
+        for i in spread(len(known), args.num_train):
+            plans.setdefault("train", {}).setdefault(known[i], []).append((domain, args.seed, worker.TRAIN))
+    return plans

@@ -1,0 +1,290 @@
+"""What the measurements of one domain come to: every method in every metric with its interval, verdicts and notes."""
+
+import dataclasses
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from jaxtyping import Float
+
+from ddpm_core import metrics
+from ddpm_core.metrics import Interval
+from jobs.evaluation import metrics as evaluation_metrics
+
+PROMISED = {("psnr", True), ("ssim", True), ("kid", False)}
+"""(metric, against the copy?) of the comparisons that say whether a model is worth anything."""
+METHODS = {
+    "model": "this model",
+    "copy": "copy of the source",
+    "linear": "best linear colour map",
+    "truth": "the true counterparts",
+    "real": "real pictures of the training split",
+}
+VERDICTS = [
+    ("psnr", "copy"),
+    ("ssim", "copy"),
+    ("kid", "linear"),
+    ("kid", "copy"),
+    ("psnr", "linear"),
+    ("ssim", "linear"),
+    ("perceptual", "copy"),
+    ("perceptual", "linear"),
+    ("flip_rate", "copy"),
+    ("flip_rate", "truth"),
+    ("identity_rank_1", "truth"),
+]
+"""Ours against whom in what, the promised comparisons first."""
+AGAINST = {"copy": "a copy of the source", "linear": "the best linear colour map", "truth": "the true counterparts"}
+FEW_RIGHT = 0.9
+"""A classifier that is right less often on real pictures judges flips too badly to rely on."""
+PER_PICTURE = ("psnr", "ssim", "perceptual")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One domain's measurements; rows of the arrays belong together."""
+
+    ids: list[str]
+    methods: dict[str, dict[str, np.ndarray]]
+    """method → name → n or n d: metrics of each picture, and the nets' features, chances and embedding."""
+    samples: dict[str, Float[np.ndarray, "k d"]]
+    """id → features of results that differ in their noise only."""
+    real: Float[np.ndarray, "m d"]
+    """Features of real held-out pictures of the domain."""
+    real_chances: Float[np.ndarray, "m k"] | None
+    """What the classifier makes of them."""
+    people: np.ndarray
+    """n, whom each source shows: other pictures of the same person are no rivals of the source."""
+    train: Float[np.ndarray, "t d"]
+    """Features of training pictures of the domain."""
+    wanted: int
+    """The domain."""
+    source_domains: np.ndarray
+    """n, the domain that each source is of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What a domain's measurements come to."""
+
+    values: dict[str, dict[str, Float[np.ndarray, " n"]]]
+    """method → metric → each picture's, NaN where it was not measured."""
+    halves: dict[str, Float[np.ndarray, " h"]]
+    """method → KID of random halves."""
+    summaries: dict[str, dict[str, Interval]]
+    """method → metric → its mean and interval."""
+    instruments: dict[str, Interval]
+    """How good the nets are that judge: on pictures of which the right answer is known."""
+
+
+def find(measured: Measured, *, seed: int) -> Findings:
+    """All of it."""
+    values = {name: per_picture(name, measured) for name in measured.methods}
+    halves = kid_halves(measured, seed)
+    summaries = {
+        name: {metric: metrics.bootstrap(each[~np.isnan(each)], seed=seed) for metric, each in of.items()}
+        for name, of in values.items()
+    }
+    for name, each in halves.items():
+        summaries.setdefault(name, {})["kid"] = evaluation_metrics.halves_interval(each)
+    for name, distance in frechet_distances(measured).items():
+        summaries.setdefault(name, {})["fd"] = distance
+    return Findings(values, halves, summaries, instruments(measured, values, seed))
+
+
+def per_picture(method: str, measured: Measured) -> dict[str, np.ndarray]:
+    """Every metric of each of a method's pictures."""
+    found, sources = measured.methods[method], measured.methods["copy"]
+    values = {name: each for name, each in found.items() if each.ndim == 1}
+    if "chances" in found:
+        values["flip_rate"] = evaluation_metrics.flipped(found["chances"], measured.wanted)
+    if "embedding" in found:
+        values["identity_cosine"] = evaluation_metrics.cosine(found["embedding"], sources["embedding"])
+        values["identity_rank_1"] = evaluation_metrics.rank_1(
+            found["embedding"], sources["embedding"], people=measured.people
+        )
+    if method == "model" and measured.samples:
+        drawn = [name for name in measured.ids if name in measured.samples]
+        values["diversity"] = np.full(len(measured.ids), np.nan)
+        rows = [i for i, name in enumerate(measured.ids) if name in measured.samples]
+        values["diversity"][rows] = evaluation_metrics.diversity(np.stack([measured.samples[name] for name in drawn]))
+    if method in ("model", "truth") and len(measured.train) and len(measured.real):
+        nearest = evaluation_metrics.nearest(found["features"], measured.train, measured.real)
+        values |= {"neighbor_distance": nearest.distances, "copied": nearest.copied}
+    return values
+
+
+def kid_halves(measured: Measured, seed: int) -> dict[str, np.ndarray]:
+    """KID of each method on the same halves, where there are pictures enough."""
+    made = {name: found["features"] for name, found in measured.methods.items() if name != "truth"}
+    if len(measured.train) >= evaluation_metrics.MIN_KID_IMAGES:
+        made["real"] = measured.train
+    if min(len(measured.real), len(measured.ids)) < evaluation_metrics.MIN_KID_IMAGES:
+        return {}
+    real = torch.from_numpy(measured.real)
+    return {
+        name: evaluation_metrics.kid(real, torch.from_numpy(features), seed=seed) for name, features in made.items()
+    }
+
+
+def frechet_distances(measured: Measured) -> dict[str, Interval]:
+    """Fréchet distance of each method, where there are pictures enough."""
+    made = {name: found["features"] for name, found in measured.methods.items() if name != "truth"}
+    if len(measured.train):
+        made["real"] = measured.train
+    least = evaluation_metrics.MIN_FRECHET_IMAGES
+    found: dict[str, Interval] = {}
+    for name, features in made.items():
+        if min(len(measured.real), len(features)) >= least:
+            found[name] = evaluation_metrics.frechet(torch.from_numpy(measured.real), torch.from_numpy(features))
+    return found
+
+
+def instruments(measured: Measured, values: dict[str, dict[str, np.ndarray]], seed: int) -> dict[str, Interval]:
+    """How often the classifier is right on real pictures of either side, and the identity net on true counterparts."""
+    found = {}
+    if measured.real_chances is not None and len(measured.real_chances):
+        of_wanted = measured.real_chances.argmax(1) == measured.wanted
+        of_sources = measured.methods["copy"]["chances"].argmax(1) == measured.source_domains
+        right = np.concatenate([of_wanted, of_sources]).astype(np.float64)
+        found["classifier_accuracy"] = metrics.bootstrap(right, seed=seed)
+    if "identity_rank_1" in values.get("truth", {}):
+        found["identity_rank_1"] = metrics.bootstrap(values["truth"]["identity_rank_1"], seed=seed)
+    return found
+
+
+# -- in words -----------------------------------------------------------------------------------------------------
+
+
+def verdicts(found: Findings, *, seed: int) -> list[evaluation_metrics.Verdict]:
+    """Ours against the baselines and against a perfect answer."""
+    told = []
+    for metric, other in VERDICTS:
+        values = found.halves if metric == "kid" else {name: of.get(metric) for name, of in found.values.items()}
+        ours, theirs = values.get("model"), values.get(other)
+        if ours is not None and theirs is not None:
+            told.append(evaluation_metrics.verdict(metric, AGAINST[other], ours, theirs, seed=seed))
+    return told
+
+
+def headline(found: Iterable[evaluation_metrics.Verdict]) -> str:
+    """The promised comparisons in one sentence: what it beats, and what it does not."""
+    told = list(found)
+    promised = [v for v in told if (v.metric, "copy" in v.against) in PROMISED] or told
+    groups: dict[tuple[bool, str], list[str]] = {}
+    for v in promised:
+        groups.setdefault((v.better is True, v.against), []).append(v.text.partition(":")[0])
+    parts = []
+    for good in (True, False):
+        those = [f"{against} in {' and '.join(names)}" for (fine, against), names in groups.items() if fine == good]
+        if those:
+            parts.append(
+                ("It beats " + ", and ".join(those) if good else "It does not beat " + ", nor ".join(those)) + "."
+            )
+    return " ".join(parts)
+
+
+def labels(pairing: str, domain: str) -> dict[str, str]:
+    """Headings of the metrics, with what each is measured to and which way is better."""
+    found: dict[str, str] = {}
+    for suffix, what in {"": "the truth", "_to_source": "the source", "_to_proxy": "the proxy"}.items():
+        up, down = ("", "") if suffix == "_to_source" else (" ↑", " ↓")
+        found |= {
+            f"psnr{suffix}": f"PSNR to {what}, dB{up}",
+            f"ssim{suffix}": f"SSIM to {what}{up}",
+            f"perceptual{suffix}": f"perceptual distance to {what}{down}",
+        }
+    return found | {
+        "kid": f"KID to real {domain} ↓",
+        "fd": f"Fréchet distance to real {domain} ↓",
+        "flip_rate": f"taken for {domain} ↑",
+        "identity_cosine": "identity: cosine to the source ↑",
+        "identity_rank_1": "identity: source found first ↑",
+        "diversity": "distance between samples",
+        "neighbor_distance": "distance to the nearest training picture",
+        "copied": "copied (0.01 expected)",
+    }
+
+
+def notes(found: Findings, *, pairing: str, domain: str, num_train: tuple[int, int], elsewhere: bool) -> list[str]:
+    """What a reader must know not to misread the figures. `num_train`: training pictures looked at, and all of them.
+    `elsewhere`: the model was trained on other data."""
+    told = []
+    if pairing == "matched":
+        told.append(
+            "These data have no true pairs: the counterparts are the nearest neighbours among other people, proxies. "
+            "Closeness to a proxy is not correctness; the figures to the source say how much of the picture was kept."
+        )
+    elif pairing != "paired":
+        told.append(
+            "These data have no pairs: PSNR and SSIM are to the source and say how much of the picture was kept, "
+            "not whether the translation is right."
+        )
+    if "model" not in found.halves:
+        told.append(
+            f"No KID: it needs {evaluation_metrics.MIN_KID_IMAGES} results and as many real pictures of {domain}."
+        )
+    model = found.summaries["model"]
+    if (accuracy := found.instruments.get("classifier_accuracy")) is not None:
+        told.append(
+            f"The classifier is right on {accuracy.mean:.1%} ({accuracy.low:.1%} to {accuracy.high:.1%}) of the real "
+            "pictures here, which bounds what its flip rate can say."
+            + (" That is too few to rely on it." if accuracy.mean < FEW_RIGHT else "")
+        )
+    if (right := found.instruments.get("identity_rank_1")) is not None:
+        told.append(
+            f"Of the true counterparts the identity net finds {right.mean:.1%} ({right.low:.1%} to {right.high:.1%}) "
+            "at their sources: no model can be expected to reach more."
+            + (" That is too few to rely on it." if right.mean < FEW_RIGHT else "")
+        )
+    if "copied" in model:
+        looked, there = num_train
+        told.append(
+            f"Nearest training pictures: by the feature net, among {looked:,} of {there:,} pictures of {domain}"
+            + " (copied: nearer to one of them than 99 % of the real held-out pictures are)"
+            + (", which are not those that this model was trained on." if elsewhere else ".")
+        )
+    return told
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def pictures_table(found: Mapping[str, tuple[list[str], Findings]]) -> bytes:
+    """pictures.parquet: a row for each domain, method and id, with the value of each metric."""
+    rows = [
+        {"domain": domain, "method": method, "id": name, **{m: _number(each[i]) for m, each in of.items()}}
+        for domain, (ids, findings) in found.items()
+        for method, of in findings.values.items()
+        for i, name in enumerate(ids)
+    ]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    text = dict.fromkeys(("domain", "method", "id"), pyarrow.string())
+    return _parquet({name: ([row.get(name) for row in rows], text.get(name, pyarrow.float64())) for name in columns})
+
+
+def halves_table(found: Mapping[str, tuple[list[str], Findings]]) -> bytes:
+    """halves.parquet: KID of each domain, method and random half."""
+    rows = [
+        (domain, method, half, float(kid))
+        for domain, (_, findings) in found.items()
+        for method, halves in findings.halves.items()
+        for half, kid in enumerate(halves)
+    ]
+    types = {"domain": pyarrow.string(), "method": pyarrow.string(), "half": pyarrow.int32(), "kid": pyarrow.float64()}
+    return _parquet({name: ([row[i] for row in rows], kind) for i, (name, kind) in enumerate(types.items())})
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _parquet(columns: dict[str, tuple[list[Any], pyarrow.DataType]]) -> bytes:
+    table = pyarrow.table({name: pyarrow.array(values, kind) for name, (values, kind) in columns.items()})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()

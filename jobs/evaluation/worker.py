@@ -1,0 +1,224 @@
+"""What `jobs.evaluate` does where its pictures are: on Ray's workers, or in this process. Only numbers travel back.
+
+A row asks for one picture as in `jobs.translation.batch`; its `output` says what for:
+
+    measure    translate it, measure the result and what it is compared with
+    show       the same, and bring the pictures back
+    sample     translate it with another seed, take the result's features; show-sample brings the picture back too
+    real       take the features of the picture of side `to` that the data hold; train is the same of a training row
+
+It comes back as id, to, seed, purpose and `found`, a pickled dict: METHOD/METRIC float, METHOD/features d,
+METHOD/chances of each domain, METHOD/embedding of length 1, the pictures shown, and what it cost.
+"""
+
+import dataclasses
+import functools
+import pickle
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ddpm_core import metrics, nets, storage
+from ddpm_core.nets import Net
+from jobs.datasets import cache
+from jobs.datasets.format import DatasetCard
+from jobs.evaluation.metrics import INCEPTION, MIN_SSIM_SIDE, feature_net, perceptual, psnr, ssim
+from jobs.translation.batch import Batch, Plan, Translate, expand_rows
+
+MEASURE, SHOW, SAMPLE, SHOW_SAMPLE, REAL, TRAIN = "measure", "show", "sample", "show-sample", "real", "train"
+NAMED = ("auto", INCEPTION)
+"""Feature nets that are no files."""
+Pictures = UInt8[np.ndarray, "b h w 3"]
+Found = dict[str, Any]
+"""What came of one row."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judges:
+    """The nets that look at the pictures, by where they lie."""
+
+    features: str = "auto"
+    classifier: str | None = None
+    identity: str | None = None
+
+
+@functools.lru_cache(maxsize=8)
+def load_judge(name: str, uri: str, domains: tuple[str, ...]) -> Net:
+    """The net for `name`, a field of Judges; loaded once a process.
+
+    Raises:
+        InputError: no such net.
+    """
+    if name == "classifier":
+        return nets.classifier(uri, domains, read=storage.read_bytes)
+    return {"features": feature_net, "identity": nets.identity_net}[name](uri, read=storage.read_bytes)
+
+
+class Measure:
+    """Ray Data actor, and in one process a function of batches."""
+
+    def __init__(
+        self,
+        *,
+        translate: Mapping[str, Any],
+        judges: Mapping[str, Any],
+        domains: tuple[str, ...],
+        pairing: str,
+        color_maps: Mapping[str, np.ndarray],
+        num_threads: int,
+    ) -> None:
+        """`translate`: arguments of Translate. `judges`: fields of Judges. `color_maps`: of each side to produce, where
+        the pairs are true."""
+        self.translate = Translate(**translate, output=None, num_threads=num_threads)
+        self.device = str(self.translate.translator.device)
+        self.judges = {name: load_judge(name, uri, domains) for name, uri in judges.items() if uri is not None}
+        self.pairing, self.color_maps = pairing, color_maps
+        self.passes = 0
+        self.translate.translator.model.register_forward_hook(self._count)
+
+    def _count(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        self.passes += len(output)
+
+    def __call__(self, batch: Batch) -> Batch:
+        purpose = batch["output"].astype(str)
+        found: list[Found] = [{} for _ in purpose]
+        self._look(batch, np.flatnonzero(purpose == REAL), found, leave_out=("identity",))
+        self._look(batch, np.flatnonzero(purpose == TRAIN), found, leave_out=("identity", "classifier"))
+        made = np.flatnonzero(~np.isin(purpose, (REAL, TRAIN)))
+        if len(made):
+            results = self._results({name: column[made] for name, column in batch.items()}, [found[i] for i in made])
+            pictures = np.zeros_like(batch["image"])
+            pictures[made] = results
+            self._sampled(pictures, np.flatnonzero(np.isin(purpose, (SAMPLE, SHOW_SAMPLE))), found)
+            self._measured(batch, pictures, np.flatnonzero(np.isin(purpose, (MEASURE, SHOW))), found)
+            for i in np.flatnonzero(np.isin(purpose, (SHOW, SHOW_SAMPLE))):
+                shown = {"source": batch["image"], "result": pictures, "truth": batch.get("truth")}
+                found[i] |= {name: column[i] for name, column in shown.items() if column is not None}
+        return {
+            "id": batch["id"],
+            "to": batch["to"],
+            "seed": batch["seed"],
+            "purpose": batch["output"],
+            "found": np.array([pickle.dumps(each) for each in found], dtype=object),
+        }
+
+    def _results(self, batch: Batch, found: list[Found]) -> Pictures:
+        """The translated pictures; what they cost is noted with each."""
+        self.passes, began = 0, time.perf_counter()
+        results = self.translate(batch)["result"]
+        seconds = time.perf_counter() - began
+        for each in found:
+            each |= {"nfe": self.passes / len(found), "seconds": seconds / len(found), "device": self.device}
+        return results
+
+    def _look(self, batch: Batch, rows: np.ndarray, found: list[Found], *, leave_out: Iterable[str]) -> None:
+        column = "truth" if self.pairing == "paired" else "image"
+        self._judged("real", batch[column][rows], rows, found, leave_out=leave_out)
+
+    def _sampled(self, pictures: Pictures, rows: np.ndarray, found: list[Found]) -> None:
+        self._judged("model", pictures[rows], rows, found, leave_out=("identity", "classifier"))
+
+    def _measured(self, batch: Batch, results: Pictures, rows: np.ndarray, found: list[Found]) -> None:
+        if not len(rows):
+            return
+        sources, truths = batch["image"][rows], batch["truth"][rows] if "truth" in batch else None
+        methods = {"model": results[rows], "copy": sources}
+        if self.color_maps:
+            maps = [self.color_maps[str(to)] for to in batch["to"][rows]]
+            mapped = [metrics.apply_color_map(each, x[None]) for each, x in zip(maps, sources, strict=True)]
+            methods["linear"] = np.concatenate(mapped)
+        if self.pairing == "paired":
+            assert truths is not None
+            methods["truth"] = truths
+        for name, pictures in methods.items():
+            self._judged(name, pictures, rows, found)
+        references: dict[str, Pictures | None] = {"": truths} if self.pairing == "paired" else {"_to_source": sources}
+        if self.pairing == "matched":
+            references["_to_proxy"] = truths
+        for suffix, reference in references.items():
+            for name, pictures in methods.items():
+                if reference is None or reference is pictures:
+                    continue  # a copy of the source is the source
+                for metric, values in self._compared(pictures, reference).items():
+                    _put(f"{name}/{metric}{suffix}", values, rows, found)
+
+    def _compared(self, pictures: Pictures, references: Pictures) -> dict[str, np.ndarray]:
+        """Each picture to its reference."""
+        values = {"psnr": psnr(pictures, references)}
+        if min(pictures.shape[1:3]) >= MIN_SSIM_SIDE:
+            values["ssim"] = ssim(pictures, references)
+        if nets.perceptual_taps(self.judges["features"]) is not None:
+            values["perceptual"] = perceptual(self.judges["features"], pictures, references)
+        return values
+
+    def _judged(
+        self, method: str, pictures: Pictures, rows: np.ndarray, found: list[Found], *, leave_out: Iterable[str] = ()
+    ) -> None:
+        """What each net makes of the pictures."""
+        names = {"features": "features", "classifier": "chances", "identity": "embedding"}
+        for judge, net in self.judges.items():
+            if judge not in leave_out and len(rows):
+                values = nets.features(net.module, pictures, device=self.device).numpy()
+                _put(f"{method}/{names[judge]}", values, rows, found)
+
+
+def _put(name: str, values: np.ndarray, rows: np.ndarray, found: list[Found]) -> None:
+    for row, value in zip(rows, values, strict=True):
+        found[row][name] = value
+
+
+# -- the rows -----------------------------------------------------------------------------------------------------
+
+
+def rows_here(
+    uri: str, card: DatasetCard, split: str, plan: Plan, *, batch_size: int, keep_truth: bool
+) -> Iterator[Batch]:
+    """The rows of `translating.dataset_rows`, read by this process."""
+    rows = cache.load(uri, split, content_hash=card.content_hash)
+    wanted = [i for i, name in enumerate(rows.ids) if name in plan]
+    for first in range(0, len(wanted), batch_size):
+        yield expand_rows(
+            _batch(rows, wanted[first : first + batch_size]),
+            plan=plan,
+            domains=list(card.domains),
+            paired=card.pairing == "paired",
+            image_size=card.image_size,
+            keep_truth=keep_truth,
+        )
+
+
+def batches_here(uri: str, card: DatasetCard, split: str, *, batch_size: int = 256) -> Iterator[Batch]:
+    """Every row of a split, read by this process."""
+    rows = cache.load(uri, split, content_hash=card.content_hash)
+    for first in range(0, len(rows), batch_size):
+        yield _batch(rows, range(first, min(first + batch_size, len(rows))))
+
+
+def _batch(rows: cache.SplitArrays, indices: Sequence[int]) -> Batch:
+    targets = {"target": rows.targets(indices)} if rows.has_targets else {}
+    ids = np.array([rows.ids[i] for i in indices])
+    return {"id": ids, "domain": rows.domain[np.asarray(indices)], "image": rows.images(indices), **targets}
+
+
+def opened(batch: Batch) -> Iterator[tuple[tuple[str, str, int, str], Found]]:
+    """(to, id, seed, purpose) and what was found, of each row of what `Measure` gives back."""
+    for i, found in enumerate(batch["found"]):
+        to, name, seed, purpose = (batch[key][i] for key in ("to", "id", "seed", "purpose"))
+        yield (str(to), str(name), int(seed), str(purpose)), pickle.loads(found)
+
+
+# -- the colour map -----------------------------------------------------------------------------------------------
+
+
+def color_moments(batch: Batch, *, domains: tuple[str, ...], wanted: tuple[str, ...]) -> Batch:
+    """Of a batch of pairs, what `metrics.solve_color_map` needs to turn them into each wanted side: one row."""
+    found = []
+    for domain in wanted:
+        swap = (np.asarray(domains)[batch["domain"]] == domain)[:, None, None, None]
+        sources = np.where(swap, batch["target"], batch["image"])
+        targets = np.where(swap, batch["image"], batch["target"])
+        found.append(metrics.color_moments(sources, targets))
+    return {"moments": np.stack(found)[None]}

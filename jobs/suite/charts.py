@@ -1,0 +1,255 @@
+"""The plots and pictures of a suite's report.
+
+Every figure is a PNG that stands by itself (`plots/`), and HTML for the page, drawn for light and for dark.
+"""
+
+import dataclasses
+import html
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from ddpm_core import storage
+from jobs.evaluation.summary import METHODS
+from jobs.reports import charts, grids
+from jobs.reports import html as html_page
+from jobs.suite import stress
+from jobs.suite.plan import Figure, Measured, Section
+from jobs.suite.results import Cell, Evaluation, Results, has_direction, heading, lower_is_better, rate
+
+MARKERS = "osD^vPX*"
+REFERENCES = {name: METHODS[name] for name in ("copy", "linear", "truth")}
+"""What needs no network, measured beside each: name in metrics.json → in words."""
+NUM_SHOWN = 6
+"""Pictures side by side."""
+Draw = Callable[[Any], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A figure."""
+
+    png: bytes
+    html: str
+
+
+def draw(results: Results, section: Section, figure: Figure) -> Drawn | str:
+    """The figure, or why there is none."""
+    drawers = {"pictures": pictures, "tradeoff": tradeoff, "curves": curves, "bars": bars, "stress": stress.draw}
+    found = drawers[figure.kind](results, section, figure)
+    return Drawn(*found) if isinstance(found, tuple) else found
+
+
+def shown_rows(section: Section, figure: Figure) -> list[Measured]:
+    """The rows of a figure.
+
+    Raises:
+        ValueError: it names one that the section does not have.
+    """
+    there = {row.name: row for row in section.rows}
+    if unknown := [name for name in figure.rows if name not in there]:
+        raise ValueError(f"figure {figure.title!r} names {unknown[0]!r}, which is no row of section {section.key}")
+    return [there[name] for name in figure.rows] or [*section.rows]
+
+
+def domain_of(results: Results, rows: Sequence[Measured], figure: Figure) -> str:
+    """The figure's, or the first that its rows were measured to."""
+    if figure.domain:
+        return figure.domain
+    return next((name for row in rows for each in results.evaluations(row) for name in each.metrics["domains"]), "")
+
+
+def _charted(drawer: Draw, caption: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> tuple[bytes, str]:
+    picture = charts.chart(drawer, caption, height=height, grid=grid)
+    page = f'<figure><div class="scroll">{picture}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
+    return charts.render(drawer, "paper", height=height, grid=grid), page
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------
+
+
+def pictures(results: Results, section: Section, figure: Figure) -> tuple[bytes, str] | str:
+    """The same sources through several rows: source | row | row | … | truth. Of each row the first training seed."""
+    rows = shown_rows(section, figure)
+    domain = domain_of(results, rows, figure)
+    found = {row.name: grid for row in rows if (grid := _grid(results.evaluations(row), domain)) is not None}
+    if not found:
+        return f"no pictures: {results.missing(rows[0].evaluations[0])}"
+    common = set.intersection(*(set(grid.rows) for grid in found.values()))
+    first = next(iter(found.values()))
+    ids = [name for name in first.rows if name in common]
+    ids = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(len(ids), NUM_SHOWN)).round().astype(int))]
+    if not ids:
+        return "no pictures: the rows do not show the same ones"
+    last = next((grid.last for grid in found.values() if grid.last), "")
+    columns = ["source", *found, *([last] if last else [])]
+    table = []
+    for name in ids:
+        truth = [grid.rows[name][-1] for grid in found.values() if grid.last][:1]
+        table.append([first.rows[name][0], *(grid.rows[name][1] for grid in found.values()), *truth])
+    png = grids.labelled_grid(columns, table)
+    left_out = [row.name for row in rows if row.name not in found]
+    caption = f"{figure.title}. {len(ids)} held-out pictures to {domain}, spread over the set and not chosen"
+    caption += f"; without {', '.join(left_out)}, which {'was' if len(left_out) == 1 else 'were'} not measured."
+    return png, html_page.figure(caption if left_out else caption.partition("; without")[0] + ".", png, "film")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    rows: dict[str, list[np.ndarray]]
+    """id → source, samples, truth."""
+    last: str
+    """What the last column is: truth, proxy, or "" where it is a sample."""
+
+
+def _grid(evaluations: Sequence[Evaluation], domain: str) -> _Grid | None:
+    """The pictures that the first evaluation shows."""
+    for each in evaluations[:1]:
+        name = each.metrics.get("grids", {}).get(domain)
+        if name is None or domain not in each.metrics["domains"]:
+            return None
+        columns, cut = grids.ungrid(storage.read_bytes(storage.join(each.uri, name)))
+        ids = each.metrics["domains"][domain]["shown"]
+        last = columns[-1] if columns[-1] in ("truth", "proxy") else ""
+        return _Grid(dict(zip(ids, cut, strict=True)), last)
+    return None
+
+
+# -- plots --------------------------------------------------------------------------------------------------------
+
+
+def axis(metric: str) -> str:
+    """What an axis says, the good direction with it."""
+    unit = ", %" if rate(metric) else ""
+    if metric in ("nfe", "images_per_s") or not has_direction(metric):
+        return heading(metric) + unit
+    return f"{heading(metric)}{unit} ({'lower' if lower_is_better(metric) else 'higher'} is better)"
+
+
+def _scaled(cell: Cell, metric: str) -> tuple[float, float, float, list[float]]:
+    """mean, low, high and the seeds, rates in percent."""
+    by = 100 if rate(metric) else 1
+    at = cell.interval
+    return by * at.mean, by * at.low, by * at.high, [by * seed for seed in cell.seeds]
+
+
+def bars(results: Results, section: Section, figure: Figure) -> tuple[bytes, str] | str:
+    """A row a line: mean and interval, each training seed as a small dot, and what needs no network below them."""
+    rows = shown_rows(section, figure)
+    domain = domain_of(results, rows, figure)
+    cells = {row.name: cell for row in rows if (cell := results.cell(row, domain, figure.y)) is not None}
+    if not cells:
+        return f"nothing to draw: {results.why_not(rows[0], domain, figure.y)}"
+    first = next(row for row in rows if row.name in cells)
+    others = {words: results.cell(first, domain, figure.y, name) for name, words in REFERENCES.items()}
+    lines = {**cells, **{words: cell for words, cell in others.items() if cell is not None}}
+
+    def drawer(axes: Any) -> None:
+        for place, (name, cell) in enumerate(lines.items()):
+            mean, low, high, seeds = _scaled(cell, figure.y)
+            color = charts.COLORS[0] if name in cells else charts.MUTED
+            axes.plot([low, high], [place, place], color=color, linewidth=2.5, alpha=0.55, solid_capstyle="round")
+            axes.plot([mean], [place], color=color, marker="o", markersize=7)
+            if len(seeds) > 1 and name in cells:
+                axes.plot(seeds, [place + 0.22] * len(seeds), color=color, marker="o", markersize=3, linestyle="")
+        axes.set_yticks(range(len(lines)), [_lines(name) for name in lines])
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.set_xlabel(axis(figure.y))
+
+    several = any(len(cell.seeds) > 1 for cell in cells.values())
+    dots = "; small dots are training seeds" if several else "; one training seed: the interval is over pictures only"
+    caption = f"{figure.title}. To {domain}, with 95 % intervals{dots}."
+    return _charted(drawer, caption, height=max(0.42 * len(lines) + 0.9, 1.7), grid="x")
+
+
+def _lines(text: str, width: int = 28) -> str:
+    """Broken at words."""
+    return "\n".join(grids.broken(text, width, len))
+
+
+def tradeoff(results: Results, section: Section, figure: Figure) -> tuple[bytes, str] | str:
+    """One thing against another, a line for each group."""
+    rows = shown_rows(section, figure)
+    groups = figure.groups or ("",) * len(rows)
+    if len(groups) != len(rows):
+        raise ValueError(f"figure {figure.title!r} has {len(rows)} rows and {len(groups)} groups")
+    domain = domain_of(results, rows, figure)
+    lines: dict[str, list[tuple[float, Cell]]] = {}
+    for row, group in zip(rows, groups, strict=True):
+        x, cell = _place(results, row, domain, figure.x), results.cell(row, domain, figure.y)
+        if x is not None and cell is not None:
+            lines.setdefault(group, []).append((x, cell))
+    if not lines:
+        return f"nothing to draw: {results.why_not(rows[0], domain, figure.y)}"
+
+    def drawer(axes: Any) -> None:
+        for i, (group, points) in enumerate(lines.items()):
+            xs, cells = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            means, lows, highs, _ = zip(*(_scaled(cell, figure.y) for cell in cells), strict=True)
+            off = [np.subtract(means, lows).clip(0), np.subtract(highs, means).clip(0)]
+            style = {
+                "color": charts.COLORS[i % len(charts.COLORS)],
+                "marker": MARKERS[i % len(MARKERS)],
+                "markersize": 5,
+            }
+            axes.errorbar(xs, means, off, label=group, linewidth=1.8, elinewidth=1, capsize=2, **style)
+        _scale(axes, [x for points in lines.values() for x, _ in points])
+        axes.set_xlabel(axis(figure.x))
+        axes.set_ylabel(axis(figure.y))
+        if any(lines):
+            axes.legend(frameon=False, fontsize=8.5, ncols=2 if len(lines) > 4 else 1)
+
+    return _charted(drawer, f"{figure.title}. To {domain}, with 95 % intervals.", height=4.2)
+
+
+def _place(results: Results, row: Measured, domain: str, x: str) -> float | None:
+    cost = dataclasses.asdict(results.cost(row))
+    if x in cost:
+        return cost[x]
+    cell = results.cell(row, domain, x)
+    return None if cell is None else _scaled(cell, x)[0]
+
+
+def _scale(axes: Any, xs: Sequence[float]) -> None:
+    """Logarithmic where the places lie so, with the places themselves as marks."""
+    marks = sorted(set(xs))
+    if min(marks) > 0 and max(marks) > 6 * min(marks):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")
+        axes.xaxis.set_minor_locator(_no_ticks())
+        axes.set_xticks(marks if len(marks) <= 8 else marks[:: len(marks) // 8 + 1])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _no_ticks() -> Any:
+    import matplotlib.ticker
+
+    return matplotlib.ticker.NullLocator()
+
+
+def curves(results: Results, section: Section, figure: Figure) -> tuple[bytes, str] | str:
+    """The validation loss of several runs on one axis; the seeds of one training in one colour."""
+    found = {key: [line for line in results.curves(key) if line.get("split") == "val"] for key in figure.runs}
+    there = {key: lines for key, lines in found.items() if len(lines) > 1}
+    if not there:
+        return "nothing to draw: " + (results.missing(figure.runs[0]) if figure.runs else "no runs are named")
+    names = {key: _training_name(key) for key in there}
+    colors = {name: charts.COLORS[i % len(charts.COLORS)] for i, name in enumerate(dict.fromkeys(names.values()))}
+
+    def drawer(axes: Any) -> None:
+        labelled = set()
+        for key, lines in there.items():
+            name = names[key]
+            label = {} if name in labelled else {"label": name}
+            labelled.add(name)
+            xs, ys = charts.points(lines, "loss")
+            axes.plot(xs, ys, color=colors[name], linewidth=1.6, marker="o", markersize=2.5, alpha=0.85, **label)
+        charts.finish_axes(axes, [line["loss"] for lines in there.values() for line in lines if line.get("loss")])
+
+    return _charted(drawer, f"{figure.title}. Validation loss; a line a run.")
+
+
+def _training_name(key: str) -> str:
+    """runs/paired/seed-0 → paired."""
+    return key.removeprefix("runs/").rpartition("/seed-")[0] or key

@@ -1,0 +1,413 @@
+"""Running a plan's commands over Ray, each once: the same call again goes on from there.
+
+Each is a process of its own in a Ray task, so commands spread over all nodes; what one needs comes before it, what the
+first sections need before the rest, and then the longest way to the end. Those that use Ray themselves run in the
+driver.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import tqdm
+
+from ddpm_core import storage
+from ddpm_core.errors import InputError
+from jobs.common import cli
+from jobs.common.progress import duration
+from jobs.suite.plan import (
+    Command,
+    Plan,
+    Record,
+    argv,
+    command_line,
+    counted,
+    digests,
+    done,
+    estimate_s,
+    log_uri,
+    needs,
+    ordered,
+    record_uri,
+    urgency,
+    ways,
+)
+
+GOOD = (cli.DONE, cli.SET_ASIDE)
+"""Exit codes of a command that is done. A private photo without a face is set aside; that is a result, too."""
+ATTEMPTS = 2
+"""How often a command is begun whose process or node was lost."""
+TAIL_LINES = 20
+"""Last lines of a log that a command's record keeps."""
+LOG_EVERY_S = 30.0
+"""How often the log of a running command is stored."""
+LINE_EVERY_S, QUIET_S = 10.0, 300.0
+"""Least time between two lines of progress, and the longest where nothing ends."""
+STOP_S = 10.0
+"""How long a command may take to end when it is told to."""
+SERIAL_CPUS = 2
+"""What a command that uses Ray itself must find free, or a GPU: a CPU for its actor, one for its tasks."""
+CPUS_PER_GPU = 4
+"""At most so many threads feed a GPU."""
+
+
+# ------------------------------------------------------------------------------------------------------- one command
+
+
+def execute(module: str, words: list[str], log: str, *, use_gpu: bool, threads: int) -> Record:
+    """Run one command as a process of its own, in a Ray task; its output goes to the URI `log`.
+
+    Ends with the process that waits for it, however that ends.
+    """
+    begun = time.monotonic()
+    root = Path(__file__).resolve().parents[2]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    if not use_gpu:  # a process alone takes the GPU that it sees
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    with tempfile.TemporaryFile("w+", buffering=1, encoding="utf-8") as said:
+        said.write(f"$ {command_line(module, words)}\n")
+        command = [sys.executable, "-c", _UNTIL_PARENT_ENDS, str(os.getpid()), module, *words]
+        process = subprocess.Popen(
+            command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
+        )
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=LOG_EVERY_S)
+                    break
+                with contextlib.suppress(InputError):  # the command itself meets the same store, and knows better
+                    storage.write_bytes(log, _content(said))
+        finally:
+            _end(process)
+            storage.write_bytes(log, _content(said))
+        return {**_ending(process.returncode, _content(said)), "seconds": time.monotonic() - begun}
+
+
+_UNTIL_PARENT_ENDS = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":  # a Ray worker that is killed takes nothing with it by itself
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    os.getppid() == int(sys.argv[1]) or sys.exit("the parent has ended")
+os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
+"""
+
+
+def execute_here(module: str, words: list[str], log: str) -> Record:
+    """Run one command in this process, which holds Ray; its output goes to the URI `log`.
+
+    Raises:
+        KeyboardInterrupt: the user's.
+    """
+    begun = time.monotonic()
+    given = sys.argv
+    with tempfile.TemporaryFile("w+", buffering=1, encoding="utf-8") as said:
+        said.write(f"$ {command_line(module, words)}\n")
+        sys.argv = [module.replace(".", "/") + ".py", *words]  # provenance is of this command
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                cli.run(lambda: importlib.import_module(module).main(words))
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else cli.FAILED if stop.code else cli.DONE
+        finally:
+            sys.argv = given
+            storage.write_bytes(log, _content(said))
+        if code == cli.INTERRUPTED:
+            raise KeyboardInterrupt
+        return {**_ending(code, _content(said)), "seconds": time.monotonic() - begun}
+
+
+def _content(said: TextIO) -> bytes:
+    """All that was written; not by reading on, as the process that writes has the same place in the file."""
+    return os.pread(said.fileno(), os.fstat(said.fileno()).st_size, 0)
+
+
+def _ending(code: int, content: bytes) -> Record:
+    """Exit code, last lines and the line that says what was wrong."""
+    lines = [line for line in content.decode(errors="replace").splitlines()[1:] if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    said = errors[-1] if errors else lines[-1] if lines else f"exit code {code}"
+    return {
+        "exit_code": code,
+        "node": platform.node(),
+        "tail": lines[-TAIL_LINES:],
+        "error": None if code in GOOD else f"killed by signal {-code}" if code < 0 else said,
+    }
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def run(plan: Plan, output: str, share: "Share", *, report: Callable[[], object] = lambda: None) -> dict[str, Record]:
+    """Run what is missing on the Ray that is up; the record of every command by key.
+
+    `report` is called whenever all that a section needs has ended, but for the last one.
+    The caller has imported torch before Ray came up: in a submitted job oneMKL ends the process that does it after.
+    """
+    suite = _Suite(plan, output, share, report)
+    try:
+        while suite.waiting or suite.running:
+            suite.step()
+    except BaseException:
+        suite.stop()
+        raise
+    finally:
+        suite.progress.close()
+    return suite.records
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one command takes of the cluster."""
+
+    cpus: int
+    commands_per_gpu: int
+    """0: it gets no GPU."""
+
+    @classmethod
+    def of_cluster(cls, commands_per_gpu: int) -> "Share":
+        """Raises InputError where there is no GPU to share."""
+        import ray
+
+        there = ray.cluster_resources()
+        if not commands_per_gpu:
+            return cls(1, 0)
+        gpus = there.get("GPU", 0.0)
+        if gpus < 1:
+            raise InputError("the cluster has no GPU; give --size cpu, or start Ray on machines that have one")
+        cpus = int(there.get("CPU", 1.0) / gpus / commands_per_gpu)
+        return cls(min(max(cpus, 1), CPUS_PER_GPU), commands_per_gpu)
+
+    @property
+    def slots(self) -> int:
+        """Commands that run at a time: the cluster may grow, and lose nodes. One that has none is given one to wait
+        for, so that an autoscaler hears of it."""
+        import ray
+
+        there = ray.cluster_resources()
+        if self.commands_per_gpu:
+            return max(int(there.get("GPU", 0.0)) * self.commands_per_gpu, 1)
+        return max(int(there.get("CPU", 0.0)), 1)
+
+    @property
+    def spare(self) -> int:
+        """Commands that make room for one that uses Ray itself."""
+        return self.commands_per_gpu or SERIAL_CPUS
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As ray.remote's."""
+        gpus = {"num_gpus": 1 / self.commands_per_gpu} if self.commands_per_gpu else {}
+        return {"num_cpus": self.cpus, **gpus}
+
+
+class _Suite:
+    """Commands that wait, that run, and the records of those that have ended."""
+
+    def __init__(self, plan: Plan, output: str, share: Share, report: Callable[[], object]) -> None:
+        from ddpm_core import provenance  # torch, which the processes that wait for a command do without
+
+        self.output, self.share, self.report = output, share, report
+        self.records = done(plan, output)
+        self.waiting = {each.key: each for each in ordered(plan.commands) if each.key not in self.records}
+        self.running: dict[Any, Command] = {}
+        self.digests, self.ways, self.urgency = digests(plan), ways(plan.commands), urgency(plan)
+        self.attempts: dict[str, int] = {}
+        environment = provenance.environment()
+        self.source = {name: environment[name] for name in ("git_commit", "source_hash")}
+        self.progress = _Progress(plan.commands, self.records)
+
+    def step(self) -> None:
+        """Begin what can begin, then wait for something to end."""
+        import ray
+
+        self.skip()
+        ended = {key for key, record in self.records.items() if record["state"] == "done"}
+        ready = [command for command in self.waiting.values() if needs(command) <= ended]
+        ready.sort(key=lambda command: (self.urgency[command.key], -self.ways[command.key]))
+        alone = [command for command in ready if command.serial]
+        slots, spare = self.share.slots, self.share.spare
+        if alone and len(self.running) <= max(slots - spare, 0):
+            self.run_here(alone[0])
+            return
+        # On a small cluster they wait for each other: a command that uses Ray itself goes when the others are through.
+        room = slots - spare if alone and slots >= 2 * spare else slots
+        for command in [each for each in ready if not each.serial][: max(room - len(self.running), 0)]:
+            self.begin(command)
+        self.progress.show(self.records, [each.key for each in self.running.values()], slots)
+        if self.running:
+            for reference in ray.wait([*self.running], timeout=LINE_EVERY_S)[0]:
+                self.end(reference)
+
+    def skip(self) -> None:
+        """Give up what waits for something that has failed; in order, so that it spreads."""
+        bad = {key for key, record in self.records.items() if record["state"] != "done"}
+        for command in [*self.waiting.values()]:
+            if causes := needs(command) & bad:
+                bad.add(command.key)
+                del self.waiting[command.key]
+                self.write(command, state="skipped", error=f"it needs {', '.join(sorted(causes))}")
+
+    def run_here(self, command: Command) -> None:
+        del self.waiting[command.key]
+        self.attempts[command.key] = 1
+        self.progress.show(self.records, [command.key, *(each.key for each in self.running.values())], self.share.slots)
+        ending = execute_here(command.module, argv(command, self.output), log_uri(self.output, command.key))
+        self.ended(command, ending)
+
+    def begin(self, command: Command) -> None:
+        import ray
+
+        self.waiting.pop(command.key, None)
+        self.attempts[command.key] = self.attempts.get(command.key, 0) + 1
+        task = ray.remote(execute).options(max_retries=0, scheduling_strategy="SPREAD", **self.share.options)
+        reference = task.remote(
+            command.module,
+            argv(command, self.output),
+            log_uri(self.output, command.key),
+            use_gpu=bool(self.share.commands_per_gpu),
+            threads=self.share.cpus,
+        )
+        self.running[reference] = command
+
+    def end(self, reference: Any) -> None:
+        import ray
+
+        command = self.running.pop(reference)
+        try:
+            ending = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:  # the store, most likely
+            ending = {"exit_code": None, "error": str(cli.input_error(error) or str(error).splitlines()[-1])}
+        except ray.exceptions.RayError as error:
+            ending = {"exit_code": -signal.SIGKILL, "error": f"lost ({type(error).__name__})"}
+        killed = ending["exit_code"] is not None and ending["exit_code"] < 0
+        if killed and self.attempts[command.key] < ATTEMPTS:
+            self.progress.say(f"{command.key}: {ending['error']}; once more")
+            self.begin(command)
+        else:
+            self.ended(command, ending)
+
+    def ended(self, command: Command, ending: Record) -> None:
+        self.write(command, state="done" if ending["exit_code"] in GOOD else "failed", **ending)
+        place = self.urgency[command.key]
+        left = {self.urgency[each.key] for each in (*self.waiting.values(), *self.running.values())}
+        if left and place not in left:
+            try:
+                self.report()
+            except InputError as error:  # there is another at the end
+                self.progress.say(f"no report yet: {error}")
+
+    def write(self, command: Command, **facts: Any) -> None:
+        """Keep the record of a command that has ended."""
+        record = {
+            "key": command.key,
+            "module": command.module,
+            "argv": argv(command, self.output),
+            "digest": self.digests[command.key],
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "attempts": self.attempts.get(command.key, 0),
+            "exit_code": None,
+            "seconds": None,
+            "node": None,
+            "tail": [],
+            "error": None,
+            **self.source,
+            **facts,
+        }
+        self.records[command.key] = record
+        storage.write_bytes(record_uri(self.output, command.key), json.dumps(record, indent=1).encode())
+        if record["state"] != "done":
+            self.progress.say(f"{record['state']}: {command.key}: {record['error']}")
+
+    def stop(self) -> None:
+        """End what runs, so that it has time to store what it has."""
+        import ray
+
+        for reference in self.running:
+            ray.cancel(reference)
+        if self.running:
+            ray.wait([*self.running], num_returns=len(self.running), timeout=STOP_S + 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- progress
+
+
+class _Progress:
+    """What is done, what runs and how long it may still take: a bar on a terminal, lines in a log."""
+
+    def __init__(self, commands: tuple[Command, ...], records: dict[str, Record], stream: TextIO | None = None) -> None:
+        self.commands, self.before = commands, {*records}
+        self.stream = sys.stderr if stream is None else stream
+        self.since: dict[str, float] = {}
+        self.last_line, self.last_count = -LINE_EVERY_S, -1
+        self.bar: Any = None
+        if self.stream.isatty():
+            shape = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
+            self.bar = tqdm.tqdm(total=1.0, desc="experiments", bar_format=shape, file=self.stream, dynamic_ncols=True)
+
+    def show(self, records: dict[str, Record], running: list[str], slots: int) -> None:
+        """Say how things stand, where something has changed or was not said for long."""
+        now = time.monotonic()
+        self.since = {key: self.since.get(key, now) for key in running}
+        left, share = self.left_s(records, slots, now)
+        good = {key for key, record in records.items() if record["state"] == "done"}
+        parts = [f"about {duration(left)} left", counted(self.commands, good)]
+        if running:
+            parts.append("now " + ", ".join(f"{key} ({duration(now - self.since[key])})" for key in running[:4]))
+        if len(running) > 4:
+            parts.append(f"{len(running) - 4} more")
+        if self.bar is not None:
+            self.bar.n = share
+            self.bar.set_postfix_str("; ".join(parts))
+            return
+        quiet = now - self.last_line
+        if quiet >= QUIET_S or (quiet >= LINE_EVERY_S and len(records) != self.last_count):
+            self.last_line, self.last_count = now, len(records)
+            print(f"experiments: {'; '.join(parts)}", file=self.stream, flush=True)
+
+    def left_s(self, records: dict[str, Record], slots: int, now: float) -> tuple[float, float]:
+        """Seconds left, by the costs as those of each kind have turned out so far, and the share that is done."""
+        took: dict[str, list[tuple[float, float]]] = {}
+        for each in self.commands:
+            if each.key not in self.before and (seconds := records.get(each.key, {}).get("seconds")):
+                took.setdefault(each.module, []).append((each.cost, seconds))
+        scales = {
+            module: sum(seconds for _, seconds in pairs) / max(sum(cost for cost, _ in pairs), 1e-9)
+            for module, pairs in took.items()
+        }
+        costs = {each.key: each.cost * scales.get(each.module, 1.0) for each in self.commands}
+        left = [
+            dataclasses.replace(each, cost=max(costs[each.key] - (now - self.since.get(each.key, now)), 0.0))
+            for each in self.commands
+            if each.key not in records
+        ]
+        return estimate_s(left, slots), 1 - sum(each.cost for each in left) / max(sum(costs.values()), 1e-9)
+
+    def say(self, line: str) -> None:
+        """A line beside the bar."""
+        if self.bar is not None:
+            self.bar.write(line, file=self.stream)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,279 @@
+"""The stress test: pictures from outside of the data set, translated, and what the judges say of each.
+
+    flipped     the classifier takes the result for the wanted side
+    identity    cosine between source and result
+    found       the result's own source is the nearest to it among all sources of its folder
+    distance    of the source's features to those of the nearest training picture, as the share of held-out pictures
+                that are nearer: above FAR it is out of distribution
+
+A translation is a success where the picture was flipped and found; a judge that is not there has no say.
+"""
+
+import dataclasses
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+from jaxtyping import UInt8
+
+from ddpm_core import faces, images, nets, storage
+from ddpm_core.nets import Net
+from jobs.datasets import cache
+from jobs.datasets.format import find_card
+from jobs.reports import grids
+from jobs.reports.html import data_uri
+from jobs.suite.plan import Figure, Section
+from jobs.suite.results import Results
+
+FAR = 0.95
+"""A source farther from the training pictures than this share of the held-out ones is out of distribution."""
+MAX_TRAINING = 2048
+"""Training pictures that a source is compared with, spread over the split."""
+MAX_HELD_OUT = 512
+NUM_IN_GRID = 12
+"""Pictures in the PNG; the page shows all."""
+
+Picture = UInt8[np.ndarray, "s s 3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """One picture's translation; None where there was no judge."""
+
+    name: str
+    source: Picture
+    """As the network saw it."""
+    result: Picture
+    note: str
+    flipped: bool | None
+    identity: float | None
+    found: bool | None
+    distance: float | None
+
+    @property
+    def success(self) -> bool | None:
+        said = [each for each in (self.flipped, self.found) if each is not None]
+        return all(said) if said else None
+
+    @property
+    def far(self) -> bool | None:
+        return None if self.distance is None else self.distance > FAR
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """What became of one jobs.translate command."""
+
+    key: str
+    to: str
+    snapshots: tuple[Snapshot, ...]
+    """Sorted by identity, the best kept first."""
+    rejected: dict[str, str]
+    """Name → why it was set aside."""
+
+
+def draw(results: Results, section: Section, figure: Figure) -> tuple[bytes, str] | str:
+    """Successes and failures side by side, of each folder."""
+    found = {key: measured(results, figure, key) for key in figure.translations}
+    folders = [folder for folder in found.values() if folder is not None]
+    if not any(folder.snapshots for folder in folders):
+        return "no pictures: " + (results.missing(figure.translations[0]) if figure.translations else "none are named")
+    absent = [results.missing(key) for key, folder in found.items() if folder is None]
+    rows = [row for folder in folders for row in _grid_rows(folder)]
+    side = max(picture.shape[0] for row in rows for picture in row)
+    png = grids.labelled_grid(["source", "result"] * 3, _in_threes(rows, side))
+    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in [_legend(figure), *absent])
+    return png, f"<h3>{html.escape(figure.title)}</h3>" + "".join(map(_shown, folders)) + notes
+
+
+def measured(results: Results, figure: Figure, key: str) -> Folder | None:
+    """The translated folder of a command, judged; None where it is not there. Judged once."""
+    there = results.stress.get((figure, key))
+    if there is None and storage.exists(storage.join(results.output, key, "run.json")):
+        results.stress[figure, key] = there = _measure(results, figure, key)
+    return there
+
+
+def as_json(folder: Folder) -> dict[str, Any]:
+    """Without its pictures."""
+    shown = [
+        {field: getattr(each, field) for field in ("name", "note", "flipped", "identity", "found", "distance")}
+        for each in folder.snapshots
+    ]
+    return {"translation": folder.key, "to": folder.to, "pictures": shown, "rejected": folder.rejected}
+
+
+# -- reading and judging ------------------------------------------------------------------------------------------
+
+
+def _measure(results: Results, figure: Figure, key: str) -> Folder:
+    uri = storage.join(results.output, key)
+    note = storage.read_json(storage.join(uri, "run.json"))
+    table = pyarrow.parquet.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, "manifest.parquet"))))
+    manifest = {row["id"]: row for row in table.to_pylist()}
+    good = [row for row in manifest.values() if row["status"] == "ok"]
+    rejected = {row["id"]: row["error"] for row in manifest.values() if row["status"] != "ok"}
+    to = note["options"]["domain"]
+    if not good:
+        return Folder(key, to, (), rejected)
+    sources = np.stack(_sources(note, [row["id"] for row in good]))
+    made = np.stack([_result(storage.join(uri, row["output"]), note["model"]["image_size"]) for row in good])
+    flipped, identity, found = _judged(results, figure, note, sources, made)
+    distances = _distances(results, figure, sources)
+    snapshots = [
+        Snapshot(row["id"], sources[i], made[i], row["note"], flipped[i], identity[i], found[i], distances[i])
+        for i, row in enumerate(good)
+    ]
+    return Folder(key, to, tuple(sorted(snapshots, key=lambda each: -(each.identity or 0.0))), rejected)
+
+
+def _sources(note: dict[str, Any], names: Sequence[str]) -> list[Picture]:
+    """The pictures as the network saw them."""
+    asked, config = note["command"], note["model"]
+    if (card := find_card(asked["input"])) is not None:
+        split = cache.load(asked["input"], asked["split"])
+        places = {name: i for i, name in enumerate(split.ids)}
+        to = card.domains.index(asked["domain"])
+        rows = [places[name] for name in names]
+        swapped = [card.pairing == "paired" and int(split.domain[i]) == to for i in rows]
+        return [(split.targets if swap else split.images)([i])[0] for i, swap in zip(rows, swapped, strict=True)]
+    from jobs.translation.batch import read_picture
+
+    template: tuple[float, ...] = ()
+    if note["options"].get("align") == "faces":
+        template = faces.template_for(tuple(config["data"]["landmarks"]), "faces")
+    found = [
+        read_picture(name, root=asked["input"], image_size=config["image_size"], template=template) for name in names
+    ]
+    if wrong := [error for _, error, _ in found if error]:
+        raise FileNotFoundError(wrong[0])
+    return [picture for picture, _, _ in found]
+
+
+def _result(uri: str, side: int) -> Picture:
+    return images.to_square(images.decode(storage.read_bytes(uri), name=uri), side)
+
+
+def _judged(
+    results: Results, figure: Figure, note: dict[str, Any], sources: np.ndarray, made: np.ndarray
+) -> tuple[list[bool | None], list[float | None], list[bool | None]]:
+    """flipped, identity, found of each picture."""
+    nobody: list[Any] = [None] * len(made)
+    flipped, identity, found = nobody, nobody, nobody
+    if figure.classifier:
+        domains = tuple(note["model"]["domains"])
+        judge = nets.classifier(results.uri(figure.classifier), domains, read=storage.read_bytes)
+        said = _features(judge, made).argmax(axis=1)
+        flipped = [bool(index == domains.index(note["options"]["domain"])) for index in said]
+    if figure.identity:
+        judge = nets.identity_net(results.uri(figure.identity), read=storage.read_bytes)
+        likeness = _features(judge, made) @ _features(judge, sources).T
+        identity = [float(value) for value in likeness.diagonal()]
+        if len(made) > 1:  # alone, every picture is its own nearest
+            others = np.where(np.eye(len(made), dtype=bool), -np.inf, likeness).max(axis=1)
+            found = [bool(own > other) for own, other in zip(identity, others, strict=True)]
+    return flipped, identity, found
+
+
+def _distances(results: Results, figure: Figure, sources: np.ndarray) -> list[float | None]:
+    """Share of held-out pictures that lie nearer to a training picture than each source does."""
+    if not figure.data:
+        return [None] * len(sources)
+    uri = results.uri(figure.data)
+    net = nets.feature_net()
+    train = _features(net, _spread(uri, "train", MAX_TRAINING))
+    usual = np.sort(_nearest(_features(net, _spread(uri, "test", MAX_HELD_OUT)), train))
+    return [float(np.searchsorted(usual, value) / len(usual)) for value in _nearest(_features(net, sources), train)]
+
+
+def _spread(uri: str, split: str, most: int) -> np.ndarray:
+    rows = cache.load(uri, split)
+    return rows.images(np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)))
+
+
+def _nearest(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    squared = (queries**2).sum(axis=1)[:, None] + (gallery**2).sum(axis=1)[None] - 2 * queries @ gallery.T
+    return np.sqrt(squared.min(axis=1).clip(0))
+
+
+def _features(net: Net, pictures: np.ndarray) -> np.ndarray:
+    return nets.features(net.module, pictures).double().numpy()
+
+
+# -- showing ------------------------------------------------------------------------------------------------------
+
+
+def _grid_rows(folder: Folder) -> list[list[Picture]]:
+    """The best and the worst, for the PNG."""
+    shown = folder.snapshots
+    if len(shown) > NUM_IN_GRID:
+        shown = (*shown[: NUM_IN_GRID // 2], *shown[-(NUM_IN_GRID // 2) :])
+    return [[each.source, each.result] for each in shown]
+
+
+def _in_threes(pairs: Sequence[Sequence[Picture]], side: int) -> list[list[Picture]]:
+    blank = np.full((side, side, 3), 255, np.uint8)
+    cells = [[_padded(picture, side) for picture in pair] for pair in pairs]
+    cells += [[blank, blank]] * (-len(cells) % 3)
+    return [[*cells[i], *cells[i + 1], *cells[i + 2]] for i in range(0, len(cells), 3)]
+
+
+def _padded(picture: Picture, side: int) -> Picture:
+    """Pictures of networks of different sizes in one grid."""
+    return (
+        picture
+        if picture.shape[0] == side
+        else picture.repeat(side // picture.shape[0], 0).repeat(side // picture.shape[0], 1)
+    )
+
+
+def _shown(folder: Folder) -> str:
+    """A folder's pictures as cards, successes beside failures."""
+    groups = {True: ("good", "Success"), False: ("bad", "Failure"), None: ("even", "Nobody judged")}
+    columns = ""
+    for success, (kind, word) in groups.items():
+        cards = [_card(each) for each in folder.snapshots if each.success is success]
+        if cards:
+            columns += (
+                f'<div class="stress"><h4 class="{kind}">{word}: {len(cards)} of {len(folder.snapshots)}</h4>'
+                f'<div class="cards">{"".join(cards)}</div></div>'
+            )
+    aside = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in folder.rejected.items())
+    aside = f"<details><summary>{len(folder.rejected)} set aside</summary><ul>{aside}</ul></details>" if aside else ""
+    title = f"<h4><code>{html.escape(folder.key)}</code>, to {html.escape(folder.to)}</h4>"
+    return f'{title}<div class="sides">{columns}</div>{aside}'
+
+
+def _card(each: Snapshot) -> str:
+    said = []
+    if each.flipped is not None:
+        said.append("flipped" if each.flipped else "not flipped")
+    if each.identity is not None:
+        mark = {True: ", nearest to its source", False: ", nearer to another", None: ""}[each.found]
+        said.append(f"identity {each.identity:.2f}{mark}")
+    if each.distance is not None:
+        said.append(f"{'out of' if each.far else 'in'} distribution ({100 * each.distance:.0f} %)")
+    if each.note:
+        said.append(each.note)
+    pictures = "".join(
+        f'<img src="{data_uri(images.encode_png(picture))}" width="{picture.shape[1]}" '
+        f'height="{picture.shape[0]}" alt="{word} {html.escape(each.name)}">'
+        for word, picture in (("source", each.source), ("result of", each.result))
+    )
+    name = html.escape(each.name)
+    return f"<figure>{pictures}<figcaption><b>{name}</b><br>{html.escape('; '.join(said))}</figcaption></figure>"
+
+
+def _legend(figure: Figure) -> str:
+    parts = ["Left the photo as the network saw it, right the result; sorted by identity."]
+    if figure.identity:
+        parts.append("Identity is the cosine between the two; a result should be nearest to its own source.")
+    if figure.data:
+        parts.append(
+            "The share is of held-out pictures that are nearer to a training picture; above "
+            f"{100 * FAR:.0f} % a photo is out of distribution."
+        )
+    return " ".join(parts)

@@ -1,0 +1,270 @@
+"""What is refused before training starts, and what the options come to on a data set."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from ddpm_core import checkpoint, encoders, gan, storage
+from ddpm_core import config as configs
+from ddpm_core.config import DataCard, Method, ModelConfig
+from ddpm_core.errors import InputError
+from jobs.datasets.format import DatasetCard, read_card
+from jobs.training import profiling, run_folder
+from jobs.training.encoders import informed, resolved
+from jobs.training.options import TrainArgs, TrainOptions
+from jobs.training.presets import PRESETS
+
+
+def with_absolute_encoder(options: TrainOptions) -> TrainOptions:
+    """The workers run in other folders than the command."""
+    if (uri := options.identity_encoder) is None:
+        return options
+    return dataclasses.replace(options, identity_encoder=storage.absolute(uri, flag="--identity-encoder"))
+
+
+def configured(args: TrainArgs, dataset: str) -> ModelConfig:
+    """What the options come to on this data set.
+
+    Raises:
+        InputError: they do not go together.
+    """
+    card = read_card(dataset)
+    config = model_config(card, args.options)
+    check_fit(card, config, args)
+    if config.method in configs.ENCODERS:
+        config = informed(config, args.options, card, dataset)
+    return config
+
+
+def model_config(card: DatasetCard, options: TrainOptions) -> ModelConfig:
+    """All that defines the model: the data set's facts and the options, checked together."""
+    pairing = options.pairing or card.pairing
+    config = ModelConfig(
+        image_size=card.image_size,
+        domains=card.domains,
+        target_domains=() if options.target_domain is None else (options.target_domain,),
+        method=options.method,
+        shown="structure" if pairing == "self" and options.method == "diffusion" else "source",
+        unet=options.unet,
+        diffusion=options.diffusion,
+        gan=options.gan,
+        encoder=resolved(card, options),
+        sampling=options.sampling,
+        data=DataCard(
+            name=card.name,
+            licence=card.licence,
+            content_hash=card.content_hash,
+            pairing=pairing,
+            mean_color=card.mean_color,
+            landmarks=card.mean_landmarks,
+        ),
+        training=configs.to_dict(options),
+    )
+    configs.check(config)
+    if config.method in configs.GANS:
+        gan.check(config)
+    if config.method in configs.ENCODERS:
+        encoders.check(encoders.encoder_config(config))
+    return config
+
+
+def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
+    """Refuse what cannot work before anything is started.
+
+    Raises:
+        InputError: naming the flag and what would be right.
+    """
+    options, (_, workers) = args.options, args.workers
+    positive = {
+        "--epochs": options.epochs,
+        "--global-batch-size": options.global_batch_size,
+        "--accumulate": options.accumulate,
+        "--cpus-per-worker": args.cpus_per_worker,
+        "--validate-every-epochs": options.validate_every_epochs,
+        "--max-val-images": options.max_val_images,
+        "--max-train-images": 1 if options.max_train_images is None else options.max_train_images,
+        "--optim.learning-rate": options.optim.learning_rate,
+        "--optim.grad-clip": options.optim.grad_clip,
+    }
+    for flag, value in positive.items():
+        if not value > 0:
+            raise InputError(f"{flag} is {value}; it must be positive")
+    lengths = options.optim.ema_sigma_rels
+    if not lengths or len({checkpoint.ema_file(each) for each in lengths}) < len(lengths):
+        raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; give one or more different lengths, such as 0.1")
+    if not all(0 < each < 0.28 for each in lengths):
+        raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; each must lie between 0 and 0.28")
+    if options.global_batch_size < max(workers, 1) * options.accumulate:
+        parts = f" in {options.accumulate} parts each (--accumulate)" if options.accumulate > 1 else ""
+        raise InputError(
+            f"--global-batch-size {options.global_batch_size} is not a picture for each of {workers} workers{parts}; "
+            f"give {max(workers, 1) * options.accumulate} or more"
+        )
+    if args.keep_every_epochs < 0:
+        raise InputError(f"--keep-every-epochs is {args.keep_every_epochs}; it must be 0 or more")
+    if not args.checkpoint_every_minutes > 0:
+        raise InputError(f"--checkpoint-every-minutes is {args.checkpoint_every_minutes}; it must be positive")
+    if len(config.domains) < 2 and config.method not in configs.ENCODERS:
+        raise InputError(f"{args.data} has one domain, {config.domains[0]!r}; translation needs two")
+    if not 0 <= options.optim.weight_decay < math.inf:
+        raise InputError(f"--optim.weight-decay is {options.optim.weight_decay}; it must be 0 or more")
+    if not workers and args.validate == "aside":
+        raise InputError("--validate aside: with --num-workers 0 there is this process alone; leave it out")
+    if workers < 2 and args.parallel == "fsdp" and options.method == "diffusion":
+        raise InputError(f"--parallel fsdp shares a network among workers; --num-workers {args.num_workers} has no two")
+    check_method(card, args)
+    check_rows(card, config, args)
+    check_added_losses(options)
+
+
+def check_rows(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
+    """Refuse splits that have nothing to make or nothing to show, and batches larger than what there is.
+
+    Raises:
+        InputError: naming the split or the flag and what would be right.
+    """
+    options, wanted = args.options, args.options.target_domain
+    for split in ("train", "val"):
+        if not card.splits.get(split):
+            raise InputError(f"{args.data} has no rows in its {split} split; prepare it again with more pictures")
+        there = [name for name in card.domains if card.domain_counts.get(split, {}).get(name)]
+        if not card.has_targets and config.method not in configs.ENCODERS:
+            lacking = [name for name in card.domains if name not in there]
+            needed = lacking if split == "train" else [name for name in lacking if name == wanted]
+            if not needed and config.shown == "source" and len(there) < 2:
+                needed = lacking
+            if needed:
+                raise InputError(
+                    f"{card.name} has no picture of {', '.join(needed)} in its {split} split; translation needs both: "
+                    "prepare it again with more pictures"
+                )
+    rows = card.splits["train"] if card.has_targets or wanted is None else card.domain_counts["train"][wanted]
+    rows = min(rows, options.max_train_images or rows)
+    if rows < options.global_batch_size:
+        of = "" if card.has_targets or wanted is None else f" of {wanted}"
+        raise InputError(
+            f"--global-batch-size {options.global_batch_size} is more than the {rows} training rows{of}; "
+            f"give at most {rows}"
+        )
+    steps = rows // options.global_batch_size * options.epochs
+    if args.profile and steps < profiling.NEEDED:
+        raise InputError(
+            f"--profile needs a run of {profiling.NEEDED} steps or more, this one has {steps}; leave it out"
+        )
+
+
+def check_method(card: DatasetCard, args: TrainArgs) -> None:
+    """Refuse a method that these data or these options do not suit.
+
+    Raises:
+        InputError: naming the flag and what would be right.
+    """
+    options, method = args.options, args.options.method
+    if method != "diffusion":
+        if args.parallel != "ddp":
+            raise InputError(f"--parallel {args.parallel}: {method} trains with ddp only; leave it out")
+        for workers in range(max(args.workers[0], 1), args.workers[1] + 1):
+            if options.global_batch_size % workers and method in configs.GANS:
+                raise InputError(
+                    f"--global-batch-size {options.global_batch_size} cannot be shared equally by {workers} workers, "
+                    f"as {method} needs; {options.global_batch_size // workers * workers or workers} can"
+                )
+    if options.pairing not in (None, card.pairing, "unpaired", "self"):
+        raise InputError(
+            f"--pairing {options.pairing}: {card.name} was prepared {card.pairing}; prepare it anew for that"
+        )
+    if method != "diffusion" and options.pairing == "self":
+        raise InputError(
+            f"--pairing self: {method} would learn to copy; leave it out, or train with --method diffusion"
+        )
+    if not 0 <= options.max_shift < card.image_size:
+        raise InputError(f"--max-shift is {options.max_shift}; it must lie between 0 and {card.image_size - 1}")
+    if method == "pix2pix" and options.pairing == "unpaired":
+        raise InputError("--pairing unpaired: pix2pix learns from pairs; leave it out, or give --method cyclegan")
+    if method == "pix2pix" and not card.has_targets:
+        raise InputError(f"--method pix2pix learns from pairs, {card.name} has none; give --method cyclegan")
+    preset = PRESETS[args.preset].options  # what it says of other methods is not the user's doing
+    given = {name for name, _, _ in differences(configs.to_dict(preset), configs.to_dict(options))}
+    for name in sorted(given):
+        if options.encoder.noise_aware and name in CHAIN:
+            continue
+        if any(name.startswith(prefix) and method not in methods for prefix, methods in LOOKED_AT_BY.items()):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} has no effect with --method {method}; leave it out")
+
+
+LOOKED_AT_BY: dict[str, tuple[Method, ...]] = {
+    "gan.": configs.GANS,
+    "encoder.": configs.ENCODERS,
+    **dict.fromkeys(("encoder.embedding_channels", "encoder.scale", "encoder.margin"), ("identity",)),
+    **dict.fromkeys(("encoder.attributes", "encoder.noise_aware"), ("attributes",)),
+    **dict.fromkeys(("optim.weight_decay", "optim.grad_clip"), ("diffusion", *configs.ENCODERS)),
+    **dict.fromkeys(("target_domain", "pairing"), ("diffusion", *configs.GANS)),
+    **dict.fromkeys(("unet.", "diffusion.", "sampling.", "accumulate"), ("diffusion",)),
+    **dict.fromkeys(("gradient_checkpointing", "compile"), ("diffusion",)),
+    **dict.fromkeys(("identity_encoder", "identity_weight", "perceptual_weight"), ("diffusion",)),
+}
+"""The methods that look at options, by how the options' dotted names start."""
+CHAIN = ("diffusion.num_timesteps", "diffusion.schedule", "diffusion.zero_terminal_snr")
+"""What a noise-aware classifier has in common with the model it guides."""
+
+
+def check_added_losses(options: TrainOptions) -> None:
+    """Refuse weights without an encoder, an encoder without weights, and what is no encoder.
+
+    Raises:
+        InputError: naming the flag and what would be right.
+    """
+    weights = {"--identity-weight": options.identity_weight, "--perceptual-weight": options.perceptual_weight}
+    for flag, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise InputError(f"{flag} is {weight}; it must be 0 or more")
+        if weight and options.identity_encoder is None:
+            raise InputError(f"{flag} needs an encoder to compare pictures by; give --identity-encoder URI")
+    if options.identity_encoder is not None:
+        if not any(weights.values()):
+            raise InputError("--identity-encoder has no effect without --identity-weight or --perceptual-weight")
+        encoders.load_identity_encoder(options.identity_encoder, read=storage.read_bytes)
+
+
+def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
+    """Whether `run` holds this very run, complete.
+
+    Raises:
+        InputError: it holds another run, or something else.
+    """
+    try:
+        there = checkpoint.read_config(run, read=storage.read_bytes)
+    except InputError:
+        if storage.exists(storage.join(run, "config.json")):
+            raise
+        return False
+    old, new = configs.to_dict(there), configs.to_dict(config)
+    for values in (old, new):
+        values["training"].pop("epochs", None)  # a run may be extended
+    for name, was, now in differences(old, new):
+        if name.startswith("data.") and name != "data.pairing":
+            raise InputError(
+                f"{run} holds a run on other data ({name} = {was}, now {now}): another --data, or it was replaced or "
+                "appended to since; give the old data back, or another --output"
+            )
+        raise InputError(
+            f"{run} holds a run with {name} = {was}, this command says {now}; give it back, or another --output"
+        )
+    best = run_folder.read_best(run)
+    if (epochs := best.get("epochs", 0)) > options.epochs:
+        raise InputError(
+            f"{run} was trained for {epochs} epochs, this command says {options.epochs}; give {epochs} or more, or "
+            "another --output"
+        )
+    return epochs == options.epochs and run_folder.is_complete(run, best["checkpoint"])
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of each leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new

@@ -1,0 +1,181 @@
+"""A training run as its driver sees it: the loop on Ray Train, lost workers, the end."""
+
+import functools
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from ddpm_core import config as configs
+from ddpm_core import storage
+from ddpm_core.config import ModelConfig
+from ddpm_core.errors import InputError
+from jobs.common import cli
+from jobs.training import monitor, profiling, run_folder
+from jobs.training.options import TrainArgs
+
+HANGS_S = 3600
+"""How long workers wait for each other; rank 0 may be validating alone. One that is stopped or cut off is found dead by
+Ray within minutes."""
+
+
+def check_cluster(args: TrainArgs) -> None:
+    """The workers must fit, or Ray would wait for ever; a cluster that grows is asked to, and given time.
+
+    Raises:
+        NoRoomError: with the arithmetic.
+    """
+    import ray
+    import ray.autoscaler.sdk
+
+    worker = resources_per_worker(args)
+    deadline = time.monotonic() + args.wait_for_nodes_s
+    asked = False
+    least, _ = args.workers
+    while short := {name: each for name, each in worker.items() if ray.cluster_resources().get(name, 0) < each * least}:
+        if time.monotonic() >= deadline:
+            name, each = next(iter(short.items()))
+            raise NoRoomError(
+                f"--num-workers {args.num_workers} with {each} {name} each needs {each * least} {name}s, "
+                f"the cluster has {ray.cluster_resources().get(name, 0):g}: give fewer workers, "
+                "or --wait-for-nodes-s 600 to a cluster that grows"
+            )
+        if not asked:
+            ray.autoscaler.sdk.request_resources(bundles=[worker] * least)
+            print(f"waiting up to {args.wait_for_nodes_s} s for the cluster to grow", flush=True)
+            asked = True
+        time.sleep(2)
+    if asked:  # or the nodes would be held when the run is over
+        ray.autoscaler.sdk.request_resources(bundles=[])
+
+
+def fit(
+    args: TrainArgs,
+    config: ModelConfig,
+    dataset: str,
+    run: str,
+    times: profiling.Times,
+    *,
+    spread: bool = True,
+    callbacks: Sequence[Any] = (),
+) -> None:
+    """Run the loop on Ray Train, the data read and decoded once onto the nodes' disks.
+
+    `spread` False: they are there already, and a node that lacks them reads for itself. `callbacks`: Ray Train's.
+
+    Raises:
+        DivergedError: the losses are lost.
+    """
+    import ray
+    import ray.train
+    import ray.train.torch
+
+    from jobs.datasets import cache
+    from jobs.training import distributed
+    from jobs.training.loop import train_loop
+
+    local, aside = not args.workers[1], None
+    if not local:
+        check_cluster(args)
+        aside = resources_aside(args)
+        if spread:
+            cache.spread(dataset, ("train", "val"), resource="GPU" if args.use_gpu else "CPU")
+    profiling.note(times, "data")
+    # Only now that we can begin: a command that trains there ends when it sees it.
+    owner = uuid.uuid4().hex
+    for name, content in run_folder.describe(run, config, owner).items():
+        storage.write_bytes(storage.join(run, name), content)
+    board = monitor.Board() if local else ray.remote(num_cpus=0)(monitor.Board).remote()
+    attempts = storage.join(run, ".ray")  # Ray's own notes; ours are what a resumed run reads
+    trainer = functools.partial(
+        ray.train.torch.TorchTrainer,
+        train_loop,
+        train_loop_config={
+            "data": dataset,
+            "run": run,
+            "owner": owner,
+            "config": configs.to_dict(config),
+            "options": configs.to_dict(args.options),
+            "board": board,
+            "checkpoint_every_s": args.checkpoint_every_minutes * 60,
+            "keep_every_epochs": args.keep_every_epochs,
+            "parallel": args.parallel,
+            "mlflow": args.mlflow,
+            "aside": aside,
+            "times": times,
+            "profile": args.profile,
+        },
+        torch_config=distributed.Torch(timeout_s=HANGS_S),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=args.workers[0] if len({*args.workers}) == 1 else args.workers,
+            use_gpu=args.use_gpu,
+            resources_per_worker=resources_per_worker(args),
+        ),
+    )
+    failures = 0
+    with monitor.watching(board, run):
+        while True:
+            before, _ = run_folder.latest_checkpoint(run)
+            storing = ray.train.RunConfig(
+                name=f"attempt-{time.time_ns()}",
+                storage_path=attempts,
+                failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+                callbacks=[*callbacks],
+            )
+            try:
+                end = trainer(run_config=storing).fit().return_value or {}
+                break
+            except SystemExit:  # Ray's answer to Ctrl-C, with exit code 0: what comes next must not take it for done
+                raise KeyboardInterrupt from None
+            except ray.train.TrainingFailedError as error:
+                step, _ = run_folder.latest_checkpoint(run)
+                failures = 1 if step > before else failures + 1
+                if failures > args.max_failures or local or cli.input_error(error) is not None:
+                    raise
+                cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                print(f"workers were lost ({cause}); going on from step {step:,}", file=sys.stderr, flush=True)
+                times.clear()  # as in the job: it starts anew
+                profiling.note(times, "loss")
+                check_cluster(args)
+        storage.delete_folder(attempts)
+        if end:
+            raise DivergedError(
+                f"the losses were lost at step {end['diverged_at']:,} (not finite, or far above the first ones); the "
+                f"last good checkpoint is {end['last_good'] or 'none'}; train anew with a lower --optim.learning-rate"
+            )
+
+
+def resources_per_worker(args: TrainArgs) -> dict[str, float]:
+    return {"CPU": args.cpus_per_worker, **({"GPU": 1} if args.use_gpu else {})}
+
+
+def resources_aside(args: TrainArgs) -> dict[str, float] | None:
+    """What a task that validates while training goes on takes, as ray.remote's options; None to validate inline.
+
+    Raises:
+        InputError: --validate aside, and the cluster has nothing to spare.
+    """
+    import ray
+
+    worker, there = resources_per_worker(args), ray.cluster_resources()
+    spare = all(there.get(name, 0) >= each * (args.workers[1] + 1) for name, each in worker.items())
+    if args.validate == "aside" and not spare:
+        raise InputError(
+            f"--validate aside needs room for one process more than the {args.workers[1]} workers; the cluster has "
+            f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs: give fewer workers, or --validate inline"
+        )
+    if args.validate == "inline" or not spare:
+        return None
+    return {"num_cpus": worker["CPU"], "num_gpus": worker.get("GPU", 0)}
+
+
+class NoRoomError(InputError):
+    """The cluster is smaller than what was asked for."""
+
+
+class DivergedError(Exception):
+    """A run that cannot go on."""
+
+    outcome = "diverged"
+    """What the report says of it."""

@@ -1,0 +1,180 @@
+"""Training options and the presets: Python, each with what it is for, its command, time and hardware."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import tyro
+
+from ddpm_core import config as configs
+from ddpm_core.config import (
+    DiffusionConfig,
+    GANConfig,
+    SamplingConfig,
+    UNetConfig,
+)
+from ddpm_core.errors import InputError
+from jobs.common import cli
+from jobs.training.options import OptimConfig, TrainArgs, TrainOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Options with the story behind them."""
+
+    about: str
+    command: str = "--num-workers 1"
+    """What to give beside --preset, --data and --output."""
+    time: str
+    """How long it takes, and on what."""
+    expect: str
+    """What comes out."""
+    options: TrainOptions
+
+    def __str__(self) -> str:
+        """For `--help`."""
+        return "\n      ".join((self.about, self.command, self.time, self.expect))
+
+
+_MISSION_64 = UNetConfig(model_channels=128, channel_mult=(1, 2, 2, 4), condition_channels=128)
+_MISSION_128 = dataclasses.replace(_MISSION_64, channel_mult=(1, 1, 2, 2, 4))
+
+_ENCODER = TrainOptions(
+    max_shift=4,
+    max_val_images=1024,
+    optim=OptimConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=50, weight_decay=0.05),
+)
+_RECKONED = "{} hours of one H200, reckoned from its peak"
+"""137 GFLOP a picture of 64 px and 355 of 128 px, at a fifth to two fifths of 790 TFLOP/s in bf16."""
+_NOT_RUN = "not run yet at full length"
+
+PRESETS: dict[str, Preset] = {
+    "smoke": Preset(
+        about="shows that everything is wired, on any data set",
+        time="one CPU core: seconds",
+        expect="noise",
+        options=TrainOptions(
+            epochs=2,
+            global_batch_size=16,
+            max_train_images=64,
+            max_val_images=16,
+            unet=UNetConfig(
+                model_channels=32,
+                channel_mult=(1, 2),
+                num_res_blocks=1,
+                attn_resolutions=(32, 16, 8),
+                condition_channels=32,
+                patch_size=2,
+            ),
+            gan=GANConfig(channels=8, num_levels=3, num_res_blocks=1, num_discriminator_levels=1),
+            sampling=SamplingConfig(num_steps=4),
+            optim=OptimConfig(warmup_steps=2, ema_sigma_rels=(0.1,)),
+        ),
+    ),
+    "demo": Preset(
+        about="what `make demo` trains: Earth by day to Earth by night at 32 px",
+        command="--num-workers 2",
+        time="two CPU cores: five minutes",
+        expect="KID 0.11 to 0.15 on 345 held-out tiles (a linear colour map: 0.21)",
+        options=TrainOptions(
+            epochs=4,
+            global_batch_size=16,
+            target_domain="night",
+            max_val_images=128,
+            unet=UNetConfig(
+                model_channels=48,
+                channel_mult=(1, 2, 2),
+                num_res_blocks=1,
+                attn_resolutions=(32, 16),
+                head_channels=24,
+                condition_channels=48,
+            ),
+            # In so few steps, predicting the clean picture gets the colours right long before predicting noise does;
+            # the weighting makes up for the fine detail that it would neglect (docs/log.md).
+            diffusion=DiffusionConfig(prediction="x_0", loss_weighting="snr", max_snr=100.0),
+            sampling=SamplingConfig(num_steps=25, guidance_scale=1.0),
+            optim=OptimConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=50, ema_sigma_rels=(0.1,)),
+        ),
+    ),
+    "demo-pix2pix": Preset(
+        about="the baseline on the demo's data: pix2pix",
+        command="--num-workers 2",
+        time="two CPU cores: five minutes",
+        expect=_NOT_RUN,
+        options=TrainOptions(
+            method="pix2pix",
+            epochs=4,
+            global_batch_size=16,
+            target_domain="night",
+            max_val_images=128,
+            optim=OptimConfig(learning_rate=2e-4, warmup_steps=50, ema_sigma_rels=(0.1,)),
+        ),
+    ),
+    "identity-encoder": Preset(
+        about="an encoder that tells people apart, from several pictures of each",
+        time="one CPU core: 7 s for 26 people of AT&T at 32 px, 15 epochs of a narrower network",
+        expect="rank-1 of ten other people 0.86 (pixels: 0.66); of thousands of people it learns little yet",
+        options=dataclasses.replace(_ENCODER, method="identity", epochs=20),
+    ),
+    "attribute-classifier": Preset(
+        about="a classifier of the domain, and of --encoder.attributes",
+        time="one CPU core: 34 s for 799 faces of CelebA",
+        expect="accuracy on held-out faces 0.83 (male), 0.84 (Smiling)",
+        options=dataclasses.replace(_ENCODER, method="attributes", epochs=10),
+    ),
+    "celeba-64": Preset(
+        about="CelebA at 64 px, 54 epochs, Huber loss, 20 % condition dropout, linear schedule",
+        command="--num-workers 8 --use-gpu --cpus-per-worker 4",
+        time=_RECKONED.format("1 to 2"),
+        expect=_NOT_RUN,
+        options=TrainOptions(global_batch_size=256, unet=_MISSION_64),
+    ),
+    "celeba-128": Preset(
+        about="the same recipe at 128 px",
+        command="--num-workers 8 --use-gpu --cpus-per-worker 4",
+        time=_RECKONED.format("3 to 5"),
+        expect=_NOT_RUN,
+        options=TrainOptions(
+            global_batch_size=128,
+            unet=dataclasses.replace(_MISSION_128, attn_resolutions=(128, 64, 32)),
+        ),
+    ),
+    "day2night-64": Preset(
+        about="the same recipe on 18,000 pairs of Day2Night at 64 px",
+        command="--num-workers 1 --use-gpu --cpus-per-worker 4",
+        time=_RECKONED.format("1/4"),
+        expect=_NOT_RUN,
+        options=TrainOptions(global_batch_size=64, unet=_MISSION_64),
+    ),
+    "day2night-128": Preset(
+        about="the same recipe at 128 px",
+        command="--num-workers 1 --use-gpu --cpus-per-worker 4",
+        time=_RECKONED.format("1/2"),
+        expect=_NOT_RUN,
+        options=TrainOptions(
+            global_batch_size=32,
+            unet=dataclasses.replace(_MISSION_128, attn_resolutions=(128, 64, 32)),
+        ),
+    ),
+}
+
+T = TypeVar("T")
+
+
+def parse_from_preset(cls: type[T], argv: list[str], *, prog: str, description: str) -> T:
+    """The preset first, then the flags that change it; `cls` has data, output, preset and options, as `Args`."""
+    name = preset_name(argv)
+    presets = "\n".join(f"  {key:<20} {preset}" for key, preset in PRESETS.items())
+    fields: Any = {"data": tyro.MISSING, "output": tyro.MISSING, "preset": name, "options": PRESETS[name].options}
+    return cli.parse(cls, argv, prog=prog, description=f"{description}\npresets:\n{presets}", default=cls(**fields))
+
+
+def preset_name(argv: list[str]) -> str:
+    name = TrainArgs.preset
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag == "--preset":
+            name = value
+        elif flag.startswith("--preset="):
+            name = flag.removeprefix("--preset=")
+    if name not in PRESETS:
+        raise InputError(f"--preset {name}{configs.did_you_mean(name, PRESETS)}: {', '.join(PRESETS)}")
+    return name

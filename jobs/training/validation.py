@@ -1,0 +1,212 @@
+"""Validation that does not bounce: the EMA weights on fixed rows with fixed noise and timesteps, and fixed pictures.
+
+Either the training workers share the work between two steps, or a task on a spare GPU or CPU does it while they go on.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from ddpm_core import config as configs
+from ddpm_core.checkpoint import Checkpoint
+from ddpm_core.config import ModelConfig
+from ddpm_core.ema import EMA
+from ddpm_core.translator import Translator
+from jobs.datasets import cache
+from jobs.datasets.cache import SplitArrays
+from jobs.reports.grids import labelled_grid
+from jobs.training import distributed
+from jobs.training.batches import Sampler, Share, evenly, stratified_timesteps, training_rows
+from jobs.training.methods import Objective, objective
+from jobs.training.options import TrainOptions
+
+NUM_BANDS = 4
+"""Validation is also reported for each quarter of the chain, the least noisy first."""
+NUM_PICTURES = 6
+"""Fixed pictures that are translated at each validation, to be looked at."""
+PATIENCE_S = 600.0
+"""How long a task that validates is waited for when the next one is due; then rank 0 does it itself."""
+
+Weights = dict[float, dict[str, Tensor]]
+"""State dicts of the EMA's tracks by their length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a validation found."""
+
+    row: dict[str, float]
+    """Of metrics.jsonl."""
+    picture: bytes | None
+    """PNG of the fixed pictures: source, translated and, where there is one, the counterpart; None if nothing is
+    translated."""
+
+
+class Validation:
+    """Of one worker, who does its `share`; all workers must call it."""
+
+    def __init__(
+        self,
+        data: SplitArrays,
+        config: ModelConfig,
+        options: TrainOptions,
+        method: Objective,
+        device: torch.device,
+        share: Share,
+        *,
+        together: bool = False,
+        noise: str = "validation",
+    ) -> None:
+        """`together`: the network is sharded, so that every worker must take part in every evaluation. `noise`: names
+        the draw; another than that of training's own validations tells what is luck in theirs."""
+        self.config, self.options, self.method, self.device, self.share = config, options, method, device, share
+        rows = training_rows(data, config, dataclasses.replace(options, max_train_images=None))
+        self.rows, self.noise = evenly(rows, options.max_val_images), noise
+        self.ts = stratified_timesteps(len(self.rows), config.diffusion.num_timesteps)
+        self.sampler = Sampler(data, config, options)
+        self.batch_size = max(1, options.global_batch_size // share.world)
+        self.mine = share if not together else Share(rank=0, world=1)
+
+    @torch.no_grad()
+    def __call__(self, tracks: Mapping[float, nn.Module]) -> Found:
+        """The best length of the EMA, its mean loss, the half-width of the 95 % interval and, where there is
+        noise, the mean in each quarter of the chain; the mean loss of every length, and what else was measured."""
+        by_track = self.measure(tracks)
+        means = {sigma_rel: float(found["loss"].mean()) for sigma_rel, found in by_track.items()}
+        best = min(means, key=means.__getitem__) if self.method.comparable else next(iter(means))
+        values = by_track[best].pop("loss")
+        row = {
+            "loss": means[best],
+            "loss_ci": float(1.96 * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0,
+            "ema_sigma_rel": best,
+            **{f"loss_ema_{sigma_rel:.3f}": mean for sigma_rel, mean in means.items()},
+            **{name: float(others.mean()) for name, others in by_track[best].items()},
+        }
+        if self.config.method == "diffusion" or self.config.encoder.noise_aware:
+            bands = self.ts * NUM_BANDS // self.config.diffusion.num_timesteps
+            row |= {f"loss_band_{band}": float(values[bands == band].mean()) for band in sorted({*bands.tolist()})}
+        return Found(row, self.pictures(tracks[best]))
+
+    def measure(self, tracks: Mapping[float, nn.Module]) -> dict[float, dict[str, np.ndarray]]:
+        """For each length of the EMA `loss` of each row, (n,) float64, and what else the objective tells of each; the
+        workers share the work."""
+        values = torch.zeros(len(tracks), len(self.rows), self.method.num_measured, device=self.device)
+        mine = np.arange(self.mine.rank, len(self.rows), self.mine.world)
+        for first in range(0, len(mine), self.batch_size):
+            index = mine[first : first + self.batch_size]
+            draw = self.sampler.validation(self.rows[index], self.ts[index], noise=self.noise)
+            batch = draw.to(self.device, shown=self.config.shown)
+            for track, network in enumerate(tracks.values()):
+                measured = self.method.validation_loss(network, batch).reshape(len(index), -1)
+                values[track, torch.as_tensor(index, device=self.device)] = measured
+        found = [self.method.validated(measured) for measured in self._of_all(values)]
+        of_each = [{name: each.double().cpu().numpy() for name, each in values.items()} for values in found]
+        return dict(zip(tracks, of_each, strict=True))
+
+    def pictures(self, network: nn.Module) -> bytes | None:
+        """Fixed rows translated: a PNG with a row of pictures for each, source first; None of an encoder."""
+        if self.config.method in configs.ENCODERS:
+            return None
+        rows = evenly(self.rows, NUM_PICTURES)
+        draw = self.sampler.validation(rows, np.zeros(len(rows), np.int64))
+        sources, truths, domains = draw.source.numpy(), draw.target.numpy(), draw.domain.numpy()
+        if self.config.shown == "structure":  # it is shown x_0 itself: the other side is what is of interest
+            domains = (domains + 1) % len(self.config.domains)
+            if self.options.target_domain is not None:
+                domains = np.full_like(domains, configs.domain_index(self.config, self.options.target_domain))
+        translate = Translator(
+            Checkpoint(model=network, config=self.config, path=""),  # type: ignore[arg-type]
+            device=str(self.device),
+            precision=self.options.precision,
+        )
+        made = torch.zeros(sources.shape, dtype=torch.uint8, device=self.device)
+        for domain in sorted({*domains.tolist()}):
+            mine = np.flatnonzero(domains == domain)[self.mine.rank :: self.mine.world]
+            if len(mine):
+                pictures = translate(sources[mine], self.config.domains[domain])
+                made[torch.as_tensor(mine, device=self.device)] = torch.as_tensor(pictures, device=self.device)
+        columns = {"source": sources, "translated": self._of_all(made).cpu().numpy()}
+        if self.sampler.data.has_targets and not self.sampler.mismatched and not self.sampler.itself:
+            columns["counterpart"] = truths
+        return labelled_grid([*columns], [list(row) for row in zip(*columns.values(), strict=True)])
+
+    def _of_all(self, values: Tensor) -> Tensor:
+        if self.mine.world > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+
+class Inline:
+    """Validation by the training workers, who wait for it."""
+
+    def __init__(self, validation: Validation) -> None:
+        self.validation = validation
+        self.found: list[tuple[dict[str, Any], Found]] = []
+
+    def start(self, facts: dict[str, Any], ema: EMA) -> None:
+        """Validate; `facts` (step, epoch ...) come back with what was found. All workers must come here."""
+        self.found.append((facts, self.validation(ema.tracks)))
+
+    def take(self, *, wait: bool = False) -> list[tuple[dict[str, Any], Found]]:
+        """What is done by now, each once."""
+        found, self.found = self.found, []
+        return found
+
+
+class Aside:
+    """Validation by a Ray task, while training goes on; otherwise as `Inline`, the results being rank 0's."""
+
+    def __init__(self, job: dict[str, Any], *, rank: int) -> None:
+        self.resources, self.rank = job["aside"], rank
+        self.job = {name: job[name] for name in ("data", "config", "options")}
+        self.device = torch.device("cuda" if self.resources["num_gpus"] else "cpu")
+        self.running: tuple[dict[str, Any], Any, Any] | None = None
+        self.found: list[tuple[dict[str, Any], Found]] = []
+
+    def start(self, facts: dict[str, Any], ema: EMA) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        weights = distributed.gathered(ema.state_dict())
+        if self.rank:
+            return
+        self.found = self.take(wait=True)
+        free, needed = ray.available_resources(), self.resources
+        if free.get("CPU", 0) < needed["num_cpus"] or free.get("GPU", 0) < needed["num_gpus"]:
+            # The node that was to spare is gone or at work for us; the task would wait for it for ever.
+            self.found.append((facts, validate(self.job, weights, self.device)))
+            return
+        held = ray.put({length: {k: v.cpu() for k, v in state.items()} for length, state in weights.items()})
+        outside = PlacementGroupSchedulingStrategy(placement_group=None)  # the workers' own has no room
+        task = ray.remote(**self.resources, max_retries=2, scheduling_strategy=outside)(validate)
+        self.running = facts, held, task.remote(self.job, held, self.device)
+
+    def take(self, *, wait: bool = False) -> list[tuple[dict[str, Any], Found]]:
+        import ray
+
+        found, self.found = self.found, []
+        if self.running is None or not (wait or ray.wait([self.running[2]], timeout=0)[0]):
+            return found
+        (facts, held, task), self.running = self.running, None
+        try:
+            return [*found, (facts, ray.get(task, timeout=PATIENCE_S))]
+        except ray.exceptions.RayError:  # its node is gone, or never came; where it is our mistake, this raises it
+            ray.cancel(task, force=True)
+            return [*found, (facts, validate(self.job, ray.get(held), self.device))]
+
+
+def validate(job: dict[str, Any], weights: Weights, device: torch.device) -> Found:
+    """The whole validation by this process alone, of weights that came from elsewhere."""
+    config = configs.from_dict(ModelConfig, job["config"])
+    options = configs.from_dict(TrainOptions, job["options"])
+    method = objective(config, options, device)
+    ema = EMA(method.network, sigma_rels=options.optim.ema_sigma_rels)
+    ema.load_state_dict(weights)
+    data = cache.load(job["data"], "val", content_hash=config.data.content_hash)
+    return Validation(data, config, options, method, device, Share(rank=0, world=1))(ema.tracks)

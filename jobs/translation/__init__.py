@@ -1,0 +1,1 @@
+"""Translating many pictures with Ray Data."""

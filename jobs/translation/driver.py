@@ -1,0 +1,196 @@
+"""A translation as its driver sees it: sources through the cluster, the manifest, the end."""
+
+import collections
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from ddpm_core import config as configs
+from ddpm_core import images, provenance, storage
+from jobs.common import cli
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from jobs.translation.manifest import Manifest
+from jobs.translation.plan import TranslationJob
+
+NUM_PREVIEWS = 8
+"""Pictures shown in preview.png."""
+
+
+def open_output(job: TranslationJob) -> "Manifest":
+    """What earlier runs of this command left in the output.
+
+    Raises:
+        InputError: it holds something else, or results of other options, or cannot be written.
+    """
+    from jobs.translation.manifest import Manifest
+
+    output = job.args.output
+    note = storage.join(output, "run.json")
+    if storage.exists(note):
+        try:
+            earlier = json.loads(storage.read_bytes(note))["options"]
+        except (*storage.NOT_JSON, KeyError, TypeError):
+            raise InputError(f"{note} is not this program's; give a new --output folder") from None
+        for name in dict.fromkeys([*earlier, *job.options]):
+            was, now = earlier.get(name), job.options.get(name)
+            if was != now:
+                raise InputError(
+                    f"{output} holds results with {name} = {was}, this command says {now}; "
+                    "give the old value back, or a new --output folder"
+                )
+    elif storage.list_files(output):
+        raise InputError(f"--output {output} is not empty and holds no earlier translation; give a new folder")
+    storage.check_writable(output)
+    if not storage.exists(note):
+        write_note(job, complete=False)
+    return Manifest(output)
+
+
+def translate(job: TranslationJob, manifest: "Manifest", todo: list[dict[str, Any]]) -> None:
+    """Run `todo` through the cluster, noting each batch as it comes back."""
+    from jobs.common.progress import Progress
+    from jobs.translation.batch import translate_rows
+
+    results = translate_rows(
+        source_rows(job, todo),
+        num_rows=len(todo),
+        checkpoint_uri=job.loaded.path,
+        ema=job.loaded.ema,
+        sampling=job.sampling,
+        guides=job.guides,
+        output=job.args.output,
+        batch_size=job.args.batch_size,
+        num_workers=job.args.num_workers,
+    )
+    facts = {source["id"]: source for source in todo}
+    bad = 0
+    try:
+        with Progress(total=len(todo), unit="picture", description="translate") as progress:
+            for rows in noted(results, facts):
+                manifest.add(rows)
+                bad += sum(row["status"] != "ok" for row in rows)
+                progress.update(len(rows), f"{bad} set aside" if bad else "")
+    finally:
+        manifest.flush()
+    missing = [name for name in facts if name not in manifest.rows]
+    if missing:
+        raise RuntimeError(f"{len(missing)} pictures came back without a result, the first: {missing[0]}")
+
+
+def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> "ray.data.Dataset":
+    """The pictures to translate as Ray Data rows."""
+    from jobs.translation.batch import dataset_rows, file_rows
+
+    args, size = job.args, job.loaded.config.image_size
+    if job.card is None:
+        items = [{"id": source["id"], "output": source["output"]} for source in todo]
+        return file_rows(
+            items,
+            args.input,
+            image_size=size,
+            template=job.template,
+            to=args.domain,
+            seed=args.seed,
+            batch_size=args.batch_size,
+        )
+    plan = {source["id"]: [(args.domain, args.seed, source["output"])] for source in todo}
+    return dataset_rows(args.input, job.card, args.split, plan, batch_size=args.batch_size)
+
+
+def noted(results: "ray.data.Dataset", facts: dict[str, dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Manifest rows, as the batches come back."""
+    for batch in results.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+        yield [
+            {
+                "id": str(name),
+                "output": facts[str(name)]["output"],
+                "status": "rejected" if error else "ok",
+                "error": str(error),
+                "note": str(note),
+                "size": facts[str(name)]["size"],
+                "mtime_ns": facts[str(name)]["mtime_ns"],
+            }
+            for name, error, note in zip(batch["id"], batch["error"], batch["note"], strict=True)
+        ]
+
+
+def write_preview(job: TranslationJob, manifest: "Manifest") -> None:
+    """preview.png: the first pictures beside their results."""
+    from jobs.reports import grids
+
+    good = [s for s in job.sources if manifest.rows[s["id"]]["status"] == "ok"][:NUM_PREVIEWS]
+    if not good:
+        return
+    todo = [{**source, "output": manifest.rows[source["id"]]["output"]} for source in good]
+    rows = {row["id"]: row["image"] for row in source_rows(job, todo).take_all()}
+    shown = []
+    for source in todo:
+        result = images.decode(storage.read_bytes(storage.join(job.args.output, source["output"])))
+        shown.append([rows[source["id"]], images.to_square(result, job.loaded.config.image_size)])
+    png = grids.labelled_grid(["source", job.args.domain], shown)
+    storage.write_bytes(storage.join(job.args.output, "preview.png"), png)
+
+
+def finish(job: TranslationJob, manifest: "Manifest") -> int:
+    """The manifest in one file, the reasons in plain text, run.json; the exit code."""
+    output = job.args.output
+    bad = [row for s in job.sources if (row := manifest.rows[s["id"]])["status"] != "ok"]
+    manifest.finish()
+    reasons = storage.join(output, "rejected.txt")
+    if bad:
+        storage.write_bytes(reasons, "".join(f"{row['id']}\t{row['error']}\n" for row in bad).encode())
+    elif storage.exists(reasons):
+        storage.delete_file(reasons)
+    write_note(job, complete=True, num_rejected=len(bad))
+    good = len(job.sources) - len(bad)
+    print(f"{counted(good)} translated: {output}")
+    notes = [note for s in job.sources if (note := manifest.rows[s["id"]]["note"])]
+    if notes:
+        what = tally(part for note in notes for part in note.split("; "))
+        print(f"{counted(len(notes))} with a note in manifest.parquet: {what}")
+    if bad:
+        why = tally(row["error"].removeprefix(f"{row['id']}: ") for row in bad)
+        print(
+            f"{len(bad):,} of {len(job.sources):,} pictures were set aside: {why}; the reasons are in {reasons}",
+            file=sys.stderr,
+        )
+    return cli.SET_ASIDE if bad else cli.DONE
+
+
+def tally(reasons: Iterable[str], most: int = 4) -> str:
+    """The commonest reasons, without their particulars, each with how often it is there."""
+    counts = collections.Counter(re.split(r"[;(]", reason)[0].strip() for reason in reasons).most_common()
+    if len(counts) > most:
+        counts[most:] = [("others", sum(count for _, count in counts[most:]))]
+    return ", ".join(f"{reason} ({count:,})" for reason, count in counts)
+
+
+def counted(num: int) -> str:
+    return f"{num:,} picture{'' if num == 1 else 's'}"
+
+
+def write_note(job: TranslationJob, *, complete: bool, num_rejected: int = 0) -> None:
+    """run.json: what was asked of what, and what came of it."""
+    config = job.loaded.config
+    total = len(job.sources)
+    counts = {"pictures": total, "ok": total - num_rejected, "rejected": num_rejected, "ignored": job.num_others}
+    note = {
+        "format": "ddpm-translate-results",
+        "format_version": 1,
+        "complete": complete,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if complete else None,
+        "options": job.options,
+        "command": configs.to_dict(job.args),
+        "checkpoint": job.loaded.path,
+        "model": configs.to_dict(config),
+        "licence": config.data.licence,
+        "counts": counts if complete else {"pictures": total, "ignored": job.num_others},
+        "environment": provenance.environment(),
+    }
+    storage.write_bytes(storage.join(job.args.output, "run.json"), json.dumps(note, indent=2).encode())

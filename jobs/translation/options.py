@@ -1,0 +1,167 @@
+"""What the commands that put a checkpoint to use have in common: their options, and the checks before Ray starts."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from ddpm_core import checkpoint, encoders, storage
+from ddpm_core import config as configs
+from ddpm_core.checkpoint import Checkpoint
+from ddpm_core.config import Sampler, SamplingConfig, Spacing, Start
+from ddpm_core.errors import InputError
+from ddpm_core.translator import Translator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOverrides:
+    """How pictures are drawn; what is not given is the checkpoint's own."""
+
+    sampler: Sampler | None = None
+    """ddim: deterministic. ddpm: ancestral. dpm_solver: DPM-Solver++(2M), second order."""
+    num_steps: int | None = None
+    """Network evaluations for one picture."""
+    spacing: Spacing | None = None
+    """Which timesteps are visited."""
+    eta: float | None = None
+    """Of ddim: 0 deterministic, 1 ancestral."""
+    guidance_scale: float | None = None
+    """1 plain, above 1 guided more strongly."""
+    domain_guidance_scale: float | None = None
+    """A weight of the domain's own; guidance-scale is then the picture's."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these shares of the chain, 1 being the noisiest: LOW HIGH."""
+    guidance_rescale: float | None = None
+    """Pull the guided prediction's spread back to the plain one's, 0 not at all, 1 wholly."""
+    start: Start | None = None
+    """noise; sdedit: the source, noised; ddib: the noise that DDIM finds for the source in its own domain."""
+    strength: float | None = None
+    """Of sdedit: share of the chain that is noised and drawn again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guides:
+    """Nets that lead the sampling beside the network's own condition."""
+
+    classifier_guidance: str | None = None
+    """A run or checkpoint of an attribute classifier trained with --encoder.noise-aware on the network's chain: leads
+    towards what it takes for the wanted domain."""
+    classifier_scale: float = 1.0
+    """Its weight."""
+    identity_guidance: str | None = None
+    """A run or checkpoint of an identity encoder: leads towards what it takes for the person or place of the source."""
+    identity_scale: float = 1.0
+    """Its weight."""
+
+
+LOADERS: dict[str, Callable[..., Any]] = {
+    "classifier": encoders.load_attribute_classifier,
+    "identity": encoders.load_identity_encoder,
+}
+"""What loads the net behind `--NAME-guidance`."""
+
+
+def open_guides(guides: Guides) -> tuple[Guides, dict[str, Any]]:
+    """The guides by their checkpoints' own folders, and what tells results made with them from others ({} without).
+
+    Raises:
+        InputError: a scale without its net, or nothing that can be loaded, by the flag.
+    """
+    given, defaults = vars(guides), vars(Guides())
+    options: dict[str, Any] = {}
+    for name, load in LOADERS.items():
+        uri, scale = given[f"{name}_guidance"], given[f"{name}_scale"]
+        if uri is None:
+            if scale != defaults[f"{name}_scale"]:
+                raise InputError(f"--{name}-scale has no effect without --{name}-guidance; leave it out, or give both")
+            continue
+        uri = storage.absolute(uri, flag=f"--{name}-guidance")
+        folder, _ = checkpoint.resolve(uri, read=storage.read_bytes)
+        reader = Fingerprinted()
+        try:
+            load(folder, read=reader)
+        except InputError as error:
+            raise InputError(f"--{name}-guidance: {error}") from None
+        given = {**given, f"{name}_guidance": folder}
+        options |= {f"{name}_guidance": reader.fingerprint, f"{name}_scale": scale}
+    return Guides(**given), options
+
+
+def translator(loaded: Checkpoint, guides: Guides, *, device: str | None = None) -> Translator:
+    """`loaded`, led by `guides` as `open_guides` gives them.
+
+    Raises:
+        InputError: a guide that cannot lead this network.
+    """
+    fields = {"classifier": "classifier", "identity": "identity_encoder"}
+    nets: dict[str, Any] = {}
+    for name, load in LOADERS.items():
+        if (uri := getattr(guides, f"{name}_guidance")) is not None:
+            nets[fields[name]] = load(uri, read=storage.read_bytes)
+            nets[f"{name}_scale"] = getattr(guides, f"{name}_scale")
+    return Translator(loaded, device=device, **nets)
+
+
+class Fingerprinted:
+    """Reads a checkpoint's files and remembers what tells its weights from others."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=8)
+
+    def __call__(self, path: str) -> bytes:
+        content = storage.read_bytes(path)
+        if path.endswith(".safetensors"):
+            self._digest.update(content)
+        return content
+
+    @property
+    def fingerprint(self) -> str:
+        return self._digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint, checked against what a command wants of it."""
+
+    loaded: Checkpoint
+    fingerprint: str
+    """Hash of its weights, which tells it from another one at the same place."""
+    domains: tuple[str, ...]
+    """The sides to produce."""
+    sampling: SamplingConfig
+    """Its sampling defaults with the command's in their place."""
+    guides: Guides
+    """Its guides, by their checkpoints' own folders."""
+    options: dict[str, Any]
+    """The sampling, the guides and the weights: what, of these, results depend on."""
+
+
+def open_checkpoint(
+    uri: str, domain: str | None, overrides: SamplingOverrides, *, ema: float | None, guides: Guides
+) -> Opened:
+    """The checkpoint of a command; `domain` None means every side it was trained to produce.
+
+    Raises:
+        InputError: no usable checkpoint, or it cannot do what is wanted, in one line.
+    """
+    reader = Fingerprinted()
+    loaded = checkpoint.load(uri, ema=ema, read=reader)
+    guides, led = open_guides(guides)
+    ready = translator(loaded, guides, device="cpu")
+    domains = (domain,) if domain else loaded.config.target_domains or loaded.config.domains
+    for name in domains:
+        ready.domain_index(name)
+    sampling = ready.options(**vars(overrides))
+    options = {"checkpoint": reader.fingerprint, **configs.to_dict(sampling), **led}
+    return Opened(loaded, reader.fingerprint, tuple(domains), sampling, guides, options)
+
+
+def check_least(flags: dict[str, tuple[int | None, int]]) -> None:
+    """Refuse numbers below their least by the flag's name; None is no number.
+
+    Raises:
+        InputError: naming the flag, its value and the least.
+    """
+    for flag, (value, least) in flags.items():
+        if value is not None and value < least:
+            raise InputError(f"{flag} is {value}; it must be at least {least}")

@@ -1,0 +1,160 @@
+"""What one translation is to do: its command, checked, before Ray starts."""
+
+import dataclasses
+import os
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from ddpm_core import config as configs
+from ddpm_core import faces, images, storage
+from ddpm_core.checkpoint import Checkpoint
+from ddpm_core.config import SamplingConfig
+from ddpm_core.errors import InputError
+from jobs.datasets.format import DatasetCard, find_card
+from jobs.translation.options import Guides, SamplingOverrides, check_least, open_checkpoint
+
+if TYPE_CHECKING:
+    from jobs.translation.manifest import Manifest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TranslateArgs:
+    """What to translate, with what, into what."""
+
+    checkpoint: str
+    """A run (its best checkpoint) or a checkpoint folder, local or s3://."""
+    input: str
+    """Folder or s3:// prefix of pictures, searched to any depth; or a data set (holds dataset.json)."""
+    output: str
+    """Folder or s3:// prefix for the results; outside the input."""
+    domain: str
+    """The side to produce, such as night."""
+    sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
+    guides: Annotated[Guides, tyro.conf.arg(name="")] = Guides()
+    ema: float | None = None
+    """Weights averaged over this share of the training; those that validated best by default."""
+    seed: int = 0
+    """Another seed gives another result for each picture."""
+    batch_size: int = 16
+    """Pictures the network sees at once; memory and speed, not results."""
+    num_workers: int | None = None
+    """Copies of the network; by default one for each GPU, or for each CPU where there is none."""
+    split: str = "test"
+    """Of a data set, the rows to translate."""
+    align: faces.Align = "auto"
+    """faces: photos are turned and cut so that the largest face lies where the training pictures have theirs; those
+    without a face are set aside. auto: faces, where the checkpoint was trained on aligned portraits. none: photos are
+    cut to centred squares."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TranslationJob:
+    """Everything one command has made up its mind about before Ray starts."""
+
+    args: TranslateArgs
+    loaded: Checkpoint
+    sampling: SamplingConfig
+    guides: Guides
+    card: DatasetCard | None
+    """The input's card where it is a data set."""
+    options: dict[str, Any]
+    """What the results depend on; a folder holds results of one such set only."""
+    template: tuple[float, ...]
+    """Landmarks that faces are aligned to; () where pictures are taken as they are."""
+    sources: list[dict[str, Any]]
+    """id, size, mtime_ns of each picture."""
+    num_others: int
+    """Files under the input that are no pictures, or rows that are on the wanted side already."""
+
+
+def plan_translation(args: TranslateArgs) -> TranslationJob:
+    """All checks that cost little, before anything is started or written.
+
+    Raises:
+        InputError: whatever is wrong with the command, in one line.
+    """
+    args = dataclasses.replace(
+        args,
+        checkpoint=storage.absolute(args.checkpoint, flag="--checkpoint"),
+        input=storage.absolute(args.input, flag="--input"),
+        output=storage.absolute(args.output, flag="--output"),
+    )
+    check_least({"--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 1)})
+    if inside(args.output, args.input):
+        raise InputError(
+            f"--output {args.output} lies in the input; results would be taken for pictures: write elsewhere"
+        )
+    opened = open_checkpoint(args.checkpoint, args.domain, args.sampling, ema=args.ema, guides=args.guides)
+    loaded, sampling = opened.loaded, opened.sampling
+    options = {
+        "input": args.input,
+        "domain": args.domain,
+        "seed": args.seed,
+        **opened.options,
+    }
+    card = find_card(args.input)
+    if card is not None and args.align == "faces":
+        raise InputError("--align faces has no effect on a data set, whose pictures are cut already; leave it out")
+    template = () if card is not None else faces.template_for(loaded.config.data.landmarks, args.align)
+    if template:
+        options |= {"align": "faces"}
+    if card is not None:
+        sources, num_others = dataset_sources(args, card, loaded.config)
+        options |= {"split": args.split, "content_hash": card.content_hash}
+    else:
+        from jobs.translation.listing import list_pictures
+
+        sources, num_others = list_pictures(args.input)
+    if not sources:
+        also = f" ({num_others:,} other files or rows are there)" if num_others else ""
+        raise InputError(f"--input {args.input} holds no pictures{also}; wanted: {' '.join(sorted(images.SUFFIXES))}")
+    return TranslationJob(args, loaded, sampling, opened.guides, card, options, template, sources, num_others)
+
+
+def inside(uri: str, folder: str) -> bool:
+    """Whether `uri` is `folder` or lies in it, symbolic links resolved."""
+    if not storage.is_remote(uri) and not storage.is_remote(folder):
+        uri, folder = os.path.realpath(uri), os.path.realpath(folder)
+    return f"{uri.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def dataset_sources(
+    args: TranslateArgs, card: DatasetCard, config: configs.ModelConfig
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows that can be turned into the wanted side, and how many cannot.
+
+    A paired row has a picture of either side; of the other sets, rows that are on the wanted side stay out.
+    """
+    from jobs.translation.listing import check_dataset, split_rows
+
+    check_dataset(args.input, card, config)
+    rows = split_rows(args.input, card, args.split)
+    usable = [name for name, domain in rows if card.pairing == "paired" or card.domains[domain] != args.domain]
+    return [{"id": name, "size": 0, "mtime_ns": 0} for name in usable], len(rows) - len(usable)
+
+
+def remaining(job: TranslationJob, manifest: "Manifest") -> list[dict[str, Any]]:
+    """The sources to translate, each with its output: new, changed, set aside before, or with the result gone."""
+    from jobs.translation.listing import output_names
+
+    there = set()
+    for name in storage.list_files(job.args.output):
+        if re.search(r"\.[0-9a-f]{8}\.tmp$", name):  # left by a kill in the middle of writing
+            storage.delete_file(storage.join(job.args.output, name))
+        else:
+            there.add(name)
+    taken = {"": "preview.png"} | {row["id"]: row["output"] for row in manifest.rows.values()}
+    names = output_names([source["id"] for source in job.sources], taken)
+
+    def done(source: dict[str, Any]) -> bool:
+        row = manifest.rows.get(source["id"])
+        return (
+            row is not None
+            and row["status"] == "ok"
+            and row["output"] in there
+            and all(row[key] == source[key] for key in ("size", "mtime_ns"))
+        )
+
+    return [{**source, "output": names[source["id"]]} for source in job.sources if not done(source)]

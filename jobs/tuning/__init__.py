@@ -1,0 +1,1 @@
+"""Sweeps: what is searched, the study, trials, the choice."""
