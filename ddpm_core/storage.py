@@ -96,7 +96,7 @@ def _s3(bucket: str, environment: tuple[tuple[str, str], ...]) -> pyarrow.fs.Fil
     if endpoint and not re.match(r"https?://", endpoint):
         raise InputError(f"AWS_ENDPOINT_URL is {endpoint}; write it with its scheme: http://… or https://…")
     region = given.get("AWS_DEFAULT_REGION") or given.get("AWS_REGION")
-    with explained(f"s3://{bucket}"):
+    with user_errors(f"s3://{bucket}"):
         # Not FileSystem.from_uri: its client repeats nothing but connecting, and that 25 times, 100 s if it hangs.
         return pyarrow.fs.S3FileSystem(
             endpoint_override=endpoint,
@@ -112,7 +112,7 @@ class UnusableNameError(InputError):
 
 
 @contextlib.contextmanager
-def explained(uri: str) -> Iterator[None]:
+def user_errors(uri: str) -> Iterator[None]:
     """Turn the storage errors that a user can mend into one line; let the others pass.
 
     FileNotFoundError passes too: only the caller knows what a missing file means.
@@ -178,7 +178,7 @@ _down_since: dict[str, float] = {}
 """When an endpoint began not to answer: many threads that wait for it give up together, not one after another."""
 
 
-def persistently(uri: str, deed: Callable[[], T]) -> T:
+def with_retries(uri: str, deed: Callable[[], T]) -> T:
     """What `deed` gives, a request to the store of `uri`; repeated while the server is down, its errors explained.
 
     `deed` must be one that may be done twice.
@@ -187,7 +187,7 @@ def persistently(uri: str, deed: Callable[[], T]) -> T:
         FileNotFoundError: nothing is there.
         InputError: the store refuses, or has been down for OUTAGE_S (or, if it never answered, some seconds).
     """
-    with explained(uri):
+    with user_errors(uri):
         if not is_remote(uri):
             return deed()
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
@@ -224,7 +224,7 @@ def read_bytes(uri: str) -> bytes:
         with fs.open_input_file(path) as stream:
             return stream.read()
 
-    return persistently(uri, read)
+    return with_retries(uri, read)
 
 
 def read_json(uri: str) -> Any:
@@ -256,8 +256,8 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write a whole file or nothing: a local file is written aside and renamed, an S3 object appears when complete."""
     fs, path = filesystem(uri)
     if is_remote(uri):
-        return persistently(uri, lambda: _put(fs, path, data))
-    with explained(uri):
+        return with_retries(uri, lambda: _put(fs, path, data))
+    with user_errors(uri):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
@@ -290,7 +290,7 @@ def is_file(uri: str) -> bool:
 
 def _type(uri: str) -> pyarrow.fs.FileType:
     fs, path = filesystem(uri)
-    return persistently(uri, lambda: fs.get_file_info(path).type)
+    return with_retries(uri, lambda: fs.get_file_info(path).type)
 
 
 def list_files(uri: str, *, recursive: bool = True) -> list[str]:
@@ -314,7 +314,7 @@ def _listed(uri: str, kind: pyarrow.fs.FileType, *, recursive: bool) -> list[tup
     """Path and size of each thing of the kind below `uri`."""
     fs, path = filesystem(uri)
     selector = pyarrow.fs.FileSelector(path, recursive=recursive, allow_not_found=True)
-    return persistently(
+    return with_retries(
         uri, lambda: [(info.path, info.size) for info in fs.get_file_info(selector) if info.type == kind]
     )
 
@@ -322,18 +322,18 @@ def _listed(uri: str, kind: pyarrow.fs.FileType, *, recursive: bool) -> list[tup
 def delete_file(uri: str) -> None:
     fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
-        persistently(uri, lambda: fs.delete_file(path))
+        with_retries(uri, lambda: fs.delete_file(path))
 
 
 def delete_folder(uri: str) -> None:
     fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
-        persistently(uri, lambda: fs.delete_dir(path))
+        with_retries(uri, lambda: fs.delete_dir(path))
 
 
 def rename_folder(source: str, target: str) -> None:
     """Local folders only: atomic on one file system."""
-    with explained(target):
+    with user_errors(target):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source, target)
 

@@ -15,7 +15,7 @@ from typing import Literal
 from ddpm_core import storage
 from ddpm_core.errors import InputError
 from jobs.common import cli
-from jobs.common.lock import alone
+from jobs.common.lock import exclusive
 from jobs.common.progress import duration
 from jobs.suite import plan as suite_plan
 from jobs.suite import runner
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             print(suite_plan.command_line(command.module, suite_plan.argv(command, output)))
         print(f"# {stands(plan, there, missing, per_gpu or os.cpu_count() or 1)}")
         return cli.DONE
-    with alone(output):
+    with exclusive(output):
         suite_plan.keep(plan, output)
         records = suite_plan.done(plan, output)
         missing = [command for command in plan.commands if command.key not in records]

@@ -17,7 +17,7 @@ import sys
 from ddpm_core import storage
 from ddpm_core.errors import InputError
 from jobs.common import cli
-from jobs.common.lock import alone
+from jobs.common.lock import exclusive
 from jobs.training.presets import parse_from_preset
 from jobs.tuning.plan import SweepArgs, described, finished, plan_sweep, same_as_before
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         from jobs.tuning.driver import Sweep
         from jobs.tuning.study import SweepError
 
-        with alone(output):
+        with exclusive(output):
             storage.write_bytes(storage.join(output, "sweep.json"), json.dumps(told, indent=2).encode())
             try:
                 Sweep(job, told).run()

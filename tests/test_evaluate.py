@@ -12,19 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_core import checkpoint, encoders, metrics, nets
+from ddpm_core import checkpoint, encoders, nets
 from ddpm_core import config as configs
 from ddpm_core.config import GANConfig, ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 from jobs import evaluate
-from jobs.common import cli
+from jobs.common import cli, intervals
 from jobs.datasets import cache, writing
 from jobs.datasets.format import DatasetCard, Pairing, Row
-from jobs.evaluation import driver, summary, worker
+from jobs.evaluation import baselines, driver, summary, worker
 from jobs.evaluation import metrics as evaluation_metrics
 from jobs.evaluation import plan as evaluation_plan
-from jobs.translation.options import Guides
+from jobs.translation.options import GuidanceNets
 
 SIDE = 16
 
@@ -103,8 +103,10 @@ def test_true_pairs_are_measured_to_the_truth(
     sources = np.stack([scene(i) for i in range(100, 124)])
     truths = by_night(sources)
     results = Translator(checkpoint.load(checkpoint_folder))(sources, "night")
-    color_map = metrics.linear_color_map(*[np.stack([f(scene(i)) for i in range(40)]) for f in (lambda x: x, by_night)])
-    methods = {"model": results, "copy": sources, "linear": metrics.apply_color_map(color_map, sources)}
+    color_map = baselines.linear_color_map(
+        *[np.stack([f(scene(i)) for i in range(40)]) for f in (lambda x: x, by_night)]
+    )
+    methods = {"model": results, "copy": sources, "linear": baselines.apply_color_map(color_map, sources)}
     for name, pictures in methods.items():
         values = night["methods"][name]["metrics"]
         assert values["psnr"]["mean"] == pytest.approx(evaluation_metrics.psnr(pictures, truths).mean(), abs=0.02)
@@ -218,7 +220,7 @@ def test_rows_come_back_by_id_whatever_their_order() -> None:
         checkpoint_path="c",
         config=ModelConfig(),
         sampling=ModelConfig().sampling,
-        guides=Guides(),
+        guides=GuidanceNets(),
         judges=worker.Judges(),
         nets={},
         card=card_of("unpaired", domains=("a", "b")),
@@ -566,7 +568,7 @@ def test_a_difference_is_told_the_right_way_round(evaluations: Path, capsys: pyt
     }
     changes = [table["plain"][name]["psnr"] - table["guided"][name]["psnr"] for name in table["plain"]]
     assert ours["psnr"]["difference"]["mean"] == pytest.approx(np.mean(changes))
-    expected = metrics.bootstrap(np.array(changes), level=found["level"])
+    expected = intervals.bootstrap(np.array(changes), level=found["level"])
     assert ours["psnr"]["difference"]["low"] == pytest.approx(expected.low)
     sign = {"psnr": 1, "ssim": 1, "kid": -1, "perceptual": -1}
     for metric, way in sign.items():

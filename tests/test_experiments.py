@@ -125,13 +125,13 @@ def test_what_the_first_sections_need_is_urgent() -> None:
 def test_a_second_driver_is_refused_while_the_first_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note, output = tmp_path / "driver.json", str(tmp_path)
     monkeypatch.setattr(lock, "RENEW_S", 0.1)
-    with lock.alone(output):
+    with lock.exclusive(output):
         deadline = time.monotonic() + 20
         while not note.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         with (
             pytest.raises(InputError, match=rf"another driver is at work there \(process {os.getpid()} on "),
-            lock.alone(output),
+            lock.exclusive(output),
         ):
             pass
         with pytest.raises(InputError, match="another driver is at work there"):
@@ -143,7 +143,7 @@ def test_a_second_driver_is_refused_while_the_first_is_at_work(tmp_path: Path, m
     gone.wait()
     for left in (json.dumps({**there, "pid": gone.pid}), "", "[]", '{"host": 3}'):  # killed on this machine; damaged
         note.write_text(left)
-        with lock.alone(output):
+        with lock.exclusive(output):
             pass
 
 
@@ -153,7 +153,7 @@ def test_a_driver_that_says_nothing_any_more_is_followed(
     monkeypatch.setattr(lock, "RENEW_S", 0.1)
     monkeypatch.setattr(lock, "SILENT_S", 0.5)
     (tmp_path / "driver.json").write_text(json.dumps({"host": "elsewhere", "pid": 7, "renewed": time.time()}))
-    with lock.alone(str(tmp_path)):
+    with lock.exclusive(str(tmp_path)):
         assert "process 7 on elsewhere was at work there; up to" in capsys.readouterr().err
     assert not (tmp_path / "driver.json").exists()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jobs.training import monitor
-from jobs.training.monitor import Board, Watch
+from jobs.training.monitor import Monitor, StatusBoard
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +46,8 @@ def page_of(run: str) -> str:
 
 
 def test_a_run_in_this_process_is_told_as_running_then_finished(run: str, capsys: pytest.CaptureFixture[str]) -> None:
-    board = Board()
-    with monitor.watching(board, run):
+    board = StatusBoard()
+    with monitor.monitored(board, run):
         board.post(state(10, epoch=1, loss=0.5))
         until(lambda: "Running" in page_of(run))
         page = page_of(run)
@@ -67,8 +67,8 @@ def test_a_run_in_this_process_is_told_as_running_then_finished(run: str, capsys
 def test_a_board_that_is_an_actor_is_watched_too(run: str, ray_cluster: None) -> None:
     import ray
 
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
-    with monitor.watching(board, run):
+    board: Any = ray.remote(num_cpus=0)(StatusBoard).remote()
+    with monitor.monitored(board, run):
         ray.get(board.post.remote(state(40)))
         until(lambda: "Running" in page_of(run))
         ray.kill(board)  # its node is gone: nobody minds
@@ -88,9 +88,9 @@ class Diverged(Exception):
     ],
 )
 def test_the_report_says_how_a_run_ended(run: str, error: BaseException, word: str, text: str) -> None:
-    board = Board()
+    board = StatusBoard()
     board.post(state(10))
-    with pytest.raises(type(error)), monitor.watching(board, run):
+    with pytest.raises(type(error)), monitor.monitored(board, run):
         raise error
     page = page_of(run)
     assert f">{word}</h2>" in page
@@ -99,7 +99,7 @@ def test_the_report_says_how_a_run_ended(run: str, error: BaseException, word: s
 
 
 def test_a_run_that_never_began_has_no_report(run: str) -> None:
-    with pytest.raises(ValueError, match="no"), monitor.watching(Board(), run):
+    with pytest.raises(ValueError, match="no"), monitor.monitored(StatusBoard(), run):
         raise ValueError("no")
     assert page_of(run) == ""
 
@@ -116,8 +116,8 @@ def test_each_validation_is_drawn_once_by_one_writer_that_holds_up_nothing(run: 
         drawn.append((status["state"], status.get("validated")))
         writers -= 1
 
-    board = Board()
-    watch = Watch(board, run, write=write)
+    board = StatusBoard()
+    watch = Monitor(board, run, write=write)
     watch.thread.start()
     board.post(state(1))
     until(lambda: writers == 1)
@@ -142,8 +142,8 @@ def test_the_report_takes_a_small_part_of_the_time(run: str, monkeypatch: pytest
             pass
         drawn.append(time.monotonic())
 
-    board = Board()
-    watch = Watch(board, run, write=write)
+    board = StatusBoard()
+    watch = Monitor(board, run, write=write)
     watch.thread.start()
     step = 0
     while len(drawn) < 3:
@@ -161,8 +161,8 @@ def test_a_report_that_cannot_be_written_is_told_once(run: str, capsys: pytest.C
         tried.append(status)
         raise OSError("no space left")
 
-    board = Board()
-    watch = Watch(board, run, write=write)
+    board = StatusBoard()
+    watch = Monitor(board, run, write=write)
     watch.thread.start()
     for step in (1, 2, 3):
         board.post(state(step, validated=step, warnings=["MLflow: down"]))
@@ -179,8 +179,8 @@ def test_the_rate_is_of_the_last_minute_and_forgets_lost_workers(run: str, monke
     now = [1000.0]
     monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    board = Board()
-    watch = Watch(board, run, write=lambda status: None)
+    board = StatusBoard()
+    watch = Monitor(board, run, write=lambda status: None)
     for step in range(0, 200, 10):  # a step a second, then ten
         board.post(state(step))
         watch._look()

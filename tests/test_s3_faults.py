@@ -147,7 +147,7 @@ def test_an_object_that_goes_while_it_is_read(prefix: str) -> None:
     stream = fs.open_input_file(path)
     storage.delete_file(f"{prefix}/a.txt")
     with pytest.raises(FileNotFoundError):
-        storage.persistently(f"{prefix}/a.txt", stream.read)
+        storage.with_retries(f"{prefix}/a.txt", stream.read)
 
 
 def test_a_name_that_pyarrow_cannot_use(prefix: str) -> None:
@@ -179,7 +179,7 @@ def test_bucket_root_and_prefix_that_is_a_file_too(own_s3: S3Server, prefix: str
     ],
 )
 def test_errors_that_this_server_never_gives(text: str, remedy: str) -> None:
-    with pytest.raises(InputError, match=rf"^s3://b/x: .*{remedy}"), storage.explained("s3://b/x"):
+    with pytest.raises(InputError, match=rf"^s3://b/x: .*{remedy}"), storage.user_errors("s3://b/x"):
         raise OSError(text)
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import nn
 
 from ddpm_core import images, storage
-from ddpm_core.metrics import Interval
 from jobs import evaluate
+from jobs.common.intervals import Interval
 from jobs.datasets import writing
 from jobs.datasets.format import DatasetCard, Row
 from jobs.reports import charts as reports_charts

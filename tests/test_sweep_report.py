@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ddpm_core import images
-from ddpm_core.metrics import Interval
+from jobs.common.intervals import Interval
 from jobs.reports import charts as reports_charts
 from jobs.reports import sweep, sweep_charts
 

@@ -32,8 +32,8 @@ from jobs.datasets.format import DatasetCard, Row, read_card
 from jobs.training import checks, loop, methods, validation
 from jobs.training.batches import (
     Batch,
-    Draw,
-    Feed,
+    HostBatch,
+    Prefetcher,
     Sampler,
     Share,
     epoch_order,
@@ -280,7 +280,7 @@ def test_when_workers_take_a_checkpoint(monkeypatch):
     clock, leaving = [100.0], [None]
     monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(loop.ray.train, "get_preemption_info", lambda: leaving[0])
-    signals = loop.Signals(1, save_every_s=60.0, comparable=True)
+    signals = loop.WorkerConsensus(1, save_every_s=60.0, comparable=True)
     good, bad = {"loss": torch.tensor(0.5)}, {"loss": torch.tensor(float("nan"))}
 
     def after(seconds: float, losses=good, *, storing: bool = False) -> int:
@@ -302,7 +302,7 @@ def test_when_workers_take_a_checkpoint(monkeypatch):
 
 def test_a_run_has_diverged_when_its_losses_stay_far_above_the_first_ones():
     def stopped_at(losses: list[float], *, comparable: bool = True) -> int | None:
-        signals = loop.Signals(1, save_every_s=1e9, comparable=comparable)
+        signals = loop.WorkerConsensus(1, save_every_s=1e9, comparable=comparable)
         signals.asked_s = math.inf
         for step, loss in enumerate(losses):
             if signals.agree({"loss": torch.tensor(loss)}, storing=False) & loop.STOP:
@@ -532,8 +532,8 @@ def test_the_order_is_ours(ray_cluster, dataset_folder, workers, start):
     def drawn(rank: int, world: int, first: int) -> list[tuple[list[str], list[torch.Tensor]]]:
         sampler = Sampler(cache.load(dataset_folder, "train"), config, options)
         share = Share(rank=rank, world=world)
-        feed = Feed(sampler, np.arange(32), share, start=first, stop=10, pin=False)
-        names = [field.name for field in dataclasses.fields(Draw) if field.name != "ids"]
+        feed = Prefetcher(sampler, np.arange(32), share, start=first, stop=10, pin=False)
+        names = [field.name for field in dataclasses.fields(HostBatch) if field.name != "ids"]
         return [(draw.ids, [getattr(draw, name) for name in names]) for draw in feed]
 
     (whole,) = ray.get([drawn.remote(0, 1, 0)])

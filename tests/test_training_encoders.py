@@ -22,7 +22,7 @@ from jobs import train
 from jobs.datasets import cache, writing
 from jobs.datasets.format import DatasetCard, Row, read_card
 from jobs.training import batches, checks, distributed, methods
-from jobs.training.batches import Sampler, Share, Truth
+from jobs.training.batches import EncoderTargets, Sampler, Share
 from jobs.training.encoders import informed, resolved
 from jobs.training.options import TrainOptions
 from jobs.training.presets import PRESETS
@@ -141,7 +141,7 @@ def test_the_content_hash_sees_labels(crowd_folder, tmp_path):
 def test_a_partner_is_any_other_picture_of_the_person(crowd_folder):
     options = options_of("identity")
     labels = cache.read_labels(crowd_folder, read_card(crowd_folder), "train")
-    truth = Truth(labels, config_of(crowd_folder, options), options)
+    truth = EncoderTargets(labels, config_of(crowd_folder, options), options)
     found: dict[int, set[int]] = {row: set() for row in range(len(labels))}
     rows = np.arange(len(labels))
     for draw in np.linspace(0, 0.999, 13):
@@ -161,9 +161,18 @@ def test_people_are_numbered_in_order_and_unknown_or_single_ones_left_out(tmp_pa
     labels = cache.read_labels(folder, read_card(folder), "train")
     assert config.data.num_people == 8
     assert batches.training_rows(labels, config, options).tolist() == [i for i in range(40) if i not in (0, 9)]
-    assert Truth(labels, config, options)(np.arange(1, 9), np.zeros(8))[:, 0].tolist() == [6, 5, 4, 3, 2, 1, 0, 7]
+    assert EncoderTargets(labels, config, options)(np.arange(1, 9), np.zeros(8))[:, 0].tolist() == [
+        6,
+        5,
+        4,
+        3,
+        2,
+        1,
+        0,
+        7,
+    ]
     few = dataclasses.replace(options, max_train_images=10)  # the numbers stay
-    assert Truth(labels, config, few)(np.arange(1, 9), np.zeros(8))[:, 0].tolist() == [6, 5, 4, 3, 2, 1, 0, 7]
+    assert EncoderTargets(labels, config, few)(np.arange(1, 9), np.zeros(8))[:, 0].tolist() == [6, 5, 4, 3, 2, 1, 0, 7]
 
 
 def test_attributes_are_there_or_not_the_domain_first(crowd_folder):
@@ -172,7 +181,7 @@ def test_attributes_are_there_or_not_the_domain_first(crowd_folder):
     assert config.encoder.attributes == ("night", "blue")
     assert config.data.attribute_rates == (0.5, 0.625)
     labels = cache.read_labels(crowd_folder, read_card(crowd_folder), "train")
-    found = Truth(labels, config, options)(np.arange(4), labels.domain[:4])
+    found = EncoderTargets(labels, config, options)(np.arange(4), labels.domain[:4])
     assert found.tolist() == [[0, 0], [1, 1], [0, 1], [1, 0]]
 
 

@@ -223,7 +223,9 @@ def training_epoch(loaded: cache.SplitArrays, size: int, batch_size: int) -> Ite
         loaded, ModelConfig(image_size=size), TrainOptions(global_batch_size=batch_size, pairing="unpaired")
     )
     share = batches.Share(rank=0, world=1)
-    feed = batches.Feed(sampler, np.arange(len(loaded)), share, start=0, stop=len(loaded) // batch_size, pin=False)
+    feed = batches.Prefetcher(
+        sampler, np.arange(len(loaded)), share, start=0, stop=len(loaded) // batch_size, pin=False
+    )
     for draw in feed:
         yield draw.to(CPU).x_0
 

@@ -33,10 +33,10 @@ import numpy as np
 import ray.train
 import torch
 
-from ddpm_core import metrics, provenance, storage
+from ddpm_core import provenance, storage
 from ddpm_core.errors import InputError
 from jobs import prepare, train
-from jobs.common import cli
+from jobs.common import cli, intervals
 from jobs.datasets import cache
 from jobs.training import run_folder
 from jobs.tuning import plan, study, training_trial
@@ -290,7 +290,7 @@ def best_within(sweep: dict[str, Any], budget: int) -> float:
 def ahead(ours: list[float], theirs: list[float]) -> dict[str, float]:
     """Mean of theirs / ours - 1 over the seeds, by logarithms, with Student's interval."""
     logs = np.log(np.array(theirs) / np.array(ours))
-    half = metrics.student_quantile(0.975, len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+    half = intervals.student_quantile(0.975, len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
     mean = float(logs.mean())
     return {name: math.expm1(value) for name, value in {"mean": mean, "low": mean - half, "high": mean + half}.items()}
 

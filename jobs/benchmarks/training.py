@@ -42,7 +42,7 @@ from jobs.datasets import writing
 from jobs.datasets.cache import ROOT, load
 from jobs.datasets.format import DatasetCard, Row, read_card
 from jobs.training import checks, loop, profiling
-from jobs.training.batches import Batch, Draw, Feed, Sampler, Share
+from jobs.training.batches import Batch, HostBatch, Prefetcher, Sampler, Share
 from jobs.training.options import TrainArgs
 
 CPU = torch.device("cpu")
@@ -257,14 +257,14 @@ def _awaited(file: Path, ended: threading.Event) -> list[float]:
     return json.loads(file.read_text())
 
 
-class GatedFeed(Feed):
+class GatedFeed(Prefetcher):
     """The job's batches, given out when it is the job's turn."""
 
     def __init__(self, gate: Gate, num_steps: int, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.gate, self.num_steps = gate, num_steps
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[HostBatch]:
         for step, draw in enumerate(super().__iter__()):
             if step % self.num_steps == 0:
                 if step:
@@ -328,7 +328,7 @@ def batches_of(args: TrainArgs, count: int) -> list[Batch]:
     rows = load(args.data, "train")
     share = Share(rank=0, world=args.workers[0])
     sampler = Sampler(rows, config, args.options)
-    feed = Feed(sampler, np.arange(len(rows)), share, start=0, stop=count, pin=False)
+    feed = Prefetcher(sampler, np.arange(len(rows)), share, start=0, stop=count, pin=False)
     return [draw.to(CPU, shown=config.shown) for draw in feed]
 
 

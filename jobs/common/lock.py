@@ -19,7 +19,7 @@ RENEW_S, SILENT_S = 20.0, 60.0
 
 
 @contextlib.contextmanager
-def alone(output: str) -> Iterator[None]:
+def exclusive(output: str) -> Iterator[None]:
     """Keep other drivers out of a suite's folder: driver.json says that one is at work, as long as it is renewed.
 
     Raises:

@@ -15,9 +15,9 @@ class Archive:
     def __init__(self, uri: str) -> None:
         fs, path = storage.filesystem(uri)
         self.uri = uri
-        self.file = storage.persistently(uri, lambda: fs.open_input_file(path))
+        self.file = storage.with_retries(uri, lambda: fs.open_input_file(path))
         try:
-            listing = storage.persistently(uri, self._listing)
+            listing = storage.with_retries(uri, self._listing)
         except zipfile.BadZipFile as error:
             raise InputError(f"{uri} is not a whole zip file ({error}); download it again") from None
         self.members = {info.filename: info for info in listing if not info.is_dir()}
@@ -39,7 +39,7 @@ class Archive:
             raise zipfile.BadZipFile(f"packed by method {info.compress_type}, only 0 and 8 are read: pack it anew")
         # local header: 30 bytes, name and extra field (whose length may differ from the listing's), then data
         start, size = info.header_offset, 30 + len(info.filename.encode()) + 2**10 + info.compress_size
-        data = storage.persistently(self.uri, lambda: self.file.read_at(size, start))
+        data = storage.with_retries(self.uri, lambda: self.file.read_at(size, start))
         if len(data) < 30 or data[:4] != b"PK\x03\x04" or info.flag_bits & 1:
             raise zipfile.BadZipFile("damaged or encrypted member")
         skip = 30 + int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")

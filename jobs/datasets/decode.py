@@ -87,7 +87,7 @@ class Pixels:
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
         bytes_needed = int(np.prod(self.shape))
-        return storage.explained(f"{self.scratch} (TMPDIR says where) for {bytes_needed / 1e6:,.0f} MB of pixels")
+        return storage.user_errors(f"{self.scratch} (TMPDIR says where) for {bytes_needed / 1e6:,.0f} MB of pixels")
 
     def means(self) -> np.ndarray:
         """(parts,) mean grey level of each part over the decoded pictures."""

@@ -59,7 +59,7 @@ def read_labels(uri: str, card: DatasetCard, split: str, columns: Sequence[str])
     fs, path = storage.filesystem(uri)
     tables = [pyarrow.schema([SCHEMA.field(name) for name in columns]).empty_table()]
     for shard in shards:
-        with storage.explained(uri), fs.open_input_file(storage.join(path, shard.file)) as file:
+        with storage.user_errors(uri), fs.open_input_file(storage.join(path, shard.file)) as file:
             tables.append(pyarrow.parquet.read_table(file, columns=list(columns)))
     return pyarrow.concat_tables(tables)
 
@@ -169,7 +169,7 @@ def _check_shard(uri: str, num_rows: int, columns: Sequence[str]) -> None:
     remedy = MAKE_AGAIN
     fs, path = storage.filesystem(uri)
     try:
-        with storage.explained(uri), fs.open_input_file(path) as file:
+        with storage.user_errors(uri), fs.open_input_file(path) as file:
             try:
                 parquet = pyarrow.parquet.ParquetFile(file)
             except pyarrow.ArrowInvalid as error:

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow.parquet
 import tyro
 
-from ddpm_core import metrics, storage
+from ddpm_core import storage
 from ddpm_core.errors import InputError
-from ddpm_core.metrics import Interval
-from jobs.common import cli
+from jobs.common import cli, intervals
+from jobs.common.intervals import Interval
 from jobs.evaluation.metrics import halves_interval
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-comparison", 1
@@ -178,7 +178,7 @@ def differences(a: Side, b: Side) -> tuple[list[Compared], list[str], float]:
         models = [side.metrics["domains"][domain]["methods"]["model"]["metrics"] for side in (a, b)]
         if any("fd" in model for model in models):
             left_out["fd: no parts of it are kept whose difference could be taken; each report has its interval"] = None
-    level = metrics.bonferroni(max(len(pairs), 1))
+    level = intervals.bonferroni(max(len(pairs), 1))
     rows = [_compared(domain, metric, x, y, level) for (domain, metric), (x, y) in pairs.items()]
     return rows, list(left_out), level
 
@@ -211,9 +211,9 @@ def _unlike(a: Side, b: Side, domain: str, metric: str) -> str:
 
 
 def _compared(domain: str, metric: str, a: np.ndarray, b: np.ndarray, level: float) -> Compared:
-    gap = halves_interval(a - b, level=level) if metric == "kid" else metrics.difference(a, b, level=level)
+    gap = halves_interval(a - b, level=level) if metric == "kid" else intervals.difference(a, b, level=level)
     words = "no clear difference"
-    if metrics.significant(gap):
+    if intervals.significant(gap):
         ahead = "A" if (gap.mean > 0) != (metric in LOWER) else "B"
         words = f"{ahead} is {'larger' if metric in NEITHER else 'better'}"
     return Compared(domain, metric, float(a.mean()), float(b.mean()), len(a), gap, words)

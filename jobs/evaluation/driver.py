@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from ddpm_core import config as configs
-from ddpm_core import metrics, provenance, storage
+from ddpm_core import provenance, storage
 from jobs.common.progress import Progress
 from jobs.datasets import cache, reading
-from jobs.evaluation import summary, worker
+from jobs.evaluation import baselines, summary, worker
 from jobs.evaluation.plan import FORMAT, FORMAT_VERSION, EvaluationJob
 from jobs.evaluation.summary import Findings, Measured
 from jobs.evaluation.worker import Found
 from jobs.translation.batch import Batch, actor_pool, dataset_rows
-from jobs.translation.options import Guides
+from jobs.translation.options import GuidanceNets
 
 Key = tuple[str, str, int, str]
 """(domain, id, seed, purpose) of one picture."""
@@ -40,7 +40,7 @@ def fit_color_maps(job: EvaluationJob) -> dict[str, np.ndarray]:
         rows = rows.map_batches(worker.color_moments, batch_size=256, fn_kwargs=options)
         parts = [batch["moments"] for batch in rows.iter_batches(batch_size=None, batch_format="numpy")]
     moments = np.concatenate(parts).sum(axis=0)
-    return {domain: metrics.solve_color_map(moments[i]) for i, domain in enumerate(job.domains)}
+    return {domain: baselines.solve_color_map(moments[i]) for i, domain in enumerate(job.domains)}
 
 
 def look(job: EvaluationJob) -> tuple[dict[Key, Found], int]:
@@ -205,7 +205,7 @@ def evaluate(job: EvaluationJob) -> tuple[dict[str, Any], dict[str, bytes]]:
     return evaluation, files
 
 
-def guided(guides: Guides, name: str) -> bool:
+def guided(guides: GuidanceNets, name: str) -> bool:
     """Whether that field of the guides has an effect."""
     return getattr(guides, name.rpartition("_")[0] + "_guidance") is not None
 

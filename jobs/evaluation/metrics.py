@@ -33,18 +33,14 @@ from ddpm_core import nets
 from ddpm_core.checkpoint import Read, read_local
 from ddpm_core.errors import InputError
 from ddpm_core.identity import perceptual_distance
-from ddpm_core.metrics import (  # noqa: F401 - the intervals are asked for here too
+from ddpm_core.nets import Net
+from jobs.common.intervals import (
     Interval,
-    bonferroni,
-    bootstrap,
     difference,
     halves_interval,
     significant,
     student_quantile,
-    two_level,
-    two_level_difference,
 )
-from ddpm_core.nets import Net
 
 MAX_PSNR = 60.0
 MIN_SSIM_SIDE = 16

@@ -16,7 +16,7 @@ from jobs.datasets.format import DatasetCard, read_card
 from jobs.evaluation import worker
 from jobs.evaluation.worker import Judges
 from jobs.translation import listing
-from jobs.translation.options import Guides, SamplingOverrides, check_least, open_checkpoint
+from jobs.translation.options import GuidanceNets, SamplingOverrides, check_least, open_checkpoint
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-evaluation", 2
 NUM_SHOWN = 10
@@ -49,7 +49,7 @@ class EvaluateArgs:
     """Training pictures of each domain, spread evenly, that say how far real pictures are from real ones, and whether
     results are what was learned over again; 0 leaves that out."""
     sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
-    guides: Annotated[Guides, tyro.conf.arg(name="")] = Guides()
+    guides: Annotated[GuidanceNets, tyro.conf.arg(name="")] = GuidanceNets()
     feature_net: str = "auto"
     """What realism is measured with: auto (EfficientNet-lite0 where its package is installed, else a fixed random net),
     inception, or a net file."""
@@ -78,7 +78,7 @@ class EvaluationJob:
     checkpoint_path: str
     config: configs.ModelConfig
     sampling: SamplingConfig
-    guides: Guides
+    guides: GuidanceNets
     judges: Judges
     nets: dict[str, dict[str, str] | None]
     """Name and fingerprint of each judge, None of those not given."""
@@ -195,7 +195,7 @@ def labels(args: EvaluateArgs, card: DatasetCard) -> dict[str, tuple[int, int]]:
 
 
 def check_independent(
-    judges: Judges, judging: Mapping[str, Net | None], guides: Guides, config: configs.ModelConfig
+    judges: Judges, judging: Mapping[str, Net | None], guides: GuidanceNets, config: configs.ModelConfig
 ) -> None:
     """A net that taught the model, or leads its sampling, would judge its own work.
 

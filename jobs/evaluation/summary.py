@@ -11,8 +11,8 @@ import pyarrow.parquet
 import torch
 from jaxtyping import Float
 
-from ddpm_core import metrics
-from ddpm_core.metrics import Interval
+from jobs.common import intervals
+from jobs.common.intervals import Interval
 from jobs.evaluation import metrics as evaluation_metrics
 
 PROMISED = {("psnr", True), ("ssim", True), ("kid", False)}
@@ -86,7 +86,7 @@ def find(measured: Measured, *, seed: int) -> Findings:
     values = {name: per_picture(name, measured) for name in measured.methods}
     halves = kid_halves(measured, seed)
     summaries = {
-        name: {metric: metrics.bootstrap(each[~np.isnan(each)], seed=seed) for metric, each in of.items()}
+        name: {metric: intervals.bootstrap(each[~np.isnan(each)], seed=seed) for metric, each in of.items()}
         for name, of in values.items()
     }
     for name, each in halves.items():
@@ -151,9 +151,9 @@ def instruments(measured: Measured, values: dict[str, dict[str, np.ndarray]], se
         of_wanted = measured.real_chances.argmax(1) == measured.wanted
         of_sources = measured.methods["copy"]["chances"].argmax(1) == measured.source_domains
         right = np.concatenate([of_wanted, of_sources]).astype(np.float64)
-        found["classifier_accuracy"] = metrics.bootstrap(right, seed=seed)
+        found["classifier_accuracy"] = intervals.bootstrap(right, seed=seed)
     if "identity_rank_1" in values.get("truth", {}):
-        found["identity_rank_1"] = metrics.bootstrap(values["truth"]["identity_rank_1"], seed=seed)
+        found["identity_rank_1"] = intervals.bootstrap(values["truth"]["identity_rank_1"], seed=seed)
     return found
 
 

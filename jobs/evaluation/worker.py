@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from ddpm_core import metrics, nets, storage
+from ddpm_core import nets, storage
 from ddpm_core.nets import Net
 from jobs.datasets import cache
 from jobs.datasets.format import DatasetCard
+from jobs.evaluation import baselines
 from jobs.evaluation.metrics import INCEPTION, MIN_SSIM_SIDE, feature_net, perceptual, psnr, ssim
 from jobs.translation.batch import Batch, Plan, Translate, expand_rows
 
@@ -128,7 +129,7 @@ class Measure:
         methods = {"model": results[rows], "copy": sources}
         if self.color_maps:
             maps = [self.color_maps[str(to)] for to in batch["to"][rows]]
-            mapped = [metrics.apply_color_map(each, x[None]) for each, x in zip(maps, sources, strict=True)]
+            mapped = [baselines.apply_color_map(each, x[None]) for each, x in zip(maps, sources, strict=True)]
             methods["linear"] = np.concatenate(mapped)
         if self.pairing == "paired":
             assert truths is not None
@@ -220,5 +221,5 @@ def color_moments(batch: Batch, *, domains: tuple[str, ...], wanted: tuple[str, 
         swap = (np.asarray(domains)[batch["domain"]] == domain)[:, None, None, None]
         sources = np.where(swap, batch["target"], batch["image"])
         targets = np.where(swap, batch["image"], batch["target"])
-        found.append(metrics.color_moments(sources, targets))
+        found.append(baselines.color_moments(sources, targets))
     return {"moments": np.stack(found)[None]}

@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from ddpm_core import storage
-from ddpm_core.metrics import Interval, significant
+from jobs.common.intervals import Interval, significant
 from jobs.common.progress import duration
 from jobs.reports import charts, report
 from jobs.reports.html import document, figure, flat

@@ -15,7 +15,7 @@ from typing import Any
 
 from ddpm_core import provenance, storage
 from ddpm_core.errors import InputError
-from ddpm_core.metrics import Interval
+from jobs.common.intervals import Interval
 from jobs.common.progress import duration
 from jobs.evaluation.summary import FEW_RIGHT
 from jobs.reports.html import document, flat

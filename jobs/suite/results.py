@@ -22,7 +22,7 @@ import pyarrow.parquet
 from jaxtyping import Float
 
 from ddpm_core import storage
-from ddpm_core.metrics import Interval, bonferroni, two_level, two_level_difference
+from jobs.common.intervals import Interval, bonferroni, two_level, two_level_difference
 from jobs.suite.plan import Claim, Command, Measured, Plan, Section, digests, needs, records
 
 Outcome = Literal["holds", "does not hold", "not clear", "not measured"]

@@ -51,7 +51,7 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw:
+class HostBatch:
     """One worker's share of a step as it is drawn on the CPU: the pictures as they are stored, and what to do to them.
 
     Small to move (uint8), and flips, shifts and conversion are left to the device.
@@ -78,7 +78,7 @@ class Draw:
     def pinned(self) -> "Draw":
         """In memory that a GPU copies from by itself."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "ids"}
-        return Draw(ids=self.ids, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
+        return HostBatch(ids=self.ids, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
     def to(self, device: torch.device, *, shown: str = "source") -> Batch:
         """On the device; `shown` as ModelConfig's."""
@@ -164,19 +164,19 @@ class Sampler:
         wanted = options.target_domain
         self.wanted = None if wanted is None else configs.domain_index(config, wanted)
         self.others = [np.flatnonzero(data.domain != side) for side in range(len(config.domains))]
-        self.truth = Truth(data, config, options) if config.method in configs.ENCODERS else None
+        self.truth = EncoderTargets(data, config, options) if config.method in configs.ENCODERS else None
         self.brightness = config.encoder.brightness if self.truth else 0.0
 
-    def train(self, rows: np.ndarray, epoch: int) -> Draw:
+    def train(self, rows: np.ndarray, epoch: int) -> HostBatch:
         return self._draw(rows, [seeded(self.options.seed, epoch, self.data.ids[row]) for row in rows], training=True)
 
-    def validation(self, rows: np.ndarray, ts: np.ndarray, *, noise: str = "validation") -> Draw:
+    def validation(self, rows: np.ndarray, ts: np.ndarray, *, noise: str = "validation") -> HostBatch:
         """Fixed noise, named `noise`, and given timesteps, nothing dropped or moved: the same numbers at every
         validation."""
         draw = self._draw(rows, [seeded(noise, self.data.ids[row]) for row in rows], training=False)
         return dataclasses.replace(draw, t=torch.as_tensor(ts, dtype=torch.int64))
 
-    def _draw(self, rows: np.ndarray, generators: list[torch.Generator], *, training: bool) -> Draw:
+    def _draw(self, rows: np.ndarray, generators: list[torch.Generator], *, training: bool) -> HostBatch:
         # Every sample draws the same numbers in the same order, whether they are used or not.
         draws = torch.stack([torch.rand(8, generator=generator, dtype=torch.float64) for generator in generators])
         to_t, to_drop, to_flip, to_side, to_other, to_drop_domain, to_down, to_right = draws.unbind(1)
@@ -184,7 +184,7 @@ class Sampler:
         reach = self.options.max_shift * training
         shift = (torch.stack([to_down, to_right], dim=1) * (2 * reach + 1)).long() - reach
         noise_like = torch.empty(len(rows), 3, *target.shape[1:3])
-        return Draw(
+        return HostBatch(
             ids=[self.data.ids[row] for row in rows],
             target=torch.from_numpy(target),
             source=torch.from_numpy(source),
@@ -230,7 +230,7 @@ class Sampler:
         return found
 
 
-class Truth:
+class EncoderTargets:
     """What an encoder should say of pictures, from what the data set says of its rows."""
 
     def __init__(self, data: Labels, config: ModelConfig, options: TrainOptions) -> None:
@@ -274,7 +274,7 @@ class Share:
         return global_batch[first:end]
 
 
-class Feed:
+class Prefetcher:
     """This worker's draws from step `start` on, made ahead by a thread; `waited_s` is how long they kept us waiting.
 
     `rows`: those to train on, as `training_rows`. Iterated once.
@@ -284,7 +284,7 @@ class Feed:
         self.sampler, self.rows, self.share, self.start, self.stop, self.pin = sampler, rows, share, start, stop, pin
         self.waited_s = 0.0
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[HostBatch]:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             ahead = collections.deque(pool.submit(self._make, step) for step in self._steps(self.start, AHEAD))
             for step in range(self.start, self.stop):
@@ -297,7 +297,7 @@ class Feed:
     def _steps(self, first: int, count: int) -> range:
         return range(first, min(first + count, self.stop))
 
-    def _make(self, step: int) -> Draw:
+    def _make(self, step: int) -> HostBatch:
         options = self.sampler.options
         epoch, offset = divmod(step, len(self.rows) // options.global_batch_size)
         first = offset * options.global_batch_size

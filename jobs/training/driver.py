@@ -86,7 +86,7 @@ def fit(
     owner = uuid.uuid4().hex
     for name, content in run_folder.describe(run, config, owner).items():
         storage.write_bytes(storage.join(run, name), content)
-    board = monitor.Board() if local else ray.remote(num_cpus=0)(monitor.Board).remote()
+    board = monitor.StatusBoard() if local else ray.remote(num_cpus=0)(monitor.StatusBoard).remote()
     attempts = storage.join(run, ".ray")  # Ray's own notes; ours are what a resumed run reads
     trainer = functools.partial(
         ray.train.torch.TorchTrainer,
@@ -114,7 +114,7 @@ def fit(
         ),
     )
     failures = 0
-    with monitor.watching(board, run):
+    with monitor.monitored(board, run):
         while True:
             before, _ = run_folder.latest_checkpoint(run)
             storing = ray.train.RunConfig(

@@ -16,7 +16,7 @@ from jobs.datasets import cache
 from jobs.datasets.cache import Labels
 from jobs.datasets.format import DatasetCard
 from jobs.training import distributed
-from jobs.training.batches import Batch, Truth, has_counterparts, training_rows
+from jobs.training.batches import Batch, EncoderTargets, has_counterparts, training_rows
 from jobs.training.options import TrainOptions
 
 ALL = ("all",)
@@ -136,7 +136,7 @@ def _people(train: Labels, val: Labels, config: ModelConfig, options: TrainOptio
                 f"{config.data.name} does not say whom the pictures of its {split} split show; an identity encoder "
                 "learns from several pictures of each person (CelebA: prepare it with identity_CelebA.txt beside it)"
             )
-        people = Truth(labels, config, options).people
+        people = EncoderTargets(labels, config, options).people
         if len(people) < 2 or len(people) < len(known) / 10:
             raise InputError(
                 f"{config.data.name} has two pictures or more of only {len(people):,} of the {len(known):,} people in "
@@ -174,7 +174,7 @@ def _rates(train: Labels, val: Labels, config: ModelConfig, options: TrainOption
                 "classifier learns what is there or not (1 or -1, 1 or 0)"
                 + (f"; give --encoder.attributes {' '.join(fit)}" if fit else "; leave it out to learn the domain")
             )
-    truth = Truth(train, config, options)
+    truth = EncoderTargets(train, config, options)
     rows = training_rows(train, config, options)
     seen = [truth(rows, train.domain[rows])]
     if has_counterparts(train, config):  # either side is looked at

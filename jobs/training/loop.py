@@ -33,12 +33,12 @@ from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from jobs.datasets import cache
 from jobs.training import distributed, profiling
-from jobs.training.batches import Feed, Sampler, Share, training_rows
+from jobs.training.batches import Prefetcher, Sampler, Share, training_rows
 from jobs.training.methods import objective
 from jobs.training.options import Parallel, TrainOptions
 from jobs.training.run_folder import Run, folder_of, latest_checkpoint, note_attempt, read_state
 from jobs.training.tracking import Tracking
-from jobs.training.validation import Aside, Inline, Validation, validate
+from jobs.training.validation import AsyncValidation, SyncValidation, Validation, validate
 
 SAVE, ASK, STOP = 1, 2, 4
 """What workers tell each other after a step: take a checkpoint; ask Ray whether a node is about to go; the losses are
@@ -115,9 +115,9 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
         run.tracking = Tracking(job["run"], config, mlflow=job["mlflow"], use_ray=ray.is_initialized())
     share = Share(rank=rank, world=world)
     validation = Validation(val, config, options, method, device, share, together=mode == "fsdp")
-    validator = Aside(job, rank=rank) if job["aside"] else Inline(validation)
+    validator = AsyncValidation(job, rank=rank) if job["aside"] else SyncValidation(validation)
     every_s = job["checkpoint_every_s"]
-    signals = Signals(world, save_every_s=every_s, comparable=method.comparable, first_loss=first_loss)
+    signals = WorkerConsensus(world, save_every_s=every_s, comparable=method.comparable, first_loss=first_loss)
     post = Post(job["board"], start=start, total=total_steps) if rank == 0 else None
 
     def facts(step: int) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
         promote(validated() if known is None else [known])
 
     sampler, pin = Sampler(train, config, options), device.type == "cuda"
-    feed = Feed(sampler, rows, share, start=start, stop=total_steps, pin=pin)
+    feed = Prefetcher(sampler, rows, share, start=start, stop=total_steps, pin=pin)
     clock, num_steps = time.monotonic(), 0
     traced = profiling.tracer(job["run"] if job["profile"] and rank == 0 else None)
     profiling.note(times, "network")
@@ -289,7 +289,7 @@ class Sums:
         return {"of_all": self.of_all, "count": self.count}
 
 
-class Signals:
+class WorkerConsensus:
     """What the workers agree on after each step: one small collective on the CPU, so that a GPU is never waited for."""
 
     def __init__(self, world: int, *, save_every_s: float, comparable: bool, first_loss: float | None = None) -> None:

@@ -25,7 +25,7 @@ WINDOW_S = 60.0
 """The rate shown is that of so long."""
 
 
-class Board:
+class StatusBoard:
     """Where rank 0 notes how far it is and the driver looks: an actor, or an object where all is one process."""
 
     def __init__(self) -> None:
@@ -42,12 +42,12 @@ class Board:
 
 
 @contextlib.contextmanager
-def watching(board: Any, run_uri: str) -> Iterator[None]:
+def monitored(board: Any, run_uri: str) -> Iterator[None]:
     """While it lasts, show how far the run is; at its end, write the report once more and say how it ended.
 
     An exception is told in the report as a failure, or as its `outcome` says if it has one.
     """
-    watch = Watch(board, run_uri)
+    watch = Monitor(board, run_uri)
     watch.thread.start()
     state, message = "finished", ""
     try:
@@ -61,7 +61,7 @@ def watching(board: Any, run_uri: str) -> Iterator[None]:
         watch.end(state, message)
 
 
-class Watch:
+class Monitor:
     """What looks at the board, and what it has seen."""
 
     def __init__(self, board: Any, run_uri: str, *, write: Callable[[dict[str, Any]], Any] | None = None) -> None:
@@ -182,7 +182,7 @@ class Watch:
 
 
 def _state_of(board: Any) -> dict[str, Any]:
-    if isinstance(board, Board):
+    if isinstance(board, StatusBoard):
         return board.look()
     import ray
 

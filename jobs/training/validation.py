@@ -142,7 +142,7 @@ class Validation:
         return values
 
 
-class Inline:
+class SyncValidation:
     """Validation by the training workers, who wait for it."""
 
     def __init__(self, validation: Validation) -> None:
@@ -159,7 +159,7 @@ class Inline:
         return found
 
 
-class Aside:
+class AsyncValidation:
     """Validation by a Ray task, while training goes on; otherwise as `Inline`, the results being rank 0's."""
 
     def __init__(self, job: dict[str, Any], *, rank: int) -> None:

@@ -24,7 +24,7 @@ from ddpm_core.errors import InputError
 from jobs.datasets import reading
 from jobs.datasets.format import DatasetCard
 from jobs.translation import options
-from jobs.translation.options import Guides
+from jobs.translation.options import GuidanceNets
 
 Batch = dict[str, np.ndarray]
 Plan = Mapping[str, list[tuple[str, int, str]]]
@@ -55,7 +55,7 @@ class Translate:
         in `result`."""
         torch.set_num_threads(num_threads)
         loaded = checkpoint.load(checkpoint_uri, ema=ema, read=storage.read_bytes)
-        self.translator = options.translator(loaded, Guides(**guides))
+        self.translator = options.translator(loaded, GuidanceNets(**guides))
         self.sampling, self.output = sampling, output
 
     def __call__(self, batch: Batch) -> Batch:
@@ -107,7 +107,7 @@ def translate_rows(
     checkpoint_uri: str,
     ema: float | None,
     sampling: SamplingConfig,
-    guides: Guides,
+    guides: GuidanceNets,
     output: str | None,
     batch_size: int,
     num_workers: int | None,

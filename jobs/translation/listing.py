@@ -24,7 +24,7 @@ def list_pictures(uri: str) -> tuple[list[dict[str, Any]], int]:
         InputError: `uri` does not exist or is a file.
     """
     fs, path = storage.filesystem(uri)
-    with storage.explained(uri):
+    with storage.user_errors(uri):
         kind = fs.get_file_info(path).type
         if kind == pyarrow.fs.FileType.NotFound:
             raise InputError(f"--input {uri}: no such folder")
@@ -113,7 +113,7 @@ def split_rows(uri: str, card: DatasetCard, split: str) -> list[tuple[str, int]]
     rows: list[tuple[str, int]] = []
     for shard in shards:
         fs, path = storage.filesystem(storage.join(uri, shard.file))
-        with storage.explained(uri), fs.open_input_file(path) as file:
+        with storage.user_errors(uri), fs.open_input_file(path) as file:
             table = pyarrow.parquet.read_table(file, columns=["id", "domain"])
         rows += zip(table["id"].to_pylist(), table["domain"].to_pylist(), strict=True)
     return sorted(rows)

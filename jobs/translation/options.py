@@ -40,7 +40,7 @@ class SamplingOverrides:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Guides:
+class GuidanceNets:
     """Nets that lead the sampling beside the network's own condition."""
 
     classifier_guidance: str | None = None
@@ -61,13 +61,13 @@ LOADERS: dict[str, Callable[..., Any]] = {
 """What loads the net behind `--NAME-guidance`."""
 
 
-def open_guides(guides: Guides) -> tuple[Guides, dict[str, Any]]:
+def open_guidance_nets(guides: GuidanceNets) -> tuple[GuidanceNets, dict[str, Any]]:
     """The guides by their checkpoints' own folders, and what tells results made with them from others ({} without).
 
     Raises:
         InputError: a scale without its net, or nothing that can be loaded, by the flag.
     """
-    given, defaults = vars(guides), vars(Guides())
+    given, defaults = vars(guides), vars(GuidanceNets())
     options: dict[str, Any] = {}
     for name, load in LOADERS.items():
         uri, scale = given[f"{name}_guidance"], given[f"{name}_scale"]
@@ -84,10 +84,10 @@ def open_guides(guides: Guides) -> tuple[Guides, dict[str, Any]]:
             raise InputError(f"--{name}-guidance: {error}") from None
         given = {**given, f"{name}_guidance": folder}
         options |= {f"{name}_guidance": reader.fingerprint, f"{name}_scale": scale}
-    return Guides(**given), options
+    return GuidanceNets(**given), options
 
 
-def translator(loaded: Checkpoint, guides: Guides, *, device: str | None = None) -> Translator:
+def translator(loaded: Checkpoint, guides: GuidanceNets, *, device: str | None = None) -> Translator:
     """`loaded`, led by `guides` as `open_guides` gives them.
 
     Raises:
@@ -130,14 +130,14 @@ class Opened:
     """The sides to produce."""
     sampling: SamplingConfig
     """Its sampling defaults with the command's in their place."""
-    guides: Guides
+    guides: GuidanceNets
     """Its guides, by their checkpoints' own folders."""
     options: dict[str, Any]
     """The sampling, the guides and the weights: what, of these, results depend on."""
 
 
 def open_checkpoint(
-    uri: str, domain: str | None, overrides: SamplingOverrides, *, ema: float | None, guides: Guides
+    uri: str, domain: str | None, overrides: SamplingOverrides, *, ema: float | None, guides: GuidanceNets
 ) -> Opened:
     """The checkpoint of a command; `domain` None means every side it was trained to produce.
 
@@ -146,7 +146,7 @@ def open_checkpoint(
     """
     reader = Fingerprinted()
     loaded = checkpoint.load(uri, ema=ema, read=reader)
-    guides, led = open_guides(guides)
+    guides, led = open_guidance_nets(guides)
     ready = translator(loaded, guides, device="cpu")
     domains = (domain,) if domain else loaded.config.target_domains or loaded.config.domains
     for name in domains:

@@ -13,7 +13,7 @@ from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from jobs.datasets.format import DatasetCard, find_card
-from jobs.translation.options import Guides, SamplingOverrides, check_least, open_checkpoint
+from jobs.translation.options import GuidanceNets, SamplingOverrides, check_least, open_checkpoint
 
 if TYPE_CHECKING:
     from jobs.translation.manifest import Manifest
@@ -32,7 +32,7 @@ class TranslateArgs:
     domain: str
     """The side to produce, such as night."""
     sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
-    guides: Annotated[Guides, tyro.conf.arg(name="")] = Guides()
+    guides: Annotated[GuidanceNets, tyro.conf.arg(name="")] = GuidanceNets()
     ema: float | None = None
     """Weights averaged over this share of the training; those that validated best by default."""
     seed: int = 0
@@ -56,7 +56,7 @@ class TranslationJob:
     args: TranslateArgs
     loaded: Checkpoint
     sampling: SamplingConfig
-    guides: Guides
+    guides: GuidanceNets
     card: DatasetCard | None
     """The input's card where it is a data set."""
     options: dict[str, Any]

@@ -14,9 +14,10 @@ from typing import Any
 import optuna
 import ray
 
-from ddpm_core import checkpoint, metrics, storage
+from ddpm_core import checkpoint, storage
 from ddpm_core import config as configs
 from ddpm_core.errors import InputError
+from jobs.common import intervals
 from jobs.datasets import cache
 from jobs.evaluation.metrics import MIN_KID_IMAGES
 from jobs.reports import report, sweep
@@ -209,9 +210,9 @@ class Sweep:
         task = ray.remote(num_cpus=1, **gpu)(training_trial.losses_again)
         found = ray.get(task.remote(runs_there, self.job.args.data, split, self.job.args.use_gpu))
         seed = self.job.args.search_seed
-        fresh = {name: metrics.bootstrap(values, seed=seed) for name, values in found.items()}
+        fresh = {name: intervals.bootstrap(values, seed=seed) for name, values in found.items()}
         if "hand" in found:
-            fresh["difference"] = metrics.difference(found["winner"], found["hand"], seed=seed)
+            fresh["difference"] = intervals.difference(found["winner"], found["hand"], seed=seed)
         seen = {name: run_folder.read_best(each)["metric"]["loss"] for name, each in runs_there.items()}
         return {
             "split": split,

@@ -21,7 +21,7 @@ from jobs.reports.sweep_charts import OBJECTIVES
 from jobs.training import checks, run_folder
 from jobs.training.options import TrainArgs, TrainOptions
 from jobs.translation import listing
-from jobs.translation.options import Guides, check_least
+from jobs.translation.options import GuidanceNets, check_least
 from jobs.tuning import search_space as spaces
 from jobs.tuning.search_space import Space
 
@@ -317,7 +317,7 @@ def check_looks(args: SweepArgs, card: DatasetCard, config: ModelConfig) -> None
     if args.checkpoint is not None:
         listing.check_dataset(args.data, card, config)
     judging = plan.open_judges(judges_of(args), card.domains)
-    plan.check_independent(judges_of(args), judging, Guides(), config)
+    plan.check_independent(judges_of(args), judging, GuidanceNets(), config)
     if args.domain is not None:
         configs.domain_index(config, args.domain)
         if config.target_domains and args.domain not in config.target_domains:

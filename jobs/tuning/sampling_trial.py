@@ -12,8 +12,9 @@ import numpy as np
 import ray.tune
 import torch
 
-from ddpm_core import checkpoint, metrics, nets, storage
+from ddpm_core import checkpoint, nets, storage
 from ddpm_core.translator import Translator
+from jobs.common import intervals
 from jobs.datasets.format import read_card
 from jobs.evaluation import worker
 from jobs.evaluation.metrics import MIN_KID_IMAGES, cosine, flipped, kid, psnr
@@ -187,19 +188,19 @@ def look_again(
     return {name: here(point) for name, point in points.items()}, here.grid(columns)
 
 
-def compared(ours: Seen, theirs: Seen, *, seed: int) -> dict[str, dict[str, metrics.Interval]]:
+def compared(ours: Seen, theirs: Seen, *, seed: int) -> dict[str, dict[str, intervals.Interval]]:
     """Both, and ours minus theirs on the same pictures: each objective with its intervals."""
-    found: dict[str, dict[str, metrics.Interval]] = {}
+    found: dict[str, dict[str, intervals.Interval]] = {}
     for name in ours.of_each:
         a, b = ours.of_each[name], theirs.of_each[name]
         found[name] = {
-            "chosen": metrics.bootstrap(a, seed=seed),
-            "hand": metrics.bootstrap(b, seed=seed),
-            "difference": metrics.difference(a, b, seed=seed),
+            "chosen": intervals.bootstrap(a, seed=seed),
+            "hand": intervals.bootstrap(b, seed=seed),
+            "difference": intervals.difference(a, b, seed=seed),
         }
     if len(ours.kid) and len(theirs.kid):
         pairs = {"chosen": ours.kid, "hand": theirs.kid, "difference": ours.kid - theirs.kid}
-        found["kid"] = {name: metrics.halves_interval(values) for name, values in pairs.items()}
+        found["kid"] = {name: intervals.halves_interval(values) for name, values in pairs.items()}
     exact = {"chosen": ours.nfe, "hand": theirs.nfe, "difference": ours.nfe - theirs.nfe}
-    found["nfe"] = {name: metrics.Interval(value, value, value) for name, value in exact.items()}
+    found["nfe"] = {name: intervals.Interval(value, value, value) for name, value in exact.items()}
     return found

@@ -5,14 +5,15 @@ import pytest
 from pictures import noise
 from scipy import stats
 
-from ddpm_core import metrics
+from jobs.common import intervals
+from jobs.evaluation import baselines
 
 # -- intervals
 
 
 def test_bootstrap_interval_is_the_normal_one_for_many_values() -> None:
     values = np.random.default_rng(1).normal(5, 2, 400)
-    found = metrics.bootstrap(values)
+    found = intervals.bootstrap(values)
     assert found.mean == pytest.approx(values.mean())
     half = 1.96 * values.std() / 20
     assert found.high - found.mean == pytest.approx(half, rel=0.15)
@@ -21,62 +22,62 @@ def test_bootstrap_interval_is_the_normal_one_for_many_values() -> None:
 
 def test_bootstrap_is_seeded_and_refuses_nothing_at_all() -> None:
     values = np.arange(10.0)
-    assert metrics.bootstrap(values, seed=3) == metrics.bootstrap(values, seed=3)
-    assert metrics.bootstrap(values, seed=3) != metrics.bootstrap(values, seed=4)
+    assert intervals.bootstrap(values, seed=3) == intervals.bootstrap(values, seed=3)
+    assert intervals.bootstrap(values, seed=3) != intervals.bootstrap(values, seed=4)
     with pytest.raises(ValueError, match="at least one"):
-        metrics.bootstrap(np.array([]))
+        intervals.bootstrap(np.array([]))
 
 
 def coverage(held: list[bool]) -> float:
     return float(np.mean(held))
 
 
-def holds(interval: metrics.Interval, truth: float) -> bool:
+def holds(interval: intervals.Interval, truth: float) -> bool:
     return interval.low <= truth <= interval.high
 
 
 def test_bootstrap_intervals_hold_the_truth_as_often_as_they_say() -> None:
     draw = np.random.default_rng(0)
-    skewed = [metrics.bootstrap(draw.exponential(1, 60), num_resamples=400) for _ in range(250)]
+    skewed = [intervals.bootstrap(draw.exponential(1, 60), num_resamples=400) for _ in range(250)]
     assert 0.90 <= coverage([holds(each, 1.0) for each in skewed]) <= 0.98
-    wide = [metrics.bootstrap(draw.normal(size=60), level=0.99) for _ in range(40)]
-    narrow = [metrics.bootstrap(draw.normal(size=60), level=0.5) for _ in range(150)]
+    wide = [intervals.bootstrap(draw.normal(size=60), level=0.99) for _ in range(40)]
+    narrow = [intervals.bootstrap(draw.normal(size=60), level=0.5) for _ in range(150)]
     assert coverage([holds(each, 0) for each in wide]) >= 0.95
     assert 0.40 <= coverage([holds(each, 0) for each in narrow]) <= 0.60
 
 
 def test_rates_have_wilsons_interval_even_where_all_succeed() -> None:
     """9 of 10: 0.5958 to 0.9821 (Newcombe 1998's formula 3, by hand); 10 of 10: 1 / (1 + z^2 / 10) to 1."""
-    found = metrics.bootstrap(np.array([1.0] * 9 + [0.0]))
+    found = intervals.bootstrap(np.array([1.0] * 9 + [0.0]))
     assert (found.mean, found.low, found.high) == pytest.approx((0.9, 0.5958, 0.9821), abs=1e-4)
-    found = metrics.bootstrap(np.ones(10))
+    found = intervals.bootstrap(np.ones(10))
     assert (found.mean, found.low, found.high) == pytest.approx((1, 1 / (1 + 1.959964**2 / 10), 1), abs=1e-6)
     draw = np.random.default_rng(0)
     for rate in (0.5, 0.95, 0.99):
-        held = [holds(metrics.bootstrap((draw.random(200) < rate).astype(float)), rate) for _ in range(1000)]
+        held = [holds(intervals.bootstrap((draw.random(200) < rate).astype(float)), rate) for _ in range(1000)]
         assert 0.90 <= coverage(held) <= 0.98
 
 
 def test_a_paired_difference_sees_what_two_intervals_do_not() -> None:
     draw = np.random.default_rng(0)
     theirs = draw.normal(0, 10, 200)
-    found = metrics.difference(theirs + 0.5 + draw.normal(0, 1, 200), theirs)
-    assert metrics.significant(found)
+    found = intervals.difference(theirs + 0.5 + draw.normal(0, 1, 200), theirs)
+    assert intervals.significant(found)
     assert found.mean == pytest.approx(0.5, abs=0.2)
     assert found.high - found.low == pytest.approx(2 * 1.96 / 200**0.5, rel=0.2)
-    assert metrics.difference(theirs, theirs) == metrics.Interval(0.0, 0.0, 0.0)
-    assert not metrics.significant(metrics.Interval(0.0, 0.0, 0.0))
-    assert metrics.significant(metrics.Interval(-2.0, -3.0, -1.0))
+    assert intervals.difference(theirs, theirs) == intervals.Interval(0.0, 0.0, 0.0)
+    assert not intervals.significant(intervals.Interval(0.0, 0.0, 0.0))
+    assert intervals.significant(intervals.Interval(-2.0, -3.0, -1.0))
 
 
 def test_the_difference_of_two_rates_is_never_certain() -> None:
     """15 wins and 5 losses of 100, by hand: 10 / 102 +- 1.96 sqrt((21 / 102 - (10 / 102)^2) / 102)."""
     ours, theirs = np.zeros(100), np.zeros(100)
     ours[:15], theirs[15:20] = 1, 1
-    found = metrics.difference(ours, theirs)
+    found = intervals.difference(ours, theirs)
     assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.01205, 0.18403), abs=1e-4)
     both = np.ones(50)
-    found = metrics.difference(both, both)
+    found = intervals.difference(both, both)
     assert found.mean == 0
     assert found.low == -found.high == pytest.approx(-1.96 * (1 / 52 / 52) ** 0.5, rel=1e-3)
 
@@ -85,18 +86,18 @@ def test_students_quantile() -> None:
     for freedom in (1.0, 1.7, 2.0, 4.5, 30.0, 2e3, 1e6):
         for probability in (0.6, 0.975, 0.9995):
             exact = stats.t.ppf(probability, freedom)
-            assert metrics.student_quantile(probability, freedom) == pytest.approx(exact, rel=1e-5)
+            assert intervals.student_quantile(probability, freedom) == pytest.approx(exact, rel=1e-5)
 
 
 def test_bonferroni_keeps_all_comparisons_right_at_once() -> None:
-    assert metrics.bonferroni(1) == pytest.approx(0.95)
-    assert metrics.bonferroni(10) == pytest.approx(0.995)
+    assert intervals.bonferroni(1) == pytest.approx(0.95)
+    assert intervals.bonferroni(10) == pytest.approx(0.995)
     draw = np.random.default_rng(0)
     single, together = [], []
     for _ in range(80):  # eight comparisons without a difference
         values = draw.normal(size=(3, 8, 20))
-        for level, told in ((0.95, single), (metrics.bonferroni(8), together)):
-            told.append(any(metrics.significant(metrics.two_level(values[:, i], level=level)) for i in range(8)))
+        for level, told in ((0.95, single), (intervals.bonferroni(8), together)):
+            told.append(any(intervals.significant(intervals.two_level(values[:, i], level=level)) for i in range(8)))
     assert coverage(single) > 0.1
     assert coverage(together) <= 0.06
 
@@ -117,14 +118,14 @@ def crossed(draw: np.random.Generator, seeds: int, num: int, spread: tuple[float
 @pytest.mark.parametrize("spread", [(0, 1, 1), (0.1, 1, 0.5), (0.3, 1, 1), (1, 1, 1), (1, 0.1, 0.1)])
 def test_two_level_intervals_hold_the_truth_with_three_seeds(spread: tuple[float, float, float]) -> None:
     draw = np.random.default_rng(0)
-    held = [holds(metrics.two_level(crossed(draw, 3, 80, spread)), 0) for _ in range(800)]
+    held = [holds(intervals.two_level(crossed(draw, 3, 80, spread)), 0) for _ in range(800)]
     assert 0.91 <= coverage(held) <= 0.98
 
 
 def test_two_seeds_cover_less_and_a_plain_bootstrap_far_less() -> None:
     """What the docstring says of the alternatives."""
     draw = np.random.default_rng(0)
-    two = [holds(metrics.two_level(crossed(draw, 2, 80, (0.3, 1, 1))), 0) for _ in range(800)]
+    two = [holds(intervals.two_level(crossed(draw, 2, 80, (0.3, 1, 1))), 0) for _ in range(800)]
     assert 0.86 <= coverage(two) <= 0.95
 
     def plain(values: np.ndarray) -> bool:
@@ -136,28 +137,28 @@ def test_two_seeds_cover_less_and_a_plain_bootstrap_far_less() -> None:
 
 def test_where_only_seeds_differ_the_interval_is_students_of_their_means() -> None:
     values = np.repeat(np.array([[1.0], [2.0], [4.0]]), 50, axis=1)
-    found = metrics.two_level(values)
+    found = intervals.two_level(values)
     half = stats.t.ppf(0.975, 2) * np.std([1, 2, 4], ddof=1) / 3**0.5
     assert (found.mean, found.high - found.mean) == pytest.approx((7 / 3, half))
 
 
 def test_where_only_pictures_differ_seeds_add_nothing() -> None:
     pictures = np.random.default_rng(0).normal(size=50)
-    found = metrics.two_level(np.stack([pictures] * 3))
+    found = intervals.two_level(np.stack([pictures] * 3))
     half = stats.t.ppf(0.975, 49) * pictures.std(ddof=1) / 50**0.5
     assert found.high - found.mean == pytest.approx(half)
-    assert metrics.two_level(pictures[None], seed=3) == metrics.bootstrap(pictures, seed=3)
+    assert intervals.two_level(pictures[None], seed=3) == intervals.bootstrap(pictures, seed=3)
 
 
 def test_two_level_rates_stay_within_0_and_1_and_are_never_certain() -> None:
-    found = metrics.two_level(np.ones((3, 100)))
+    found = intervals.two_level(np.ones((3, 100)))
     assert (found.mean, found.high) == (1, 1)
     assert found.low == pytest.approx(1 / (1 + 1.959964**2 / 100), abs=1e-6)
     draw = np.random.default_rng(0)
     held = []
     for _ in range(500):
         hard = draw.random(100) < 0.1  # pictures that no seed can do
-        held.append(holds(metrics.two_level((~hard[None] & (draw.random((3, 100)) < 0.95)).astype(float)), 0.855))
+        held.append(holds(intervals.two_level((~hard[None] & (draw.random((3, 100)) < 0.95)).astype(float)), 0.855))
     assert 0.91 <= coverage(held) <= 0.995
 
 
@@ -169,7 +170,7 @@ def test_two_level_differences_of_trainings_hold_the_truth(others: int) -> None:
         pictures = draw.normal(size=60)
         ours = 0.5 + pictures + crossed(draw, 3, 60, (0.2, 0.3, 0.5))
         theirs = pictures + crossed(draw, others, 60, (0.2 if others > 1 else 0, 0.3, 0.5))
-        held.append(holds(metrics.two_level_difference(ours, theirs, paired_seeds=False), 0.5))
+        held.append(holds(intervals.two_level_difference(ours, theirs, paired_seeds=False), 0.5))
     assert 0.90 <= coverage(held) <= 0.985
 
 
@@ -177,43 +178,43 @@ def test_two_samplings_of_the_same_networks_are_told_apart_where_two_trainings_a
     draw = np.random.default_rng(0)
     theirs = crossed(draw, 3, 100, (2, 1, 0.1))
     ours = theirs + 0.1 + 0.1 * draw.normal(size=theirs.shape)
-    assert metrics.significant(metrics.two_level_difference(ours, theirs, paired_seeds=True))
-    assert not metrics.significant(metrics.two_level_difference(ours, theirs, paired_seeds=False))
-    same = metrics.two_level_difference(ours, theirs, paired_seeds=True)
-    alone = metrics.two_level(ours - theirs)
+    assert intervals.significant(intervals.two_level_difference(ours, theirs, paired_seeds=True))
+    assert not intervals.significant(intervals.two_level_difference(ours, theirs, paired_seeds=False))
+    same = intervals.two_level_difference(ours, theirs, paired_seeds=True)
+    alone = intervals.two_level(ours - theirs)
     assert (same.mean, same.low, same.high) == pytest.approx((alone.mean, alone.low, alone.high))
-    one = metrics.two_level_difference(ours[:1], theirs[:1], paired_seeds=True, seed=4)
-    assert one == metrics.difference(ours[0], theirs[0], seed=4)
+    one = intervals.two_level_difference(ours[:1], theirs[:1], paired_seeds=True, seed=4)
+    assert one == intervals.difference(ours[0], theirs[0], seed=4)
 
 
 def test_a_difference_of_other_pictures_or_other_seeds_is_refused() -> None:
     with pytest.raises(ValueError, match="same pictures"):
-        metrics.two_level_difference(np.zeros((3, 5)), np.zeros((3, 6)), paired_seeds=False)
+        intervals.two_level_difference(np.zeros((3, 5)), np.zeros((3, 6)), paired_seeds=False)
     with pytest.raises(ValueError, match="paired seeds"):
-        metrics.two_level_difference(np.zeros((3, 5)), np.zeros((2, 5)), paired_seeds=True)
+        intervals.two_level_difference(np.zeros((3, 5)), np.zeros((2, 5)), paired_seeds=True)
 
 
 def test_rates_of_trainings_that_never_differ_leave_room_for_what_was_not_seen() -> None:
     ones = np.ones((3, 100))
     for paired in (True, False):
-        found = metrics.two_level_difference(ones, ones, paired_seeds=paired)
+        found = intervals.two_level_difference(ones, ones, paired_seeds=paired)
         assert found.low == -found.high == pytest.approx(-1.96 / 102, rel=1e-3)
-    found = metrics.two_level_difference(ones, np.full((3, 100), 0.95), paired_seeds=False)  # a threshold
+    found = intervals.two_level_difference(ones, np.full((3, 100), 0.95), paired_seeds=False)  # a threshold
     assert found.mean == pytest.approx(0.05)
     assert found.low == pytest.approx(1 / (1 + 1.959964**2 / 100) - 0.95, abs=1e-6)
 
 
 def test_the_halves_spread_is_not_divided_by_their_number() -> None:
     halves = np.random.default_rng(0).normal(0.5, 0.1, 200)
-    found = metrics.two_level(np.stack([halves] * 3), halves=True)
+    found = intervals.two_level(np.stack([halves] * 3), halves=True)
     assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 199) * halves.std(ddof=1))
-    apart = metrics.two_level(np.stack([halves - 1, halves, halves + 1]), halves=True)
+    apart = intervals.two_level(np.stack([halves - 1, halves, halves + 1]), halves=True)
     half = stats.t.ppf(0.975, 2) / 3**0.5
     assert apart.high - apart.mean == pytest.approx(half, rel=0.1)  # the seeds outweigh the pictures
-    assert metrics.two_level(halves[None], halves=True) == metrics.halves_interval(halves)
-    moved = metrics.two_level_difference(halves[None] + 0.2, halves[None], paired_seeds=True, halves=True)
+    assert intervals.two_level(halves[None], halves=True) == intervals.halves_interval(halves)
+    moved = intervals.two_level_difference(halves[None] + 0.2, halves[None], paired_seeds=True, halves=True)
     assert (moved.low, moved.high) == pytest.approx((0.2, 0.2))
-    wide = metrics.halves_interval(halves, level=0.999)
+    wide = intervals.halves_interval(halves, level=0.999)
     assert wide.high - wide.mean == pytest.approx(3.2905 * halves.std(), rel=1e-4)
 
 
@@ -223,15 +224,15 @@ def test_the_halves_spread_is_not_divided_by_their_number() -> None:
 def test_an_affine_change_of_colours_is_found_exactly() -> None:
     sources = (noise(4) // 2 + 40).astype(np.uint8)
     true_map = np.array([[0.5, 0.1, 0.0, 0.1], [0.0, 0.6, 0.2, 0.0], [0.2, 0.0, 0.4, 0.05]])
-    targets = metrics.apply_color_map(true_map, sources)
-    found = metrics.linear_color_map(sources, targets)
+    targets = baselines.apply_color_map(true_map, sources)
+    found = baselines.linear_color_map(sources, targets)
     assert np.abs(found - true_map).max() < 2e-3  # the targets are rounded to 8 bits
-    assert np.abs(metrics.apply_color_map(found, sources).astype(int) - targets).max() <= 1
+    assert np.abs(baselines.apply_color_map(found, sources).astype(int) - targets).max() <= 1
 
 
 def test_the_map_is_the_best_one_and_moments_add_up() -> None:
     sources, targets = noise(6, seed=1), noise(6, seed=2)
-    best = metrics.linear_color_map(sources, targets)
+    best = baselines.linear_color_map(sources, targets)
 
     def error(color_map: np.ndarray) -> float:
         x = sources.reshape(-1, 3) / 255 @ color_map[:, :3].T + color_map[:, 3]
@@ -242,11 +243,11 @@ def test_the_map_is_the_best_one_and_moments_add_up() -> None:
             moved = best.copy()
             moved[row, column] += step
             assert error(moved) > error(best)
-    parts = metrics.color_moments(sources[:2], targets[:2]) + metrics.color_moments(sources[2:], targets[2:])
-    assert np.allclose(metrics.solve_color_map(parts), best)
+    parts = baselines.color_moments(sources[:2], targets[:2]) + baselines.color_moments(sources[2:], targets[2:])
+    assert np.allclose(baselines.solve_color_map(parts), best)
 
 
 def test_pictures_of_one_colour_still_give_a_map() -> None:
     sources = np.full((2, 8, 8, 3), 100, np.uint8)
     targets = np.full((2, 8, 8, 3), 30, np.uint8)
-    assert (metrics.apply_color_map(metrics.linear_color_map(sources, targets), sources) == 30).all()
+    assert (baselines.apply_color_map(baselines.linear_color_map(sources, targets), sources) == 30).all()
