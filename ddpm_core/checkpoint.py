@@ -156,7 +156,7 @@ def load(path: str, *, ema: float | None = None, read: Read = read_local) -> Che
     folder, best = resolve(path, read=read)
     config = read_config(folder, read=read)
     if config.method in configs.ENCODERS:
-        raise InputError(f"{path} is an encoder's run; it translates no pictures")
+        raise InputError(f"{path} is an encoder's run; it translates no images")
     chosen = {f.name: best[f.name] for f in dataclasses.fields(config.sampling) if best.get(f.name) is not None}
     sampling = configs.from_dict(
         configs.SamplingConfig, {**configs.to_dict(config.sampling), **chosen}, where=f"{path}/best.json"
@@ -217,7 +217,7 @@ def card(config: ModelConfig) -> str:
 """
     return f"""# {config.data.name}: {" / ".join(config.domains)}
 
-A {kind[config.method]} that turns {config.image_size} x {config.image_size} pictures into: {sides}.
+A {kind[config.method]} that turns {config.image_size} x {config.image_size} images into: {sides}.
 
 | | |
 |---|---|

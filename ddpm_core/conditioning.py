@@ -1,6 +1,6 @@
-"""What the network is told: the condition picture, the domain to produce, and their null forms.
+"""What the network is told: the condition image, the domain to produce, and their null forms.
 
-The null condition is a picture of zeros (mid-grey, no information) and the null domain is the label
+The null condition is an image of zeros (mid-grey, no information) and the null domain is the label
 `num_domains`. Training drops to them with probabilities `p_uncond` and `p_uncond_domain`, each on its own; guidance
 compares against them.
 """
@@ -25,7 +25,7 @@ def drop(
 
 
 def structure(pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """Shapes without colour and brightness: what a picture keeps when its domain is taken away, in [-1, 1].
+    """Shapes without colour and brightness: what an image keeps when its domain is taken away, in [-1, 1].
 
     Local contrast normalisation (Jarrett et al. 2009, section 2.1) of the grey level: its difference from the mean of
     its surroundings in units of their standard deviation, three of which are 1. Surroundings are a Gaussian of an

@@ -52,12 +52,12 @@ class UNetConfig:
     stays linear in the number of pixels."""
     injection: tuple[Injection, ...] = ("concat",)
     """How the condition reaches the network, besides the skip connections that always attend to it. concat: beside
-    the noisy picture at the input. cross_attention: every residual block attends to it, at every depth. anchor:
+    the noisy image at the input. cross_attention: every residual block attends to it, at every depth. anchor:
     `anchor_channels` of each level's feature map are written by the condition's encoder and by nothing else."""
     anchor_channels: int = 16
     """Channels of each level's feature map that the anchor reserves."""
     anchor_landmarks: tuple[float, ...] = ()
-    """Places the anchor is bound to, as x0 y0 x1 y1 ... in shares of the picture's side (aligned portraits share
+    """Places the anchor is bound to, as x0 y0 x1 y1 ... in shares of the image's side (aligned portraits share
     their landmarks); empty means the whole map."""
     anchor_radius: float = 0.15
     """How far the anchor reaches around each of `anchor_landmarks`, in shares of the side."""
@@ -79,7 +79,7 @@ class DiffusionConfig:
     schedule: Schedule = "linear"
     """linear: beta from 1e-4 to 0.02, scaled to `num_timesteps` (Ho et al. 2020). cosine: Nichol & Dhariwal 2021."""
     zero_terminal_snr: bool = False
-    """Rescale the schedule so that the last step is pure noise (Lin et al. 2024): dark and bright pictures need it.
+    """Rescale the schedule so that the last step is pure noise (Lin et al. 2024): dark and bright images need it.
     The last step then tells nothing about the noise, so `prediction` must be v or x_0."""
     prediction: Prediction = "eps"
     """What the network outputs: the noise, the velocity (Salimans & Ho 2022) or the clean image."""
@@ -101,7 +101,7 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How pictures are drawn from the network unless the caller says otherwise."""
+    """How images are drawn from the network unless the caller says otherwise."""
 
     sampler: Sampler = "ddim"
     """ddpm: ancestral (Ho et al. 2020). ddim: deterministic (Song et al. 2021). dpm_solver: DPM-Solver++(2M), second
@@ -115,7 +115,7 @@ class SamplingConfig:
     guidance_scale: float = 1.5
     """0 unconditional, 1 plain, above 1 guided towards the condition (Ho & Salimans 2022)."""
     domain_guidance_scale: float | None = None
-    """A weight of the domain's own; `guidance_scale` is then the picture's (Brooks et al. 2023, eq. 3)."""
+    """A weight of the domain's own; `guidance_scale` is then the image's (Brooks et al. 2023, eq. 3)."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guide only at these timesteps, in shares of the chain, 1 the noisiest (Kynkäänniemi et al. 2024)."""
     guidance_rescale: float = 0.0
@@ -144,17 +144,17 @@ class GANConfig:
     cycle_weight: float = 10.0
     """Of |source - there and back| (CycleGAN)."""
     identity_weight: float = 5.0
-    """Of |picture - itself translated to its own domain| (CycleGAN)."""
+    """Of |image - itself translated to its own domain| (CycleGAN)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderNet:
-    """A small network that looks at pictures: who is on one, or what it shows."""
+    """A small network that looks at images: who is on one, or what it shows."""
 
     image_size: int = 64
     """Side of the square that it looks at, in pixels."""
     crop_box: tuple[float, ...] = (0.0, 0.0, 1.0, 1.0)
-    """What of a picture it looks at: x0 y0 x1 y1 in shares of its side. Faces are told apart by the face."""
+    """What of an image it looks at: x0 y0 x1 y1 in shares of its side. Faces are told apart by the face."""
     widths: tuple[int, ...] = (24, 48, 96, 192)
     """Channels of each stage; each stage halves the side."""
     embedding_channels: int = 128
@@ -176,7 +176,7 @@ class EncoderOptions(EncoderNet):
     margin: float = 0.2
     """Of the identity encoder's loss: what the right person's cosine must win by."""
     brightness: float = 0.3
-    """Pictures are made brighter or darker by up to this share."""
+    """Images are made brighter or darker by up to this share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,20 +186,20 @@ class DataCard:
     name: str = "unknown"
     """Name of the data set."""
     licence: str = "unknown"
-    """Licence of the pictures; it binds the checkpoint and what is made with it."""
+    """Licence of the images; it binds the checkpoint and what is made with it."""
     content_hash: str = ""
     """Hash of the data set's shards."""
     pairing: str = "unpaired"
     """How sources and targets were paired in training: paired, matched or unpaired."""
     mean_color: tuple[float, ...] = (0.0, 0.0, 0.0)
-    """Mean colour of the training pictures, in [-1, 1]."""
+    """Mean colour of the training images, in [-1, 1]."""
     landmarks: tuple[float, ...] = ()
-    """Where faces have eyes, nose and corners of the mouth in the training pictures, x0 y0 x1 y1 ..., in shares of the
+    """Where faces have eyes, nose and corners of the mouth in the training images, x0 y0 x1 y1 ..., in shares of the
     side; empty where they are not aligned portraits. Photos to translate are aligned to them."""
     num_people: int = 0
     """How many people an identity encoder learned to tell apart."""
     attribute_rates: tuple[float, ...] = ()
-    """Share of the training pictures that show each of a classifier's attributes."""
+    """Share of the training images that show each of a classifier's attributes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,9 +207,9 @@ class ModelConfig:
     """All of a checkpoint's `config.json`."""
 
     image_size: int = 64
-    """Side of the square pictures the network was trained on, in pixels."""
+    """Side of the square images the network was trained on, in pixels."""
     domains: tuple[str, ...] = ("a", "b")
-    """Names of the sides; a picture's domain is its index here."""
+    """Names of the sides; an image's domain is its index here."""
     target_domains: tuple[str, ...] = ()
     """The sides this network was trained to produce; empty means all of them."""
     method: Method = "diffusion"
@@ -233,7 +233,7 @@ class ModelConfig:
 
 
 def stride(config: UNetConfig) -> int:
-    """Pictures' sides must be multiples of this many pixels."""
+    """Images' sides must be multiples of this many pixels."""
     return config.patch_size * 2 ** (len(config.channel_mult) - 1)
 
 

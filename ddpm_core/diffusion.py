@@ -30,7 +30,7 @@ class Predicted:
 def signal_and_noise(
     alphas_cumprod: Float[Tensor, " T"], t: Int64[Tensor, " b"], like: Float[Tensor, "b c h w"]
 ) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
-    """a and s at each picture's timestep, shaped to multiply pictures."""
+    """a and s at each image's timestep, shaped to multiply images."""
     abar = alphas_cumprod.to(t.device)[t].reshape(-1, 1, 1, 1)
     return abar.sqrt().to(like), (1 - abar).sqrt().to(like)
 
@@ -95,6 +95,6 @@ def seeded(*parts: int | str) -> torch.Generator:
 
 
 def draw_noise(generators: list[torch.Generator], like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """N(0, I) for a batch, each picture from its own generator, so that no picture's draw depends on its batch."""
+    """N(0, I) for a batch, each image from its own generator, so that no image's draw depends on its batch."""
     noise = [torch.randn(like.shape[1:], generator=generator, dtype=torch.float32) for generator in generators]
     return torch.stack(noise).to(like)

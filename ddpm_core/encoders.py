@@ -1,12 +1,12 @@
-"""Small networks that look at pictures: who is on one (IdentityEncoder), what it shows (AttributeClassifier).
+"""Small networks that look at images: who is on one (IdentityEncoder), what it shows (AttributeClassifier).
 
     images       b 3 h w   in [-1, 1], of any side: the nets cut out `crop_box` and bring it to `image_size`
-    labels       b k       of training: whom a picture shows (k = 1), or which attributes are there (1 or 0)
+    labels       b k       of training: whom an image shows (k = 1), or which attributes are there (1 or 0)
     embeddings   b d       of length 1; the cosine of two says how alike the people are
     logits       b k       of each attribute being there, whatever the others are
     t            b         of a noise-aware classifier, which looks at x_t
 
-Nothing in them looks across the batch (group norm), so no picture's result depends on its neighbours.
+Nothing in them looks across the batch (group norm), so no image's result depends on its neighbours.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class EncoderConfig(EncoderNet):
     """All of an encoder's `config.json`."""
 
     kind: Kind
-    """identity: pictures to embeddings. attributes: pictures to one logit an attribute."""
+    """identity: images to embeddings. attributes: images to one logit an attribute."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """The chain whose x_t a noise-aware classifier was trained on: its length and schedule."""
     data: DataCard = DataCard()
@@ -99,7 +99,7 @@ def _is_box(x0: float, y0: float, x1: float, y1: float) -> bool:
 
 
 class IdentityEncoder(nn.Module):
-    """Pictures to unit vectors that are near for the same person and far for different people."""
+    """Images to unit vectors that are near for the same person and far for different people."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class IdentityEncoder(nn.Module):
 
 
 class AttributeClassifier(nn.Module):
-    """Pictures to one logit an attribute; the sigmoid is the probability that it is there."""
+    """Images to one logit an attribute; the sigmoid is the probability that it is there."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -127,13 +127,13 @@ class AttributeClassifier(nn.Module):
         self.head = nn.Linear(config.widths[-1], len(config.attributes))
 
     def forward(self, images: Float[Tensor, "b 3 h w"], t: Int64[Tensor, " b"] | None = None) -> Float[Tensor, "b k"]:
-        """`t` is a noise-aware classifier's, None for clean pictures.
+        """`t` is a noise-aware classifier's, None for clean images.
 
         Raises:
-            InputError: `t` for a classifier that was trained on clean pictures.
+            InputError: `t` for a classifier that was trained on clean images.
         """
         if t is not None and not self.config.noise_aware:
-            raise InputError("this classifier knows clean pictures only; train one with noise_aware for noised ones")
+            raise InputError("this classifier knows clean images only; train one with noise_aware for noised ones")
         return self.head(self.trunk(images, t))
 
     def log_prob(
@@ -225,7 +225,7 @@ def _check_kind(config: EncoderConfig, kind: Kind) -> None:
 
 
 class IdentityTask(nn.Module):
-    """What training minimises to get an encoder: its loss over the people in the training pictures.
+    """What training minimises to get an encoder: its loss over the people in the training images.
 
     `class_weights`, a vector for each of those people, is trained with it and no use afterwards.
     """
@@ -240,7 +240,7 @@ class IdentityTask(nn.Module):
     def forward(
         self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, "b 1"], t: Int64[Tensor, " b"] | None = None
     ) -> Float[Tensor, " b"]:
-        """The loss of each picture; `labels` say whom it shows, 0 to `num_people` - 1."""
+        """The loss of each image; `labels` say whom it shows, 0 to `num_people` - 1."""
         return margin_softmax_loss(
             self.network(images).float(), self.class_weights, labels[:, 0], scale=self.scale, margin=self.margin
         )
@@ -253,12 +253,12 @@ class IdentityTask(nn.Module):
         labels: Int64[Tensor, "b 1"],
         t: Int64[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b k"]:
-        """What `values` needs of each picture; `partners` show the same people, `network` is an average of ours."""
+        """What `values` needs of each image; `partners` show the same people, `network` is an average of ours."""
         both = network(torch.cat([images, partners])).float().chunk(2)
         return torch.cat([*both, labels.float()], dim=1)
 
     def values(self, measured: Float[Tensor, "n k"]) -> dict[str, Float[Tensor, " n"]]:
-        """Of each picture: its loss, and whether its partner is nearer than every other person's (rank 1)."""
+        """Of each image: its loss, and whether its partner is nearer than every other person's (rank 1)."""
         queries, partners = measured[:, :-1].chunk(2, dim=1)
         loss, first = retrieval(queries, partners, measured[:, -1], scale=self.scale)
         return {"loss": loss, "rank_1": first}
@@ -280,7 +280,7 @@ class AttributeTask(nn.Module):
     def forward(
         self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, "b k"], t: Int64[Tensor, " b"] | None = None
     ) -> Float[Tensor, " b"]:
-        """The loss of each picture; `labels` are 1 where an attribute is there, else 0."""
+        """The loss of each image; `labels` are 1 where an attribute is there, else 0."""
         return balanced_loss(self.network(images, t).float(), labels, self.rates)
 
     def measured(
@@ -297,7 +297,7 @@ class AttributeTask(nn.Module):
         return torch.cat([loss, ((logits > 0) == (labels > 0)).float()], dim=1)
 
     def values(self, measured: Float[Tensor, "n k"]) -> dict[str, Float[Tensor, " n"]]:
-        """Of each picture: its loss, the share of its attributes that are right, and of each whether it is."""
+        """Of each image: its loss, the share of its attributes that are right, and of each whether it is."""
         names = self.network.config.attributes
         right = measured[:, 1:]
         of_each = {f"accuracy_{name}": right[:, i] for i, name in enumerate(names) if len(names) > 1}
@@ -350,10 +350,10 @@ def retrieval(
 def balanced_loss(
     logits: Float[Tensor, "b k"], labels: Int64[Tensor, "b k"], rates: Float[Tensor, " k"]
 ) -> Float[Tensor, " b"]:
-    """Cross-entropy in which the pictures with and those without an attribute weigh the same, however rare it is.
+    """Cross-entropy in which the images with and those without an attribute weigh the same, however rare it is.
 
     That multiplies the odds of the best answer by (1 - rate) / rate, which is taken back here: the best logits are
-    those of the probability in pictures like the training ones.
+    those of the probability in images like the training ones.
     """
     rates = rates.clamp(*RAREST)
     weights = torch.where(labels > 0, 0.5 / rates, 0.5 / (1 - rates))
@@ -363,7 +363,7 @@ def balanced_loss(
 
 
 RAREST = (0.02, 0.98)
-"""Attributes that are rarer, or more common, count as if they were not: single pictures would drown the rest."""
+"""Attributes that are rarer, or more common, count as if they were not: single images would drown the rest."""
 
 
 def _prior(rates: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
@@ -393,11 +393,11 @@ def card(config: EncoderConfig) -> str:
     """The encoder's card: what it is, on what it was trained, what it may be used for."""
     data, side = config.data, config.image_size
     if config.kind == "identity":
-        what = f"pictures of people to vectors of length {config.embedding_channels}: the nearer, the more alike"
+        what = f"images of people to vectors of length {config.embedding_channels}: the nearer, the more alike"
         learned = f"from {data.num_people:,} people"
     else:
-        what = f"pictures to whether they show: {', '.join(config.attributes)}"
-        learned = "at any noise of its chain, to guide sampling" if config.noise_aware else "from clean pictures"
+        what = f"images to whether they show: {', '.join(config.attributes)}"
+        learned = "at any noise of its chain, to guide sampling" if config.noise_aware else "from clean images"
     return f"""# {data.name}: {config.kind}
 
 An encoder that looks at {side} x {side} pixels: {what}. It learned {learned}.

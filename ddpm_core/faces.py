@@ -1,8 +1,8 @@
 """Faces in ordinary photographs, brought to where a data set of aligned portraits has them.
 
-    points     5 2   left eye, right eye, nose, left and right corner of the mouth, as the picture shows them
-                     (CelebA's order); x y in pixels from the picture's upper left corner
-    template   10    where these points lie in the data set's pictures, x0 y0 x1 y1 ..., in shares of the side
+    points     5 2   left eye, right eye, nose, left and right corner of the mouth, as the image shows them
+                     (CelebA's order); x y in pixels from the image's upper left corner
+    template   10    where these points lie in the data set's images, x0 y0 x1 y1 ..., in shares of the side
 
 Faces are found by MTCNN (Zhang et al. 2016, "Joint Face Detection and Alignment using Multi-task Cascaded
 Convolutional Networks"): three small nets, each looking closer at what the one before it proposed. The weights come
@@ -32,7 +32,7 @@ Align = Literal["auto", "faces", "none"]
 """auto: photos are aligned where the model was trained on aligned portraits. none: they are cut to centred squares."""
 
 CELEBA = (0.3901, 0.5143, 0.6126, 0.5140, 0.4983, 0.6497, 0.3978, 0.7508, 0.6003, 0.7490)
-"""Where CelebA's faces have the points: the mean of those found in 999 of its aligned pictures, cut to squares. The
+"""Where CelebA's faces have the points: the mean of those found in 999 of its aligned images, cut to squares. The
 landmarks that come with CelebA average within 0.7 % of the side of it."""
 LOOKS = ((640, 1.0), (1600, 2.0))
 """Faces are looked for in the photo brought to this size (longer side, pixels) and enlarged at most so much; where
@@ -55,7 +55,7 @@ MUCH_OUTSIDE = 0.15
 
 
 class NoFaceError(InputError):
-    """A picture in which no face is found."""
+    """An image in which no face is found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _conv(inp: int, out: int, kernel: int, pool: int = 0) -> list[nn.Module]:
 @dataclasses.dataclass(frozen=True)
 class _Nets:
     p: _Net
-    """Proposes: slides over the whole picture, 12 pixels wide, 2 pixels a step."""
+    """Proposes: slides over the whole image, 12 pixels wide, 2 pixels a step."""
     r: _Net
     """Refines 24-pixel crops."""
     o: _Net
@@ -417,10 +417,10 @@ class Portrait:
         return "; ".join(note for note, holds in notes.items() if holds)
 
 
-def read_portrait(data: bytes, size: int, template: Sequence[float], *, name: str = "picture") -> Portrait:
-    """A picture file with its largest face brought to the template.
+def read_portrait(data: bytes, size: int, template: Sequence[float], *, name: str = "image") -> Portrait:
+    """An image file with its largest face brought to the template.
 
-    A picture that is aligned already comes out as `images.read_square` has it, to the bit: so did training read it.
+    An image that is aligned already comes out as `images.read_square` has it, to the bit: so did training read it.
 
     Raises:
         InputError: as `images.decode`, or the weights are not installed.

@@ -1,16 +1,16 @@
 """The baselines to beat: pix2pix for pairs (Isola et al. 2017), CycleGAN without (Zhu et al. 2017).
 
-    pix2pix     made = G(source)                      D judges (source, picture)
+    pix2pix     made = G(source)                      D judges (source, image)
                 G minimises adversarial + l1_weight |made - target|
-    CycleGAN    made = G(picture, other side)         D judges a picture, one D a side
-                G minimises adversarial + cycle_weight |G(made, own side) - picture|
-                                        + identity_weight |G(picture, own side) - picture|
+    CycleGAN    made = G(image, other side)         D judges an image, one D a side
+                G minimises adversarial + cycle_weight |G(made, own side) - image|
+                                        + identity_weight |G(image, own side) - image|
 
     source, target    b 3 h w in [-1, 1]; source shows the other side of `domain`, target shows `domain`
     domain            b int64, the side to produce: each row goes through the networks of its own domain
 
-Instance norm throughout, so that no picture sees its neighbour. The dropout that pix2pix takes its noise from is left
-out: it changes little (section 3.2 there), and without it a result depends on its picture alone.
+Instance norm throughout, so that no image sees its neighbour. The dropout that pix2pix takes its noise from is left
+out: it changes little (section 3.2 there), and without it a result depends on its image alone.
 """
 
 from collections.abc import Callable
@@ -28,13 +28,13 @@ from ddpm_core.errors import InputError
 from ddpm_core.precision import autocast
 
 HISTORY_SIZE = 50
-"""Made pictures of a domain that CycleGAN's discriminators are shown again (Shrivastava et al. 2017)."""
+"""Made images of a domain that CycleGAN's discriminators are shown again (Shrivastava et al. 2017)."""
 BETAS = (0.5, 0.999)
 """Of Adam, as in both papers."""
 
 
 def stride(config: ModelConfig) -> int:
-    """The generator takes pictures whose sides are multiples of this many pixels."""
+    """The generator takes images whose sides are multiples of this many pixels."""
     return 2**config.gan.num_levels if config.method == "pix2pix" else 4
 
 
@@ -44,7 +44,7 @@ def receptive_field(num_levels: int) -> int:
 
 
 def check(config: ModelConfig) -> None:
-    """Refuse networks that do not fit the pictures.
+    """Refuse networks that do not fit the images.
 
     Raises:
         InputError: naming the field, its value and what would be right.
@@ -53,13 +53,13 @@ def check(config: ModelConfig) -> None:
     levels = config.gan.num_discriminator_levels
     if config.image_size < 3 * 2**levels:
         raise InputError(
-            f"gan.num-discriminator-levels is {levels}, which takes pictures of {3 * 2**levels} px or more; "
+            f"gan.num-discriminator-levels is {levels}, which takes images of {3 * 2**levels} px or more; "
             f"these have {config.image_size} px: give fewer"
         )
 
 
 def check_size(config: ModelConfig, height: int, width: int) -> None:
-    """Refuse pictures that the generator cannot take.
+    """Refuse images that the generator cannot take.
 
     Raises:
         InputError: naming the size and what would be right.
@@ -67,7 +67,7 @@ def check_size(config: ModelConfig, height: int, width: int) -> None:
     step = stride(config)
     if height % step or width % step or min(height, width) < 8:
         raise InputError(
-            f"picture of {width} x {height} pixels: for {config.method} both must be multiples of {step}, at least 8"
+            f"image of {width} x {height} pixels: for {config.method} both must be multiples of {step}, at least 8"
         )
 
 
@@ -75,7 +75,7 @@ def check_size(config: ModelConfig, height: int, width: int) -> None:
 
 
 class Norm(nn.InstanceNorm2d):
-    """Each map of each picture to mean 0 and variance 1, in float32 also under autocast; then a learned affine map."""
+    """Each map of each image to mean 0 and variance 1, in float32 also under autocast; then a learned affine map."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, affine=True)
@@ -239,7 +239,7 @@ def adversarial_loss(method: Method, logits: Float[Tensor, "b 1 p q"], *, real: 
 def discriminator_loss(
     method: Method, on_real: Float[Tensor, "b 1 p q"], on_made: Float[Tensor, "b 1 p q"]
 ) -> Float[Tensor, ""]:
-    """Real pictures called real, made ones made; halved, to slow it down beside the generator (Isola et al., 3.3)."""
+    """Real images called real, made ones made; halved, to slow it down beside the generator (Isola et al., 3.3)."""
     return (adversarial_loss(method, on_real, real=True) + adversarial_loss(method, on_made, real=False)) / 2
 
 
@@ -250,7 +250,7 @@ def validation_error(
     target: Float[Tensor, "b 3 h w"],
     domain: Int64[Tensor, " b"],
 ) -> Float[Tensor, " b"]:
-    """|made - target| of each picture for pix2pix; |there and back - source| for CycleGAN, which has no target."""
+    """|made - target| of each image for pix2pix; |there and back - source| for CycleGAN, which has no target."""
     made = generator(source, domain)
     error = made - target if method == "pix2pix" else generator(made, 1 - domain) - source
     return error.float().abs().flatten(1).mean(1)
@@ -260,7 +260,7 @@ def validation_error(
 
 
 class History:
-    """The last made pictures of one domain: half of the time the discriminator is shown one of them instead."""
+    """The last made images of one domain: half of the time the discriminator is shown one of them instead."""
 
     def __init__(self) -> None:
         self.pictures: Tensor | None = None
@@ -362,7 +362,7 @@ class GANTrainer:
         optimizer.step()
 
     def _from_history(self, made: Tensor, to: Tensor, step: int) -> Tensor:
-        """What the discriminators are shown for `made`. Every process sees the pictures of all, so that the histories
+        """What the discriminators are shown for `made`. Every process sees the images of all, so that the histories
         are the same everywhere."""
         every, sides, share = gather(made), gather(to), len(made)
         shown = torch.empty_like(every)

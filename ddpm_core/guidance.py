@@ -20,7 +20,7 @@ Network = Callable[..., Float[Tensor, "b c h w"]]
 m as a further channel."""
 Denoiser = Callable[[Float[Tensor, "b c h w"], Int64[Tensor, " b"]], Float[Tensor, "b c h w"]]
 LogProb = Callable[[Float[Tensor, "b c h w"], Int64[Tensor, " b"]], Float[Tensor, " b"]]
-"""log p(y | x_t) of the wanted y for each picture: a classifier trained on noisy pictures."""
+"""log p(y | x_t) of the wanted y for each image: a classifier trained on noisy images."""
 
 
 def classifier_free(
@@ -50,7 +50,7 @@ def classifier_free(
 
         eps(c, d) + (1 - m) (eps - eps(c, d))
 
-    `guidance_rescale` moves each picture's spread that far back to that of eps(c, d) (Lin et al. 2024, section 3.4).
+    `guidance_rescale` moves each image's spread that far back to that of eps(c, d) (Lin et al. 2024, section 3.4).
     """
     domain_scale = guidance_scale if domain_guidance_scale is None else domain_guidance_scale
     null_condition, null_domain = torch.zeros_like(condition), torch.full_like(domain, num_domains)
@@ -148,7 +148,7 @@ def identity_guidance(
     prediction: Prediction,
     alphas_cumprod: Float[Tensor, " T"],
 ) -> Denoiser:
-    """Towards pictures whose embedding points where `reference`'s does, for a net that knows clean pictures only
+    """Towards images whose embedding points where `reference`'s does, for a net that knows clean images only
     (Bansal et al. 2023):
 
         x_0 + scale (1 - abar) grad cos(embed(x_0), embed(reference))
@@ -173,7 +173,7 @@ def identity_guidance(
 def _gradient(
     value: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, " b"]], x: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b c h w"]:
-    """Of each picture's value, also where the caller has switched gradients off."""
+    """Of each image's value, also where the caller has switched gradients off."""
     with torch.inference_mode(False):  # ends no_grad too
         x = x.clone().detach().requires_grad_()
         return torch.autograd.grad(value(x).sum(), x)[0]

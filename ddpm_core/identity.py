@@ -1,10 +1,10 @@
-"""What a translation should keep: losses that compare the x_0 a network predicts with the picture it should be like.
+"""What a translation should keep: losses that compare the x_0 a network predicts with the image it should be like.
 
     x_0_pred   b c h w    in [-1, 1]; gradients flow into it and into nothing else
     loss       b          0 = alike; weighted by abar_t, the share of x_t that is signal: at high noise x_0_pred is
-                          an average over many pictures, and its likeness to any one of them means nothing.
+                          an average over many images, and its likeness to any one of them means nothing.
                           Without pairs x_t shows somebody else than the source, and at low noise the loss could only
-                          be met by spoiling that picture: there identity is weighted by 1 - abar_t, where the source
+                          be met by spoiling that image: there identity is weighted by 1 - abar_t, where the source
                           alone decides (docs/log.md has the figures)
 
 The nets are any callables: ours (`ddpm_core.encoders`) or another's.
@@ -22,7 +22,7 @@ Embed = Callable[[Tensor], Tensor]
 Features = Callable[[Tensor], list[Tensor]]
 """b 3 h w in [-1, 1] to feature maps, each b c h w."""
 Box = tuple[float, ...]
-"""x0 y0 x1 y1 in shares of the picture's side, y downwards."""
+"""x0 y0 x1 y1 in shares of the image's side, y downwards."""
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
@@ -39,8 +39,8 @@ def identity_loss(
 ) -> Float[Tensor, " b"]:
     """abar_t (1 - cos(embed(x_0_pred), embed(source))): 0 for the same person, 2 abar_t for the opposite.
 
-    `unpaired`: x_t is not made from a picture of the source's person; 1 - abar_t instead of abar_t.
-    `crop_box` is what `embed` gets to see of the pictures, enlarged to their own side; our encoders crop for
+    `unpaired`: x_t is not made from an image of the source's person; 1 - abar_t instead of abar_t.
+    `crop_box` is what `embed` gets to see of the images, enlarged to their own side; our encoders crop for
     themselves.
     """
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Pictures in and out: decoding what users really have, and the one preprocessing of training and use.
+"""Images in and out: decoding what users really have, and the one preprocessing of training and use.
 
 uint8   b h w 3   sRGB
 float   b 3 h w   in [-1, 1]
@@ -17,27 +17,27 @@ from torch import Tensor, nn
 from ddpm_core.errors import InputError
 
 MAX_PIXELS = 100_000_000
-"""Larger pictures are refused before they are decoded (decompression bombs)."""
+"""Larger images are refused before they are decoded (decompression bombs)."""
 MIN_SIDE = 8
-"""Smaller pictures are refused: there is nothing in them to translate."""
+"""Smaller images are refused: there is nothing in them to translate."""
 BACKGROUND = (255, 255, 255)
-"""Transparent pictures are laid over this colour."""
+"""Transparent images are laid over this colour."""
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
 )
-"""File endings taken for pictures when a folder is listed."""
+"""File endings taken for images when a folder is listed."""
 
 
-def decode(data: bytes, *, name: str = "picture", square: int | None = None) -> Image.Image:
-    """Any still picture as upright 8-bit sRGB.
+def decode(data: bytes, *, name: str = "image", square: int | None = None) -> Image.Image:
+    """Any still image as upright 8-bit sRGB.
 
     EXIF orientation is applied; CMYK, palette, grey and 16-bit are converted; transparency is laid over white.
     With `square`, the side of what `to_square` is to make of it, a JPEG twice as large or larger comes out as that
     square: the decoder leaves out detail that shrinking would lose, in half the time.
 
     Raises:
-        InputError: one line naming the picture: empty, not an image, truncated, animated, too small, too large.
+        InputError: one line naming the image: empty, not an image, truncated, animated, too small, too large.
     """
     if not data:
         raise InputError(f"{name}: the file is empty")
@@ -84,7 +84,7 @@ def decode(data: bytes, *, name: str = "picture", square: int | None = None) -> 
 
 def _middle(image: Image.Image, extent: tuple[float, float], side: int) -> Image.Image:
     """`to_square` of a JPEG that the decoder shrank: the last of its pixels stand for fewer than the others, so that
-    only `extent` of it, a width and a height that need not be whole, is the picture."""
+    only `extent` of it, a width and a height that need not be whole, is the image."""
     half = min(extent) / 2
     left, top = extent[0] / 2 - half, extent[1] / 2 - half
     return image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + 2 * half, top + 2 * half))
@@ -120,8 +120,8 @@ def _from_profile(image: Image.Image, profile: bytes) -> Image.Image:
         return image
 
 
-def read_square(data: bytes, size: int, *, name: str = "picture") -> UInt8[np.ndarray, "size size 3"]:
-    """A picture file as training stored it: decoded, cut to the largest centred square, resized.
+def read_square(data: bytes, size: int, *, name: str = "image") -> UInt8[np.ndarray, "size size 3"]:
+    """An image file as training stored it: decoded, cut to the largest centred square, resized.
 
     Raises:
         InputError: as `decode`.
@@ -130,7 +130,7 @@ def read_square(data: bytes, size: int, *, name: str = "picture") -> UInt8[np.nd
 
 
 def to_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The largest centred square, resized with antialiasing: what training did to every picture.
+    """The largest centred square, resized with antialiasing: what training did to every image.
 
     By PyTorch's bicubic kernel for uint8, which took a fifth of the time that Pillow's takes, for the same pixels.
 
@@ -147,7 +147,7 @@ def to_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]
 
 
 def check_photo(image: Image.Image) -> None:
-    """Raises ValueError unless this is an RGB picture of Pillow's, with pixels."""
+    """Raises ValueError unless this is an RGB image of Pillow's, with pixels."""
     if not isinstance(image, Image.Image) or image.mode != "RGB" or not min(image.size):
         what = f"{image.mode}, {image.size}" if isinstance(image, Image.Image) else type(image).__name__
         raise ValueError(f"a Pillow image of mode RGB is needed, as ddpm_core.images.decode returns it, not {what}")
@@ -170,22 +170,22 @@ def to_uint8(images: Float[Tensor, "b 3 h w"]) -> UInt8[np.ndarray, "b h w 3"]:
 
 
 def content_hash(image: UInt8[np.ndarray, "h w 3"]) -> int:
-    """63-bit hash of a picture's pixels and shape: what its sampling noise is drawn from."""
+    """63-bit hash of an image's pixels and shape: what its sampling noise is drawn from."""
     digest = hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
 def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """One picture as PNG bytes."""
+    """One image as PNG bytes."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def grid(rows: list[list[UInt8[np.ndarray, "h w 3"]]], *, gap: int = 2, scale: int = 1) -> UInt8[np.ndarray, "H W 3"]:
-    """Rows of equally sized pictures as one picture on white, enlarged `scale` times without smoothing."""
+    """Rows of equally sized images as one image on white, enlarged `scale` times without smoothing."""
     if not rows or not rows[0]:
-        raise ValueError("a grid needs at least one picture")
+        raise ValueError("a grid needs at least one image")
     height, width = rows[0][0].shape[0] * scale, rows[0][0].shape[1] * scale
     columns = max(len(row) for row in rows)
     canvas = np.full((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)

@@ -1,4 +1,4 @@
-"""Training losses: prediction and target, b c h w, to one value a picture, b; and how timesteps are weighted."""
+"""Training losses: prediction and target, b c h w, to one value an image, b; and how timesteps are weighted."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from ddpm_core.config import DiffusionConfig
 def per_image_loss(
     config: DiffusionConfig, output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, " b"]:
-    """The configured loss in float32, averaged over each picture's pixels and channels.
+    """The configured loss in float32, averaged over each image's pixels and channels.
 
     Huber (1964) is 0.5 e^2 below `huber_delta`, delta (|e| - 0.5 delta) above it; mse is e^2.
     """
@@ -26,7 +26,7 @@ def per_image_loss(
 def timestep_weight(
     config: DiffusionConfig, t: Int64[Tensor, " b"], alphas_cumprod: Float[Tensor, " T"]
 ) -> Float[Tensor, " b"]:
-    """What each picture's loss is multiplied by.
+    """What each image's loss is multiplied by.
 
     With snr = abar / (1 - abar), an error e of x_0 is an error sqrt(snr) e of eps and sqrt(snr + 1) e of v; so the
     squared losses of the three are brought to the same weight of x_0 by dividing by 1, snr and snr + 1. That weight

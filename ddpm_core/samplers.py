@@ -1,11 +1,11 @@
-"""Samplers: from pure noise to a picture. Each is a function of a denoiser; none knows the network.
+"""Samplers: from pure noise to an image. Each is a function of a denoiser; none knows the network.
 
 denoiser(x_t, t)   the network's output (eps, v or x_0), b c h w
 timesteps          the visited t, descending
 abar, abar_prev    alphas_cumprod at a visited step and at the next one, which is less noisy; after the last step
-                   comes the clean picture, abar_prev = 1. The first abar may be 0 (pure noise)
+                   comes the clean image, abar_prev = 1. The first abar may be 0 (pure noise)
 a, s               sqrt(abar), sqrt(1 - abar): x_t = a x_0 + s noise
-generators         one for each picture: a picture's result does not depend on its batch
+generators         one for each image: an image's result does not depend on its batch
 """
 
 import functools
@@ -164,7 +164,7 @@ def invert(
 
     Raises:
         ValueError: fewer than one of them.
-        InputError: one step from pure noise to the clean picture, which has no inverse.
+        InputError: one step from pure noise to the clean image, which has no inverse.
     """
     if num_fixed_point_steps < 1:
         raise ValueError(f"num_fixed_point_steps is {num_fixed_point_steps}; it must be at least 1")
@@ -232,7 +232,7 @@ def _batch(t: int, like: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
 
 
 def _half_log_snr(abar: float) -> float:
-    """lambda = log(a / s), from -inf for pure noise to inf for the clean picture."""
+    """lambda = log(a / s), from -inf for pure noise to inf for the clean image."""
     if abar in (0.0, 1.0):
         return math.inf if abar else -math.inf
     return 0.5 * math.log(abar / (1 - abar))

@@ -1,4 +1,4 @@
-"""A checkpoint put to use: batches of source pictures in, translated pictures out.
+"""A checkpoint put to use: batches of source images in, translated images out.
 
 from ddpm_core import checkpoint, images, translator
 translate = translator.Translator(checkpoint.load("runs/earth"))
@@ -27,7 +27,7 @@ from ddpm_core.guidance import Denoiser
 from ddpm_core.precision import autocast, in_float32, resolve
 
 Preview = Callable[[int, UInt8[np.ndarray, "b h w 3"]], None]
-"""Called after each step with the number of steps done and how the pictures look by then."""
+"""Called after each step with the number of steps done and how the images look by then."""
 NUM_FIXED_POINT_STEPS = 3
 """Evaluations for each step of the inversion that start ddib makes."""
 
@@ -35,7 +35,7 @@ NUM_FIXED_POINT_STEPS = 3
 class Translator:
     """A checkpoint ready to translate batches.
 
-    The result for a picture is a function of its pixels, the seed and the options, not of its batch (to the
+    The result for an image is a function of its pixels, the seed and the options, not of its batch (to the
     last bit where the kernels allow it; batched convolutions may differ by a rounding).
     """
 
@@ -126,9 +126,9 @@ class Translator:
         callback: Preview | None = None,
         **overrides: Any,
     ) -> UInt8[np.ndarray, "b h w 3"]:
-        """Translate square pictures of the model's size to `domain`.
+        """Translate square images of the model's size to `domain`.
 
-        `overrides`: as `options` takes them. `source_domain`: of start ddib, the side the pictures are on, by default
+        `overrides`: as `options` takes them. `source_domain`: of start ddib, the side the images are on, by default
         the other of two.
 
         Raises:
@@ -141,13 +141,13 @@ class Translator:
         source = self._source_index(domain, source_domain) if sampling.start == "ddib" else None
         if len(pictures) == 0:
             return pictures
-        source_pictures = images.to_tensor(pictures, self.device)
-        condition = structure(source_pictures) if self.config.shown == "structure" else source_pictures
+        source_images = images.to_tensor(pictures, self.device)
+        condition = structure(source_images) if self.config.shown == "structure" else source_images
         with autocast(self.device, self.dtype):
             if self.config.method != "diffusion":
                 return images.to_uint8(self.model(condition, _labels(target, condition)))
             generators = [seeded(seed, images.content_hash(picture)) for picture in pictures]
-            x_0 = self._sample(source_pictures, condition, target, source, generators, sampling, _as_seen(callback))
+            x_0 = self._sample(source_images, condition, target, source, generators, sampling, _as_seen(callback))
             return images.to_uint8(x_0)
 
     def _sample(
@@ -160,7 +160,7 @@ class Translator:
         sampling: SamplingConfig,
         callback: samplers.Callback | None,
     ) -> Float[Tensor, "b 3 h w"]:
-        """x_0 for each of the pictures; `source` is the side they are on where start is ddib."""
+        """x_0 for each of the images; `source` is the side they are on where start is ddib."""
         chain: Any = {"alphas_cumprod": self.alphas_cumprod, "prediction": self.config.diffusion.prediction}
         timesteps = samplers.SPACINGS[sampling.spacing](len(self.alphas_cumprod), sampling.num_steps)
         x_T = draw_noise(generators, condition)
@@ -169,7 +169,7 @@ class Translator:
                 pictures, timesteps, sampling.strength, noise=x_T, alphas_cumprod=self.alphas_cumprod
             )
         elif source is not None:
-            # x_T will hold the picture, so the network is shown none: the label alone makes the difference
+            # x_T will hold the image, so the network is shown none: the label alone makes the difference
             condition = torch.zeros_like(condition)
             plain = self._classifier_free(self.model, condition, source, guidance_scale=1.0)
             x_T = samplers.invert(
@@ -226,11 +226,11 @@ class Translator:
         return guidance.classifier_free(model, condition, labels, num_domains=num_domains, **scales)
 
     def _source_index(self, domain: str, source_domain: str | None) -> int:
-        """Index of the side the pictures are on, by default the other of two."""
+        """Index of the side the images are on, by default the other of two."""
         others = [name for name in self.config.domains if name != domain]
         if source_domain is None and len(others) != 1:
             raise InputError(
-                f"sampling.start ddib: the pictures may be on any of the sides {', '.join(others)}; give source_domain"
+                f"sampling.start ddib: the images may be on any of the sides {', '.join(others)}; give source_domain"
             )
         return self.domain_index(source_domain or others[0])
 
@@ -261,7 +261,7 @@ def _check_classifier(config: ModelConfig, classifier: AttributeClassifier, scal
     _check_net(config, "classifier", scale)
     if not classifier.config.noise_aware:
         raise InputError(
-            "classifier guidance: this classifier knows clean pictures only; train one with --encoder.noise-aware"
+            "classifier guidance: this classifier knows clean images only; train one with --encoder.noise-aware"
         )
     known, asked = classifier.config.attributes, domain_attributes(config.domains)
     if not asked:

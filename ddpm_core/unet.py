@@ -128,7 +128,7 @@ class UNet(nn.Module):
         unet = self.config.unet
         if x_t.shape[2] % stride(unet) or x_t.shape[3] % stride(unet):
             raise InputError(
-                f"picture of {x_t.shape[3]} x {x_t.shape[2]} pixels: both must be multiples of {stride(unet)}"
+                f"image of {x_t.shape[3]} x {x_t.shape[2]} pixels: both must be multiples of {stride(unet)}"
             )
         assert x_t.shape == condition.shape, (x_t.shape, condition.shape)
         embedding = self.time_embedding(timestep_embedding(t, unet.model_channels).to(x_t))

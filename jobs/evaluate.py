@@ -1,10 +1,10 @@
-"""Measure a checkpoint on held-out pictures, beside baselines that need no network.
+"""Measure a checkpoint on held-out images, beside baselines that need no network.
 
     python -m jobs.evaluate --checkpoint RUN --data DATASET --output FOLDER
     python -m jobs.evaluate compare FOLDER FOLDER
 
 Writes metrics.json (every figure with its interval, the sizes, seeds and nets), pictures.parquet and halves.parquet
-(the figures of each picture, and of each random half for KID), grid.png and report.html. Baselines: a copy of the
+(the figures of each image, and of each random half for KID), grid.png and report.html. Baselines: a copy of the
 source, and for true pairs the best per-pixel linear colour map fitted on train.
 """
 

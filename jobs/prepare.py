@@ -1,4 +1,4 @@
-"""Pictures to a data set.
+"""Images to a data set.
 
     python -m jobs.prepare earth --output URI
     python -m jobs.prepare celeba --source URI --output URI --pairing matched

@@ -1,10 +1,10 @@
-"""Translate every picture under a folder or bucket, or the rows of a data set.
+"""Translate every image under a folder or bucket, or the rows of a data set.
 
     python -m jobs.translate --checkpoint RUN --input FOLDER --output FOLDER --domain night
 
-Each picture keeps its place and name, with the suffix .png. What cannot be read is set aside with its reason
+Each image keeps its place and name, with the suffix .png. What cannot be read is set aside with its reason
 (manifest.parquet, rejected.txt) and the exit code is 3. The same command again goes on where it was stopped, does
-new and changed pictures, and tries again those set aside.
+new and changed images, and tries again those set aside.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The endpoint: `serve run serve.app:build_app checkpoint=RUN`, then http://127.0.0.1:8000.
 
-    client ── proxy ── Gateway (HTTP, pictures in and out) ── Model (batches, one pass for equal options)
+    client ── proxy ── Gateway (HTTP, images in and out) ── Model (batches, one pass for equal options)
 
 The gateway answers while the model is busy: the page, the health check, and 429 when too much waits.
 """
@@ -123,7 +123,7 @@ async def read_body(request: fastapi.Request, limit: int) -> bytes:
     Raises:
         HTTPException: 413.
     """
-    too_large = fastapi.HTTPException(413, f"the picture is larger than {limit / 1e6:g} MB; scale it down")
+    too_large = fastapi.HTTPException(413, f"the image is larger than {limit / 1e6:g} MB; scale it down")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > limit:
         raise too_large
@@ -141,12 +141,12 @@ def later(status: int, reason: str) -> fastapi.HTTPException:
 
 
 def prepare(data: bytes, size: int, template: tuple[float, ...]) -> tuple[np.ndarray, str]:
-    """A picture file as the square the model takes, and what its owner should know of it (mostly nothing).
+    """An image file as the square the model takes, and what its owner should know of it (mostly nothing).
 
     `template`: landmarks that its face is aligned to, () to take it as it is.
 
     Raises:
-        InputError: it is not a picture that can be used, or (NoFaceError) has no face.
+        InputError: it is not an image that can be used, or (NoFaceError) has no face.
     """
     if template:
         portrait = faces.read_portrait(data, size, template)
@@ -210,12 +210,12 @@ async def failed(request: fastapi.Request, error: Exception) -> fastapi.Response
 )
 @ray.serve.ingress(api)
 class Gateway:
-    """HTTP: pictures are decoded and cut to the model's square here; the model only sees small arrays."""
+    """HTTP: images are decoded and cut to the model's square here; the model only sees small arrays."""
 
     def __init__(self, model: DeploymentHandle, config: ModelConfig, path: str, max_body_bytes: int) -> None:
         self.model, self.config, self.path, self.max_body_bytes = model, config, path, max_body_bytes
         self.page = PAGE.read_text(encoding="utf-8")
-        self.decoding = asyncio.Semaphore(2)  # a picture of 100 megapixels takes 300 MB while it is decoded
+        self.decoding = asyncio.Semaphore(2)  # an image of 100 megapixels takes 300 MB while it is decoded
 
     @api.post(
         "/v1/translate",
@@ -224,7 +224,7 @@ class Gateway:
         openapi_extra={"requestBody": {"required": True, "content": {"image/*": {}}}},
     )
     async def translate(self, request: fastapi.Request, query: Annotated[Query, fastapi.Query()]) -> fastapi.Response:
-        """A picture as the body, its translation as PNG."""
+        """An image as the body, its translation as PNG."""
         start = time.perf_counter()
         try:
             options = complete(query, self.config)

@@ -1,4 +1,4 @@
-"""Which pictures share a pass through the network: those whose options are equal, and no others."""
+"""Which images share a pass through the network: those whose options are equal, and no others."""
 
 import dataclasses
 import time
@@ -29,7 +29,7 @@ class Done:
     model_ms: float
     """Time of the pass it was part of."""
     batch_size: int
-    """Pictures in that pass."""
+    """Images in that pass."""
 
 
 def run(translate: Translate, jobs: Sequence[Job]) -> list[Done]:

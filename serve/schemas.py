@@ -23,9 +23,9 @@ class Arguments(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network; auto is bf16 where the hardware has it."""
     max_batch_size: Annotated[int, Field(ge=1, le=512)] = 8
-    """Pictures translated in one pass of the network."""
+    """Images translated in one pass of the network."""
     batch_wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 10.0
-    """How long the first picture of a batch waits for others."""
+    """How long the first image of a batch waits for others."""
     num_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
     """Copies of the model, each with its own share of CPUs and GPUs."""
     num_cpus: Annotated[int, Field(ge=1)] | None = None
@@ -33,7 +33,7 @@ class Arguments(BaseModel):
     num_gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs reserved by each replica, 0.5 for two on one. Unset: 1 with device=cuda, else 0."""
     max_queued_requests: Annotated[int, Field(ge=1)] | None = None
-    """Pictures that may wait for a replica; more are answered 429. Unset: eight batches for each replica."""
+    """Images that may wait for a replica; more are answered 429. Unset: eight batches for each replica."""
     max_body_mb: Annotated[float, Field(gt=0, le=1000)] = 20.0
     """Larger request bodies are answered 413, in megabytes."""
 
@@ -64,21 +64,21 @@ class Query(BaseModel):
     domain: str | None = None
     """The side to produce; may be left out where the checkpoint produces one only."""
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """0 ignores the picture, 1 is plain, above 1 follows it harder."""
+    """0 ignores the image, 1 is plain, above 1 follows it harder."""
     num_steps: Annotated[int, Field(ge=1)] | None = None
     """Network evaluations: more are slower and finer."""
     sampler: Sampler | None = None
     """ddim: deterministic. ddpm: ancestral. dpm_solver: DPM-Solver++(2M), second order."""
     domain_guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """A weight of the domain's own; guidance_scale is then the picture's."""
+    """A weight of the domain's own; guidance_scale is then the image's."""
     start: Start | None = None
-    """noise; sdedit: the picture, noised; ddib: the noise that DDIM finds for the picture in its own domain."""
+    """noise; sdedit: the image, noised; ddib: the noise that DDIM finds for the image in its own domain."""
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     """Of sdedit: share of the chain that is noised and drawn again."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    """Another seed draws another sample for the same picture."""
+    """Another seed draws another sample for the same image."""
     align: Align = "auto"
-    """faces: the largest face is brought to where the training pictures have theirs. none: the centred square is
+    """faces: the largest face is brought to where the training images have theirs. none: the centred square is
     taken. auto: faces, where the checkpoint was trained on aligned portraits."""
 
 

@@ -1,4 +1,4 @@
-"""CelebA's first 999 pictures with their labels, where a user has put them; they are never committed."""
+"""CelebA's first 999 images with their labels, where a user has put them; they are never committed."""
 
 import io
 import zipfile

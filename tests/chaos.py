@@ -33,7 +33,7 @@ from jobs.training import run_folder
 RAY = Path(sys.executable).with_name("ray")
 EPOCHS = 200
 SMOKE = ["--preset", "smoke", "--precision", "fp32", "--global-batch-size", "24", "--validate-every-epochs", "1000"]
-"""A step is an epoch, so that the metrics tell of each; 24 pictures can be shared by one, two and three workers."""
+"""A step is an epoch, so that the metrics tell of each; 24 images can be shared by one, two and three workers."""
 OFTEN, NEVER = ["--checkpoint-every-minutes", "0.003"], ["--checkpoint-every-minutes", "60"]
 _SAID_ANYWAY = ("train:", "read ", "workers were lost", "\x1b[33m(raylet)", "\t(")
 TOLERANCE = 1e-3

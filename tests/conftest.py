@@ -1,4 +1,4 @@
-"""What the tests share: one Ray cluster a session, one S3 server a session, small real pictures."""
+"""What the tests share: one Ray cluster a session, one S3 server a session, small real images."""
 
 import atexit
 import contextlib
@@ -36,7 +36,7 @@ os.environ.update(
 
 jaxtyping.install_import_hook("ddpm_core", "beartype.beartype")  # the shapes in annotations are checked in tests
 
-# decoded pictures: not among the user's own
+# decoded images: not among the user's own
 os.environ["DDPM_TRANSLATE_CACHE"] = tempfile.mkdtemp(prefix="ddpm-translate-tests-")
 atexit.register(shutil.rmtree, os.environ["DDPM_TRANSLATE_CACHE"], ignore_errors=True)
 

@@ -4,7 +4,7 @@
     python tests/face_nets.py --package vladmandic-face-api-1.7.15.tgz --output FOLDER
 
 writes FOLDER/identity.pt2 and FOLDER/gender.pt2 for `jobs.evaluate --identity-net … --classifier …`. They take
-CelebA's pictures as `jobs.prepare celeba` makes them, the centre 178 of the frame at any side, and cut out what each
+CelebA's images as `jobs.prepare celeba` makes them, the centre 178 of the frame at any side, and cut out what each
 was trained on. Ported from face-api (MIT; the weights of the identity net, dlib's, are CC0).
 """
 
@@ -75,7 +75,7 @@ class Face(nn.Module):
 
 
 class Identity(Face):
-    """dlib's face recognition net: pictures to 128 numbers; nearer than 0.6 is the same person."""
+    """dlib's face recognition net: images to 128 numbers; nearer than 0.6 is the same person."""
 
     def __init__(self, tensors: dict[str, Tensor], box: tuple[float, ...] = IDENTITY_BOX) -> None:
         super().__init__(tensors, box, 150)
@@ -105,7 +105,7 @@ class Identity(Face):
 
 
 class Gender(Face):
-    """face-api's small Xception net: pictures to a logit of each of `domains`, male and female in any order."""
+    """face-api's small Xception net: images to a logit of each of `domains`, male and female in any order."""
 
     def __init__(
         self, tensors: dict[str, Tensor], box: tuple[float, ...] = GENDER_BOX, domains: tuple[str, ...] = GENDERS
@@ -137,7 +137,7 @@ class Gender(Face):
 
 
 def write(net: nn.Module, path: Path, *, image_size: int = 64) -> None:
-    """A torch.export file for any number and side of pictures, tried on pictures of `image_size`."""
+    """A torch.export file for any number and side of images, tried on images of `image_size`."""
     sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     example = torch.zeros(2, 3, 50, 60, dtype=torch.uint8)
     torch.export.save(torch.export.export(net.eval(), (example,), dynamic_shapes=(sizes,)), path)
@@ -149,7 +149,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, required=True, help="the .tgz of @vladmandic/face-api 1.7.15")
     parser.add_argument("--output", type=Path, required=True, help="folder for identity.pt2 and gender.pt2")
-    parser.add_argument("--image-size", type=int, default=64, help="side of the pictures the files are tried on")
+    parser.add_argument("--image-size", type=int, default=64, help="side of the images the files are tried on")
     parser.add_argument("--domains", nargs=2, choices=GENDERS, default=GENDERS, help="the order of the logits")
     args = parser.parse_args()
     if not args.package.exists():

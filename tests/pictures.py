@@ -1,4 +1,4 @@
-"""Pictures that tests draw, as uint8 b h w 3."""
+"""Images that tests draw, as uint8 b h w 3."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ def noise(num: int, side: int = 32, seed: int = 0) -> np.ndarray:
 
 
 def smooth(num: int, side: int = 32, seed: int = 0) -> np.ndarray:
-    """Pictures of slow colour gradients: as unlike noise as pictures get."""
+    """Images of slow colour gradients: as unlike noise as images get."""
     draw = np.random.default_rng(seed)
     ramp = np.linspace(0, 1, side)
     ends = draw.integers(0, 256, (num, 2, 3))

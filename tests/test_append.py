@@ -46,7 +46,7 @@ def folders(source: Path | str, output: Path | str, *flags: object) -> int:
 
 @pytest.fixture(scope="module")
 def first(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of twenty pictures of either domain."""
+    """A data set of twenty images of either domain."""
     folder = tmp_path_factory.mktemp("append")
     assert folders(fill(folder / "in", range(20)), folder / "set") == 0
     return folder / "set"
@@ -101,7 +101,7 @@ def test_append_reads_as_one_set(grown: Path, tmp_path: Path) -> None:
     assert read == {name: row["image"] for name, row in there.items()}
 
 
-def test_an_id_with_another_picture_is_set_aside(grown: Path, tmp_path: Path) -> None:
+def test_an_id_with_another_image_is_set_aside(grown: Path, tmp_path: Path) -> None:
     source = fill(tmp_path / "more", range(18, 22))
     save(scene(999, 24), source / "cat/19.png")
     (source / "dog/bad.png").write_text("text")
@@ -110,7 +110,7 @@ def test_an_id_with_another_picture_is_set_aside(grown: Path, tmp_path: Path) ->
     assert card.num_rejected == 2
     assert card.parts[0].rows == 4
     reasons = rejected(grown)
-    assert reasons["cat/19.png"] == "another picture of this name is there already; rename the new one"
+    assert reasons["cat/19.png"] == "another image of this name is there already; rename the new one"
     assert "not an image" in reasons["dog/bad.png"]
     before = rows(grown)["cat/19.png"]["image"]
     (source / "dog/worse.png").write_text("")  # the same reasons again are not counted again
@@ -135,13 +135,13 @@ def test_append_refusals(grown: Path, first: Path, tmp_path: Path) -> None:
     source = fill(tmp_path / "more", range(20, 22))
     before = made(grown)
     flags = ("--source", source, "--output", grown, "--append")
-    assert "image size 16, the new pictures 64" in refused("folders", *flags)
-    assert "encoding raw, the new pictures png" in refused("folders", *flags, "--image-size", 16, "--encoding", "png")
+    assert "image size 16, the new images 64" in refused("folders", *flags)
+    assert "encoding raw, the new images png" in refused("folders", *flags, "--image-size", 16, "--encoding", "png")
     assert "pairing unpaired" in refused("folders", *flags, "--image-size", 16, "--pairing", "paired")
     assert "licence unknown" in refused("folders", *flags, "--image-size", 16, "--licence", "CC0")
     assert "give one of them" in refused("folders", *flags, "--overwrite")
     other = fill(tmp_path / "birds", range(3), ("bird", "cat"))
-    assert "domains cat, dog, the new pictures bird, cat" in refused(
+    assert "domains cat, dog, the new images bird, cat" in refused(
         "folders", "--source", other, "--output", grown, "--image-size", 16, "--append"
     )
     assert "no data set at" in refused("folders", "--source", source, "--output", tmp_path / "no", "--append")
@@ -169,11 +169,11 @@ def test_pairs_keep_their_split(ray_cluster: None, tmp_path: Path) -> None:
     save(scene(998, 24), tmp_path / "other/dog/03.png")
     save(scene(6, 24), tmp_path / "other/cat/03.png")
     assert folders(tmp_path / "other", out, "--pairing", "paired", "--append") == 3
-    assert "another picture of this name" in rejected(out)["03"]  # another counterpart is another pair
+    assert "another image of this name" in rejected(out)["03"]  # another counterpart is another pair
 
 
 def test_people_keep_their_split(ray_cluster: None, tmp_path: Path) -> None:
-    """Of each person two pictures come first, the third later: it joins them."""
+    """Of each person two images come first, the third later: it joins them."""
     source = CelebA(tmp_path / "in")
     source.text("identity_CelebA.txt", source.people[:, None])
     points = np.random.default_rng(1).integers(60, 110, (60, 10))
@@ -255,7 +255,7 @@ def test_append_on_s3(s3: Any, first: Path, grown: Path, tmp_path: Path) -> None
     assert made(uri) == made(grown)
 
 
-def test_side_by_side_pictures_are_appended(ray_cluster: None, tmp_path: Path) -> None:
+def test_side_by_side_images_are_appended(ray_cluster: None, tmp_path: Path) -> None:
     def both(day: int, night: int) -> Image.Image:
         image = Image.new("RGB", (48, 24))
         image.paste(scene(night, 24).point(lambda level: level // 8), (0, 0))  # night is on the left
@@ -274,7 +274,7 @@ def test_side_by_side_pictures_are_appended(ray_cluster: None, tmp_path: Path) -
     assert set(there) == {*(f"{number}.png" for number in range(20)), "new.png", "other night.png"}
     assert there["new.png"]["image"] == np.asarray(scene(90, 24)).tobytes()
     split = there["0.png"]["split"]
-    assert rejected(tmp_path / "set") == {"copy.png": f"the same picture as 0.png in {split}"}
+    assert rejected(tmp_path / "set") == {"copy.png": f"the same image as 0.png in {split}"}
 
 
 # -------------------------------------------------------------------------------------------- duplicates
@@ -294,7 +294,7 @@ def test_duplicates_are_reported_or_dropped(ray_cluster: None, tmp_path: Path) -
     assert any(note.startswith("2 duplicates (1 exact, 1 near)") for note in card.notes)
     assert folders(source, tmp_path / "drop", "--duplicates", "drop") == 3
     assert set(rows(tmp_path / "report")) - set(rows(tmp_path / "drop")) == set(lines)
-    assert rejected(tmp_path / "drop")["cat/00.png"] == "the same picture as dog/test/again.png in test"
+    assert rejected(tmp_path / "drop")["cat/00.png"] == "the same image as dog/test/again.png in test"
 
 
 def test_dropping_leaves_no_pair_without_its_other_half(ray_cluster: None, tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_inspect_refusals(first: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- survival
 
 KILL_AT = {
-    "listing": "source.picture_files = hang",
+    "listing": "source.`image_files` = hang",
     "decoding": "decode.Pixels.__setitem__ = hang",
     "first shard": "storage.write_bytes = after('train/part-', write)",
     "last shard": "storage.write_bytes = after('test/part-', write)",

@@ -66,8 +66,8 @@ def test_several_processes_add_up() -> None:
     warm = [[1.0, 1.0], [1.0, 1.0]]
     seconds = {"job": [warm, [[2.0, 1.0], [4.0, 2.0]], warm], "plain": [warm, [[1.0, 1.0], [2.0, 1.0]], warm]}
     found = training.told(2, seconds, pictures=4)
-    assert found["wall"]["ratios"] == [0.5]  # (2 + 1) / (4 + 2) pictures a second
-    assert found["cpu"]["ratios"] == [0.75]  # (4 + 2) / (4 + 4) pictures a processor second
+    assert found["wall"]["ratios"] == [0.5]  # (2 + 1) / (4 + 2) images a second
+    assert found["cpu"]["ratios"] == [0.75]  # (4 + 2) / (4 + 4) images a processor second
 
 
 def test_a_steady_slope_is_no_spread() -> None:
@@ -76,7 +76,7 @@ def test_a_steady_slope_is_no_spread() -> None:
     assert validation.spread(bouncing) == pytest.approx((40 / 9) ** 0.5)
 
 
-def test_more_pictures_lessen_what_fresh_draws_add_and_nothing_else() -> None:
+def test_more_images_lessen_what_fresh_draws_add_and_nothing_else() -> None:
     spreads = {"raw, fresh": 5.0, "raw, fixed": 3.0, "ema, fresh": 1.0, "ema, fixed": 2.0}
     found = validation.of_many(spreads, validation.MANY // 4)
     assert found == {"raw, fresh": (9 + 16 / 4) ** 0.5, "raw, fixed": 3.0, "ema, fresh": 2.0, "ema, fixed": 2.0}

@@ -61,7 +61,7 @@ def test_unpaired_has_no_targets(cache: Path, tmp_path: Path, pairing: format.Pa
         read.targets([0])
 
 
-def test_a_picture_is_kept_once_though_it_is_the_counterpart_of_others(cache: Path, dataset: str) -> None:
+def test_a_image_is_kept_once_though_it_is_the_counterpart_of_others(cache: Path, dataset: str) -> None:
     datasets_cache.load(dataset, "train")
     (pictures,) = cache.glob("*/pictures.raw")
     assert pictures.stat().st_size == 31 * SIZE * SIZE * 3  # 30 rows, each the counterpart of the one before
@@ -98,7 +98,7 @@ def test_a_second_time_nothing_is_read(cache: Path, dataset: str, monkeypatch: p
     np.testing.assert_array_equal(datasets_cache.load(dataset, "train").images(range(30)), first.images(range(30)))
 
 
-@pytest.mark.parametrize("damage", ["cut", "pictures gone", "rows gone", "half written", "rows scrambled"])
+@pytest.mark.parametrize("damage", ["cut", "images gone", "rows gone", "half written", "rows scrambled"])
 def test_a_damaged_cache_is_made_again(cache: Path, dataset: str, damage: str) -> None:
     expected = datasets_cache.load(dataset, "train").images(range(30))
     (folder,) = (entry for entry in cache.iterdir() if entry.is_dir())
@@ -111,7 +111,7 @@ def test_a_damaged_cache_is_made_again(cache: Path, dataset: str, damage: str) -
         content[40:80] = bytes(40)  # in the first page of the ids; the footer is whole
         (folder / "rows.parquet").write_bytes(content)
     else:
-        (folder / ("pictures.raw" if damage == "pictures gone" else "rows.parquet")).unlink()
+        (folder / ("pictures.raw" if damage == "images gone" else "rows.parquet")).unlink()
     np.testing.assert_array_equal(datasets_cache.load(dataset, "train").images(range(30)), expected)
 
 
@@ -233,7 +233,7 @@ def test_room_is_made_by_what_was_longest_unused(
     monkeypatch.setattr(datasets_cache.shutil, "disk_usage", usage)
     datasets_cache.make_room(1500)
     assert [split for split, entry in entries.items() if entry.exists()] == ["test"]
-    with pytest.raises(InputError, match=r"0\.0 GB of decoded pictures do not fit \(0\.0 GB free\); set DDPM_TRANS"):
+    with pytest.raises(InputError, match=r"0\.0 GB of decoded images do not fit \(0\.0 GB free\); set DDPM_TRANS"):
         datasets_cache.make_room(10_000)
 
 
@@ -251,7 +251,7 @@ def test_the_cache_must_be_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_what_the_disk_refuses_is_told_with_the_remedy(
     cache: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remedy = r"decoded pictures cannot be kept there \({}\); set DDPM_TRANSLATE_CACHE to a folder of your own"
+    remedy = r"decoded images cannot be kept there \({}\); set DDPM_TRANSLATE_CACHE to a folder of your own"
     (table,) = reading.read_tables(dataset, "train", columns=datasets_cache.COLUMNS)
     with datasets_cache._Filling(format.read_card(dataset), "train") as filling:
         assert filling.start(wait=True)

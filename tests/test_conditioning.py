@@ -35,10 +35,10 @@ def test_structure_knows_neither_colour_nor_brightness(side: int) -> None:
     torch.testing.assert_close(darker, found, atol=1e-4, rtol=0)
     weaker = conditioning.structure(pictures(side) * 0.5)
     assert (weaker - found).abs().mean() < 0.2 * found.abs().mean()  # contrast, but for what would be noise
-    torch.testing.assert_close(conditioning.structure(pictures(side)[1:])[0], found[1])  # each picture by itself
+    torch.testing.assert_close(conditioning.structure(pictures(side)[1:])[0], found[1])  # each image by itself
 
 
-def test_structure_of_a_plain_picture_is_nothing() -> None:
+def test_structure_of_a_plain_image_is_nothing() -> None:
     assert conditioning.structure(torch.full((1, 3, 32, 32), 0.7)).abs().max() < 1e-4
 
 

@@ -33,7 +33,7 @@ def card(**changes: Any) -> DatasetCard:
 
 
 def pixels(number: int) -> np.ndarray:
-    """A picture of its own for each number; smooth, so that JPEG keeps it."""
+    """An image of its own for each number; smooth, so that JPEG keeps it."""
     base = np.full((SIZE, SIZE, 3), (number * 37 % 256, number * 11 % 256, number % 256), np.uint8)
     base[:, SIZE // 2 :] //= 2
     return base
@@ -140,7 +140,7 @@ def test_shards_and_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.M
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [256, 256, 256]
 
 
-def test_large_pictures_make_small_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_make_small_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "SHARD_BYTES", 10 * 2 * SIZE * SIZE * 3)
     many = [dataclasses.replace(row, identity=None) for row in rows(25)]
     written = writing.write_dataset(str(tmp_path), {"train": many}, card())
@@ -182,7 +182,7 @@ def test_ids_must_be_unique_and_identities_in_one_split(tmp_path: Path) -> None:
         writing.write_dataset(str(tmp_path), {"train": rows(30), "val": rows(10, 29)}, card())
     with pytest.raises(InputError, match="identity 2 is in both train and val"):
         writing.write_dataset(str(tmp_path), {"train": rows(25), "val": rows(10, 25)}, card())
-    with pytest.raises(InputError, match="no picture for training"):
+    with pytest.raises(InputError, match="no image for training"):
         writing.write_dataset(str(tmp_path), {"val": rows(3)}, card())
     with pytest.raises(AssertionError, match="not sorted"):
         writing.write_dataset(str(tmp_path), {"train": reversed(list(rows(3)))}, card())
@@ -290,9 +290,9 @@ def test_raw_column_is_viewed_even_when_sliced(offset: int) -> None:
 
 def test_damaged_rows_are_named() -> None:
     good = pixels(1).tobytes()
-    with pytest.raises(InputError, match="row b: 5 bytes; a raw picture has 192"):
+    with pytest.raises(InputError, match="row b: 5 bytes; a raw image has 192"):
         reading.decode_column(pyarrow.chunked_array([[good, b"12345"]]), SIZE, "raw", ["a", "b"])
-    with pytest.raises(InputError, match="row b: no picture"):
+    with pytest.raises(InputError, match="row b: no image"):
         reading.decode_column(pyarrow.chunked_array([[good, None]]), SIZE, "raw", ["a", "b"])
     with pytest.raises(InputError, match="row a: not an image"):
         reading.decode_column(pyarrow.chunked_array([[b"text"]]), SIZE, "png", ["a"])
@@ -337,7 +337,7 @@ def test_reading_from_a_folder_with_a_difficult_name(ray_cluster: None, dataset:
     assert sum(table.num_rows for table in reading.read_tables(str(folder), "val")) == 10
 
 
-def test_a_flipped_bit_in_a_picture_is_told(ray_cluster: None, dataset: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_image_is_told(ray_cluster: None, dataset: Path, tmp_path: Path) -> None:
     uri = edit_card(dataset, tmp_path)
     shard = tmp_path / "train/part-00000.parquet"
     metadata = pyarrow.parquet.ParquetFile(shard).metadata.row_group(0).column(SCHEMA.names.index("image"))

@@ -15,7 +15,7 @@ def pictures(seed: int) -> torch.Tensor:
     return torch.randn(len(T), 3, 4, 4, generator=seeded(seed), dtype=torch.float64)
 
 
-def test_q_sample_is_exact_for_each_picture():
+def test_q_sample_is_exact_for_each_image():
     x_0, noise = pictures(0), pictures(1)
     x_t = q_sample(x_0, T, noise, ABAR)
     for i, t in enumerate(T.tolist()):

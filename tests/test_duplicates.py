@@ -1,4 +1,4 @@
-"""Pictures that come twice: what is found, what is not, and that no pair of data-set rows is left dangling."""
+"""Images that come twice: what is found, what is not, and that no pair of data-set rows is left dangling."""
 
 import io
 import time
@@ -96,14 +96,14 @@ def test_of_two_parts_both_must_be_alike() -> None:
     assert [(copy.picture, copy.of) for copy in found(both)] == [("c", "a")]
 
 
-def test_plain_pictures_are_no_near_copies_of_each_other() -> None:
+def test_plain_images_are_no_near_copies_of_each_other() -> None:
     plain = {f"{level}": Image.new("RGB", (64, 64), (level, 90, 200)) for level in range(50)}
     assert found(pool(plain)) == []
     again = {**plain, "x": plain["7"]}
     assert [(copy.picture, copy.of, copy.kind) for copy in found(pool(again))] == [("x", "7", "exact")]
 
 
-def test_the_same_picture_ten_thousand_times_costs_no_square() -> None:
+def test_the_same_image_ten_thousand_times_costs_no_square() -> None:
     mark = scan.mark(np.asarray(scene(1)))
     again = scan.mark(np.asarray(saved(scene(1), 50)))
     both = Pool(
@@ -121,7 +121,7 @@ def test_the_same_picture_ten_thousand_times_costs_no_square() -> None:
 @pytest.fixture(scope="module")
 def celeba() -> list[Image.Image]:
     if not CELEBA.exists():
-        pytest.skip(f"{CELEBA} is not there: 999 pictures of CelebA, which the project may not bring along")
+        pytest.skip(f"{CELEBA} is not there: 999 images of CelebA, which the project may not bring along")
     with zipfile.ZipFile(CELEBA) as wheel:
         names = sorted(name for name in wheel.namelist() if "VAE/image_batch/" in name and name.endswith(".jpg"))
         return [images.decode(wheel.read(name)) for name in names[::3]]

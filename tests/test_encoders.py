@@ -70,7 +70,7 @@ def test_without_margin_it_is_the_softmax_of_cosines():
 
 
 def test_retrieval_by_hand():
-    """Three pictures of two people, at right angles or alike: people who are the same are no rivals."""
+    """Three images of two people, at right angles or alike: people who are the same are no rivals."""
     queries = torch.eye(3)
     partners = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 1]])
     people = torch.tensor([7, 7, 9])
@@ -94,7 +94,7 @@ def test_retrieval_is_each_querys_own_however_many_there_are():
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.875])
 def test_both_sides_weigh_the_same_and_the_best_logit_is_still_that_of_the_rate(rate):
-    """Of pictures that tell nothing: the loss is lowest, at log 2, where the sigmoid is the rate."""
+    """Of images that tell nothing: the loss is lowest, at log 2, where the sigmoid is the rate."""
     labels = (torch.arange(80)[:, None] < 80 * rate).long()
     logit = torch.logit(torch.tensor([rate])).requires_grad_()
     loss = encoders.balanced_loss(logit.expand(80, 1), labels, torch.tensor([rate]))
@@ -128,7 +128,7 @@ def test_what_validation_finds_of_a_classifier():
 
 
 def test_what_validation_finds_of_an_identity_encoder():
-    """Whoever looks at single batches, all pictures are compared with all."""
+    """Whoever looks at single batches, all images are compared with all."""
     task = encoders.task(model_config(IDENTITY, num_people=4))
     images, partners = (pictures(6, 3, 16, 16, seed=name) for name in ("images", "partners"))
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -236,7 +236,7 @@ def test_perceptual_loss_takes_our_encoders_maps():
 # -- networks ---------------------------------------------------------------------------------------------------
 
 
-def test_embeddings_are_unit_vectors_of_pictures_of_any_side():
+def test_embeddings_are_unit_vectors_of_images_of_any_side():
     encoder = net_of(dataclasses.replace(IDENTITY, crop_box=(0.2, 0.3, 0.8, 0.9), image_size=15))
     for side in (7, 16, 33):
         embeddings = encoder(pictures(2, 3, side, side))
@@ -266,7 +266,7 @@ class TestEveryNet:
         without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         assert without == []
 
-    def test_no_picture_sees_its_neighbour(self, config):
+    def test_no_image_sees_its_neighbour(self, config):
         net, images = net_of(config), pictures(3, 3, 16, 16).requires_grad_()
         outputs = self.outputs(config, net, images)
         weights = torch.arange(1.0, outputs.shape[1] + 1)
@@ -285,7 +285,7 @@ class TestEveryNet:
         assert torch.equal(self.outputs(config, loaded, images), self.outputs(config, saved, images))
 
 
-def test_a_noise_aware_net_listens_to_t_and_takes_clean_pictures_for_t_0():
+def test_a_noise_aware_net_listens_to_t_and_takes_clean_images_for_t_0():
     net, images = net_of(NOISE_AWARE), pictures(2, 3, 16, 16)
     assert torch.equal(net(images), net(images, torch.tensor([0, 0])))
     early, late = (net(images, torch.tensor([t, t])) for t in (0, 900))
@@ -302,7 +302,7 @@ def test_log_prob_is_that_of_the_named_attribute_being_there_or_not():
 
 
 def test_a_clean_classifier_refuses_t():
-    with pytest.raises(InputError, match="clean pictures only; train one with noise_aware"):
+    with pytest.raises(InputError, match="clean images only; train one with noise_aware"):
         net_of(ATTRIBUTES)(pictures(1, 3, 16, 16), torch.tensor([0]))
 
 
@@ -364,7 +364,7 @@ def draw_people(num_each: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_attributes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Grey noise of 16 px; `square` (one picture in six): a white square somewhere. `red` (one in two): a red cast."""
+    """Grey noise of 16 px; `square` (one image in six): a white square somewhere. `red` (one in two): a red cast."""
     rng = np.random.default_rng(seed)
     attributes = np.where(rng.random((count, 2)) < (1 / 6, 1 / 2), 1, -1).astype(np.int8)
     images = rng.normal(100, 20, (count, 16, 16, 3))
@@ -383,7 +383,7 @@ def rank_1(gallery: np.ndarray, gallery_labels: np.ndarray, queries: np.ndarray,
     return float((gallery_labels[distances.argmin(1)] == labels).mean())
 
 
-def test_the_identity_encoder_finds_people_again_in_new_pictures():
+def test_the_identity_encoder_finds_people_again_in_new_images():
     images, labels = draw_people(40, seed=1)
     gallery, names = draw_people(1, seed=2)
     queries, truth = draw_people(25, seed=3)
@@ -417,11 +417,11 @@ def test_the_classifiers_learn_and_the_noise_aware_one_knows_what_it_cannot_see(
     of_noise_aware = balanced_accuracy(logits[0], truth, rates)
     assert (of_clean > 0.95).all(), of_clean
     assert (of_noise_aware > of_clean - 0.03).all(), (of_noise_aware, of_clean)
-    # Of pure noise nothing can be known: the rate in the training pictures, though both kinds weighed the same.
+    # Of pure noise nothing can be known: the rate in the training images, though both kinds weighed the same.
     unseen = torch.sigmoid(logits[999]).numpy()
     np.testing.assert_allclose(unseen.mean(0), rates, atol=0.06)
     assert (unseen.std(0) < 0.1).all()
-    # And of clean pictures, probabilities that are right on average.
+    # And of clean images, probabilities that are right on average.
     np.testing.assert_allclose(torch.sigmoid(clean(x_0)).numpy().mean(0), (truth > 0).mean(0), atol=0.05)
 
     def drawn(scale: float, present: bool) -> torch.Tensor:
@@ -495,7 +495,7 @@ def test_a_run_stands_for_its_best_checkpoint(tmp_path):
     ("config", "told"),
     [
         (dataclasses.replace(IDENTITY, data=DataCard(num_people=1234)), "from 1,234 people"),
-        (ATTRIBUTES, "whether they show: square, red. It learned from clean pictures"),
+        (ATTRIBUTES, "whether they show: square, red. It learned from clean images"),
         (NOISE_AWARE, "at any noise of its chain"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Evaluation: the figures in metrics.json are those of the pictures, by id, beside their baselines."""
+"""Evaluation: the figures in metrics.json are those of the images, by id, beside their baselines."""
 
 import json
 import shutil
@@ -82,7 +82,7 @@ def read(output: Path) -> dict[str, Any]:
     return json.loads((output / "metrics.json").read_text())
 
 
-def test_pictures_are_chosen_evenly() -> None:
+def test_images_are_chosen_evenly() -> None:
     assert evaluation_plan.spread(10, 0) == list(range(10))
     assert evaluation_plan.spread(3, 10) == [0, 1, 2]
     assert evaluation_plan.spread(100, 4) == [12, 37, 62, 87]
@@ -99,7 +99,7 @@ def test_true_pairs_are_measured_to_the_truth(
     night = found["domains"]["night"]
     assert night["num_images"] == 24
 
-    # every figure again, from the pictures themselves
+    # every figure again, from the images themselves
     sources = np.stack([scene(i) for i in range(100, 124)])
     truths = by_night(sources)
     results = Translator(checkpoint.load(checkpoint_folder))(sources, "night")
@@ -138,14 +138,14 @@ def test_true_pairs_are_measured_to_the_truth(
         evaluate.main([*argv, "--num-steps", "1"])
 
 
-def test_both_directions_and_few_pictures(ray_cluster: None, tmp_path: Path, checkpoint_folder: str) -> None:
+def test_both_directions_and_few_images(ray_cluster: None, tmp_path: Path, checkpoint_folder: str) -> None:
     dataset, output = write_set(tmp_path / "set", "paired"), tmp_path / "out"
     assert evaluate.main(command(checkpoint_folder, dataset, output, "--num-images", "6")) == cli.DONE
     found = read(output)["domains"]
     assert list(found) == ["day", "night"]
     assert found["day"]["num_images"] == found["night"]["num_images"] == 6
     sources = np.stack([scene(100 + i) for i in evaluation_plan.spread(24, 6)])
-    expected = evaluation_metrics.psnr(by_night(sources), sources).mean()  # to day, a copy of the night picture
+    expected = evaluation_metrics.psnr(by_night(sources), sources).mean()  # to day, a copy of the night image
     assert found["day"]["methods"]["copy"]["metrics"]["psnr"]["mean"] == pytest.approx(expected)
     assert "kid" not in found["day"]["methods"]["model"]["metrics"]
     assert any("No KID" in note for note in found["day"]["notes"])
@@ -160,7 +160,7 @@ def test_without_true_pairs_nothing_claims_a_truth(
     dataset, output = write_set(tmp_path / "set", pairing, num_test=44), tmp_path / "out"
     assert evaluate.main(command(checkpoint_folder, dataset, output, "--domain", "night")) == cli.DONE
     night = read(output)["domains"]["night"]
-    assert night["num_images"] == night["num_real_images"] == 22  # only day pictures are turned into night
+    assert night["num_images"] == night["num_real_images"] == 22  # only day images are turned into night
     assert "linear" not in night["methods"]
     ours, copy = (night["methods"][name]["metrics"] for name in ("model", "copy"))
     assert "psnr" not in ours
@@ -199,7 +199,7 @@ def test_a_gan_takes_the_same_path_and_has_one_result(ray_cluster: None, tmp_pat
     assert "noise only" not in page
 
 
-def test_a_gan_and_a_diffusion_model_are_shown_on_the_same_pictures() -> None:
+def test_a_gan_and_a_diffusion_model_are_shown_on_the_same_images() -> None:
     args = evaluation_plan.EvaluateArgs(
         checkpoint="c", data="d", output="o", num_images=40, num_diverse=20, num_train=0
     )
@@ -264,7 +264,7 @@ class Sight(torch.nn.Module):
 
 
 class Face(torch.nn.Module):
-    """Where a picture is brighter or darker than it is on the whole, which the night leaves nearly as it is."""
+    """Where an image is brighter or darker than it is on the whole, which the night leaves nearly as it is."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = torch.nn.functional.adaptive_avg_pool2d(images.float(), 8)
@@ -302,9 +302,9 @@ def test_judges_are_right_where_the_answer_is_known(
     assert means["truth"]["identity_rank_1"] == means["copy"]["identity_cosine"] == 1
     assert {"psnr", "ssim", "perceptual", "kid"}.isdisjoint(means["truth"])
     assert night["instruments"]["classifier_accuracy"]["mean"] == night["instruments"]["identity_rank_1"]["mean"] == 1
-    assert night["instruments"]["classifier_accuracy"]["low"] > 0.9  # of 48 pictures
+    assert night["instruments"]["classifier_accuracy"]["low"] > 0.9  # of 48 images
 
-    # the model's, from its pictures
+    # the model's, from its images
     sources = np.stack([scene(i) for i in range(100, 124)])
     results = Translator(checkpoint.load(checkpoint_folder))(sources, "night")
     pixels = [torch.from_numpy(each).permute(0, 3, 1, 2) for each in (results, sources)]
@@ -434,7 +434,7 @@ def test_a_teacher_or_a_guide_does_not_judge(tmp_path: Path, checkpoint_folder: 
     assert "identity encoder" in refused(taught, "--classifier", str(other))
     face = save(Face(), tmp_path / "face.pt")
     assert "--classifier: " in refused(taught, "--classifier", face)
-    assert "192 values a picture" in refused(taught, "--classifier", face)
+    assert "192 values an image" in refused(taught, "--classifier", face)
 
 
 def test_guides_lead_the_evaluation_too(tmp_path: Path, checkpoint_folder: str) -> None:
@@ -484,7 +484,7 @@ def measured_of(train: np.ndarray, model: np.ndarray, real: np.ndarray) -> summa
     )
 
 
-def test_a_model_that_repeats_its_training_pictures_is_found_out() -> None:
+def test_a_model_that_repeats_its_training_images_is_found_out() -> None:
     draw = np.random.default_rng(0)
     train, real, new = (draw.normal(size=(400, 8)).astype(np.float32) for _ in range(3))
     model = np.concatenate([train[:40], new[40:]])
@@ -495,7 +495,7 @@ def test_a_model_that_repeats_its_training_pictures_is_found_out() -> None:
     assert found.values["model"]["neighbor_distance"][:40].max() == 0
     assert found.summaries["model"]["copied"].low > 0.05
     told = summary.notes(found, pairing="unpaired", domain="night", num_train=(400, 1000), elsewhere=True)
-    assert any("among 400 of 1,000 pictures of night" in note and "which are not those" in note for note in told)
+    assert any("among 400 of 1,000 images of night" in note and "which are not those" in note for note in told)
     assert "fd" not in found.summaries["model"]
 
 
@@ -513,7 +513,7 @@ def test_an_empty_side_leaves_out_what_it_cannot_measure() -> None:
 
 @pytest.fixture(scope="module")
 def evaluations(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: str) -> Path:
-    """Of 24 pairs: plain, the same again, many steps, of fewer pictures, of another seed, of other data."""
+    """Of 24 pairs: plain, the same again, many steps, of fewer images, of another seed, of other data."""
     root = tmp_path_factory.mktemp("evaluations")
     dataset = write_set(root / "set", "paired")
     other = write_set(root / "other", "paired", num_test=23)
@@ -555,7 +555,7 @@ def test_the_same_evaluation_differs_in_nothing(evaluations: Path, capsys: pytes
 
 
 def test_a_difference_is_told_the_right_way_round(evaluations: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guidance of 6 makes worse pictures of a network that knows nothing."""
+    """Guidance of 6 makes worse images of a network that knows nothing."""
     found, back = compared(evaluations, "plain", "guided"), compared(evaluations, "guided", "plain")
     ours, theirs = ({row["metric"]: row for row in each["metrics"]} for each in (found, back))
     table = {
@@ -584,7 +584,7 @@ def test_a_difference_is_told_the_right_way_round(evaluations: Path, capsys: pyt
 def test_what_does_not_compare_is_left_out_with_its_reason(evaluations: Path) -> None:
     fewer = compared(evaluations, "plain", "fewer")
     assert {row["num"] for row in fewer["metrics"] if row["metric"] == "psnr"} == {20}
-    assert any(reason.startswith("kid: measured on different pictures") for reason in fewer["left_out"])
+    assert any(reason.startswith("kid: measured on different images") for reason in fewer["left_out"])
     seed = compared(evaluations, "plain", "seed")
     assert any("kid: different seeds (0, 1)" in reason for reason in seed["left_out"])
     assert "psnr" in {row["metric"] for row in seed["metrics"]}

@@ -1,4 +1,4 @@
-"""Scores: closed forms, direct sums, planted answers, and the 999 pictures of CelebA where they are there."""
+"""Scores: closed forms, direct sums, planted answers, and the 999 images of CelebA where they are there."""
 
 import numpy as np
 import pytest
@@ -23,13 +23,13 @@ def test_psnr_of_a_known_error() -> None:
     assert metrics.psnr(one, two) == pytest.approx([20 * np.log10(255 / 10), 10 * np.log10(255**2 / 200)])
 
 
-def test_identical_pictures_have_the_capped_psnr_and_ssim_one() -> None:
+def test_identical_images_have_the_capped_psnr_and_ssim_one() -> None:
     pictures = noise(2)
     assert metrics.psnr(pictures, pictures).tolist() == [metrics.MAX_PSNR] * 2
     assert metrics.ssim(pictures, pictures) == pytest.approx([1, 1])
 
 
-def test_ssim_of_constant_pictures_is_its_luminance_term() -> None:
+def test_ssim_of_constant_images_is_its_luminance_term() -> None:
     one, two = np.full((1, 32, 32, 3), 100, np.uint8), np.full((1, 32, 32, 3), 150, np.uint8)
     c1 = (0.01 * 255) ** 2
     assert metrics.ssim(one, two) == pytest.approx([(2 * 100 * 150 + c1) / (100**2 + 150**2 + c1)], abs=5e-4)
@@ -131,8 +131,8 @@ def test_kid_of_one_distribution_is_about_zero_and_its_interval_holds_it() -> No
     assert covered >= 16  # 95 % intervals of 20 trials
 
 
-def test_kid_needs_enough_pictures() -> None:
-    with pytest.raises(ValueError, match="20 pictures"):
+def test_kid_needs_enough_images() -> None:
+    with pytest.raises(ValueError, match="20 images"):
         metrics.kid(torch.randn(19, 4), torch.randn(100, 4))
 
 
@@ -144,7 +144,7 @@ def test_kid_of_a_known_kernel_mean() -> None:
     assert metrics.kid(real, made) == pytest.approx(kernel["rr"] + kernel["mm"] - 2 * kernel["rm"])
 
 
-def test_kid_of_one_set_of_pictures_against_itself_is_below_0_by_the_pictures_that_meet_themselves() -> None:
+def test_kid_of_one_set_of_images_against_itself_is_below_0_by_the_images_that_meet_themselves() -> None:
     """2 / n (E k(x, y) - E k(x, x)) over y other than x: the halves are not drawn apart, as the estimate wants them."""
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     kernel = (x @ x.T / 6 + 1) ** 3
@@ -158,7 +158,7 @@ def test_kid_of_one_set_of_pictures_against_itself_is_below_0_by_the_pictures_th
     assert interval.low < 0 < interval.high
 
 
-def test_kid_takes_so_many_pictures_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kid_takes_so_many_images_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(2, 90, 4, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(metrics, "MAX_KID_IMAGES", 30)
     rows = torch.linspace(0, 89, 30, dtype=torch.float64).round().long()
@@ -199,8 +199,8 @@ def test_the_frechet_interval_holds_the_truth() -> None:
     assert np.mean(held) >= 0.85
 
 
-def test_the_frechet_distance_needs_enough_pictures() -> None:
-    with pytest.raises(ValueError, match="2048 pictures"):
+def test_the_frechet_distance_needs_enough_images() -> None:
+    with pytest.raises(ValueError, match="2048 images"):
         metrics.frechet(torch.randn(2047, 2), torch.randn(4000, 2))
 
 
@@ -231,7 +231,7 @@ def test_two_swapped_people_are_missed_and_nobody_else() -> None:
     assert metrics.cosine(queries, gallery)[3] == pytest.approx(expected)
 
 
-def test_a_tie_is_a_miss_and_another_picture_of_the_same_person_no_rival() -> None:
+def test_a_tie_is_a_miss_and_another_image_of_the_same_person_no_rival() -> None:
     gallery = np.random.default_rng(0).normal(size=(4, 8))
     gallery[2] = 3 * gallery[1]  # the same direction
     assert metrics.rank_1(gallery, gallery).tolist() == [1, 0, 0, 1]
@@ -248,7 +248,7 @@ def test_diversity_is_the_mean_distance_of_samples() -> None:
         metrics.diversity(corners[:, None])
 
 
-def test_memorised_pictures_are_found_and_new_ones_pass() -> None:
+def test_memorised_images_are_found_and_new_ones_pass() -> None:
     draw = np.random.default_rng(0)
     train, real, new = (draw.normal(size=(num, 8)).astype(np.float32) for num in (600, 999, 4000))
     found = metrics.nearest(new, train, real)
@@ -335,7 +335,7 @@ def test_other_feature_nets_are_the_cores() -> None:
 @celeba
 @pytest.mark.slow
 def test_kid_of_real_faces_knows_the_same_from_the_other() -> None:
-    """Random halves are one distribution, men and women two. Every third picture, for time."""
+    """Random halves are one distribution, men and women two. Every third image, for time."""
     pictures, male = centre_crops(64, every=3)
     net = nets.feature_net()
     features = nets.features(net.module, pictures)

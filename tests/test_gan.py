@@ -66,7 +66,7 @@ class Constant(nn.Module):
         return torch.where(x[:, :1, :1, :1] == 0.5, -0.5, 0.5).expand_as(x)
 
 
-def test_validation_errors_are_one_number_a_picture() -> None:
+def test_validation_errors_are_one_number_a_image() -> None:
     source, target = torch.zeros(2, 3, 8, 8), torch.tensor([0.5, -0.5]).reshape(2, 1, 1, 1).expand(2, 3, 8, 8)
     domain = torch.tensor([0, 1])
     assert gan.validation_error(Constant(), "pix2pix", source, target, domain).tolist() == [0, 1]
@@ -121,7 +121,7 @@ def test_a_patch_is_as_large_as_documented(levels: int, side: int) -> None:
 
 @METHODS
 @pytest.mark.parametrize("size", [(16, 16), (24, 40)])
-def test_pictures_keep_their_size_and_range(method: str, size: tuple[int, int]) -> None:
+def test_images_keep_their_size_and_range(method: str, size: tuple[int, int]) -> None:
     generator = trainer(method).generator
     out = generator(torch.randn(3, 3, *size) * 5, torch.tensor([0, 1, 0]))
     assert out.shape == (3, 3, *size)
@@ -135,14 +135,14 @@ def test_other_sizes_are_refused_by_name(method: str) -> None:
         InputError, match=rf"18 x 16 pixels: for {method} both must be multiples of {8 if 'p' in method else 4}"
     ):
         generator(torch.zeros(1, 3, 16, 18), torch.tensor([0]))
-    with pytest.raises(InputError, match="picture of 20 x 20 pixels"):
+    with pytest.raises(InputError, match="image of 20 x 20 pixels"):
         gan.check(config_of("pix2pix", image_size=20))
-    with pytest.raises(InputError, match="num-discriminator-levels is 3, which takes pictures of 24 px or more"):
+    with pytest.raises(InputError, match="num-discriminator-levels is 3, which takes images of 24 px or more"):
         gan.check(config_of(method, gan=GANConfig(num_levels=3, num_discriminator_levels=3)))
 
 
 @METHODS
-def test_no_picture_sees_its_neighbour(method: str) -> None:
+def test_no_image_sees_its_neighbour(method: str) -> None:
     source, _, domain = batch(5)
     generator = trainer(method).generator
     together = generator(source, domain)
@@ -213,7 +213,7 @@ def test_a_resumed_training_equals_an_unbroken_one(method: str) -> None:
             ours.step(*batch(8, seed=step), learning_rate=1e-3, step=step)
         return ours
 
-    whole = run(trainer(method), range(10))  # 8 pictures a side and step: the history of 50 overflows
+    whole = run(trainer(method), range(10))  # 8 images a side and step: the history of 50 overflows
     half = run(trainer(method), range(8))
     again = trainer(method)
     again.load_state_dict(half.state_dict())
@@ -283,7 +283,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
                 torch.testing.assert_close(first["histories"][side], history.pictures, rtol=0.0, atol=0.1)
 
 
-def pictures_of(seed: int, count: int) -> Tensor:
+def images_of(seed: int, count: int) -> Tensor:
     """Bright discs of warm colours on dark ground, 16 px; inverted they are dark discs of cold colours on bright."""
     generator = torch.Generator().manual_seed(seed)
     places, colours = torch.rand(count, 3, generator=generator), torch.rand(count, 3, 1, 1, generator=generator)
@@ -297,12 +297,12 @@ def pictures_of(seed: int, count: int) -> Tensor:
 def test_pix2pix_learns_to_invert_colours() -> None:
     ours = trainer("pix2pix", gan=GANConfig(channels=16, num_levels=3, num_discriminator_levels=1))
     for step in range(150):
-        day = pictures_of(step, 8)
+        day = images_of(step, 8)
         domain = torch.arange(8) % 2
         side = domain[:, None, None, None] == 1
         source = torch.where(side, day, -day)
         ours.step(source, -source, domain, learning_rate=2e-3, step=step)
-    source = pictures_of(10_000, 16)
+    source = images_of(10_000, 16)
     for domain, picture in ((1, source), (0, -source)):
         made = ours.generator(picture, torch.full((16,), domain))
         assert (made + picture).abs().mean() < 0.1 * (2 * picture).abs().mean()  # the identity is off by 2 |x|
@@ -311,9 +311,9 @@ def test_pix2pix_learns_to_invert_colours() -> None:
 def test_cyclegan_learns_to_invert_colours_without_pairs() -> None:
     ours = trainer("cyclegan", gan=GANConfig(channels=12, num_res_blocks=1, num_discriminator_levels=1))
     for step in range(100):
-        day, night = pictures_of(2 * step, 4), -pictures_of(2 * step + 1, 4)
+        day, night = images_of(2 * step, 4), -images_of(2 * step + 1, 4)
         ours.step(day, night, torch.ones(4, dtype=torch.int64), learning_rate=1e-3, step=step)
-    source = pictures_of(10_000, 16)
+    source = images_of(10_000, 16)
     for domain, picture in ((1, source), (0, -source)):
         made = ours.generator(picture, torch.full((16,), domain))
         assert (made + picture).abs().mean() < 0.5 * (2 * picture).abs().mean()

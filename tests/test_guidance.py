@@ -18,7 +18,7 @@ PREDICTIONS = pytest.mark.parametrize("prediction", ["eps", "v", "x_0"])
 
 
 class Recorder(torch.nn.Module):
-    """A network whose output names what it was shown; it counts its forward passes and the pictures in each."""
+    """A network whose output names what it was shown; it counts its forward passes and the images in each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -360,7 +360,7 @@ def test_identity_guidance_is_finite_at_pure_noise(prediction):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("prediction", ["v", "x_0"])
-def test_all_of_it_together_is_finite_and_each_picture_its_own(name, prediction):
+def test_all_of_it_together_is_finite_and_each_image_its_own(name, prediction):
     condition = torch.randn(3, 3, 4, 4, generator=seeded("condition"), dtype=torch.float64)
     x_T = torch.randn(3, 3, 4, 4, generator=seeded("x_T"), dtype=torch.float64)
 

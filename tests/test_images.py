@@ -1,4 +1,4 @@
-"""Pictures as users have them, and the one preprocessing."""
+"""Images as users have them, and the one preprocessing."""
 
 import io
 import struct
@@ -103,7 +103,7 @@ def _linear_profile(srgb: bytes) -> bytes:
     return bytes(data).replace("sRGB".encode("utf-16-be"), "line".encode("utf-16-be")).replace(b"sRGB", b"line")
 
 
-def test_phones_jpeg_with_previews_is_one_picture() -> None:
+def test_phones_jpeg_with_previews_is_one_image() -> None:
     data = encoded(picture(64, 64), "MPO", save_all=True, append_images=[picture(16, 16)])
     assert images.decode(data).size == (64, 64)
 
@@ -134,7 +134,7 @@ def noise_jpeg() -> bytes:
     ],
     ids=["empty", "text", "truncated-jpeg", "truncated-png", "bomb", "tiny", "animation"],
 )
-def test_what_is_no_picture_is_refused_in_one_line(data: bytes, reason: str) -> None:
+def test_what_is_no_image_is_refused_in_one_line(data: bytes, reason: str) -> None:
     with pytest.raises(InputError, match=reason) as caught:
         images.decode(data, name="holiday.jpg")
     assert str(caught.value).startswith("holiday.jpg: ")

@@ -102,15 +102,15 @@ def test_bonferroni_keeps_all_comparisons_right_at_once() -> None:
     assert coverage(together) <= 0.06
 
 
-# -- intervals over training seeds and pictures
+# -- intervals over training seeds and images
 
 
 def crossed(draw: np.random.Generator, seeds: int, num: int, spread: tuple[float, float, float]) -> np.ndarray:
-    """Truth 0; `spread` of the seeds' part, of the pictures' and of what is a value's own."""
-    of_seeds, of_pictures, own = spread
+    """Truth 0; `spread` of the seeds' part, of the images' and of what is a value's own."""
+    of_seeds, of_images, own = spread
     return (
         of_seeds * draw.normal(size=(seeds, 1))
-        + of_pictures * draw.normal(size=num)
+        + of_images * draw.normal(size=num)
         + own * draw.normal(size=(seeds, num))
     )
 
@@ -142,7 +142,7 @@ def test_where_only_seeds_differ_the_interval_is_students_of_their_means() -> No
     assert (found.mean, found.high - found.mean) == pytest.approx((7 / 3, half))
 
 
-def test_where_only_pictures_differ_seeds_add_nothing() -> None:
+def test_where_only_images_differ_seeds_add_nothing() -> None:
     pictures = np.random.default_rng(0).normal(size=50)
     found = intervals.two_level(np.stack([pictures] * 3))
     half = stats.t.ppf(0.975, 49) * pictures.std(ddof=1) / 50**0.5
@@ -157,7 +157,7 @@ def test_two_level_rates_stay_within_0_and_1_and_are_never_certain() -> None:
     draw = np.random.default_rng(0)
     held = []
     for _ in range(500):
-        hard = draw.random(100) < 0.1  # pictures that no seed can do
+        hard = draw.random(100) < 0.1  # images that no seed can do
         held.append(holds(intervals.two_level((~hard[None] & (draw.random((3, 100)) < 0.95)).astype(float)), 0.855))
     assert 0.91 <= coverage(held) <= 0.995
 
@@ -187,8 +187,8 @@ def test_two_samplings_of_the_same_networks_are_told_apart_where_two_trainings_a
     assert one == intervals.difference(ours[0], theirs[0], seed=4)
 
 
-def test_a_difference_of_other_pictures_or_other_seeds_is_refused() -> None:
-    with pytest.raises(ValueError, match="same pictures"):
+def test_a_difference_of_other_images_or_other_seeds_is_refused() -> None:
+    with pytest.raises(ValueError, match="same images"):
         intervals.two_level_difference(np.zeros((3, 5)), np.zeros((3, 6)), paired_seeds=False)
     with pytest.raises(ValueError, match="paired seeds"):
         intervals.two_level_difference(np.zeros((3, 5)), np.zeros((2, 5)), paired_seeds=True)
@@ -210,7 +210,7 @@ def test_the_halves_spread_is_not_divided_by_their_number() -> None:
     assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 199) * halves.std(ddof=1))
     apart = intervals.two_level(np.stack([halves - 1, halves, halves + 1]), halves=True)
     half = stats.t.ppf(0.975, 2) / 3**0.5
-    assert apart.high - apart.mean == pytest.approx(half, rel=0.1)  # the seeds outweigh the pictures
+    assert apart.high - apart.mean == pytest.approx(half, rel=0.1)  # the seeds outweigh the images
     assert intervals.two_level(halves[None], halves=True) == intervals.halves_interval(halves)
     moved = intervals.two_level_difference(halves[None] + 0.2, halves[None], paired_seeds=True, halves=True)
     assert (moved.low, moved.high) == pytest.approx((0.2, 0.2))
@@ -247,7 +247,7 @@ def test_the_map_is_the_best_one_and_moments_add_up() -> None:
     assert np.allclose(baselines.solve_color_map(parts), best)
 
 
-def test_pictures_of_one_colour_still_give_a_map() -> None:
+def test_images_of_one_colour_still_give_a_map() -> None:
     sources = np.full((2, 8, 8, 3), 100, np.uint8)
     targets = np.full((2, 8, 8, 3), 30, np.uint8)
     assert (baselines.apply_color_map(baselines.linear_color_map(sources, targets), sources) == 30).all()

@@ -110,7 +110,7 @@ def test_report() -> None:
     assert notes == [
         "matched by 2 of 3 attributes, landmarks, identity: of those 1.33 differ on average, of all 2.00 (at most 2); "
         "landmarks lie 3.3 px apart; the cosine of embeddings is 0.00; "
-        "a picture serves as match for up to 2 others, 33% for none",
+        "an image serves as match for up to 2 others, 33% for none",
         "worst matches: c with a, b with a, a with b",
     ]
 
@@ -151,7 +151,7 @@ def test_no_encoder_there(tmp_path: Path) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> CelebA:
-    """60 pictures of 20 people with split, identities and landmarks."""
+    """60 images of 20 people with split, identities and landmarks."""
     made = CelebA(tmp_path / "in")
     made.text("list_eval_partition.txt", made.partition())
     made.text("identity_CelebA.txt", made.people[:, None])
@@ -231,7 +231,7 @@ def official_png(source: CelebA) -> None:
 
 
 def kaggle(source: CelebA) -> None:
-    """Comma-separated lists, and the pictures in a folder of the same name twice."""
+    """Comma-separated lists, and the images in a folder of the same name twice."""
     points = np.random.default_rng(1).integers(60, 110, (60, 10))
     source.csv("list_attr_celeba.csv", source.values, ATTRIBUTES)
     source.csv("list_eval_partition.csv", source.partition(), ("partition",))

@@ -229,11 +229,11 @@ class Undefined(nn.Module):
 @pytest.mark.parametrize(
     ("net", "told"),
     [
-        (FixedSide(), r"cannot take 3 pictures of 80 x 80 \(uint8, b 3 h w\): .*; export it for any b, h and w$"),
-        (BySide(), r"returns 12288 and 19200 values a picture, by the picture's side$"),
-        (Maps(), r"returns \[1, 3, 64, 64\] for 1 picture of 64 x 64 .*; it must return b d, one row a picture$"),
-        (OneRow(), r"returns \[1, 3\] for 3 pictures of 80 x 80 .*; it must return b d"),
-        (Undefined(), r"returns values that are not finite for 1 picture"),
+        (FixedSide(), r"cannot take 3 images of 80 x 80 \(uint8, b 3 h w\): .*; export it for any b, h and w$"),
+        (BySide(), r"returns 12288 and 19200 values an image, by the image's side$"),
+        (Maps(), r"returns \[1, 3, 64, 64\] for 1 image of 64 x 64 .*; it must return b d, one row an image$"),
+        (OneRow(), r"returns \[1, 3\] for 3 images of 80 x 80 .*; it must return b d"),
+        (Undefined(), r"returns values that are not finite for 1 image"),
     ],
 )
 def test_a_net_of_another_shape_is_refused_in_one_line(net: nn.Module, told: str, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_what_is_no_program_is_refused_in_one_line(tmp_path: Path, suffix: str) 
 
 def test_a_classifier_must_know_as_many_sides_as_the_data(tmp_path: Path) -> None:
     uri = save(Means(), tmp_path / "three.pt")
-    with pytest.raises(InputError, match=r"returns 3 values a picture; .* returns 2, one logit of each of day, night$"):
+    with pytest.raises(InputError, match=r"returns 3 values an image; .* returns 2, one logit of each of day, night$"):
         nets.classifier(uri, ("day", "night"))
     with pytest.raises(InputError, match="nothing to tell apart in data with the one domain 'day'"):
         nets.classifier(uri, ("day",))
@@ -335,7 +335,7 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @celeba
 @pytest.mark.slow
 def test_the_gender_net_knows_celeba(judges: Path) -> None:
-    """96.7 % of the 999; every third picture, for time. The other order of domains is the other column."""
+    """96.7 % of the 999; every third image, for time. The other order of domains is the other column."""
     pictures, male = centre_crops(64, every=3)
     net = nets.classifier(str(judges / "gender.pt2"), ("male", "female"))
     right = metrics.flipped(nets.features(net.module, pictures).numpy(), 0) == male
@@ -366,7 +366,7 @@ def test_the_identity_net_tells_strangers_apart() -> None:
 @celeba
 @pytest.mark.slow
 def test_rank_1_finds_the_sources_of_real_faces(judges: Path) -> None:
-    """Pictures brought to 32 px and back are found among the others; swapped ones are not."""
+    """Images brought to 32 px and back are found among the others; swapped ones are not."""
     pictures, _ = centre_crops(64, every=12)
     net = nets.identity_net(str(judges / "identity.pt2"))
     small = nn.functional.interpolate(

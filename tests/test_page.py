@@ -1,4 +1,4 @@
-"""The page, driven in a real browser: drop a picture, see the translation, read what went wrong."""
+"""The page, driven in a real browser: drop an image, see the translation, read what went wrong."""
 
 import base64
 import io
@@ -79,23 +79,23 @@ def pixels(page: webdriver.Chrome, canvas: str) -> np.ndarray:
 
 
 def likeness(shown: np.ndarray, small: np.ndarray) -> float:
-    """Correlation of a smoothly enlarged picture with the small one it should be of."""
+    """Correlation of a smoothly enlarged image with the small one it should be of."""
     back = np.asarray(Image.fromarray(shown).resize(small.shape[:2], Image.Resampling.BOX))
     return float(np.corrcoef(back.ravel(), small.ravel())[0, 1])
 
 
-def day_picture(folder: Path) -> Path:
-    """A real picture: part of the Earth by day, wider than high."""
+def day_image(folder: Path) -> Path:
+    """A real image: part of the Earth by day, wider than high."""
     path = folder / "day.png"
     with Image.open(ROOT / "jobs/datasets/sources/earth_maps/day.avif") as earth:
         earth.convert("RGB").crop((1000, 200, 1120, 280)).save(path)
     return path
 
 
-def test_a_person_translates_a_picture(page: webdriver.Chrome, checkpoint_folder: str, tmp_path: Path) -> None:
+def test_a_person_translates_a_image(page: webdriver.Chrome, checkpoint_folder: str, tmp_path: Path) -> None:
     assert not page.find_element(By.ID, "translate").is_enabled()
     assert "Licence of the training data" in text(page, "licence")
-    source = day_picture(tmp_path)
+    source = day_image(tmp_path)
     page.find_element(By.ID, "file").send_keys(str(source))
     wait(lambda: "day.png · 120 × 80" in text(page, "source-note"))
     square = images.to_square(images.decode(source.read_bytes()), 16)
@@ -121,16 +121,16 @@ def test_a_person_translates_a_picture(page: webdriver.Chrome, checkpoint_folder
         assert np.abs(np.asarray(saved, int) - expected).max() <= 1  # the model's own pixels, not the enlarged ones
 
 
-def test_a_dropped_picture_is_taken_and_what_is_wrong_is_said(page: webdriver.Chrome, tmp_path: Path) -> None:
+def test_a_dropped_image_is_taken_and_what_is_wrong_is_said(page: webdriver.Chrome, tmp_path: Path) -> None:
     drop = """
       const files = new DataTransfer();
       files.items.add(new File([new Uint8Array(arguments[1])], arguments[0]));
       document.getElementById("drop").dispatchEvent(
         new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
     """
-    page.execute_script(drop, "day.png", list(day_picture(tmp_path).read_bytes()))
+    page.execute_script(drop, "day.png", list(day_image(tmp_path).read_bytes()))
     wait(lambda: "day.png" in text(page, "source-note"))
-    page.execute_script(drop, "notes.txt", list(b"no picture at all"))
+    page.execute_script(drop, "notes.txt", list(b"no image at all"))
     wait(lambda: "cannot show it" in text(page, "source-note"))
     page.find_element(By.ID, "translate").click()
     wait(lambda: "not an image" in text(page, "status"))

@@ -1,4 +1,4 @@
-"""Pictures to a data set, as users call it: what it makes of each source, what it sets aside, what it refuses."""
+"""Images to a data set, as users call it: what it makes of each source, what it sets aside, what it refuses."""
 
 import importlib.metadata
 import io
@@ -264,12 +264,12 @@ def test_killed_in_the_middle_the_same_command_gives_the_same_bytes(earth_set: P
 
 @pytest.fixture
 def two_folders(tmp_path: Path) -> Path:
-    """Twenty pictures of each of two domains, equally named but for the ending."""
+    """Twenty images of each of two domains, equally named but for the ending."""
     for number in range(20):
         save(drawn(number), tmp_path / f"in/cat/sub/{number:02d}.jpg", quality=95)
         save(drawn(number + 100), tmp_path / f"in/dog/sub/{number:02d}.png")
-    (tmp_path / "in/readme.txt").write_text("not a picture")
-    (tmp_path / "in/cat/.hidden.jpg").write_text("not a picture")
+    (tmp_path / "in/readme.txt").write_text("not an image")
+    (tmp_path / "in/cat/.hidden.jpg").write_text("not an image")
     return tmp_path / "in"
 
 
@@ -290,12 +290,12 @@ def test_folders(ray_cluster: None, two_folders: Path, tmp_path: Path, capsys: p
     assert out[-1].endswith("contact_sheet.png")
 
 
-def test_a_broken_picture_without_counterpart_is_set_aside_once(
+def test_a_broken_image_without_counterpart_is_set_aside_once(
     ray_cluster: None, two_folders: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(two_folders, tmp_path / "source")
     first = next(path for path in sorted((tmp_path / "source").iterdir()) if path.is_dir())
-    (first / "broken.jpg").write_text("no picture")
+    (first / "broken.jpg").write_text("no image")
     out = tmp_path / "out"
     prepare.main(["folders", "--source", str(tmp_path / "source"), "--output", str(out), "--pairing", "paired"])
     names = pyarrow.parquet.read_table(out / "rejected.parquet").column("picture").to_pylist()
@@ -354,7 +354,7 @@ def test_splits_do_not_depend_on_anything_but_names() -> None:
 
 @pytest.fixture
 def listed(tmp_path: Path) -> Path:
-    """Pictures in two folders, and pairs.csv, in which cat/0.png has two counterparts."""
+    """Images in two folders, and pairs.csv, in which cat/0.png has two counterparts."""
     for number in range(20):
         save(drawn(number), tmp_path / f"in/cat/{number}.png")
         save(drawn(number + 100), tmp_path / f"in/dog/sub/{number + 100}.png")
@@ -393,7 +393,7 @@ def test_pairs_hang_together_over_versions(ray_cluster: None, listed: Path) -> N
     assert run("folders", *pairs_flags(listed, "--append")) == 3
     card = read_card(str(out))
     torn = {f"{in_train}~{in_val}", f"18.png~{in_val}"}
-    assert rejected(out) == dict.fromkeys(torn, "earlier versions have pictures of it in train and in val")
+    assert rejected(out) == dict.fromkeys(torn, "earlier versions have images of it in train and in val")
     assert card.parts[0].rows == 1
     (listed.parent / "pairs.csv").write_text("\n".join([lines[0], lines[3]]))
     assert run("folders", *pairs_flags(listed, "--append")) == 3
@@ -409,8 +409,8 @@ def test_pairs_hang_together_over_versions(ray_cluster: None, listed: Path) -> N
         ("cat\n0.png\n", "line 1: two different domains"),
         ("cat,cat\n0.png,1.png\n", "line 1: two different domains"),
         ("cat,bird\n0.png,1.png\n", "line 1: there is no domain 'bird'; there are cat, dog"),
-        ("cat,dog\n0.png,sub/100.png\n1.png\n", "line 3: two pictures are expected, it has 1 columns"),
-        ("cat,dog\n0.png,sub/100.png\n\n1.png,101.png\n", "line 4: there is no picture '101.png' in dog"),
+        ("cat,dog\n0.png,sub/100.png\n1.png\n", "line 3: two images are expected, it has 1 columns"),
+        ("cat,dog\n0.png,sub/100.png\n\n1.png,101.png\n", "line 4: there is no image '101.png' in dog"),
         ("cat,dog\n0.png,sub/100.png\n0.png,sub/100.png\n", "line 3: the same pair as in line 2"),
         (b"cat,dog\n\xff\xfe", "is not a CSV file in UTF-8"),
     ],
@@ -433,7 +433,7 @@ def test_pairs_as_spreadsheets_write_them(ray_cluster: None, listed: Path) -> No
 # --------------------------------------------------------------------------------------------- day2night
 
 
-def test_side_by_side_pictures(ray_cluster: None, tmp_path: Path) -> None:
+def test_side_by_side_images(ray_cluster: None, tmp_path: Path) -> None:
     for split, count in (("train", 6), ("val", 2), ("test", 2)):
         for number in range(count):
             both = Image.new("RGB", (80, 40))
@@ -452,7 +452,7 @@ def test_side_by_side_pictures(ray_cluster: None, tmp_path: Path) -> None:
     assert all_rows(tmp_path / "swapped")["train/3.png"]["target"] == row["image"]
 
 
-def test_single_pictures_are_not_taken_for_pairs(ray_cluster: None, tmp_path: Path) -> None:
+def test_single_images_are_not_taken_for_pairs(ray_cluster: None, tmp_path: Path) -> None:
     save(drawn(1, (80, 40)), tmp_path / "in/train/good.png")
     save(drawn(1, (40, 40)), tmp_path / "in/train/single.png")
     assert run("day2night", "--source", tmp_path / "in", "--output", tmp_path / "out", "--image-size", 16) == 3
@@ -478,7 +478,7 @@ def test_day_and_night_folders(ray_cluster: None, tmp_path: Path) -> None:
 
 
 class CelebA:
-    """A source in CelebA's layout: 60 drawn pictures of 20 people, three each."""
+    """A source in CelebA's layout: 60 drawn images of 20 people, three each."""
 
     def __init__(self, folder: Path, count: int = 60) -> None:
         self.folder = folder
@@ -534,7 +534,7 @@ def test_celeba_matched(ray_cluster: None, source: CelebA, tmp_path: Path) -> No
         assert counterpart["split"] == row["split"]
         assert counterpart["domain"] != row["domain"]
         assert row["target"] == counterpart["image"]
-        # no picture of the other side would have been nearer
+        # no image of the other side would have been nearer
         side = [(rows[other]["split"], rows[other]["domain"]) for other in source.names]
         others = [i for i, there in enumerate(side) if there == (row["split"], 1 - row["domain"])]
         differing = np.delete(source.values != source.values[number], 1, axis=1).sum(axis=1)
@@ -567,7 +567,7 @@ def test_celeba_says_so_where_some_are_unknown(ray_cluster: None, source: CelebA
     source.text("identity_CelebA.txt", source.people[:, None])
     _edit("identity_CelebA.txt", lambda text: "\n".join(text.splitlines()[:50]))(source.folder)
     celeba_set(source, tmp_path / "out", "--pairing", "unpaired")
-    unknown = "identity of 10 pictures unknown: identity_CelebA.txt does not list them"
+    unknown = "identity of 10 images unknown: identity_CelebA.txt does not list them"
     assert unknown in read_card(str(tmp_path / "out")).notes
 
 
@@ -588,7 +588,7 @@ def test_celeba_as_csv_and_zip_is_the_same(ray_cluster: None, source: CelebA, tm
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_celeba_set_aside_pictures_are_not_matched(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+def test_celeba_set_aside_images_are_not_matched(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
     (source.folder / "img_align_celeba/000002.jpg").write_bytes(b"text")
     half = (source.folder / "img_align_celeba/000003.jpg").read_bytes()[:900]
     (source.folder / "img_align_celeba/000003.jpg").write_bytes(half)
@@ -606,7 +606,7 @@ def test_celeba_set_aside_pictures_are_not_matched(ray_cluster: None, source: Ce
     assert "truncated" in reasons["000003.jpg"]
     card = read_card(str(out))
     assert card.num_rejected == 2
-    assert any(note.startswith("1 of the pictures that list_attr_celeba lists") for note in card.notes)
+    assert any(note.startswith("1 of the images that list_attr_celeba lists") for note in card.notes)
     assert run("celeba", *flags) == 3  # already there, and still not all of it
 
 
@@ -638,13 +638,13 @@ def _to_csv(header: str) -> Callable[[Path], None]:
         (None, ("--domain-attribute", "smilling"), "did you mean Smiling"),
         (None, ("--limit", 0), "--limit is 0"),
         (lambda folder: (folder / "list_attr_celeba.txt").unlink(), (), "no list_attr_celeba.txt or .csv"),
-        (lambda folder: shutil.rmtree(folder / "img_align_celeba"), (), "none of the 60 pictures"),
-        (_edit("list_attr_celeba.txt", lambda text: text.replace("60", "61", 1)), (), "announces 61 pictures"),
+        (lambda folder: shutil.rmtree(folder / "img_align_celeba"), (), "none of the 60 images"),
+        (_edit("list_attr_celeba.txt", lambda text: text.replace("60", "61", 1)), (), "announces 61 images"),
         (_edit("list_attr_celeba.txt", lambda text: text[:-5]), (), "line 62: "),
         (_edit("list_attr_celeba.txt", lambda text: text.split("\n", 1)[1]), (), "first line must be the number"),
         (_edit("list_attr_celeba.txt", lambda text: text.replace(" 1", " x")), (), "a value is not a number"),
         (_edit("list_attr_celeba.txt", lambda text: text.replace(" 1", " 0")), (), "must hold -1 and 1"),
-        (_edit("list_attr_celeba.txt", lambda text: text.replace("000002", "000001")), (), "lists a picture twice"),
+        (_edit("list_attr_celeba.txt", lambda text: text.replace("000002", "000001")), (), "lists an image twice"),
         (_edit("list_attr_celeba.txt", lambda text: text.rstrip()[:-1] + "3"), (), "as Young; it must be -1 or 1"),
         (lambda folder: (folder / "list_eval_partition.txt").write_text("000001.png 0"), (), "lists none of the 60"),
         (_to_csv("picture,Male,Young"), (), "column 'image_id' is missing"),
@@ -683,7 +683,7 @@ def test_matching_needs_both_sides_in_each_split(ray_cluster: None, source: Cele
 # ------------------------------------------------------------------------------------------ what is wrong
 
 
-def test_pictures_of_every_kind(ray_cluster: None, tmp_path: Path) -> None:
+def test_images_of_every_kind(ray_cluster: None, tmp_path: Path) -> None:
     """What is usable is used, what is not is set aside with its reason."""
     folder = tmp_path / "in/a"
     save(drawn(1), tmp_path / "in/b/one.png")
@@ -737,7 +737,7 @@ TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""How a picture lies in the file, by its EXIF orientation."""
+"""How an image lies in the file, by its EXIF orientation."""
 
 
 def ramp(width: int = 60, height: int = 40) -> Image.Image:
@@ -746,8 +746,8 @@ def ramp(width: int = 60, height: int = 40) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8))
 
 
-def test_every_way_of_saving_a_picture_gives_the_same(ray_cluster: None, tmp_path: Path) -> None:
-    """One picture in many forms and under difficult names, all of it 24-bit sRGB after all."""
+def test_every_way_of_saving_a_image_gives_the_same(ray_cluster: None, tmp_path: Path) -> None:
+    """One image in many forms and under difficult names, all of it 24-bit sRGB after all."""
     folder, image = tmp_path / "in/a", ramp()
     for orientation, turn in TURNED.items():
         exif = Image.Exif()
@@ -814,7 +814,7 @@ def test_what_cannot_be_read_is_set_aside_with_its_reason(ray_cluster: None, tmp
     assert set(told) == {f"a/{name}" for name in reasons}
     for name, reason in reasons.items():
         assert told[f"a/{name}"].startswith(reason)
-    assert "1 picture is smaller than 32 pixels and was enlarged" in read_card(str(tmp_path / "out")).notes
+    assert "1 image is smaller than 32 pixels and was enlarged" in read_card(str(tmp_path / "out")).notes
 
 
 def test_a_file_that_may_not_be_read_is_set_aside(tmp_path: Path) -> None:
@@ -832,7 +832,7 @@ def test_nothing_usable(ray_cluster: None, tmp_path: Path) -> None:
         (tmp_path / "in" / domain).mkdir(parents=True)
         (tmp_path / "in" / domain / "x.jpg").write_text("text")
     message = refused("folders", "--source", tmp_path / "in", "--output", tmp_path / "out")
-    assert message.startswith("none of the 2 pictures can be used; the first: a/x.jpg: not an image")
+    assert message.startswith("none of the 2 images can be used; the first: a/x.jpg: not an image")
     assert not (tmp_path / "out/dataset.json").exists()
 
 
@@ -841,17 +841,17 @@ def test_nothing_usable(ray_cluster: None, tmp_path: Path) -> None:
     [
         (["folders", "--output", "OUT"], "--source is missing"),
         (["folders", "--output", "OUT", "--source", "TMP/nowhere"], "does not exist"),
-        (["folders", "--output", "OUT", "--source", "TMP/empty"], "no pictures in sub-folders"),
+        (["folders", "--output", "OUT", "--source", "TMP/empty"], "no images in sub-folders"),
         (["folders", "--output", "OUT", "--source", "TMP/file"], "is a file"),
         (["folders", "--output", "OUT", "--source", "TMP/one"], "only a; two folders"),
         (["folders", "--output", "OUT", "--domain", "a"], "write NAME=URI"),
         (["folders", "--output", "OUT", "--domain", "a=TMP/one/a", "--domain", "a=TMP/one/a"], "given twice"),
-        (["folders", "--output", "OUT", "--domain", "a=TMP/one/a", "--domain", "b=TMP/empty"], "no pictures there"),
+        (["folders", "--output", "OUT", "--domain", "a=TMP/one/a", "--domain", "b=TMP/empty"], "no images there"),
         (["folders", "--output", "OUT", "--domain", "a=TMP/one/a", "--domain", "b=TMP/no"], "--domain b TMP/no"),
         (["folders", "--output", "TMP/one/out", "--source", "TMP/one"], "lies in --source"),
         (["folders", "--output", "TMP/one/a/out", "--domain", "b=TMP/empty", "--domain", "a=TMP/one/a"],
          "lies in --domain a"),
-        (["day2night", "--output", "OUT", "--source", "TMP/empty"], "no pictures in day/ and night/"),
+        (["day2night", "--output", "OUT", "--source", "TMP/empty"], "no images in day/ and night/"),
         (["celeba", "--output", "OUT", "--source", "TMP/empty"], "no list_attr_celeba"),
         (["earth", "--output", "/proc/nothing/here"], "--output /proc/nothing/here"),
         (["earth", "--output", "TMP/file/below"], "TMP/file/below"),
@@ -927,7 +927,7 @@ def test_a_zip_packed_otherwise(tmp_path: Path) -> None:
         Archive(str(tmp_path / "x.zip")).read("a.jpg")
 
 
-def test_no_room_for_decoded_pictures(tmp_path: Path) -> None:
+def test_no_room_for_decoded_images(tmp_path: Path) -> None:
     pixels = decode.Pixels((2, 1, 8, 8, 3), tmp_path)
     pixels.file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
     with pytest.raises(InputError, match=r"TMPDIR.*no space left"), pixels.file:

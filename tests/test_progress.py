@@ -28,16 +28,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_log_gets_a_line_every_ten_seconds_with_rate_and_time_left(clock: Clock) -> None:
     log = io.StringIO()
-    with Progress(total=200, unit="picture", description="translate", initial=100, stream=log) as bar:
+    with Progress(total=200, unit="image", description="translate", initial=100, stream=log) as bar:
         for _ in range(30):
             clock.now += 1
             bar.update(2, "3 set aside")
     lines = log.getvalue().splitlines()
     assert lines == [
-        "translate: 120 of 200 pictures, 2 a second, 40 s left, 3 set aside",
-        "translate: 140 of 200 pictures, 2 a second, 30 s left, 3 set aside",
-        "translate: 160 of 200 pictures, 2 a second, 20 s left, 3 set aside",
-        "translate: 160 of 200 pictures, 2 a second, took 30 s",
+        "translate: 120 of 200 images, 2 a second, 40 s left, 3 set aside",
+        "translate: 140 of 200 images, 2 a second, 30 s left, 3 set aside",
+        "translate: 160 of 200 images, 2 a second, 20 s left, 3 set aside",
+        "translate: 160 of 200 images, 2 a second, took 30 s",
     ]
 
 

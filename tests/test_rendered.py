@@ -1,4 +1,4 @@
-"""Drawn pictures: the same again from the same numbers, and counterparts that differ only as they should."""
+"""Drawn images: the same again from the same numbers, and counterparts that differ only as they should."""
 
 import hashlib
 import subprocess
@@ -74,7 +74,7 @@ def test_people_do_not_depend_on_the_domain_in_which_they_are_shown() -> None:
     assert np.abs(difference).max() < 4.2  # standard error 0.92
 
 
-def test_every_parameter_shows_in_the_picture() -> None:
+def test_every_parameter_shows_in_the_image() -> None:
     """Some people do not show some parameters (a shaved chin its beard's style): of 24, somebody must show each."""
     for scene in SCENES:
         hidden = set(rendered.NAMES[scene])
@@ -99,12 +99,12 @@ def test_splits_are_a_matter_of_the_index_and_hold_their_shares() -> None:
     assert splits != [rendered.split_of(1, index) for index in range(2000)]
 
 
-# ------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize("domain", [0, 1])
-def test_every_size_shows_the_same_picture(scene: rendered.Scene, domain: int) -> None:
+def test_every_size_shows_the_same_image(scene: rendered.Scene, domain: int) -> None:
     for parameters in people(3, scene):
         large = Image.fromarray(draw(scene, parameters, domain, 256))
         for size in (32, 64, 128):
@@ -127,7 +127,7 @@ def test_extreme_parameters_are_drawn(scene: rendered.Scene) -> None:
             assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 300
 
 
-def test_pictures_are_the_same_in_another_process() -> None:
+def test_images_are_the_same_in_another_process() -> None:
     program = (
         "import hashlib; from jobs.datasets.sources.rendered import draw, parameters_of\n"
         "for scene in ('portraits', 'landscapes'):\n"
@@ -151,7 +151,7 @@ def test_pictures_are_the_same_in_another_process() -> None:
 
 
 def test_sex_changes_nothing_but_the_sex_linked_traits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the traits of one sex put in for the other's, the counterparts are one picture."""
+    """With the traits of one sex put in for the other's, the counterparts are one image."""
     sex_linked = rendered_portraits.sex_linked
     monkeypatch.setattr(rendered_portraits, "sex_linked", lambda p, domain: sex_linked(p, 0))
     for parameters in people(6):
@@ -228,7 +228,7 @@ def test_landmarks_lie_on_eyes_and_mouth(domain: int) -> None:
         assert not iris[tip[1], tip[0]]
 
 
-def test_landmarks_scale_with_the_picture_and_are_the_same_for_both_sexes() -> None:
+def test_landmarks_scale_with_the_image_and_are_the_same_for_both_sexes() -> None:
     for parameters in people(5):
         small, large = (landmarks_of("portraits", parameters, 0, size) for size in (64, 256))
         assert small is not None

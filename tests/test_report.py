@@ -64,7 +64,7 @@ def evaluation() -> dict[str, Any]:
                 "methods": {
                     "model": {"name": "this model", "metrics": {"psnr": interval(21.5), "kid": interval(0.2)}},
                     "copy": {"name": "copy of the source", "metrics": {"psnr": interval(11.25)}},
-                    "real": {"name": "real pictures", "metrics": {"kid": interval(0.01)}},
+                    "real": {"name": "real images", "metrics": {"kid": interval(0.01)}},
                 },
                 "verdicts": [
                     {"better": True, "text": "PSNR: better than a copy by 10.25 dB", "figures": "95 %: 9 to 11"},
@@ -90,7 +90,7 @@ def test_a_runs_report_has_curves_configuration_and_licence(run: Path) -> None:
     assert uri == str(run / "report.html")
     page = (run / "report.html").read_text()
     assert "earth: day → night" in page
-    assert "1,920 pictures seen" in page
+    assert "1,920 images seen" in page
     assert "public domain" in page
     assert "training.optim.learning_rate" in page
     assert "3.11.2" in page
@@ -119,11 +119,11 @@ def test_what_else_was_measured_has_a_curve_of_its_own(tmp_path: Path) -> None:
     captions = re.findall("<figcaption>(.*?)</figcaption>", (tmp_path / "report.html").read_text())
     assert captions == [
         "Loss: training, and validation with its 95 % band",
-        "What else was measured of the validation pictures",
+        "What else was measured of the validation images",
     ]
 
 
-def test_an_evaluations_report_shows_verdicts_figures_and_pictures(run: Path, evaluation: dict[str, Any]) -> None:
+def test_an_evaluations_report_shows_verdicts_figures_and_images(run: Path, evaluation: dict[str, Any]) -> None:
     png = images.encode_png(picture(7))
     report.write_report(str(run), run_uri=str(run), evaluation=evaluation, images=[("held out & shown", png)])
     page = (run / "report.html").read_text()
@@ -137,14 +137,14 @@ def test_an_evaluations_report_shows_verdicts_figures_and_pictures(run: Path, ev
     assert "21.50 <small>20.50 … 22.50</small>" in page
     assert "11.25" in page
     assert "ddim, 20 steps, guidance 1.5" in page
-    assert "123 held-out pictures" in page
+    assert "123 held-out images" in page
     assert "efficientnet-lite0" in page
     assert "NASA Blue Marble" in page
     assert "held out &amp; shown" in page
     assert any(image.size == (16, 16) and image.getpixel((0, 0)) == (7, 7, 7) for image in embedded_images(page))
 
 
-def test_the_best_method_is_marked_and_real_pictures_do_not_compete(evaluation: dict[str, Any]) -> None:
+def test_the_best_method_is_marked_and_real_images_do_not_compete(evaluation: dict[str, Any]) -> None:
     page = report.build({}, evaluation, ())
     marked = re.findall(r'<td class="best">([\d.]+)', page)
     assert marked == ["21.50", "0.2000"]
@@ -195,7 +195,7 @@ def test_many_attributes_are_drawn_as_their_mean_and_odd_names_as_they_are(monke
         assert drawn == [shown, shown]  # light and dark
 
 
-def test_a_film_of_large_pictures_is_reduced() -> None:
+def test_a_film_of_large_images_is_reduced() -> None:
     grid = labelled_grid(["source", "translated"], [[picture(10, 256), picture(20, 256)]])
     columns, rows = ungrid(film_strip({50: grid, 100: grid}))
     assert columns == ["source", "50", "100"]
@@ -224,7 +224,7 @@ def test_a_wide_interval_does_not_flatten_the_curve() -> None:
     assert (axes.get_yscale(), axes.get_ylim()) == ("log", (pytest.approx(0.08), pytest.approx(1.25)))
 
 
-def test_a_grid_has_headings_and_enlarged_pictures_in_order() -> None:
+def test_a_grid_has_headings_and_enlarged_images_in_order() -> None:
     png = labelled_grid(["source", "result"], [[picture(10), picture(20)], [picture(30), picture(40)]])
     grid = np.asarray(Image.open(io.BytesIO(png)))
     side = 128
@@ -241,7 +241,7 @@ def test_a_grid_can_be_taken_apart_again() -> None:
     np.testing.assert_array_equal(cut, rows)
 
 
-def test_a_film_strip_shows_the_same_pictures_after_each_step() -> None:
+def test_a_film_strip_shows_the_same_images_after_each_step() -> None:
     def grid(step: int) -> bytes:
         return labelled_grid(
             ["source", "translated", "truth"], [[picture(i), picture(step + i), picture(200 + i)] for i in range(6)]
@@ -286,11 +286,11 @@ def test_a_running_runs_page_says_how_far_it_is_and_loads_itself_again(run: Path
     assert facts_of(page) == {
         "Step": "20 of 30",
         "Epoch": "2 of 3",
-        "Pictures a second": "1,234",
+        "Images a second": "1,234",
         "Time left": "3 min 20 s",
         "Training loss": "0.5",
         "Best checkpoint": "checkpoints/step-20, validation loss 0.55",
-        "Time in steps": "27 s",  # 1,920 pictures, 70 a second
+        "Time in steps": "27 s",  # 1,920 images, 70 a second
         "Since the first start": "1 h 00 min",
         "Taken up again": "2 ×, at step 5, 10",
     }
@@ -307,17 +307,17 @@ def test_a_run_that_has_ended_is_told_as_such(run: Path, state: str) -> None:
     assert "<progress" not in page
     assert f">{state.capitalize()}</h2>" in page
     assert ("lower the &lt;rate&gt;" in page, "MLflow: down" in page) == (True, True)
-    assert ("Time left" in page, "Pictures a second</dt>" in page) == (False, False)
+    assert ("Time left" in page, "Images a second</dt>" in page) == (False, False)
 
 
-def test_the_fixed_pictures_are_shown_as_they_are_and_as_they_came_to_be(run: Path) -> None:
+def test_the_fixed_images_are_shown_as_they_are_and_as_they_came_to_be(run: Path) -> None:
     for step in range(10, 110, 10):
         rows = [[picture(10), picture(step)], [picture(20), picture(step)]]
         storage.write_bytes(f"{run}/samples/step-{step:08d}.png", labelled_grid(["source", "translated"], rows))
     storage.write_bytes(f"{run}/samples/step-00000100.png.1234.tmp", b"half")
     report.write_report(str(run), run_uri=str(run), status=STATUS)
     page = (run / "report.html").read_text()
-    assert "Validation pictures after 100 steps" in page
+    assert "Validation images after 100 steps" in page
     grids = [png for png in embedded_pngs(page) if b"grid" in png[:200]]
     assert ungrid(grids[0])[1][0][1][0, 0, 0] == 100
     columns, rows = ungrid(grids[1])
@@ -325,10 +325,10 @@ def test_the_fixed_pictures_are_shown_as_they_are_and_as_they_came_to_be(run: Pa
     assert [int(cell[0, 0, 0]) for cell in rows[1]] == [20, 10, 30, 50, 60, 80, 100]
 
 
-def test_an_evaluation_of_a_run_does_not_show_the_pictures_of_its_training(run: Path) -> None:
+def test_an_evaluation_of_a_run_does_not_show_the_images_of_its_training(run: Path) -> None:
     storage.write_bytes(f"{run}/samples/step-00000010.png", labelled_grid(["source"], [[picture(1)]]))
     report.write_report(str(run), run_uri=str(run))
-    assert "Validation pictures" not in (run / "report.html").read_text()
+    assert "Validation images" not in (run / "report.html").read_text()
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ def test_errors_that_this_server_never_gives(text: str, remedy: str) -> None:
 
 @pytest.fixture(scope="module")
 def many(own_s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """2,000 small pictures: where they are on the server, and the content hash of the data set made of them locally."""
+    """2,000 small images: where they are on the server, and the content hash of the data set made of them locally."""
     folder = tmp_path_factory.mktemp("many")
     uri = f"{own_s3.uri}/many"
     with pytest.MonkeyPatch.context() as patch:
@@ -205,7 +205,7 @@ def many(own_s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[st
 
 
 def wait_for_decoding(process: Any) -> None:
-    """Until Ray workers of this process decode pictures."""
+    """Until Ray workers of this process decode images."""
     until = time.monotonic() + 100
     while time.monotonic() < until:
         assert process.poll() is None, process.communicate()

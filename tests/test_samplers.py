@@ -322,7 +322,7 @@ def test_the_callback_sees_the_prediction_of_each_step(name):
 
 
 @EACH
-def test_a_pictures_result_does_not_depend_on_its_batch(name):
+def test_a_images_result_does_not_depend_on_its_batch(name):
     x_T = noise(3, 8)
     options = {"eta": 0.5} if name == "ddim" else {}
     whole = sample(SAMPLERS[name], 10, x_T, **options)

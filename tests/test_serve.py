@@ -1,4 +1,4 @@
-"""The endpoint: what is refused and how, which pictures share a pass, and the real thing on Ray Serve."""
+"""The endpoint: what is refused and how, which images share a pass, and the real thing on Ray Serve."""
 
 import asyncio
 import concurrent.futures
@@ -193,8 +193,8 @@ def endpoint(ray_cluster: None, checkpoint_folder: str) -> Iterator[str]:
     ray.serve.shutdown()
 
 
-def test_a_picture_in_a_picture_out(endpoint: str, checkpoint_folder: str) -> None:
-    """The endpoint gives what the library gives for the same picture, options and seed."""
+def test_a_image_in_a_image_out(endpoint: str, checkpoint_folder: str) -> None:
+    """The endpoint gives what the library gives for the same image, options and seed."""
     query = {"domain": "night", "guidance_scale": 2, "num_steps": 3, "sampler": "ddpm", "seed": 5}
     answer = httpx.post(f"{endpoint}/v1/translate", params=query, content=png(), timeout=60)
     assert answer.status_code == 200, answer.text
@@ -212,7 +212,7 @@ def test_a_picture_in_a_picture_out(endpoint: str, checkpoint_folder: str) -> No
     assert np.abs(result.astype(int) - expected.astype(int)).max() <= 1
 
 
-def test_pictures_sent_together_share_a_pass_but_never_across_options(endpoint: str) -> None:
+def test_images_sent_together_share_a_pass_but_never_across_options(endpoint: str) -> None:
     def send(i: int) -> tuple[bytes, int]:
         query = {"domain": "night", "num_steps": 2 + i % 2}
         answer = httpx.post(f"{endpoint}/v1/translate", params=query, content=png(i // 2), timeout=60)
@@ -231,9 +231,9 @@ def test_pictures_sent_together_share_a_pass_but_never_across_options(endpoint: 
 @pytest.mark.parametrize(
     ("query", "body", "status", "message"),
     [
-        ("domain=night", b"", 400, "picture: the file is empty"),
-        ("domain=night", b"no picture", 400, "picture: not an image"),
-        ("domain=night", png()[:200], 400, "picture: truncated or corrupt"),
+        ("domain=night", b"", 400, "image: the file is empty"),
+        ("domain=night", b"no image", 400, "image: not an image"),
+        ("domain=night", png()[:200], 400, "image: truncated or corrupt"),
         ("", png(), 422, "domain is missing; add ?domain= with one of day, night"),
         ("domain=nigth", png(), 422, "did you mean 'night'?"),
         ("domain=night&num_steps=many", png(), 422, "num_steps is 'many'"),
@@ -282,7 +282,7 @@ def test_the_other_addresses(endpoint: str) -> None:
 
 
 def test_overload_is_answered_429_with_retry_after(endpoint: str, checkpoint_folder: str) -> None:
-    """One picture at a time, one that may wait: of twelve at once some are refused, the others served."""
+    """One image at a time, one that may wait: of twelve at once some are refused, the others served."""
     import ray.serve
 
     args = {

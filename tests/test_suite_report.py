@@ -34,7 +34,7 @@ from jobs.suite.results import Results
 IDS = tuple(f"portrait-{i:03d}" for i in range(200))
 NOISE = np.random.default_rng(0).normal(size=len(IDS))
 NOISE -= NOISE.mean()
-"""Differences between pictures that mean nothing."""
+"""Differences between images that mean nothing."""
 
 
 def rate(share: float) -> np.ndarray:
@@ -56,7 +56,7 @@ def write_evaluation(
     dataset: str = "portraits",
     nfe: int = 20,
 ) -> None:
-    """An evaluation's folder by its contract. `values`: metric → one a picture; `kid`: mean of the halves."""
+    """An evaluation's folder by its contract. `values`: metric → one an image; `kid`: mean of the halves."""
     folder.mkdir(parents=True)
     rows, halves, methods = [], [], {}
     for method, shift in (("model", 0.0), ("copy", -5.0)):
@@ -209,7 +209,7 @@ def plan() -> Plan:
         metrics=METRICS,
         claims=tuple(each for group in CLAIMS.values() for each in group),
         figures=(
-            Figure(kind="pictures", title="Side by side", rows=("guided", "plain", "lost")),
+            Figure(kind="images", title="Side by side", rows=("guided", "plain", "lost")),
             Figure(kind="bars", title="Rates", y="flip_rate"),
             Figure(
                 kind="tradeoff",
@@ -274,7 +274,7 @@ def test_a_verdicts_figures_are_those_that_were_measured(plan: Plan, output: Pat
     assert more.estimate.mean == pytest.approx(3.0)
     assert 2.9 < more.estimate.low <= 3.0 <= more.estimate.high < 3.1
     assert more.together
-    assert "23.00 dB against 20.00 dB; 3 training seeds, 200 pictures" in more.figures
+    assert "23.00 dB against 20.00 dB; 3 training seeds, 200 images" in more.figures
     assert "one seed of one training seed, taken as fixed" in verdicts["one seed has more PSNR"].figures
     half = verdicts["guided closes half of rank-1"]
     assert half.estimate is not None
@@ -369,7 +369,7 @@ def test_the_page_is_whole_says_what_holds_and_fetches_nothing(plan: Plan, outpu
         "CC0 <free>",
         f"python -m jobs.train --data {output}/data/portraits --output {output}/runs/guided/seed-0 --seed 0",
         "copy of the source",
-        "On pictures of which the answer is known the classifier is right on 85 % ± 5: flips are judged badly.",
+        "On images of which the answer is known the classifier is right on 85 % ± 5: flips are judged badly.",
         "Nothing: nothing to draw: SSIM of guided was not measured.",
     ):
         assert words in said, words
@@ -582,7 +582,7 @@ def test_what_jobs_evaluate_writes_is_read(tmp_path: Path, checkpoint_folder: st
     claims = tuple(
         Claim(text=metric, metric=metric, domain="night", ours="one", theirs="two") for metric in ("psnr", "kid")
     )
-    figures = (Figure(kind="pictures", title="Pictures"), Figure(kind="bars", title="PSNR", y="psnr"))
+    figures = (Figure(kind="images", title="Pictures"), Figure(kind="bars", title="PSNR", y="psnr"))
     section = Section(
         key="real", title="Real", question="?", rows=rows, metrics=metrics, claims=claims, figures=figures
     )
@@ -604,7 +604,7 @@ def test_what_jobs_evaluate_writes_is_read(tmp_path: Path, checkpoint_folder: st
 
 
 class Brighter(nn.Module):
-    """A classifier: bright pictures are female."""
+    """A classifier: bright images are female."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         bright = images.float().mean(dim=(1, 2, 3)) - 127.5
@@ -630,7 +630,7 @@ def plain(color: Sequence[float], factor: float = 1.0) -> np.ndarray:
 @pytest.fixture
 def stressed(tmp_path: Path) -> tuple[Plan, str]:
     """Four photos translated: red flipped and kept; green kept but dark; blue turned red; far kept, like no training
-    picture; and one set aside."""
+    image; and one set aside."""
     output = tmp_path / "suite"
     for name, net in (("gender", Brighter()), ("identity", Colors())):
         with warnings.catch_warnings():
@@ -702,8 +702,8 @@ def test_snapshots_are_judged_and_sorted(stressed: tuple[Plan, str]) -> None:
     red, made = np.array([180.0, 20, 20]), np.array([255.0, 100, 100])
     cosine = red @ made / np.linalg.norm(red) / np.linalg.norm(made)
     assert judged["red.png"]["identity"] == pytest.approx(cosine, abs=1e-5)
-    assert judged["far.png"]["distance"] == 1.0  # farther than every held-out picture
-    assert judged["red.png"]["distance"] == 0.0  # it is a training picture
+    assert judged["far.png"]["distance"] == 1.0  # farther than every held-out image
+    assert judged["red.png"]["distance"] == 0.0  # it is a training image
 
 
 def test_successes_and_failures_stand_side_by_side(stressed: tuple[Plan, str]) -> None:

@@ -376,14 +376,14 @@ def test_equal_objectives_do_not_count() -> None:
     assert nearest_to_ideal([{"kid": 0.2, "nfe": 10.0}, {"kid": 0.1, "nfe": 10.0}], {}) == 1
 
 
-def test_what_was_seen_twice_is_compared_picture_by_picture() -> None:
+def test_what_was_seen_twice_is_compared_image_by_image() -> None:
     random = np.random.default_rng(0)
     base = random.normal(20, 5, 400)
     ours = Seen({"psnr": base + 1 + random.normal(0, 0.1, 400)}, np.full(200, 0.1), 10.0)
     theirs = Seen({"psnr": base}, np.full(200, 0.3), 50.0)
     found = sampling_trial.compared(ours, theirs, seed=0)
     assert found["psnr"]["difference"].mean == pytest.approx(1, abs=0.02)
-    assert found["psnr"]["difference"].high - found["psnr"]["difference"].low < 0.03  # not the pictures' own spread
+    assert found["psnr"]["difference"].high - found["psnr"]["difference"].low < 0.03  # not the images' own spread
     assert found["kid"]["difference"].mean == pytest.approx(-0.2)
     assert found["nfe"]["difference"].mean == -40.0
 

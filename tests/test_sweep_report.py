@@ -274,7 +274,7 @@ def test_the_page_has_every_part_and_stands_by_itself(tmp_path: Path, results: d
     ):
         assert text in page
     charts = charts_of(page)
-    assert len(charts) == 2 * (1 + 3 + 1 + 1 + 4) + 1  # for light and dark; the picture
+    assert len(charts) == 2 * (1 + 3 + 1 + 1 + 4) + 1  # for light and dark; the image
     assert all(np.asarray(chart.convert("RGBA"))[..., 3].any() for chart in charts)
 
 
@@ -299,7 +299,7 @@ def test_the_winner_stands_beside_the_hand_choice(results: dict[str, Any]) -> No
     ]
     assert row_of(page, "PSNR to the counterpart, dB ↑")[-2:] == ["worse, more than chance", "there was no lead"]
     assert row_of(page, "identity, cosine ↑")[-2:] == ["no more than chance", "the lead cannot be told from luck"]
-    assert row_of(page, "network evaluations a picture ↓") == ["24", "20", "24", "20", "+4", "worse", "–"]
+    assert row_of(page, "network evaluations an image ↓") == ["24", "20", "24", "20", "+4", "worse", "–"]
     assert "Of 4 objectives the chosen sampling is better in 1, worse in 2, and in 1 as good" in page
 
 
@@ -346,7 +346,7 @@ def test_gain_in_loss_is_told_in_plain_words() -> None:
         "On fresh noise the winner's loss is 0.0312, the hand choice's 0.0401: 22 % lower, more than chance "
         "(difference −0.0089, −0.0101 to −0.0077).",
         "Seen in the search it was 0.0310 against 0.0400, 22 % lower: about 1.4 % of the lead was luck (0 % to 15 %). "
-        "Measured again on 128 pictures of test.",
+        "Measured again on 128 images of test.",
     )
     outcome, text, figures = sweep.gain_in_loss(fresh(0.0390, 0.0400, 0.002)) or ("", "", "")
     assert (outcome, text) == (
@@ -633,4 +633,4 @@ def test_points_that_all_failed_leave_their_reasons() -> None:
 def test_objectives_that_are_not_known_by_name_have_theirs() -> None:
     points = [point(n, objectives={"colour_match": 0.1 * n, "nfe": 8.0 + n}, front=True) for n in range(3)]
     page = page_of({"points": points})
-    assert 'alt="colour match against network evaluations a picture"' in page
+    assert 'alt="colour match against network evaluations an image"' in page

@@ -162,7 +162,7 @@ def runs_of(client: Any) -> list[Any]:
     return client.search_runs([client.get_experiment_by_name("ddpm-translate").experiment_id])
 
 
-def test_mlflow_gets_curves_parameters_and_pictures_and_a_resumed_run_goes_on(client: Any, tmp_path: Path) -> None:
+def test_mlflow_gets_curves_parameters_and_images_and_a_resumed_run_goes_on(client: Any, tmp_path: Path) -> None:
     uri, server = str(tmp_path / "run"), mlflow_uri(str(tmp_path / "mlflow"))
     first = Tracking(uri, CONFIG, mlflow=server, use_ray=False)
     first.log(row(2))

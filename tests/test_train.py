@@ -164,7 +164,7 @@ def assert_alike(one: Path, other: Path) -> None:
 
 @pytest.mark.slow
 def test_three_unequal_workers_compute_what_one_does(two_epochs, dataset_folder, tmp_path):
-    """Of 16 pictures a step they take 5, 5 and 6."""
+    """Of 16 images a step they take 5, 5 and 6."""
     assert run(dataset_folder, tmp_path / "run", *LENGTHS, "--num-workers", "3") == 0
     assert_alike(two_epochs, tmp_path / "run")
 
@@ -524,7 +524,7 @@ def test_samples_are_functions_of_seed_epoch_and_id(ray_cluster, dataset_folder)
 @pytest.mark.parametrize("start", [0, 3, 7])  # of five steps an epoch: the beginning, within the first, in the second
 def test_the_order_is_ours(ray_cluster, dataset_folder, workers, start):
     """Two epochs drawn by processes of their own, from the beginning or taken up again in the middle of an epoch: the
-    global batches are the same, picture by picture, number by number."""
+    global batches are the same, image by image, number by number."""
     options = dataclasses.replace(PRESETS["smoke"].options, global_batch_size=6, max_shift=2, seed=5)
     config = config_for(options)
 
@@ -544,11 +544,11 @@ def test_the_order_is_ours(ray_cluster, dataset_folder, workers, start):
         for number, tensor in enumerate(tensors):
             assert torch.equal(torch.cat([share[step][1][number] for share in shares]), tensor)
     visited = [name for ids, _ in whole for name in ids]
-    assert len(set(visited[:30])) == len(set(visited[30:])) == 30  # each epoch: no picture twice
+    assert len(set(visited[:30])) == len(set(visited[30:])) == 30  # each epoch: no image twice
     assert visited[:30] != visited[30:]
 
 
-def test_pictures_are_flipped_and_shifted_together():
+def test_images_are_flipped_and_shifted_together():
     picture = torch.arange(5 * 5 * 3).reshape(1, 5, 5, 3).to(torch.uint8)
     plain = moved(picture, torch.tensor([False]), torch.tensor([[0, 0]]))
     assert torch.equal(((plain + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1), picture)
@@ -563,7 +563,7 @@ def test_pictures_are_flipped_and_shifted_together():
 
 
 def test_what_the_network_is_shown(ray_cluster, dataset_folder):
-    """The counterpart, any picture of the other side, or the structure of x_0 itself."""
+    """The counterpart, any image of the other side, or the structure of x_0 itself."""
     rows_of, rows = loaded(dataset_folder), np.arange(32)
 
     def batch(**changes) -> Batch:
@@ -602,7 +602,7 @@ def test_both_directions_and_one(ray_cluster, dataset_folder):
     assert set(both.domain.tolist()) == {0, 1}
     for i, domain in enumerate(both.domain.tolist()):
         dimmer, brighter = both.x_0[i].mean(), both.condition[i].mean()
-        assert (dimmer < brighter) == (domain == 1)  # night is darker: the picture fits its label
+        assert (dimmer < brighter) == (domain == 1)  # night is darker: the image fits its label
     one = TrainOptions(flip=False, target_domain="night")
     assert set(Sampler(rows_of, config_for(one), one).train(rows, 0).domain.tolist()) == {1}
 
@@ -718,7 +718,7 @@ def encoder_folder(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("pairing", ["paired", "unpaired"])
 def test_added_losses_are_the_librarys_on_what_was_shown(encoder_folder, pairing):
-    """With x_0 predicted as it is, the predicted picture is known, and so are the losses on it."""
+    """With x_0 predicted as it is, the predicted image is known, and so are the losses on it."""
     smoke = dataclasses.replace(PRESETS["smoke"].options, diffusion=DiffusionConfig(prediction="x_0"))
     options = dataclasses.replace(
         smoke,
@@ -802,8 +802,8 @@ def test_gans_name_their_losses_and_measure_the_same_in_training_and_validation(
         assert found["loss"].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_picture_as_its_own_guide(dataset_folder, tmp_path):
-    """Trained to make a picture from its structure and its label, then asked for the other label."""
+def test_a_image_as_its_own_guide(dataset_folder, tmp_path):
+    """Trained to make an image from its structure and its label, then asked for the other label."""
     flags = ["--pairing", "self", "--max-shift", "1", "--epochs", "1"]
     assert run(dataset_folder, tmp_path / "run", *HERE, *flags) == 0
     there = checkpoint.load(str(tmp_path / "run"))
@@ -855,7 +855,7 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
         (["--global-batch-size", "64"], "more than the 32 training rows; give at most 32"),
         (
             ["--global-batch-size", "3", "--num-workers", "2:4"],
-            "is not a picture for each of 4 workers; give 4 or more",
+            "is not an image for each of 4 workers; give 4 or more",
         ),
         (["--global-batch-size", "4", "--accumulate", "5"], "1 workers in 5 parts each (--accumulate); give 5 or more"),
         (["--method", "cyclegan", "--num-workers", "2:3"], "cannot be shared equally by 3 workers, as cyclegan needs"),
@@ -884,7 +884,7 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
         (["--method", "cyclegan", "--perceptual-weight", "1"], "--perceptual-weight has no effect with --method cycle"),
         (
             ["--identity-weight", "0.1"],
-            "--identity-weight needs an encoder to compare pictures by; give --identity-enc",
+            "--identity-weight needs an encoder to compare images by; give --identity-enc",
         ),
         (["--identity-weight", "-1"], "--identity-weight is -1.0; it must be 0 or more"),
         (["--identity-encoder", "/nowhere"], "has no effect without --identity-weight or --perceptual-weight"),
@@ -931,8 +931,8 @@ def unpaired(folder: Path, *domains: int, val: tuple[int, ...] | None = None) ->
     ("method", "domains", "message"),
     [
         ("pix2pix", (0, 1) * 10, "pix2pix learns from pairs, toy has none; give --method cyclegan"),
-        ("cyclegan", (0,) * 20, "toy has no picture of night in its train split"),
-        ("diffusion", (1,) * 20, "toy has no picture of day in its train split"),
+        ("cyclegan", (0,) * 20, "toy has no image of night in its train split"),
+        ("diffusion", (1,) * 20, "toy has no image of day in its train split"),
     ],
 )
 def test_methods_that_do_not_suit_the_data_are_refused(tmp_path, method, domains, message):
@@ -943,9 +943,9 @@ def test_methods_that_do_not_suit_the_data_are_refused(tmp_path, method, domains
 @pytest.mark.parametrize(
     ("val", "flags", "message"),
     [
-        ((0, 0), [], "toy has no picture of night in its val split"),
-        ((0, 0), ["--target-domain", "day"], "toy has no picture of night in its val split"),
-        ((0, 0), ["--target-domain", "night", "--pairing", "self"], "toy has no picture of night in its val split"),
+        ((0, 0), [], "toy has no image of night in its val split"),
+        ((0, 0), ["--target-domain", "day"], "toy has no image of night in its val split"),
+        ((0, 0), ["--target-domain", "night", "--pairing", "self"], "toy has no image of night in its val split"),
         ((0, 1), ["--target-domain", "night"], "16 is more than the 10 training rows of night; give at most 10"),
     ],
 )

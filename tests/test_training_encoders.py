@@ -1,4 +1,4 @@
-"""Encoders trained by jobs.train: what they are shown, what is refused, and runs on real and drawn pictures."""
+"""Encoders trained by jobs.train: what they are shown, what is refused, and runs on real and drawn images."""
 
 import dataclasses
 import hashlib
@@ -36,8 +36,8 @@ PEOPLE = {"train": range(8), "val": range(8, 11)}
 EACH = {"train": 5, "val": 4}
 
 
-def pictures_of(person: int, number: int) -> np.ndarray:
-    """A person is a mosaic of 2 x 2 colours, which noise and light change a little from picture to picture."""
+def images_of(person: int, number: int) -> np.ndarray:
+    """A person is a mosaic of 2 x 2 colours, which noise and light change a little from image to image."""
     random = np.random.default_rng([person, number])
     mosaic = np.random.default_rng(person).integers(0, 256, (2, 2, 3)).repeat(8, 0).repeat(8, 1)
     return (mosaic * random.uniform(0.8, 1) + random.normal(0, 8, mosaic.shape)).clip(0, 255).astype(np.uint8)
@@ -50,7 +50,7 @@ def crowd(split: str) -> Iterator[Row]:
         yield Row(
             id=f"{split}-{i:03d}",
             domain=i % 2,
-            image=pictures_of(person, i),
+            image=images_of(person, i),
             identity=1000 - person,
             attributes=[1 if person % 3 else -1, i % 7, 1],
         )
@@ -109,7 +109,7 @@ def rows_of(output: Path, split: str) -> list[dict]:
 # -- labels -----------------------------------------------------------------------------------------------------
 
 
-def test_labels_come_with_the_pictures_and_without_them(crowd_folder, tmp_path, monkeypatch):
+def test_labels_come_with_the_images_and_without_them(crowd_folder, tmp_path, monkeypatch):
     monkeypatch.setenv(cache.ROOT, str(tmp_path))
     shuffled = {split: list(crowd(split)) for split in PEOPLE}
     cached = cache.load(crowd_folder, "train")
@@ -138,7 +138,7 @@ def test_the_content_hash_sees_labels(crowd_folder, tmp_path):
     assert len(hashes) == 4
 
 
-def test_a_partner_is_any_other_picture_of_the_person(crowd_folder):
+def test_a_partner_is_any_other_image_of_the_person(crowd_folder):
     options = options_of("identity")
     labels = cache.read_labels(crowd_folder, read_card(crowd_folder), "train")
     truth = EncoderTargets(labels, config_of(crowd_folder, options), options)
@@ -199,7 +199,7 @@ def test_all_names_every_attribute(crowd_folder):
     assert resolved(there, options).attributes == ("night", "blue", "shade", "here")
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------
 
 
 def sampler_of(folder: str, options: TrainOptions, split: str = "train") -> Sampler:
@@ -218,7 +218,7 @@ def test_an_encoder_sees_either_side_of_a_true_pair(dataset_folder):
         assert np.array_equal(draw.source[i], (targets, images)[side][i])
 
 
-def test_the_counterpart_of_a_matched_picture_is_somebody_else(tmp_path):
+def test_the_counterpart_of_a_matched_image_is_somebody_else(tmp_path):
     rows = {split: list(crowd(split)) for split in PEOPLE}
     rows = {
         split: [dataclasses.replace(row, target=rows[split][i - 1].image) for i, row in enumerate(rows[split])]
@@ -343,7 +343,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(crowd_folder, tmp_path, c
     with pytest.raises(InputError, match=r"is not a ddpm-translate checkpoint's but an encoder's"):
         checkpoint.load(str(tmp_path / "run"))
     (tmp_path / "run/best.json").unlink()
-    with pytest.raises(InputError, match="is an encoder's run; it translates no pictures"):
+    with pytest.raises(InputError, match="is an encoder's run; it translates no images"):
         checkpoint.load(str(tmp_path / "run"))
 
 
@@ -414,7 +414,7 @@ def test_two_workers_compute_what_one_does(ray_cluster, crowd_folder, tmp_path):
         (
             "attributes",
             ["--encoder.attributes", "blue", "here"],
-            "here: the same in all training pictures of crowd, nothing to learn; give --encoder.attributes blue",
+            "here: the same in all training images of crowd, nothing to learn; give --encoder.attributes blue",
         ),
         ("identity", ["--global-batch-size", "41"], "more than the 40 training rows"),
         ("identity", ["--max-train-images", "12", "--global-batch-size", "16"], "more than the 12 training rows"),
@@ -438,20 +438,20 @@ def one_each(split: str) -> list[Row]:
 @pytest.mark.parametrize(
     ("rows", "method", "flags", "message"),
     [
-        (lambda: edited(identity=None), "identity", [], "crowd does not say whom the pictures of its val split show"),
+        (lambda: edited(identity=None), "identity", [], "crowd does not say whom the images of its val split show"),
         (
             lambda: {split: one_each(split) for split in PEOPLE},
             "identity",
             [],
-            "two pictures or more of only 0 of the 12 people in its val split",
+            "two images or more of only 0 of the 12 people in its val split",
         ),
         (
             lambda: {**edited(), "train": one_each("train")},
             "identity",
             [],
-            "two pictures or more of only 0 of the 40 people in its train split",
+            "two images or more of only 0 of the 40 people in its train split",
         ),
-        (lambda: edited(domain=1), "attributes", [], "night: the same in all training pictures of crowd"),
+        (lambda: edited(domain=1), "attributes", [], "night: the same in all training images of crowd"),
         (
             lambda: edited(attributes=None),
             "attributes",
@@ -469,7 +469,7 @@ def test_data_that_do_not_suit_an_encoder(tmp_path, rows, method, flags, message
     assert not (tmp_path / "run").exists()
 
 
-def test_pictures_of_one_domain_are_enough_for_an_encoder(tmp_path):
+def test_images_of_one_domain_are_enough_for_an_encoder(tmp_path):
     folder = write(tmp_path, edited(domain=0), domains=("people",))
     assert config_of(folder, options_of("identity")).data.num_people == 8
     named = options_of("attributes", encoder=dataclasses.replace(SMALL, attributes=("blue",)))

@@ -1,4 +1,4 @@
-"""Batch translation: names, resume, bad pictures, exit codes; on the session's Ray with a tiny network."""
+"""Batch translation: names, resume, bad images, exit codes; on the session's Ray with a tiny network."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from jobs.common import cli
 from jobs.datasets import writing
 from jobs.datasets.format import DatasetCard, Row, read_card
 from jobs.translation import listing
-from jobs.translation.batch import Translate, expand_rows, read_pictures
+from jobs.translation.batch import Translate, expand_rows, read_images
 from jobs.translation.driver import open_output
 from jobs.translation.manifest import Manifest
 from jobs.translation.plan import TranslateArgs, plan_translation, remaining
@@ -65,7 +65,7 @@ def manifest(output: Path) -> dict[str, dict[str, Any]]:
         (["a.jpg", "a.png"], ["a.jpg.png", "a.png.png"]),
         (["a.jpg", "A.png"], ["a.jpg.png", "A.png.png"]),  # one file where case does not count
         (["b.jpg", "b.png", "b.jpg.png"], ["b.jpg.png", "b.png.png", "b.jpg.png.png"]),
-        (["tile 7", "x.y"], ["tile 7.png", "x.y.png"]),  # a data set's ids have no picture's suffix
+        (["tile 7", "x.y"], ["tile 7.png", "x.y.png"]),  # a data set's ids have no image's suffix
         (["../up.jpg", ".hidden/x", "/root.jpg"], ["_../up.png", "_.hidden/x.png", "_/root.png"]),
     ],
 )
@@ -78,19 +78,19 @@ def test_names_given_before_stay() -> None:
     assert names == {"a.jpg": "a.png", "a.png": "a.png.png"}
 
 
-def test_a_picture_called_preview_is_not_lost() -> None:
+def test_a_image_called_preview_is_not_lost() -> None:
     assert listing.output_names(["preview.jpg"], {"": "preview.png"}) == {"preview.jpg": "preview.jpg.png"}
 
 
 # -- the listing
 
 
-def test_only_pictures_are_listed_to_any_depth(tmp_path: Path) -> None:
+def test_only_images_are_listed_to_any_depth(tmp_path: Path) -> None:
     for name in ("b.JPG", "x/y/a.png", "._b.jpg", ".thumbs/c.png", "notes.txt", "jpg"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"12345")
-    found, others = listing.list_pictures(str(tmp_path))
+    found, others = listing.list_images(str(tmp_path))
     assert [entry["id"] for entry in found] == ["b.JPG", "x/y/a.png"]
     assert others == 4
     assert found[0]["size"] == 5
@@ -138,9 +138,9 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
 
 def test_reading_prepares_as_training_did_and_keeps_the_reason(tmp_path: Path) -> None:
     put(tmp_path / "wide.png", 1, side=40)
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
     batch = {"id": np.array(["wide.png", "bad.jpg", "gone.png"]), "output": np.array(["1", "2", "3"])}
-    read = read_pictures(batch, root=str(tmp_path), image_size=16, to="night", seed=5)
+    read = read_images(batch, root=str(tmp_path), image_size=16, to="night", seed=5)
     right = images.to_square(images.decode((tmp_path / "wide.png").read_bytes()), 16)
     assert np.array_equal(read["image"][0], right)
     assert read["error"][0] == ""
@@ -206,16 +206,16 @@ def test_a_folder_is_translated_resumed_and_kept_up_to_date(
 ) -> None:
     """One story, since each step stands on the one before."""
     output = tmp_path / "out"
-    (folder / "bad.jpg").write_bytes(b"no picture")
+    (folder / "bad.jpg").write_bytes(b"no image")
     (folder / "notes.txt").write_text("hello")
     argv = command(checkpoint_folder, folder, output)
     assert run(argv) == cli.SET_ASIDE
     said = capsys.readouterr()
-    assert "1 of 6 pictures were set aside" in said.err
+    assert "1 of 6 images were set aside" in said.err
     assert str(output / "rejected.txt") in said.err
     assert "bad.jpg: not an image" in (output / "rejected.txt").read_text()
 
-    # the results are those of the network on each picture alone
+    # the results are those of the network on each image alone
     alone = Translator(checkpoint.load(checkpoint_folder))
     for i in range(5):
         found = np.asarray(Image.open(output / f"{i % 2}" / f"p{i}.png"))
@@ -226,7 +226,7 @@ def test_a_folder_is_translated_resumed_and_kept_up_to_date(
     assert sum(row["status"] == "ok" for row in rows.values()) == 5
     note = json.loads((output / "run.json").read_text())
     assert note["complete"]
-    assert note["counts"] == {"pictures": 6, "ok": 5, "rejected": 1, "ignored": 1}
+    assert note["counts"] == {"images": 6, "ok": 5, "rejected": 1, "ignored": 1}
     assert note["options"]["guidance_scale"] == 1.5
     assert note["licence"] == "unknown"
     assert Image.open(output / "preview.png").size[0] > 256
@@ -238,7 +238,7 @@ def test_a_folder_is_translated_resumed_and_kept_up_to_date(
     put(folder / "0" / "p4.webp", 79)
     (output / "1" / "p1.png").unlink()
     assert run(argv) == cli.DONE
-    assert "4 pictures to translate, 3 are done already" in capsys.readouterr().out
+    assert "4 images to translate, 3 are done already" in capsys.readouterr().out
     after = {path: path.stat().st_mtime_ns for path in before}
     changed = {str(path.relative_to(output)) for path in before if before[path] != after[path]}
     assert changed == {"0/p0.png", "1/p1.png"}
@@ -248,7 +248,7 @@ def test_a_folder_is_translated_resumed_and_kept_up_to_date(
 
     # and again: nothing
     assert run(argv) == cli.DONE
-    assert "nothing to do, 7 pictures translated already" in capsys.readouterr().out
+    assert "nothing to do, 7 images translated already" in capsys.readouterr().out
 
     # other options do not mix with these results
     with pytest.raises(InputError, match=r"guidance_scale = 1.5, this command says 3.0"):
@@ -298,7 +298,7 @@ def test_a_damaged_shard_is_named(
         job.main(["--checkpoint", checkpoint_folder, "--output", str(tmp_path / "out"), *flags])
 
 
-def test_all_pictures_bad_is_no_crash(run: Any, tmp_path: Path, checkpoint_folder: str) -> None:
+def test_all_images_bad_is_no_crash(run: Any, tmp_path: Path, checkpoint_folder: str) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"")
     assert run(command(checkpoint_folder, tmp_path / "in", tmp_path / "out")) == cli.SET_ASIDE
@@ -322,7 +322,7 @@ def test_wrong_input_is_named(folder: Path, tmp_path: Path, checkpoint_folder: s
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("hello")
     message = refused(command(checkpoint_folder, tmp_path / "empty", out))
-    assert "holds no pictures (1 other files" in message
+    assert "holds no images (1 other files" in message
     assert "no checkpoint here" in refused(command(str(tmp_path / "empty"), folder, out))
     argv = command(checkpoint_folder, folder, out)
     argv[argv.index("night")] = "nigth"
@@ -436,7 +436,7 @@ def test_guides_that_cannot_lead_are_refused(folder: Path, tmp_path: Path, check
     smile = str(write_encoder(tmp_path / "smile", attributes=("Smiling",)))
     short = str(write_encoder(tmp_path / "short", diffusion=DiffusionConfig(num_timesteps=500)))
     for flags, named in [
-        (["--classifier-guidance", clean], "knows clean pictures only"),
+        (["--classifier-guidance", clean], "knows clean images only"),
         (["--classifier-guidance", smile], "does not know night, only Smiling"),
         (["--classifier-guidance", short], "num_timesteps is 500, it must be 1000"),
         (["--classifier-guidance", who], "--classifier-guidance: .* is an identity encoder"),
@@ -552,11 +552,11 @@ def test_temporary_files_of_a_killed_run_are_swept(folder: Path, tmp_path: Path,
 def test_bucket_to_bucket(
     run: Any, s3: Any, folder: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Checkpoint, pictures and results all on S3; changed objects are found there too."""
+    """Checkpoint, images and results all on S3; changed objects are found there too."""
     root = f"{s3.uri}/translate"
     for path in folder.rglob("*.png"):
         storage.write_bytes(f"{root}/in/{path.relative_to(folder)}", path.read_bytes())
-    storage.write_bytes(f"{root}/in/bad.jpg", b"no picture")
+    storage.write_bytes(f"{root}/in/bad.jpg", b"no image")
     for path in Path(checkpoint_folder).iterdir():
         storage.write_bytes(f"{root}/checkpoint/{path.name}", path.read_bytes())
     argv = command(f"{root}/checkpoint", f"{root}/in", f"{root}/out")
@@ -571,5 +571,5 @@ def test_bucket_to_bucket(
     storage.write_bytes(f"{root}/in/bad.jpg", (folder / "0" / "p0.png").read_bytes())
     capsys.readouterr()
     assert run(argv) == cli.DONE
-    assert "1 picture to translate, 5 are done already" in capsys.readouterr().out
+    assert "1 image to translate, 5 are done already" in capsys.readouterr().out
     assert "lies in the input" in refused(command(f"{root}/checkpoint", f"{root}/in", f"{root}/in/out"))

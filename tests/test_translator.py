@@ -56,14 +56,14 @@ def pictures(count=3):
 
 
 def count_passes(translate: Translator) -> list[int]:
-    """Grows by the number of pictures in each forward pass."""
+    """Grows by the number of images in each forward pass."""
     rows: list[int] = []
     translate.model.register_forward_hook(lambda module, args, output: rows.append(len(output)))
     return rows
 
 
 def test_a_network_that_is_shown_structure_is_shown_it() -> None:
-    """SDEdit still starts from the picture itself."""
+    """SDEdit still starts from the image itself."""
     translate, sources = translator(replace(shown="structure")), pictures(2)
     shown: list[torch.Tensor] = []
     translate.model.register_forward_pre_hook(lambda module, args: shown.append(args[2]))
@@ -192,7 +192,7 @@ def test_unknown_domains_are_refused():
         translator(replace(target_domains=("night",)))(pictures(), "day")
 
 
-def test_no_pictures_give_no_pictures():
+def test_no_images_give_no_images():
     assert translator()(pictures(0), "night").shape == (0, 8, 8, 3)
 
 
@@ -214,7 +214,7 @@ WAYS = pytest.mark.parametrize(
 
 
 @WAYS
-def test_a_pictures_result_does_not_depend_on_its_batch(overrides):
+def test_a_images_result_does_not_depend_on_its_batch(overrides):
     translate, sources = translator(), pictures()
     together = translate(sources, "night", **overrides).astype(int)
     alone = np.concatenate([translate(sources[i : i + 1], "night", **overrides) for i in range(3)])
@@ -280,8 +280,8 @@ def test_sdedit_starts_from_the_noised_source():
 
 
 @pytest.mark.parametrize("diffusion", [DiffusionConfig(), V_PREDICTION], ids=["eps", "v"])
-def test_ddib_to_the_pictures_own_side_is_the_picture(diffusion):
-    """There and back through the same labels; through others it is another picture."""
+def test_ddib_to_the_images_own_side_is_the_image(diffusion):
+    """There and back through the same labels; through others it is another image."""
     translate, sources = translator(replace(diffusion=diffusion)), pictures()
     if diffusion.prediction == "eps":  # as a trained network: at the noisy end eps is x_t, or inversion is hopeless
         with torch.no_grad():
@@ -292,7 +292,7 @@ def test_ddib_to_the_pictures_own_side_is_the_picture(diffusion):
     assert np.abs(translate(sources, "night", start="ddib", num_steps=50).astype(int) - sources).max() > 2
 
 
-def test_ddib_shows_the_network_no_picture_and_the_right_labels():
+def test_ddib_shows_the_network_no_image_and_the_right_labels():
     translate, seen = translator(), []
     translate.model.register_forward_pre_hook(
         lambda module, args: seen.append((args[2].abs().max().item(), *args[3].tolist()))
@@ -301,7 +301,7 @@ def test_ddib_shows_the_network_no_picture_and_the_right_labels():
     assert seen == [(0.0, 0)] * 12 + [(0.0, 1)] * 4
 
 
-def test_ddib_must_know_the_pictures_side():
+def test_ddib_must_know_the_images_side():
     three = replace(domains=("day", "dusk", "night"))
     with pytest.raises(InputError, match="day, dusk; give source_domain"):
         translator(three)(pictures(), "night", start="ddib")
@@ -446,7 +446,7 @@ def test_guides_work_in_bf16():
 
 def test_guides_that_cannot_lead_are_refused_by_name():
     for options, named in [
-        ({"classifier": classifier(noise_aware=False)}, "knows clean pictures only"),
+        ({"classifier": classifier(noise_aware=False)}, "knows clean images only"),
         ({"classifier": classifier(attributes=("Smiling",))}, "does not know night, only Smiling"),
         ({"classifier": classifier(diffusion=DiffusionConfig(num_timesteps=500))}, "num_timesteps is 500, it must be"),
         ({"classifier": classifier(diffusion=DiffusionConfig(schedule="cosine"))}, "diffusion.schedule is cosine"),

@@ -1,4 +1,4 @@
-"""The network: shapes, gradients, attention where it should be, pictures that do not see each other."""
+"""The network: shapes, gradients, attention where it should be, images that do not see each other."""
 
 import dataclasses
 import subprocess
@@ -65,7 +65,7 @@ def test_output_has_the_inputs_shape_and_starts_at_zero():
     assert not output.any()
 
 
-def test_the_shortcut_is_a_line_through_the_noisy_picture_for_each_channel():
+def test_the_shortcut_is_a_line_through_the_noisy_image_for_each_channel():
     model = built(perturbed=False)  # F is zero
     with torch.no_grad():
         model.shortcut.weight.normal_()
@@ -79,7 +79,7 @@ def test_the_shortcut_is_a_line_through_the_noisy_picture_for_each_channel():
     torch.testing.assert_close(model(x_t, t, condition, domain), slope * x_t + shift, rtol=1e-5, atol=1e-4)
 
 
-def test_what_is_to_be_the_clean_picture_has_no_path_around_the_network():
+def test_what_is_to_be_the_clean_image_has_no_path_around_the_network():
     assert UNet(dataclasses.replace(CONFIG, diffusion=DiffusionConfig(prediction="x_0"))).shortcut is None
 
 
@@ -127,7 +127,7 @@ def test_every_parameter_gets_a_gradient(injection):
 
 
 @pytest.mark.parametrize("injection", [INJECTIONS[0], INJECTIONS[-1]])
-def test_no_picture_sees_its_neighbour(injection):
+def test_no_image_sees_its_neighbour(injection):
     model = built(with_unet(injection=injection))
     x_t, t, condition, domain = inputs()
     whole = model(x_t, t, condition, domain)
@@ -234,9 +234,9 @@ def test_an_anchors_channels_are_written_by_the_condition_alone():
     model(x_t.flip(0), t.flip(0), condition, domain.flip(0))
     model(x_t, t, condition.flip(0), domain)
     assert len(maps) == 3 * 2 * 2 + 2  # at every depth
-    for first, other_picture, other_condition in maps.values():
-        assert torch.equal(first[:, -8:], other_picture[:, -8:])
-        assert not torch.equal(first[:, :-8], other_picture[:, :-8])
+    for first, other_image, other_condition in maps.values():
+        assert torch.equal(first[:, -8:], other_image[:, -8:])
+        assert not torch.equal(first[:, :-8], other_image[:, :-8])
         assert not torch.equal(first[:, -8:], other_condition[:, -8:])
 
 

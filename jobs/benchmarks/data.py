@@ -1,7 +1,7 @@
-"""Pictures on their way into training, beside the usual loaders, in one interleaved run on this machine.
+"""Images on their way into training, beside the usual loaders, in one interleaved run on this machine.
 
 All deliver the same: batches of b 3 s s float32 in [-1, 1], shuffled, from the same JPEG files of 178 x 218 pixels (the
-size of CelebA's; cut from the map of the Earth unless --source names a folder). Shown is the CPU time a picture, that
+size of CelebA's; cut from the map of the Earth unless --source names a folder). Shown is the CPU time an image, that
 of threads and children included, and how many times as much the usual way takes: PyTorch's DataLoader over the files
 with Pillow. Wall times of single processes on a shared machine say little and are left out.
 
@@ -48,18 +48,18 @@ CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Pictures on their way into training beside DataLoader with Pillow and other loaders: CPU time a picture."""
+    """Images on their way into training beside DataLoader with Pillow and other loaders: CPU time an image."""
 
     output: str = "runs/benchmark/data"
     """Folder or s3:// prefix for data.json."""
     source: str | None = None
     """Folder of JPEG files to take instead of pieces of the Earth."""
     num_pictures: int = 1000
-    """Pictures in the set."""
+    """Images in the set."""
     image_sizes: tuple[int, ...] = (64, 128)
     """Sides of the squares that training wants, in pixels."""
     batch_size: int = 64
-    """Pictures in a batch."""
+    """Images in a batch."""
     rounds: int = 3
     """Times each way is measured; medians are shown."""
     s3: str | None = None
@@ -67,7 +67,7 @@ class Options:
 
 
 Way = Callable[[], Iterator[Tensor]]
-"""One pass over all pictures, in batches."""
+"""One pass over all images, in batches."""
 
 
 def run(options: Options) -> int:
@@ -96,7 +96,7 @@ def check(options: Options) -> None:
         if value < 1:
             raise InputError(f"{flag} is {value}; it must be 1 or more")
     if options.batch_size > options.num_pictures:
-        raise InputError(f"--batch-size {options.batch_size} is more than --num-pictures {options.num_pictures}")
+        raise InputError(f"--batch-size {options.batch_size} is more than --num-images {options.num_pictures}")
     if options.s3 is not None:
         storage.check_writable(storage.absolute(options.s3, flag="--s3"), flag="--s3")
 
@@ -106,7 +106,7 @@ def jpeg_files(options: Options, folder: Path) -> list[Path]:
     if options.source is not None:
         found = sorted(path for path in Path(options.source).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
         if len(found) < options.num_pictures:
-            raise InputError(f"--source {options.source} holds {len(found)} JPEG files; --num-pictures wants more")
+            raise InputError(f"--source {options.source} holds {len(found)} JPEG files; --num-images wants more")
         return found[: options.num_pictures]
     from jobs.datasets.sources import earth
 
@@ -148,7 +148,7 @@ def measure(files: list[Path], size: int, options: Options, folder: Path) -> lis
         for name, seconds in taken.items()
     ]
     print(f"\n{len(files):,} JPEG files to batches of {size} px, medians of {options.rounds}")
-    print("| way | CPU-us a picture | pictures per CPU-second | x DataLoader with Pillow |\n|---|---|---|---|")
+    print("| way | CPU-us an image | images per CPU-second | x DataLoader with Pillow |\n|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['way']} | {row['cpu_us_a_picture']:.1f} | {row['pictures_per_cpu_s']:,.0f} "
@@ -218,7 +218,7 @@ def epoch_of(loaded: cache.SplitArrays, batch_size: int) -> Iterator[Tensor]:
 
 
 def training_epoch(loaded: cache.SplitArrays, size: int, batch_size: int) -> Iterator[Tensor]:
-    """Two pictures a sample, noise for it, flipped, on the device: all of a step but the network."""
+    """Two images a sample, noise for it, flipped, on the device: all of a step but the network."""
     sampler = batches.Sampler(
         loaded, ModelConfig(image_size=size), TrainOptions(global_batch_size=batch_size, pairing="unpaired")
     )

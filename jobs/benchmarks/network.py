@@ -3,7 +3,7 @@
 Peers: the U-Nets of denoising-diffusion-pytorch (lucidrains) and of diffusers, at equal parameter count, each in the
 layout and precision that suits it best. Shown are ratios: these machines are noisy. Three parts:
 
-    step      a training step (forward, backward, AdamW) and a forward pass, as pictures/s and share of the peak
+    step      a training step (forward, backward, AdamW) and a forward pass, as images/s and share of the peak
     memory    the most a training step held, each network in a process of its own
     race      denoising loss on held-out tiles of the Earth after equal wall time, the networks taking turns
 
@@ -44,7 +44,7 @@ from jobs.datasets import cache
 IMAGE_SIZE = 64
 BATCH_SIZE = 16
 SAMPLING_STEPS = 50
-"""Network evaluations a picture that sampling is reckoned with."""
+"""Network evaluations an image that sampling is reckoned with."""
 TURN_S = 5.0
 """How long each network trains before it is the next one's turn."""
 CURVE_POINTS = 6
@@ -87,7 +87,7 @@ class Network:
 
 
 def networks(size: Size) -> list[Network]:
-    """Ours first. All take 6 channels (noisy picture and condition) to 3."""
+    """Ours first. All take 6 channels (noisy image and condition) to 3."""
     big = size == "35M"
     return [
         Network("ddpm-translate", lambda: _ours(64 if big else 32), _call_ours),
@@ -213,7 +213,7 @@ class Stepper:
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimizer.step()
 
-    def flops_a_picture(self) -> float:
+    def flops_a_image(self) -> float:
         """Of forward and backward, as PyTorch's counter sees them."""
         x_t, condition, t, noise = random_batch(1)
         with FlopCounterMode(display=False) as counter:
@@ -241,7 +241,7 @@ def measure_steps(size: Size, args: Options, peak: dict[str, float]) -> list[dic
     rows = []
     for stepper in steppers:
         step_s, forward_s = (statistics.median(times[1:]) for times in (stepper.step_s, stepper.forward_s))
-        flops = stepper.flops_a_picture()
+        flops = stepper.flops_a_image()
         rows.append(
             {
                 "size": size,
@@ -263,8 +263,8 @@ def measure_steps(size: Size, args: Options, peak: dict[str, float]) -> list[dic
 
 
 def show_steps(size: Size, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{size}, training step of {BATCH_SIZE} pictures of {IMAGE_SIZE} px; medians")
-    print("| network | precision, layout | parameters | GFLOP/picture | trained/s | share of peak | sampled/s |")
+    print(f"\n{size}, training step of {BATCH_SIZE} images of {IMAGE_SIZE} px; medians")
+    print("| network | precision, layout | parameters | GFLOP/image | trained/s | share of peak | sampled/s |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(

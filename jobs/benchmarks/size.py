@@ -3,7 +3,7 @@
     source   img_align_celeba.zip of JPEGs (two pieces of the map of the Earth laid over each other: no two alike),
              attributes and landmarks that hang together as real ones do, identities, the official split's proportions
     prepare  `jobs.prepare celeba --pairing matched` as a process of its own
-    read     all training rows once, pictures and targets, as a process of its own
+    read     all training rows once, images and targets, as a process of its own
 
 Memory is PSS, what is shared (Ray's object store) counted once, of the driver alone and of it with all of its Ray.
 """
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 QUALITY = 90
 NUM_ATTRIBUTES = 40
-PICTURES_PER_PERSON = 20
+IMAGES_PER_PERSON = 20
 STEPS = ("decode", "match", "write")
 """What `jobs.prepare` reports progress of."""
 READ = """
@@ -70,14 +70,14 @@ class Options:
 def run(options: Options) -> int:
     """Measure; write size.json; print a table."""
     if not options.num_pictures or min(options.num_pictures) < 100:
-        raise InputError(f"--num-pictures is {list(options.num_pictures)}; each must be 100 or more")
+        raise InputError(f"--num-images is {list(options.num_pictures)}; each must be 100 or more")
     if importlib.util.find_spec("psutil") is None:
         raise InputError("psutil is not installed; install the extra of the benchmarks: pip install -e '.[bench]'")
     output = storage.absolute(options.output, flag="--output")
     storage.check_writable(output)
     result: dict[str, Any] = {"options": dataclasses.asdict(options), "environment": provenance.environment()}
     result["rows"] = []
-    print(f"| pictures | {' | '.join(f'{step} us' for step in (*STEPS, 'rest', 'read', 'all'))} | x first | us more |")
+    print(f"| images | {' | '.join(f'{step} us' for step in (*STEPS, 'rest', 'read', 'all'))} | x first | us more |")
     print("|---" * (len(STEPS) + 6) + "|")
     for num_pictures in options.num_pictures:
         with tempfile.TemporaryDirectory(prefix="ddpm-size-", dir=options.scratch) as folder:
@@ -222,11 +222,11 @@ def make_source(folder: Path, num_pictures: int) -> None:
     random = np.random.default_rng(num_pictures)
     folder.mkdir()
     names = [f"{number:06d}.jpg" for number in range(1, num_pictures + 1)]
-    people = np.arange(num_pictures) // PICTURES_PER_PERSON
+    people = np.arange(num_pictures) // IMAGES_PER_PERSON
     share = np.arange(num_pictures) / num_pictures
     split = np.select([share < 0.8, share < 0.9], [0, 1], 2)
-    split = split[people * PICTURES_PER_PERSON]  # of a person's first picture
-    # Traits of the person and of the picture decide the attributes, the pose the landmarks.
+    split = split[people * IMAGES_PER_PERSON]  # of a person's first image
+    # Traits of the person and of the image decide the attributes, the pose the landmarks.
     traits = random.normal(size=(people[-1] + 1, 6))[people] + 0.5 * random.normal(size=(num_pictures, 6))
     logits = traits @ random.normal(size=(6, NUM_ATTRIBUTES)) + random.normal(size=NUM_ATTRIBUTES) - 0.5
     attributes = np.where(logits + random.logistic(size=logits.shape) > 0, 1, -1)

@@ -54,7 +54,7 @@ Part = Literal["one", "two", "start"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The job beside a plain loop: pictures a second, and seconds to the first step."""
+    """The job beside a plain loop: images a second, and seconds to the first step."""
 
     output: str = "runs/benchmark/train"
     """Folder or s3:// prefix for training.json."""
@@ -67,9 +67,9 @@ class Options:
     starts: int = 3
     """Starts of each kind."""
     image_size: int = 64
-    """Side of the pictures, in pixels."""
+    """Side of the images, in pixels."""
     batch_size: int = 16
-    """Pictures in a process's step."""
+    """Images in a process's step."""
     model_channels: int = 32
     """Of the network: the mission's, narrow enough that a step on one core takes a part of a second."""
 
@@ -110,7 +110,7 @@ def check(options: Options) -> None:
 
 
 def overhead(options: Options, num_workers: int, folder: Path) -> dict[str, Any]:
-    """How many pictures a second the job's workers and as many plain loops train, and the ratio, turn by turn."""
+    """How many images a second the job's workers and as many plain loops train, and the ratio, turn by turn."""
     turns = options.turns + 2  # the first warms up; the job's last holds its final validation
     data, gates = str(folder / "data"), folder / "gates"
     gates.mkdir(parents=True)
@@ -160,14 +160,14 @@ def told(num_workers: int, seconds: "Seconds", *, pictures: int) -> dict[str, An
     print(
         f"{workers}: {wall['ratio']:.3f} of {loops} ({low:.3f} to {high:.3f} in 80 % of {len(wall['ratios'])} turns; "
         f"by processor time {cpu['ratio']:.3f}); "
-        f"{wall['images_per_s']['job']:.1f} and {wall['images_per_s']['plain']:.1f} pictures/s",
+        f"{wall['images_per_s']['job']:.1f} and {wall['images_per_s']['plain']:.1f} images/s",
         flush=True,
     )
     return found
 
 
 def make_set(uri: str, options: Options, *, num_rows: int) -> None:
-    """Pairs of noise: what a step costs does not depend on what is in the pictures."""
+    """Pairs of noise: what a step costs does not depend on what is in the images."""
     size = options.image_size
     random = np.random.default_rng(0)
 
@@ -279,7 +279,7 @@ def gated(folder: Path, num_steps: int, job: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     gate = Gate(folder, f"job-{ray.train.get_context().get_world_rank()}")
-    loop.Feed = functools.partial(GatedFeed, gate, num_steps)  # type: ignore[assignment,misc]
+    loop.Prefetcher = functools.partial(GatedFeed, gate, num_steps)  # type: ignore[assignment,misc]
     return loop.train_loop(job)
 
 

@@ -1,11 +1,11 @@
 """Why a validation curve bounces: the same checkpoints, validated in four ways.
 
     raw weights, fresh draws    the usual way: new timesteps and noise at every validation
-    raw weights, fixed draws    each picture keeps its timestep and noise; timesteps are spread evenly over the chain
+    raw weights, fixed draws    each image keeps its timestep and noise; timesteps are spread evenly over the chain
     EMA, fresh draws
     EMA, fixed draws            jobs.train's own
 
-All on the same pictures. `spread` is the standard deviation of the differences from epoch to epoch over the last ten
+All on the same images. `spread` is the standard deviation of the differences from epoch to epoch over the last ten
 epochs, which a steady slope does not add to. `jobs.train` trains at three constant learning rates, keeping each epoch's
 checkpoint, so that three causes can be told apart: the learning rate, the draws, and the averaging of the weights.
 """
@@ -47,7 +47,7 @@ WAYS = {
     "ema, fixed": "EMA, fixed draws (jobs.train)",
 }
 MANY = 20_000
-"""Validation pictures of a large data set (CelebA has 19,867), for which the spreads are reckoned too."""
+"""Validation images of a large data set (CelebA has 19,867), for which the spreads are reckoned too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ def spread(curve: list[float]) -> float:
 
 
 def of_many(spreads: dict[str, float], num_pictures: int) -> dict[str, float]:
-    """What the spreads would be with MANY pictures: the part that fresh draws add falls as their number's root."""
+    """What the spreads would be with MANY images: the part that fresh draws add falls as their number's root."""
     found = dict(spreads)
     for name in ("raw", "ema"):
         added = max(spreads[f"{name}, fresh"] ** 2 - spreads[f"{name}, fixed"] ** 2, 0.0)
@@ -196,16 +196,14 @@ def of_many(spreads: dict[str, float], num_pictures: int) -> dict[str, float]:
 
 
 def show(result: dict[str, Any]) -> None:
-    print(
-        f"\nspread over the last {LAST} epochs, {result['num_pictures']} pictures; {result['cpu_minutes']:.1f} CPU-min"
-    )
+    print(f"\nspread over the last {LAST} epochs, {result['num_pictures']} images; {result['cpu_minutes']:.1f} CPU-min")
     print("| learning rate | " + " | ".join(WAYS.values()) + " | ours / usual |")
     print("|---" * (len(WAYS) + 2) + "|")
     for row in result["runs"]:
         spreads = row["spread"]
         cells = " | ".join(f"{spreads[way]:.2e}" for way in WAYS)
         print(f"| {row['learning_rate']:g} | {cells} | {spreads['ema, fixed'] / spreads['raw, fresh']:.3f} |")
-    print(f"reckoned for {MANY:,} pictures, where fresh draws add less:")
+    print(f"reckoned for {MANY:,} images, where fresh draws add less:")
     for row in result["runs"]:
         cells = ", ".join(f"{way} {value:.2e}" for way, value in row["spread_of_many"].items())
         print(f"learning rate {row['learning_rate']:g}: {cells}")

@@ -1,7 +1,7 @@
 """What the measurements of quality stand on: intervals, and the colour-map baseline.
 
-    values     one a picture (n), or one a training seed and picture (seeds n)
-    halves     KID on random halves of the pictures; their spread is the standard error of the whole
+    values     one an image (n), or one a training seed and image (seeds n)
+    halves     KID on random halves of the images; their spread is the standard error of the whole
     level      0.95 means 95 %; `bonferroni` gives the level at which several are true together
 
 The metrics themselves are in `jobs.evaluation.metrics`, the nets in `ddpm_core.nets`.
@@ -41,9 +41,9 @@ def significant(interval: Interval) -> bool:
 def bootstrap(
     values: Float[np.ndarray, "n"], *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, level: float = 0.95
 ) -> Interval:
-    """Mean of per-picture values with its percentile bootstrap interval; of rates (0 and 1 only), Wilson's.
+    """Mean of per-image values with its percentile bootstrap interval; of rates (0 and 1 only), Wilson's.
 
-    Where every picture succeeds, or none, a bootstrap has no spread at all and would be certain.
+    Where every image succeeds, or none, a bootstrap has no spread at all and would be certain.
 
     Raises:
         ValueError: no values.
@@ -67,7 +67,7 @@ def _resampled(values: np.ndarray, seed: int, num_resamples: int, level: float) 
 def difference(
     ours: Float[np.ndarray, "n"], theirs: Float[np.ndarray, "n"], *, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Mean of ours minus theirs on the same pictures: the bootstrap over pictures; of two rates, Agresti and Min's."""
+    """Mean of ours minus theirs on the same images: the bootstrap over images; of two rates, Agresti and Min's."""
     if _is_rate(ours) and _is_rate(theirs):
         return _paired_rates(float((ours > theirs).sum()), float((ours < theirs).sum()), len(ours), level)
     return _resampled(np.asarray(ours - theirs, dtype=np.float64), seed, NUM_RESAMPLES, level)
@@ -86,7 +86,7 @@ def _wilson(rate: float, num: int, level: float) -> Interval:
 
 
 def _paired_rates(wins: float, losses: float, num: int, level: float) -> Interval:
-    """The difference of two rates on the same pictures, half a picture added to each of the four outcomes.
+    """The difference of two rates on the same images, half an image added to each of the four outcomes.
 
     Agresti & Min 2005, "Simple improved confidence intervals for comparing matched proportions".
     """
@@ -111,23 +111,23 @@ def halves_interval(values: Float[np.ndarray, "halves"], *, level: float = 0.95)
     return Interval(mean, mean - half, mean + half)
 
 
-# -- intervals over training seeds and pictures -----------------------------------------------------------------
+# -- intervals over training seeds and images -----------------------------------------------------------------
 
 
 def two_level(
     values: Float[np.ndarray, "seeds n"], *, seed: int = 0, level: float = 0.95, halves: bool = False
 ) -> Interval:
-    """Mean over training seeds and pictures, with the interval that other seeds and other pictures would fall into.
+    """Mean over training seeds and images, with the interval that other seeds and other images would fall into.
 
-    Crossed random effects: each value is the mean + its seed's part + its picture's part + what is its own. The
-    variance of the mean is taken from the spread of the seeds' means and that of the pictures' means, what is in both
+    Crossed random effects: each value is the mean + its seed's part + its image's part + what is its own. The
+    variance of the mean is taken from the spread of the seeds' means and that of the images' means, what is in both
     counted once; the interval is Student's with Satterthwaite's degrees of freedom (Satterthwaite 1946). In simulations
     with three seeds it holds the truth in 93 to 97 of 100 cases, with two in 89 to 98; a bootstrap over seeds and
-    pictures in 72 where the seeds differ more than pictures do.
+    images in 72 where the seeds differ more than images do.
 
     `halves`: the second axis are KIDs of random halves, the same halves for every seed. Their spread is the standard
     error of the whole already (delete-half jackknife) and is not divided by their number.
-    A single seed has no spread: its interval is over pictures, and says nothing about another training.
+    A single seed has no spread: its interval is over images, and says nothing about another training.
     """
     if len(values) == 1:
         return halves_interval(values[0], level=level) if halves else bootstrap(values[0], seed=seed, level=level)
@@ -146,17 +146,17 @@ def two_level_difference(
     level: float = 0.95,
     halves: bool = False,
 ) -> Interval:
-    """Mean of ours minus theirs over training seeds and pictures, as `two_level`; column i is the same picture in both.
+    """Mean of ours minus theirs over training seeds and images, as `two_level`; column i is the same image in both.
 
     `paired_seeds`: row k of both is the same network (two samplings of it), so that the network's own part cancels;
     else the rows are trainings of their own. A side of one row is taken as fixed: a baseline that is not trained, or
     the one network there is.
 
     Raises:
-        ValueError: other pictures on one side, or paired seeds of different numbers.
+        ValueError: other images on one side, or paired seeds of different numbers.
     """
     if ours.shape[1] != theirs.shape[1] or (paired_seeds and len(ours) != len(theirs)):
-        raise ValueError(f"a difference needs the same pictures, and paired seeds: {ours.shape} against {theirs.shape}")
+        raise ValueError(f"a difference needs the same images, and paired seeds: {ours.shape} against {theirs.shape}")
     if len(ours) == len(theirs) == 1:
         if halves:
             return halves_interval(ours[0] - theirs[0], level=level)
@@ -165,9 +165,9 @@ def two_level_difference(
         spread = _spread(ours - theirs, halves)
     else:
         of_seeds = [_spread(side, halves) for side in (ours, theirs)]
-        of_pictures = _spread((ours.mean(0) - theirs.mean(0))[None], halves)
+        of_images = _spread((ours.mean(0) - theirs.mean(0))[None], halves)
         spread = _Spread(
-            [each for side in of_seeds for each in side.seeds], of_pictures.pictures, sum(s.shared for s in of_seeds)
+            [each for side in of_seeds for each in side.seeds], of_images.pictures, sum(s.shared for s in of_seeds)
         )
     found = _student(float(ours.mean() - theirs.mean()), spread, level)
     if halves or not _is_rate(ours):
@@ -190,7 +190,7 @@ class _Spread:
     seeds: list[tuple[float, int]]
     """(variance, degrees of freedom) from the seeds' means."""
     pictures: list[tuple[float, int]]
-    """Likewise from the pictures'."""
+    """Likewise from the images'."""
     shared: float
     """The variance that is in both."""
 
@@ -198,15 +198,15 @@ class _Spread:
 def _spread(values: np.ndarray, halves: bool) -> _Spread:
     num_seeds, num = values.shape
     weight = 1 if halves else num
-    of_pictures = [(float(values.mean(0).var(ddof=1)) / weight, num - 1)] if num > 1 else []
+    of_images = [(float(values.mean(0).var(ddof=1)) / weight, num - 1)] if num > 1 else []
     if num_seeds == 1:
-        return _Spread([], of_pictures, 0.0)
+        return _Spread([], of_images, 0.0)
     of_seeds = [(float(values.mean(1).var(ddof=1)) / num_seeds, num_seeds - 1)]
     if num == 1:
         return _Spread(of_seeds, [], 0.0)
     own = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
     variance = float(np.square(own).sum()) / ((num_seeds - 1) * (num - 1))
-    return _Spread(of_seeds, of_pictures, variance / num_seeds / weight)
+    return _Spread(of_seeds, of_images, variance / num_seeds / weight)
 
 
 def _student(mean: float, spread: _Spread, level: float) -> Interval:

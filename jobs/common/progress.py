@@ -17,7 +17,7 @@ LONGEST_S = 300.0
 class Progress:
     """Count, rate and time left of one step, on stderr.
 
-    with Progress(total=345, unit="picture", description="translate") as progress:
+    with Progress(total=345, unit="image", description="translate") as progress:
         progress.update(16)
     """
 
@@ -25,7 +25,7 @@ class Progress:
         self,
         *,
         total: int | None = None,
-        unit: str = "picture",
+        unit: str = "image",
         description: str = "",
         initial: int = 0,
         every_s: float = 10.0,

@@ -1,1 +1,1 @@
-"""The data-set format: written from sources of pictures, read, cached, scanned."""
+"""The data-set format: written from sources of images, read, cached, scanned."""

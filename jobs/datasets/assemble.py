@@ -30,7 +30,7 @@ from jobs.datasets.scan import ContactSheet, Survey, digest, survey
 
 
 def check_apart(output: str, options: source.Common) -> None:
-    """The contact sheet must not be taken for one of the pictures at the next call."""
+    """The contact sheet must not be taken for one of the images at the next call."""
     sources = {"--source": options.source or ""}
     for domain in getattr(options, "domain", ()):
         name, _, uri = domain.partition("=")
@@ -94,7 +94,7 @@ def extended(output: str, wanted: DatasetCard) -> DatasetCard:
     """The card of the data set that --append adds to.
 
     Raises:
-        InputError: there is none, or the new pictures do not fit.
+        InputError: there is none, or the new images do not fit.
     """
     there = card_at(output)
     if there is None:
@@ -105,7 +105,7 @@ def extended(output: str, wanted: DatasetCard) -> DatasetCard:
         if old != new:
             old, new = (", ".join(value) if isinstance(value, tuple) else value for value in (old, new))
             raise InputError(
-                f"--append: {output} has {name.replace('_', ' ')} {old}, the new pictures {new}; "
+                f"--append: {output} has {name.replace('_', ' ')} {old}, the new images {new}; "
                 "give the same, or another --output without --append"
             )
     return there
@@ -143,7 +143,7 @@ def extend(output: str, card: DatasetCard, made: source.Made, before: DatasetCar
 
 
 def fresh(rows: Iterable[Row], card: DatasetCard, seen: Survey, clashes: list[tuple[str, str]]) -> Iterator[Row]:
-    """Rows whose id is not there yet; those whose id belongs to other pictures are added to `clashes`."""
+    """Rows whose id is not there yet; those whose id belongs to other images are added to `clashes`."""
     for row in rows:
         if row.id not in seen.marks:
             yield row
@@ -152,7 +152,7 @@ def fresh(rows: Iterable[Row], card: DatasetCard, seen: Survey, clashes: list[tu
         pictures = [row.image, row.target] if card.pairing == "paired" else [row.image]
         stored = [writing.stored(picture, card.encoding) for picture in pictures if picture is not None]
         if not all(mark.startswith(digest(picture)) for mark, picture in zip(seen.marks[row.id], stored, strict=False)):
-            clashes.append((row.id, "another picture of this name is there already; rename the new one"))
+            clashes.append((row.id, "another image of this name is there already; rename the new one"))
 
 
 def write_rows(
@@ -235,7 +235,7 @@ def summarise(output: str, card: DatasetCard, speed: str = "") -> None:
     sides = " and ".join(card.domains) if len(card.domains) == 2 else ", ".join(card.domains)
     line = f"{output}: {counts} rows of {card.image_size} px, {card.pairing}, {sides}; {card.licence}"
     print("; ".join(filter(None, [line, speed])))
-    what = "picture" if card.num_rejected == 1 else "pictures"
+    what = "image" if card.num_rejected == 1 else "images"
     aside = f"{card.num_rejected:,} {what} set aside (reasons in {REJECTED})" if card.num_rejected else ""
-    print("; ".join([aside or "no picture set aside", *card.notes]))
+    print("; ".join([aside or "no image set aside", *card.notes]))
     print(f"look at it: {storage.join(output, CONTACT_SHEET)}")

@@ -1,7 +1,7 @@
 """Rows of a split by index, from this node's disk: what training draws its batches from.
 
-    CACHE/FORMAT-HASH-SPLIT/  pictures.raw   every distinct picture once, s s 3 uint8
-                              rows.parquet   id, domain, identity, attributes and, as places in pictures.raw, image
+    CACHE/FORMAT-HASH-SPLIT/  images.raw   every distinct image once, s s 3 uint8
+                              rows.parquet   id, domain, identity, attributes and, as places in images.raw, image
                                              and target; sorted by id
 
 A split is read and decoded once a node: a large one by Ray Data for all nodes at once before training starts
@@ -42,9 +42,9 @@ UNUSED_S = 7 * 24 * 3600
 SMALL_BYTES = 256 * 2**20
 """Data of no more decoded bytes are read by each node for itself, sooner than Ray Data has started."""
 MARGIN = 1.05
-"""Room wanted on the disk, as a multiple of the pictures."""
+"""Room wanted on the disk, as a multiple of the images."""
 LABELS = ("id", "domain", "identity", "attributes")
-"""Columns that say of a row what there is to know beside its pictures."""
+"""Columns that say of a row what there is to know beside its images."""
 NOBODY = -(2**31) - 1
 """The identity of those of whom it is not known."""
 COLUMNS = (*LABELS, "image", "target")
@@ -78,7 +78,7 @@ class Labels:
 
 
 def read_labels(uri: str, card: DatasetCard, split: str) -> Labels:
-    """Of a whole split, without its pictures and without a cache.
+    """Of a whole split, without its images and without a cache.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -102,7 +102,7 @@ class SplitArrays(Labels):
         os.utime(folder)  # in use: not the first to be removed
 
     def images(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "b s s 3"]:
-        """Copies of these rows' pictures."""
+        """Copies of these rows' images."""
         return np.asarray(self._pictures)[self._image[np.asarray(indices, dtype=np.int64)]]
 
     def targets(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "b s s 3"]:
@@ -277,7 +277,7 @@ class _Filling:
         return np.arange(self.count - len(pixels), self.count)
 
     def _put_distinct(self, pixels: UInt8[np.ndarray, "b s s 3"]) -> np.ndarray:
-        """Matched sets hold each picture several times, as itself and as the counterpart of others."""
+        """Matched sets hold each image several times, as itself and as the counterpart of others."""
         places = []
         for picture in pixels:
             digest = hashlib.blake2b(picture, digest_size=16).digest()
@@ -317,7 +317,7 @@ def _folder(card: DatasetCard, split: str) -> Path:
 
 
 def _num_bytes(card: DatasetCard, split: str) -> int:
-    """Of the decoded pictures, at most: those that occur twice are kept once."""
+    """Of the decoded images, at most: those that occur twice are kept once."""
     return card.splits.get(split, 0) * card.image_size**2 * 3 * (2 if card.has_targets else 1)
 
 
@@ -349,13 +349,13 @@ def _explained() -> Iterator[None]:
         raise
     except OSError as error:
         raise InputError(
-            f"{cache_folder()}: decoded pictures cannot be kept there ({error.strerror or error}); set {ROOT} to a "
+            f"{cache_folder()}: decoded images cannot be kept there ({error.strerror or error}); set {ROOT} to a "
             "folder of your own with room on a local disk, on every node"
         ) from None
 
 
 def cache_folder() -> Path:
-    """Where this user's decoded pictures are kept on this node.
+    """Where this user's decoded images are kept on this node.
 
     Raises:
         InputError: it cannot be made, or belongs to somebody else.
@@ -390,6 +390,6 @@ def make_room(num_bytes: int) -> None:
             shutil.rmtree(entry, ignore_errors=True)  # who reads it keeps it: its pages live as long as they are mapped
     if (free := shutil.disk_usage(root).free) < num_bytes * MARGIN:
         raise InputError(
-            f"{root}: {num_bytes / 1e9:.1f} GB of decoded pictures do not fit ({free / 1e9:.1f} GB free); "
+            f"{root}: {num_bytes / 1e9:.1f} GB of decoded images do not fit ({free / 1e9:.1f} GB free); "
             f"set {ROOT} to a folder with more room, on every node"
         )

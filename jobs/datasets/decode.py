@@ -23,8 +23,8 @@ from jobs.datasets import writing
 from jobs.datasets.format import Encoding
 from jobs.datasets.scan import mark
 
-PICTURES_PER_TASK = 64
-"""Pictures that one Ray task decodes."""
+IMAGES_PER_TASK = 64
+"""Images that one Ray task decodes."""
 UNREADABLE = {".heic", ".heif"}
 """What phones write and Pillow does not read: set aside with the reason rather than passed over."""
 DECODED = pyarrow.schema(
@@ -37,7 +37,7 @@ DECODED = pyarrow.schema(
         pyarrow.field("error", pyarrow.string()),
     ]
 )
-"""What comes back of a picture."""
+"""What comes back of an image."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,22 +54,22 @@ class Picture:
 
 
 class Pixels:
-    """Decoded pictures in a file, (n, parts, s, s, 3) uint8, so that 200,000 of them need no memory."""
+    """Decoded images in a file, (n, parts, s, s, 3) uint8, so that 200,000 of them need no memory."""
 
     def __init__(self, shape: tuple[int, int, int, int, int], scratch: Path) -> None:
         self.shape, self.scratch = shape, scratch
         # It has no name: nothing of it is left when the process is killed.
         self.file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
         self.ok = np.zeros(shape[0], bool)
-        """(n,) whether the picture is used."""
+        """(n,) whether the image is used."""
         self.marks: list[tuple[bytes, ...]] = [()] * shape[0]
         """`survey.mark` of each part."""
         self.num_enlarged = 0
-        """Pictures that are smaller than they are stored."""
+        """Images that are smaller than they are stored."""
         self.landmarks: list[list[float] | None] = [None] * shape[0]
-        """In pixels of the stored picture, of those that were aligned."""
+        """In pixels of the stored image, of those that were aligned."""
         self.num_several = 0
-        """Aligned pictures with other faces than the one that was taken."""
+        """Aligned images with other faces than the one that was taken."""
 
     def __setitem__(self, row: int, pixels: bytes) -> None:
         size = int(np.prod(self.shape[1:]))
@@ -90,7 +90,7 @@ class Pixels:
         return storage.user_errors(f"{self.scratch} (TMPDIR says where) for {bytes_needed / 1e6:,.0f} MB of pixels")
 
     def means(self) -> np.ndarray:
-        """(parts,) mean grey level of each part over the decoded pictures."""
+        """(parts,) mean grey level of each part over the decoded images."""
         rows = np.flatnonzero(self.ok).tolist()
         return np.array([[self[row, part].mean() for part in range(self.shape[1])] for row in rows]).mean(axis=0)
 
@@ -98,15 +98,15 @@ class Pixels:
         """What a reader should know of how they were decoded."""
         words = []
         if self.num_enlarged:
-            what = "1 picture is" if self.num_enlarged == 1 else f"{self.num_enlarged:,} pictures are"
+            what = "1 image is" if self.num_enlarged == 1 else f"{self.num_enlarged:,} images are"
             was = "was" if self.num_enlarged == 1 else "were"
             words.append(f"{what} smaller than {self.shape[2]} pixels and {was} enlarged")
         if any(points is not None for points in self.landmarks):
-            words.append(f"aligned to CelebA's landmarks; of several faces ({self.num_several:,} pictures) the largest")
+            words.append(f"aligned to CelebA's landmarks; of several faces ({self.num_several:,} images) the largest")
         return words
 
 
-def decode_pictures(
+def decode_images(
     pictures: Sequence[Picture],
     *,
     size: int,
@@ -115,12 +115,12 @@ def decode_pictures(
     encoding: Encoding,
     template: tuple[float, ...] = (),
 ) -> tuple[Pixels, list[tuple[str, str]]]:
-    """Every picture cut to a centred square of `size`, by Ray Data over all its CPUs.
+    """Every image cut to a centred square of `size`, by Ray Data over all its CPUs.
 
-    With `halves` a picture is two side by side, and each becomes a part. With `template` (`faces.CELEBA`) the square
-    is not the centred one but that which brings the largest face there. Marks are those of the pictures as `encoding`
+    With `halves` an image is two side by side, and each becomes a part. With `template` (`faces.CELEBA`) the square
+    is not the centred one but that which brings the largest face there. Marks are those of the images as `encoding`
     stores them.
-    Returns the pixels and (name, reason) of each picture that could not be decoded.
+    Returns the pixels and (name, reason) of each image that could not be decoded.
 
     Raises:
         InputError: none could be decoded, or the store refuses.
@@ -135,9 +135,7 @@ def decode_pictures(
                 "uri": [picture.uri for picture in some],
             }
         )
-        for start, some in zip(
-            itertools.count(0, PICTURES_PER_TASK), batched(pictures, PICTURES_PER_TASK), strict=False
-        )
+        for start, some in zip(itertools.count(0, IMAGES_PER_TASK), batched(pictures, IMAGES_PER_TASK), strict=False)
     ]
     with cli.ray_session(), Progress(total=len(pictures), description="decode") as progress:
         decoded = ray.data.from_arrow(tables).map_batches(
@@ -160,7 +158,7 @@ def decode_pictures(
             progress.update(len(batch))
     if not pixels.ok.any():
         name, reason = min(rejected)
-        raise InputError(f"none of the {len(pictures)} pictures can be used; the first: {name}: {reason}")
+        raise InputError(f"none of the {len(pictures)} images can be used; the first: {name}: {reason}")
     return pixels, sorted(rejected)
 
 
@@ -172,7 +170,7 @@ def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def decode_batch(
     batch: pyarrow.Table, size: int, halves: bool, encoding: Encoding = "raw", template: tuple[float, ...] = ()
 ) -> pyarrow.Table:
-    """One task's pictures: pixels and their marks, or the reason why there are none."""
+    """One task's images: pixels and their marks, or the reason why there are none."""
     done: list[dict[str, Any]] = []
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # reading waits on the network, decoding does not
         for content in pool.map(read_or_error, batch.column("uri").to_pylist()):
@@ -183,7 +181,7 @@ def decode_batch(
                 marks = [mark(writing.stored(square, encoding)) for square in squares]
                 done.append({"pixels": squares.tobytes(), "marks": marks, **facts})
             except InputError as error:
-                reason = str(error).removeprefix("picture: ")
+                reason = str(error).removeprefix("image: ")
                 done.append({"pixels": None, "error": reason})
     columns = pyarrow.Table.from_pylist(done, schema=DECODED)
     return columns.append_column("index", batch.column("index")).append_column("name", batch.column("name"))
@@ -195,7 +193,7 @@ def portrait(
     """A file's bytes as the square around its largest face; and what else `DECODED` asks for.
 
     Raises:
-        InputError: not a usable picture, or there is no face.
+        InputError: not a usable image, or there is no face.
     """
     found = faces.read_portrait(content, size, template)
     landmarks = [value * size for value in found.landmarks]
@@ -205,16 +203,16 @@ def portrait(
 def decode_one(
     content: bytes, size: int, halves: bool
 ) -> tuple[UInt8[np.ndarray, "parts size size 3"], dict[str, Any]]:
-    """A file's bytes as one square, or as two where it is two pictures side by side; and whether that enlarged it.
+    """A file's bytes as one square, or as two where it is two images side by side; and whether that enlarged it.
 
     Raises:
-        InputError: not a usable picture.
+        InputError: not a usable image.
     """
     image = images.decode(content, square=None if halves else size)
     pieces = [image]
     if halves:
         if image.width % 2 or not image.width / image.height >= 1.2:
-            raise InputError(f"{image.width} x {image.height} pixels; two pictures side by side are expected")
+            raise InputError(f"{image.width} x {image.height} pixels; two images side by side are expected")
         middle = image.width // 2
         pieces = [image.crop((0, 0, middle, image.height)), image.crop((middle, 0, image.width, image.height))]
     enlarged = min(min(piece.size) for piece in pieces) < size
@@ -222,7 +220,7 @@ def decode_one(
 
 
 def read_or_error(uri: str) -> bytes | InputError:
-    """A picture's bytes. What is wrong with one file sets it aside; a store that refuses stops the work."""
+    """An image's bytes. What is wrong with one file sets it aside; a store that refuses stops the work."""
     try:
         file, bang, member = uri.partition(".zip!")
         return archive(f"{file}.zip").read(member) if bang else storage.read_bytes(uri)
@@ -237,5 +235,5 @@ def read_or_error(uri: str) -> bytes | InputError:
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """Where decoded pictures wait to be written; removed at the end."""
+    """Where decoded images wait to be written; removed at the end."""
     return tempfile.TemporaryDirectory(prefix="ddpm-prepare-")

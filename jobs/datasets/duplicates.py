@@ -1,13 +1,13 @@
-"""Pictures that come twice: with equal pixels, or saved again, scaled or cropped by a hair.
+"""Images that come twice: with equal pixels, or saved again, scaled or cropped by a hair.
 
-Two pictures are nearly the same where their dHashes (`jobs.datasets.scan.mark`) differ in at most MAX_DISTANCE of 64
-bits and their 8 x 8 miniatures correlate by MIN_CORRELATION or more. On 999 CelebA pictures at 64 px
-the hash alone would take 61 of the 498,501 pairs of different pictures for the same (aligned faces are alike); both
+Two images are nearly the same where their dHashes (`jobs.datasets.scan.mark`) differ in at most MAX_DISTANCE of 64
+bits and their 8 x 8 miniatures correlate by MIN_CORRELATION or more. On 999 CelebA images at 64 px
+the hash alone would take 61 of the 498,501 pairs of different images for the same (aligned faces are alike); both
 together take none. They find again 998 of those saved as JPEG of quality 60, all of those halved in size, 988 of those
 cropped by 1 % on each side and 674 of those cropped by 2 %; none is taken for a copy of another.
 
-A copy is listed once, beside the first picture that it is a copy of; first are those that are in the data set already,
-then test, val and train, then names. So the work grows with the number of different pictures, not of pairs.
+A copy is listed once, beside the first image that it is a copy of; first are those that are in the data set already,
+then test, val and train, then names. So the work grows with the number of different images, not of pairs.
 """
 
 import dataclasses
@@ -21,21 +21,21 @@ from jobs.datasets.scan import DIGEST_BYTES, HASH_BYTES, MARK_BYTES
 MAX_DISTANCE = 6
 MIN_CORRELATION = 0.98
 MIN_CONTRAST = 4.0
-"""Pictures whose miniature spreads less about its mean (standard deviation in levels of 255) are plain: their hash is
+"""Images whose miniature spreads less about its mean (standard deviation in levels of 255) are plain: their hash is
 noise, so only exact copies of them are found."""
 RANK = {"test": 0, "val": 1, "train": 2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Pictures among which to look."""
+    """Images among which to look."""
 
     names: Sequence[str]
     splits: Sequence[str]
     groups: Sequence[int]
-    """Only pictures of one group are compared."""
+    """Only images of one group are compared."""
     marks: Sequence[tuple[bytes, ...]]
-    """One a part; a picture is a copy of another where all of its parts are."""
+    """One a part; an image is a copy of another where all of its parts are."""
 
     def __add__(self, other: "Pool") -> "Pool":
         return Pool(**{name: [*getattr(self, name), *getattr(other, name)] for name in Pool.__dataclass_fields__})
@@ -80,7 +80,7 @@ def _copies(
     members: Sequence[int], marks: Sequence[tuple[bytes, ...]], num_there: int
 ) -> list[tuple[int, int, str, int]]:
     """(copy, first, kind, distance) among members, which stand in the order of precedence."""
-    import faiss  # not at the top: every worker that decodes pictures would load it
+    import faiss  # not at the top: every worker that decodes images would load it
 
     index = faiss.IndexBinaryFlat(8 * HASH_BYTES)
     firsts: list[int] = []

@@ -1,8 +1,8 @@
 """The data-set format: written once by `jobs.prepare`, read by every other job through Ray Data.
 
     DATASET/  dataset.json                     written last: a folder without it is not a data set
-              rejected.parquet                 picture, reason, version: what was set aside
-              duplicates.parquet               picture, of, kind, distance, split, split_of, version
+              rejected.parquet                 image, reason, version: what was set aside
+              duplicates.parquet               image, of, kind, distance, split, split_of, version
               train|val|test/part-00000.parquet
                 id          string             unique; rows are sorted by it
                 domain      int8               index into dataset.json's domains
@@ -11,9 +11,9 @@
                 target_id   string | null      what the counterpart is called at its source
                 identity    int32 | null       of the person or place; no two splits share one
                 attributes  list<int8> | null  one a name of attribute_names
-                landmarks   list<float32> | null   x0 y0 x1 y1 ..., in pixels of the stored picture
+                landmarks   list<float32> | null   x0 y0 x1 y1 ..., in pixels of the stored image
 
-`raw` pictures are their s*s*3 bytes, so that a column of them is one array in memory and nothing is decoded.
+`raw` images are their s*s*3 bytes, so that a column of them is one array in memory and nothing is decoded.
 The same rows give the same bytes. An append writes further shards and then replaces dataset.json: rows are sorted
 within a shard, and of the two tables lines whose `version` is above dataset.json's do not count.
 """
@@ -61,7 +61,7 @@ SCHEMA = pyarrow.schema(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One picture of one domain, with its counterpart where it has one."""
+    """One image of one domain, with its counterpart where it has one."""
 
     id: str
     domain: int
@@ -103,18 +103,18 @@ class DatasetCard:
     name: str
     """Name of the data set."""
     licence: str
-    """Licence of the pictures; it travels to checkpoints and outputs."""
+    """Licence of the images; it travels to checkpoints and outputs."""
     source: str
-    """Where the pictures come from, with the credit they ask for."""
+    """Where the images come from, with the credit they ask for."""
     image_size: int
-    """Side of the square pictures, in pixels."""
+    """Side of the square images, in pixels."""
     encoding: Encoding
     """How `image` and `target` are stored."""
     domains: tuple[str, ...]
     """Names of the sides; a row's `domain` is an index into them."""
     pairing: Pairing
     """paired: true counterparts. matched: nearest neighbours as proxies. unpaired: no targets. self: none either, the
-    network is shown the structure of the very picture it is to make."""
+    network is shown the structure of the very image it is to make."""
     attribute_names: tuple[str, ...] = ()
     """What the numbers of the column `attributes` stand for."""
     prepared_by: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -122,9 +122,9 @@ class DatasetCard:
     source_hash: str = ""
     """Hash of names and sizes of the source's files: tells whether it changed since."""
     notes: tuple[str, ...] = ()
-    """What a reader of results should know of how the pictures were paired and split."""
+    """What a reader of results should know of how the images were paired and split."""
     num_rejected: int = 0
-    """Pictures of the source that could not be used; rejected.parquet says why."""
+    """Images of the source that could not be used; rejected.parquet says why."""
     # from here on filled in by the writer
     version: int = 1
     """1 when made, one more for each append that brought rows."""
@@ -135,13 +135,13 @@ class DatasetCard:
     domain_counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     """Rows of each domain in each split."""
     mean_color: tuple[float, ...] = (0.0, 0.0, 0.0)
-    """Mean of the training pictures' pixels, r g b in [-1, 1]."""
+    """Mean of the training images' pixels, r g b in [-1, 1]."""
     mean_landmarks: tuple[float, ...] = ()
     """Mean of the training rows' landmarks, x0 y0 x1 y1 ..., as shares of the side; () where there are none."""
     shards: tuple[Shard, ...] = ()
     """The files that make up the data set."""
     content_hash: str = ""
-    """Hash of every row's split, id, domain, pictures, identity and attributes, in order."""
+    """Hash of every row's split, id, domain, images, identity and attributes, in order."""
     made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Versions of the packages that decide the bytes."""
 

@@ -1,4 +1,4 @@
-"""What a data set holds: its card, mean pictures, a contact sheet."""
+"""What a data set holds: its card, mean images, a contact sheet."""
 
 import collections
 import dataclasses
@@ -25,7 +25,7 @@ from jobs.datasets.scan import survey
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Show what a data set holds: its card, the mean picture of each domain, a contact sheet."""
+    """Show what a data set holds: its card, the mean image of each domain, a contact sheet."""
 
     uri: tyro.conf.Positional[str]
     """The data set."""
@@ -74,7 +74,7 @@ def facts(uri: str, card: DatasetCard, index: Mapping[str, reading.IndexRow]) ->
     yield "source", card.source
     size = sum(shard.num_bytes for shard in card.shards)
     side = f"{card.image_size} x {card.image_size} pixels"
-    yield "pictures", f"{side}, {card.encoding}; {size / 1e6:,.1f} MB in {len(card.shards)} files"
+    yield "images", f"{side}, {card.encoding}; {size / 1e6:,.1f} MB in {len(card.shards)} files"
     yield "pairing", card.pairing
     for split, count in card.splits.items():
         each = ", ".join(f"{number:,} {domain}" for domain, number in card.domain_counts[split].items())
@@ -105,7 +105,7 @@ def facts(uri: str, card: DatasetCard, index: Mapping[str, reading.IndexRow]) ->
 
 
 def reason_kind(reason: str) -> str:
-    """A reason without what is particular to one picture."""
-    if reason.startswith(("the same picture", "nearly the same picture")):
+    """A reason without what is particular to one image."""
+    if reason.startswith(("the same image", "nearly the same image")):
         return reason.partition(" as ")[0].partition(" (")[0] + " as another"
     return reason.partition(" (")[0].partition(";")[0]

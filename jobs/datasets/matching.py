@@ -1,7 +1,7 @@
-"""Counterparts for pictures that have none: the most similar picture of the other domain.
+"""Counterparts for images that have none: the most similar image of the other domain.
 
-    queries      (n, d) float32   the pictures to be matched, one vector each, every number an integer
-    candidates   (m, d) float32   the pictures of the other domain
+    queries      (n, d) float32   the images to be matched, one vector each, every number an integer
+    candidates   (m, d) float32   the images of the other domain
     cost         squared distance of two vectors:
                  ATTRIBUTE^2 * 4 for each attribute that differs, LANDMARK^2 for each px^2 between landmarks,
                  2 * IDENTITY^2 * (1 - cosine) for embeddings
@@ -42,20 +42,20 @@ LANES = 8
 """Vectors are filled up with zeros to a multiple of this length; others take faiss three times as long."""
 NEAREST = 32
 """Candidates looked at for ties; where all of them tie, all candidates are."""
-PICTURES_PER_TASK = 256
-"""Pictures that one Ray task embeds."""
+IMAGES_PER_TASK = 256
+"""Images that one Ray task embeds."""
 WINDOW_BYTES = 64 * 2**20
 """Pixels that wait in Ray's object store to be embedded, at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What pictures are compared by, one row a picture."""
+    """What images are compared by, one row an image."""
 
     attributes: Int[np.ndarray, "n a"]
     """-1 or 1."""
     landmarks: Int[np.ndarray, "n p"] | None = None
-    """Pixels, x and y in turn, from about the middle of the picture."""
+    """Pixels, x and y in turn, from about the middle of the image."""
     embeddings: Int8[np.ndarray, "n e"] | None = None
     """`quantised`."""
 
@@ -154,7 +154,7 @@ def nearest(
     queries: Float32[np.ndarray, "n d"], candidates: Candidates, keys: Sequence[str]
 ) -> Int64[np.ndarray, " n"]:
     """`match` in this process."""
-    import faiss  # not at the top: every worker that decodes pictures would load it
+    import faiss  # not at the top: every worker that decodes images would load it
 
     distinct, which = np.unique(queries, axis=0, return_inverse=True)
     distances, rows = faiss.knn(distinct, candidates.vectors, min(NEAREST, len(candidates.vectors)))
@@ -176,7 +176,7 @@ def embed(
     encoder: str,
     on_rows: Callable[[int], None] = lambda count: None,
 ) -> Int8[np.ndarray, "n e"]:
-    """Quantised identity embeddings of pictures 0 … num_pictures - 1 by the encoder at that URI, by Ray Data."""
+    """Quantised identity embeddings of images 0 … num_pictures - 1 by the encoder at that URI, by Ray Data."""
     out: np.ndarray | None = None
     with cli.ray_session():
         for window in _windows(pictures, num_pictures):
@@ -188,15 +188,15 @@ def embed(
                     out = np.empty((num_pictures, batch["embedding"].shape[1]), np.int8)
                 out[batch["row"]] = batch["embedding"]
                 on_rows(len(batch["row"]))
-    assert out is not None, "no picture"
+    assert out is not None, "no image"
     return out
 
 
 def _windows(pictures: Callable[[int], np.ndarray], num_pictures: int) -> Iterator[list[pyarrow.Table]]:
-    """All pictures in tables of PICTURES_PER_TASK, as many at a time as WINDOW_BYTES hold."""
+    """All images in tables of IMAGES_PER_TASK, as many at a time as WINDOW_BYTES hold."""
     tables: list[pyarrow.Table] = []
-    for start in range(0, num_pictures, PICTURES_PER_TASK):
-        rows = range(start, min(start + PICTURES_PER_TASK, num_pictures))
+    for start in range(0, num_pictures, IMAGES_PER_TASK):
+        rows = range(start, min(start + IMAGES_PER_TASK, num_pictures))
         pixels = np.stack([pictures(row) for row in rows])
         tables.append(
             pyarrow.table({"row": pyarrow.array(rows, pyarrow.int64()), "pixels": ArrowTensorArray.from_numpy(pixels)})
@@ -209,7 +209,7 @@ def _windows(pictures: Callable[[int], np.ndarray], num_pictures: int) -> Iterat
 
 
 def embed_batch(batch: dict[str, np.ndarray], encoder: str) -> dict[str, np.ndarray]:
-    """One task's pictures: row and quantised embedding."""
+    """One task's images: row and quantised embedding."""
     import torch
 
     from ddpm_core import images
@@ -226,7 +226,7 @@ def load_encoder(uri: str) -> "IdentityEncoder":
     Raises:
         InputError: there is none, or it is damaged.
     """
-    from ddpm_core import encoders  # not at the top: every worker that decodes pictures would load it
+    from ddpm_core import encoders  # not at the top: every worker that decodes images would load it
 
     return encoders.load_identity_encoder(uri, read=storage.read_bytes)
 
@@ -239,7 +239,7 @@ def report(
 ) -> list[str]:
     """How good the matches are, in words.
 
-    `target`: index of each picture's match. `others`: all attributes but the domain's, of which `traits` has some.
+    `target`: index of each image's match. `others`: all attributes but the domain's, of which `traits` has some.
     """
     compared, differing = _differing(traits.attributes, target), _differing(others, target)
     what = f"{traits.attributes.shape[1]} of {others.shape[1]} attributes"
@@ -256,7 +256,7 @@ def report(
         what += ", identity"
         words.append(f"the cosine of embeddings is {cosines(traits.embeddings, target).mean():.2f}")
     uses = np.bincount(target, minlength=len(target))
-    words.append(f"a picture serves as match for up to {uses.max()} others, {(uses == 0).mean():.0%} for none")
+    words.append(f"an image serves as match for up to {uses.max()} others, {(uses == 0).mean():.0%} for none")
     worst = np.lexsort((apart, compared))[:-4:-1]
     pairs = ", ".join(f"{names[row]} with {names[target[row]]}" for row in worst.tolist())
     return [f"matched by {what}: {'; '.join(words)}", f"worst matches: {pairs}"]

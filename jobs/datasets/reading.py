@@ -26,7 +26,7 @@ ROWS_PER_BLOCK = 1024
 
 
 class IndexRow(NamedTuple):
-    """What a row says of itself, without its pictures."""
+    """What a row says of itself, without its images."""
 
     split: str
     domain: int
@@ -35,7 +35,7 @@ class IndexRow(NamedTuple):
 
 
 def read_index(uri: str, card: DatasetCard) -> dict[str, IndexRow]:
-    """Every row by its id, without Ray; the columns of pictures are not read.
+    """Every row by its id, without Ray; the columns of images are not read.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -49,7 +49,7 @@ def read_index(uri: str, card: DatasetCard) -> dict[str, IndexRow]:
 
 
 def read_labels(uri: str, card: DatasetCard, split: str, columns: Sequence[str]) -> pyarrow.Table:
-    """Columns without pictures of a split's rows, in stored order, without Ray; only they are read.
+    """Columns without images of a split's rows, in stored order, without Ray; only they are read.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -67,7 +67,7 @@ def read_labels(uri: str, card: DatasetCard, split: str, columns: Sequence[str])
 def read_split(
     uri: str, split: str, *, columns: Sequence[str] = ("id", "domain", "image", "target")
 ) -> ray.data.Dataset:
-    """Rows of a split with decoded pictures: `image` and `target` are uint8 s s 3 tensors.
+    """Rows of a split with decoded images: `image` and `target` are uint8 s s 3 tensors.
 
     `target` is left out where the data set has none. Needs Ray running; lazy like any Ray data set.
 
@@ -189,7 +189,7 @@ def _check_shard(uri: str, num_rows: int, columns: Sequence[str]) -> None:
 
 
 def decode_batch(batch: pyarrow.Table, image_size: int, encoding: Encoding) -> pyarrow.Table:
-    """Binary picture columns as tensor columns of uint8 s s 3."""
+    """Binary image columns as tensor columns of uint8 s s 3."""
     for name in ("image", "target"):
         if name in batch.column_names:
             ids = batch.column("id").to_pylist() if "id" in batch.column_names else None
@@ -202,10 +202,10 @@ def decode_batch(batch: pyarrow.Table, image_size: int, encoding: Encoding) -> p
 def decode_column(
     column: pyarrow.ChunkedArray, image_size: int, encoding: Encoding, ids: Sequence[str] | None = None
 ) -> UInt8[np.ndarray, "b s s 3"]:
-    """Stored pictures as one array; `raw` is a view of the column's bytes.
+    """Stored images as one array; `raw` is a view of the column's bytes.
 
     Raises:
-        InputError: a picture is missing, damaged or of another size; its id is named.
+        InputError: an image is missing, damaged or of another size; its id is named.
     """
     array = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
     if isinstance(array, pyarrow.ChunkedArray):
@@ -216,12 +216,12 @@ def decode_column(
         return f"row {ids[row] if ids else row}"
 
     if array.null_count:
-        raise InputError(f"{named(array.is_null().to_pylist().index(True))}: no picture; make the data set again")
+        raise InputError(f"{named(array.is_null().to_pylist().index(True))}: no image; make the data set again")
     if encoding == "raw":
         offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
         sizes = np.diff(offsets)
         if (wrong := np.flatnonzero(sizes != np.prod(shape))).size:
-            raise InputError(f"{named(int(wrong[0]))}: {sizes[wrong[0]]} bytes; a raw picture has {np.prod(shape)}")
+            raise InputError(f"{named(int(wrong[0]))}: {sizes[wrong[0]]} bytes; a raw image has {np.prod(shape)}")
         flat = np.frombuffer(array.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
         return flat.reshape(len(array), *shape)
     pixels = np.empty((len(array), *shape), np.uint8)

@@ -1,4 +1,4 @@
-"""One pass over the pictures of a data set, by Ray Data: what an append and `jobs.prepare inspect` ask of it."""
+"""One pass over the images of a data set, by Ray Data: what an append and `jobs.prepare inspect` ask of it."""
 
 import dataclasses
 import functools
@@ -23,11 +23,11 @@ from jobs.datasets.format import read_card
 
 DIGEST_BYTES, HASH_BYTES, THUMB = 16, 8, 8
 MARK_BYTES = DIGEST_BYTES + HASH_BYTES + THUMB * THUMB * 3
-"""Length of a picture's mark."""
-SHEET_PICTURES = 48
+"""Length of an image's mark."""
+SHEET_IMAGES = 48
 """Rows of each domain on the contact sheet, at most."""
 SHEET_SIDE = 128
-"""Larger pictures are shown at this size."""
+"""Larger images are shown at this size."""
 
 
 def name_hash(name: str) -> bytes:
@@ -36,12 +36,12 @@ def name_hash(name: str) -> bytes:
 
 
 def digest(pixels: UInt8[np.ndarray, "*shape"]) -> bytes:
-    """Tells one picture's pixels from another's."""
+    """Tells one image's pixels from another's."""
     return hashlib.blake2b(np.ascontiguousarray(pixels).tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
 def mark(square: UInt8[np.ndarray, "s s 3"]) -> bytes:
-    """What is kept of a picture to find it again: a digest, its dHash (64 bits: is the grey level of each of 8 x 8
+    """What is kept of an image to find it again: a digest, its dHash (64 bits: is the grey level of each of 8 x 8
     places higher than that of its left neighbour?) and 8 x 8 pixels of it."""
     picture = Image.fromarray(square)
     grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX))
@@ -58,7 +58,7 @@ class ContactSheet:
     def add(self, row_id: str, domain: int, image: np.ndarray, target: np.ndarray | None) -> None:
         kept = self.kept.setdefault(domain, [])
         rank = -int.from_bytes(name_hash(row_id), "big")
-        if len(kept) < SHEET_PICTURES or rank > kept[0][0]:
+        if len(kept) < SHEET_IMAGES or rank > kept[0][0]:
             self._keep(domain, (rank, row_id, [_shown(each) for each in (image, target) if each is not None]))
 
     def merge(self, other: "ContactSheet") -> None:
@@ -68,7 +68,7 @@ class ContactSheet:
 
     def _keep(self, domain: int, item: tuple[int, str, list[np.ndarray]]) -> None:
         kept = self.kept.setdefault(domain, [])
-        if len(kept) < SHEET_PICTURES:
+        if len(kept) < SHEET_IMAGES:
             heapq.heappush(kept, item)
         else:
             heapq.heappushpop(kept, item)
@@ -101,7 +101,7 @@ class Survey:
     """Of training rows."""
     sheet: ContactSheet = dataclasses.field(default_factory=ContactSheet)
     sums: dict[tuple[int, str], np.ndarray] = dataclasses.field(default_factory=dict)
-    """(s, s, 3) int64 sum of the pictures by (domain of the row, image or target)."""
+    """(s, s, 3) int64 sum of the images by (domain of the row, image or target)."""
     counts: dict[tuple[int, str], int] = dataclasses.field(default_factory=dict)
     marks: dict[str, tuple[bytes, ...]] = dataclasses.field(default_factory=dict)
     """Marks of the image and, where there is one, of the target, by id."""
@@ -115,7 +115,7 @@ class Survey:
         self.marks |= other.marks
 
     def mean(self, domain: int, column: str) -> UInt8[np.ndarray, "s s 3"]:
-        """The mean picture."""
+        """The mean image."""
         return np.round(self.sums[domain, column] / self.counts[domain, column]).astype(np.uint8)
 
 

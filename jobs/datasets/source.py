@@ -1,7 +1,7 @@
-"""What the sources of pictures share: options, decoding with Ray Data, splits by name, progress.
+"""What the sources of images share: options, decoding with Ray Data, splits by name, progress.
 
 A source is a module with an `Options` dataclass and `draft(options) -> Draft`. `draft` does every check that is
-cheap and reads no picture; `Draft.make` does the work.
+cheap and reads no image; `Draft.make` does the work.
 """
 
 import dataclasses
@@ -27,23 +27,23 @@ class Common:
     output: str
     """Folder or s3://bucket/prefix for the data set."""
     source: str | None = None
-    """Folder or s3://bucket/prefix that holds the pictures."""
+    """Folder or s3://bucket/prefix that holds the images."""
     image_size: int = 64
-    """Side of the square pictures, in pixels."""
+    """Side of the square images, in pixels."""
     encoding: Encoding = "raw"
-    """How pictures are stored: raw (needs no decoding) and png are exact, jpeg takes about half the room."""
+    """How images are stored: raw (needs no decoding) and png are exact, jpeg takes about half the room."""
     overwrite: bool = False
     """Replace another data set at --output."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromFiles(Common):
-    """Options of sources that read the user's own pictures."""
+    """Options of sources that read the user's own images."""
 
     append: bool = False
-    """Add the pictures that are not in the data set at --output yet to it, as its next version."""
+    """Add the images that are not in the data set at --output yet to it, as its next version."""
     duplicates: Literal["report", "drop"] = "report"
-    """Pictures that come twice, exactly or nearly: list them in duplicates.parquet, or also set the copies aside (first
+    """Images that come twice, exactly or nearly: list them in duplicates.parquet, or also set the copies aside (first
     in training, then in validation)."""
 
 
@@ -55,9 +55,9 @@ class Made:
     """Rows of each split, sorted by id; iterated once."""
     num_rows: int
     rejected: Sequence[tuple[str, str]] = ()
-    """(picture, reason) of those that could not be used."""
+    """(image, reason) of those that could not be used."""
     copies: Sequence[duplicates.Copy] = ()
-    """Pictures that come twice."""
+    """Images that come twice."""
     notes: Sequence[str] = ()
     """What a reader of results should know."""
 
@@ -67,7 +67,7 @@ class Draft:
     """A source that passed its checks."""
 
     card: DatasetCard
-    """All that is known before a picture is read."""
+    """All that is known before an image is read."""
     make: Callable[[Path], Made]
     """Does the work; the folder is for scratch files that the rows still need while they are iterated."""
 
@@ -94,13 +94,13 @@ def source_folder(options: Common, what: str) -> str:
 def require_folder(uri: str, flag: str) -> None:
     """Raises InputError where `uri` is not a folder (or prefix) with something in it."""
     if storage.is_file(uri):
-        raise InputError(f"{flag} {uri} is a file; give the folder that holds the pictures")
+        raise InputError(f"{flag} {uri} is a file; give the folder that holds the images")
     if not storage.exists(uri):
         raise InputError(f"{flag} {uri} does not exist; check the path")
 
 
-def picture_files(files: Iterable[str]) -> list[str]:
-    """Those of the paths that end like pictures, without hidden ones and what macOS leaves in archives."""
+def image_files(files: Iterable[str]) -> list[str]:
+    """Those of the paths that end like images, without hidden ones and what macOS leaves in archives."""
     return [
         file
         for file in files
@@ -174,9 +174,9 @@ def weed(
     known: Sequence[bool] | None = None,
     groups: Sequence[int] | None = None,
 ) -> tuple[list[duplicates.Copy], list[tuple[str, str]], str]:
-    """Pictures that come twice; with `--duplicates drop` they are no longer `ok`, and are given as rejected too.
+    """Images that come twice; with `--duplicates drop` they are no longer `ok`, and are given as rejected too.
 
-    `known`: those that an earlier version has already, which are not looked at. `groups`: pictures are compared with
+    `known`: those that an earlier version has already, which are not looked at. `groups`: images are compared with
     those of their group only (default: all); for pairs the group is the domain, since counterparts may well be alike.
     Returns the copies, the rejected, and a note.
     """
@@ -193,15 +193,13 @@ def weed(
     if dropped:
         for place, copy in found:
             pixels.ok[fresh[place]] = False
-            same = (
-                "the same picture as" if copy.kind == "exact" else f"nearly the same picture ({copy.distance} bits) as"
-            )
+            same = "the same image as" if copy.kind == "exact" else f"nearly the same image ({copy.distance} bits) as"
             rejected.append((copy.picture, f"{same} {copy.of} in {copy.split_of}"))
     return copies, rejected, duplicates.note(copies, dropped)
 
 
 def _pool_there(options: FromFiles, parts: int, *, grouped: bool) -> duplicates.Pool:
-    """The pictures of the data set that --append adds to."""
+    """The images of the data set that --append adds to."""
     there: list[tuple[str, str, int, tuple[bytes, ...]]] = []
     if options.append:
         output = storage.absolute(options.output, flag="--output")
@@ -212,7 +210,7 @@ def _pool_there(options: FromFiles, parts: int, *, grouped: bool) -> duplicates.
                 there.append((name, row.split, 0, marks[name]))
                 continue
             there.append((name, row.split, row.domain if grouped else 0, marks[name][:1]))
-            if grouped:  # the targets are pictures of the source too
+            if grouped:  # the targets are images of the source too
                 there.append((row.target_id or name, row.split, 1 - row.domain, marks[name][1:]))
     return duplicates.Pool(
         names=[name for name, _, _, _ in there],

@@ -38,7 +38,7 @@ from jobs.datasets.format import (
 NOT_ALONE = "another program wrote there at the same time; give the same command again"
 ROWS_PER_GROUP = 256
 SHARD_BYTES = 64 * 2**20
-"""A shard is closed once its encoded pictures reach this size: what the writer holds in memory."""
+"""A shard is closed once its encoded images reach this size: what the writer holds in memory."""
 JPEG_QUALITY = 95
 
 
@@ -111,7 +111,7 @@ def write_rows(
             on_row(split, row)
         shards += writer.close()
     if not sum(counts["train"].values()):
-        raise InputError(f"{uri}: no picture for training is left; give a source with more pictures")
+        raise InputError(f"{uri}: no image for training is left; give a source with more images")
     return dataclasses.replace(
         card,
         splits={split: sum(of.values()) for split, of in counts.items()},
@@ -162,7 +162,7 @@ def clear(uri: str, keep: DatasetCard | None = None) -> None:
 
 
 def encode(image: UInt8[np.ndarray, "s s 3"], encoding: Encoding) -> bytes:
-    """A picture as it is stored."""
+    """An image as it is stored."""
     if encoding == "raw":
         return np.ascontiguousarray(image).tobytes()
     if encoding == "png":
@@ -173,12 +173,12 @@ def encode(image: UInt8[np.ndarray, "s s 3"], encoding: Encoding) -> bytes:
 
 
 def stored(image: UInt8[np.ndarray, "s s 3"], encoding: Encoding) -> UInt8[np.ndarray, "s s 3"]:
-    """A picture as it is read back."""
+    """An image as it is read back."""
     return np.asarray(images.decode(encode(image, encoding))) if encoding == "jpeg" else image
 
 
 class _ShardWriter:
-    """Rows of one split into shards of bounded size, 256 rows a row group, or fewer where pictures are large."""
+    """Rows of one split into shards of bounded size, 256 rows a row group, or fewer where images are large."""
 
     def __init__(self, uri: str, split: str, card: DatasetCard, first: int, before: DatasetCard | None) -> None:
         self.uri, self.split, self.card, self.first, self.before = uri, split, card, first, before
@@ -253,7 +253,7 @@ class _Unique:
 
     def check(self, row: Row, split: str) -> None:
         if row.id in self.ids:
-            raise InputError(f"id {row.id!r} occurs twice; every picture needs a name of its own")
+            raise InputError(f"id {row.id!r} occurs twice; every image needs a name of its own")
         assert self.last[0] != split or self.last[1] < row.id, f"{row.id} after {self.last[1]}: not sorted"
         self.ids.add(row.id)
         self.last = (split, row.id)

@@ -1,1 +1,1 @@
-"""Measuring a checkpoint on held-out pictures, and comparing two such measurements."""
+"""Measuring a checkpoint on held-out images, and comparing two such measurements."""

@@ -18,7 +18,7 @@ def color_moments(
 
 def solve_color_map(moments: Float[np.ndarray, "4 7"]) -> Float[np.ndarray, "3 4"]:
     """The map (A | b) that minimises the squared error over all pixels behind `moments`."""
-    # The minimum-norm solution: pictures of one colour, or grey ones, leave the map underdetermined.
+    # The minimum-norm solution: images of one colour, or grey ones, leave the map underdetermined.
     return np.linalg.lstsq(moments[:, :4], moments[:, 4:], rcond=1e-10)[0].T
 
 

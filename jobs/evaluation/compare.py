@@ -1,6 +1,6 @@
 """`jobs.evaluate compare A B`: which differences between two evaluations are more than chance.
 
-Both must be of the same rows of the same data. Pictures are compared by id, KID by the same random halves; every
+Both must be of the same rows of the same data. Images are compared by id, KID by the same random halves; every
 interval is so wide (Bonferroni) that all of them hold together with 95 %.
 """
 
@@ -42,7 +42,7 @@ NET_OF = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Two evaluations of the same pictures."""
+    """Two evaluations of the same images."""
 
     a: tyro.conf.Positional[str]
     """Folder or s3:// prefix of an evaluation."""
@@ -74,7 +74,7 @@ class Compared:
     a: float
     b: float
     num: int
-    """Pictures, or halves."""
+    """Images, or halves."""
     difference: Interval
     """A minus B."""
     words: str
@@ -204,9 +204,9 @@ def _unlike(a: Side, b: Side, domain: str, metric: str) -> str:
             return f"different seeds ({a.metrics['seed']}, {b.metrics['seed']}) give different halves"
         ids = [set(next(iter(side.pictures[domain].values()))) for side in (a, b)]
         if ids[0] != ids[1] or of[0]["num_real_images"] != of[1]["num_real_images"]:
-            return "measured on different pictures, so the halves are not the same"
+            return "measured on different images, so the halves are not the same"
     elif not a.pictures[domain][metric].keys() & b.pictures[domain][metric].keys():
-        return "no picture in common"
+        return "no image in common"
     return ""
 
 
@@ -226,7 +226,7 @@ HEAD = ("to", "metric", "A", "B", "A - B", "interval", "of", "")
 
 def _cells(row: Compared) -> tuple[str, ...]:
     gap = row.difference
-    of = f"{row.num} {'halves' if row.metric == 'kid' else 'pictures'}"
+    of = f"{row.num} {'halves' if row.metric == 'kid' else 'images'}"
     interval = f"{gap.low:+.4g} to {gap.high:+.4g}"
     return (row.domain, row.metric, f"{row.a:.4g}", f"{row.b:.4g}", f"{gap.mean:+.4g}", interval, of, row.words)
 
@@ -234,7 +234,7 @@ def _cells(row: Compared) -> tuple[str, ...]:
 def _footnote(rows: list[Compared], level: float) -> str:
     return (
         f"{len(rows)} comparisons: each interval is of {level:.2%}, so that all of them hold with 95 %. They are over "
-        "pictures (KID: random halves of them), of one training run each: another seed of the training may differ more."
+        "images (KID: random halves of them), of one training run each: another seed of the training may differ more."
     )
 
 

@@ -21,7 +21,7 @@ from jobs.translation.batch import Batch, actor_pool, dataset_rows
 from jobs.translation.options import GuidanceNets
 
 Key = tuple[str, str, int, str]
-"""(domain, id, seed, purpose) of one picture."""
+"""(domain, id, seed, purpose) of one image."""
 
 
 # -- looking ------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def fit_color_maps(job: EvaluationJob) -> dict[str, np.ndarray]:
 
 
 def look(job: EvaluationJob) -> tuple[dict[Key, Found], int]:
-    """What came of every picture that the plans name, and how many copies of the network there were."""
+    """What came of every image that the plans name, and how many copies of the network there were."""
     make: dict[str, Any] = {
         "translate": {
             "checkpoint_uri": job.checkpoint_path,
@@ -67,12 +67,12 @@ def look(job: EvaluationJob) -> tuple[dict[Key, Found], int]:
     else:
         batches, num_workers = over_ray(job, make, num_rows)
     found: dict[Key, Found] = {}
-    with Progress(total=num_rows, unit="picture", description="evaluate") as progress:
+    with Progress(total=num_rows, unit="image", description="evaluate") as progress:
         for batch in batches:
             found.update(worker.opened(batch))
             progress.update(len(batch["id"]))
     if len(found) != num_rows:
-        raise RuntimeError(f"{num_rows} pictures were to be looked at, {len(found)} came back")
+        raise RuntimeError(f"{num_rows} images were to be looked at, {len(found)} came back")
     return found, num_workers
 
 
@@ -147,7 +147,7 @@ def stacked(found: Mapping[str, Found], name: str) -> np.ndarray:
 
 
 def grid(job: EvaluationJob, domain: str, found: Mapping[Key, Found]) -> tuple[list[str], bytes]:
-    """The ids shown, and their pictures: source, samples and counterpart."""
+    """The ids shown, and their images: source, samples and counterpart."""
     from jobs.reports.grids import labelled_grid
 
     keys = sorted(key for key in found if key[0] == domain and key[3] in (worker.SHOW, worker.SHOW_SAMPLE))
@@ -175,7 +175,7 @@ def evaluate(job: EvaluationJob) -> tuple[dict[str, Any], dict[str, bytes]]:
         names[domain] = "grid.png" if len(job.domains) == 1 else f"grid-{domain}.png"
         files[names[domain]] = png
         domains[domain] = {**told(job, domain, measured, outcome[domain][1]), "shown": shown}
-    files["pictures.parquet"] = summary.pictures_table(outcome)
+    files["pictures.parquet"] = summary.images_table(outcome)
     files["halves.parquet"] = summary.halves_table(outcome)
     evaluation = {
         "format": FORMAT,
@@ -243,7 +243,7 @@ def told(job: EvaluationJob, domain: str, measured: Measured, found: Findings) -
 
 
 def cost(found: Mapping[Key, Found], num_workers: int) -> dict[str, Any]:
-    """What a picture cost: passes through the network, and pictures a second of one copy of it (the median of the
+    """What an image cost: passes through the network, and images a second of one copy of it (the median of the
     batches: the first one warms up)."""
     made = [each for each in found.values() if "nfe" in each]
     return {
@@ -263,7 +263,7 @@ def write(job: EvaluationJob, evaluation: dict[str, Any], files: dict[str, bytes
     made = "the result" if job.num_samples == 1 else f"{job.num_samples} samples that differ in their noise only"
     images = [
         (
-            f"Held-out pictures to {domain}: the source, {made}"
+            f"Held-out images to {domain}: the source, {made}"
             + {"paired": ", the truth.", "matched": ", the proxy (another person)."}.get(job.card.pairing, "."),
             files[name],
         )

@@ -1,21 +1,21 @@
-"""The measurements of `jobs.evaluate`, by torchmetrics where it has them: of each picture, or of two sets of pictures.
+"""The measurements of `jobs.evaluate`, by torchmetrics where it has them: of each image, or of two sets of images.
 
-pictures     uint8 b h w 3
-PSNR         dB, data range 255, at most 60 (rounding to 8 bits alone costs 58.9 dB; identical pictures have no PSNR)
+images     uint8 b h w 3
+PSNR         dB, data range 255, at most 60 (rounding to 8 bits alone costs 58.9 dB; identical images have no PSNR)
 SSIM         Gaussian window 11, sigma 1.5, data range 255
 perceptual   Zhang et al. 2018, eq. 1, with every weight 1 and the mean over maps: LPIPS without its learned weights,
-             on the maps of the net that it is named with; 0 for identical pictures
+             on the maps of the net that it is named with; 0 for identical images
 KID          unbiased squared MMD of features, cubic kernel (Binkowski et al. 2018): on 200 random halves of either
              side, the same halves for every method. The halves' spread is the standard error of the whole
              (delete-half jackknife; too wide where both sides are one distribution)
 FD           Fréchet distance of features (Heusel et al. 2017); FID where the net is Inception. It is biased upwards,
-             the more the fewer the pictures: figures compare at one number of pictures and with one net
-flip rate    share of pictures that a classifier puts on the wanted side
-rank-1       share of pictures that are nearer to their own source than to every other one
+             the more the fewer the images: figures compare at one number of images and with one net
+flip rate    share of images that a classifier puts on the wanted side
+rank-1       share of images that are nearer to their own source than to every other one
 diversity    mean distance of the features of samples of one source: 0 where all are the same
-neighbours   distance of features to the nearest training picture; copied: nearer than all but 1 % of real ones lie
+neighbours   distance of features to the nearest training image; copied: nearer than all but 1 % of real ones lie
 
-What is of each picture is float64 b; intervals are `ddpm_core.metrics`'.
+What is of each image is float64 b; intervals are `ddpm_core.metrics`'.
 """
 
 import dataclasses
@@ -44,18 +44,18 @@ from jobs.common.intervals import (
 
 MAX_PSNR = 60.0
 MIN_SSIM_SIDE = 16
-"""The SSIM window does not fit smaller pictures."""
+"""The SSIM window does not fit smaller images."""
 NUM_HALVES = 200
 MIN_KID_IMAGES = 20
-"""With fewer pictures a KID says nothing."""
+"""With fewer images a KID says nothing."""
 MAX_KID_IMAGES = 5000
-"""Of more pictures, so many evenly spread ones are taken on either side: the time grows by the square."""
+"""Of more images, so many evenly spread ones are taken on either side: the time grows by the square."""
 MIN_FRECHET_IMAGES = 2048
-"""With fewer pictures the bias of a Fréchet distance is larger than what it is to show."""
+"""With fewer images the bias of a Fréchet distance is larger than what it is to show."""
 NUM_GROUPS = 10
-"""Groups of pictures that are left out in turn, for the interval of a Fréchet distance."""
+"""Groups of images that are left out in turn, for the interval of a Fréchet distance."""
 COPIED_SHARE = 0.01
-"""Of real held-out pictures, and so of new ones that are as unlike the training pictures."""
+"""Of real held-out images, and so of new ones that are as unlike the training images."""
 LOWER_IS_BETTER = ("kid", "fd", "perceptual")
 INCEPTION = "inception"
 
@@ -84,7 +84,7 @@ def feature_net(uri: str = "auto", *, read: Read = read_local) -> Net:
     return Net("Inception-v3 (FID's, torch-fidelity), 2048-d", nets.fingerprint(module), module)
 
 
-# -- each picture beside its reference --------------------------------------------------------------------------
+# -- each image beside its reference --------------------------------------------------------------------------
 
 
 def _tensor(pictures: Pictures) -> Tensor:
@@ -92,7 +92,7 @@ def _tensor(pictures: Pictures) -> Tensor:
 
 
 def psnr(pictures: Pictures, references: Pictures) -> Float[np.ndarray, "b"]:
-    """Of each picture to its reference, in dB."""
+    """Of each image to its reference, in dB."""
     values = peak_signal_noise_ratio(
         _tensor(pictures), _tensor(references), data_range=255.0, reduction="none", dim=(1, 2, 3)
     )
@@ -100,13 +100,13 @@ def psnr(pictures: Pictures, references: Pictures) -> Float[np.ndarray, "b"]:
 
 
 def ssim(pictures: Pictures, references: Pictures, *, batch_size: int = 64) -> Float[np.ndarray, "b"]:
-    """Of each picture to its reference, 1 = identical.
+    """Of each image to its reference, 1 = identical.
 
     Raises:
-        ValueError: pictures smaller than the window.
+        ValueError: images smaller than the window.
     """
     if min(pictures.shape[1:3]) < MIN_SSIM_SIDE:
-        raise ValueError(f"SSIM needs pictures of {MIN_SSIM_SIDE} px or more")
+        raise ValueError(f"SSIM needs images of {MIN_SSIM_SIDE} px or more")
     parts = [
         structural_similarity_index_measure(
             _tensor(pictures[i : i + batch_size]),
@@ -121,7 +121,7 @@ def ssim(pictures: Pictures, references: Pictures, *, batch_size: int = 64) -> F
 
 @torch.no_grad()
 def perceptual(net: Net, pictures: Pictures, references: Pictures, *, batch_size: int = 64) -> Values:
-    """Of each picture to its reference, 0 = identical; on the device where the net is.
+    """Of each image to its reference, 0 = identical; on the device where the net is.
 
     Raises:
         ValueError: the net has no maps to compare (`nets.perceptual_taps`).
@@ -141,22 +141,22 @@ def perceptual(net: Net, pictures: Pictures, references: Pictures, *, batch_size
     return torch.cat(parts).cpu().numpy().astype(np.float64)
 
 
-# -- two sets of pictures ---------------------------------------------------------------------------------------
+# -- two sets of images ---------------------------------------------------------------------------------------
 
 
 def kid(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, seed: int = 0) -> Float[np.ndarray, "halves"]:
     """KID of random halves, without replacement and of equal size; equal (n, m, seed) give the same halves.
 
     Raises:
-        ValueError: fewer than MIN_KID_IMAGES pictures on a side.
+        ValueError: fewer than MIN_KID_IMAGES images on a side.
     """
     real, made = (_evenly(side, MAX_KID_IMAGES).double() for side in (real, made))  # a small difference of large sums
     size = min(len(real), len(made)) // 2
     if 2 * size < MIN_KID_IMAGES:
-        raise ValueError(f"KID needs {MIN_KID_IMAGES} pictures or more on either side")
+        raise ValueError(f"KID needs {MIN_KID_IMAGES} images or more on either side")
     draw = np.random.default_rng(seed)
     r, m = torch.zeros(NUM_HALVES, len(real)).double(), torch.zeros(NUM_HALVES, len(made)).double()
-    for half in range(NUM_HALVES):  # which pictures are in it
+    for half in range(NUM_HALVES):  # which images are in it
         r[half, draw.permutation(len(real))[:size]] = 1
         m[half, draw.permutation(len(made))[:size]] = 1
 
@@ -174,15 +174,15 @@ def _evenly(features: Tensor, most: int) -> Tensor:
 
 
 def frechet(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, level: float = 0.95) -> Interval:
-    """Fréchet distance, with the interval that leaving out a tenth of the pictures in turn gives (jackknife).
+    """Fréchet distance, with the interval that leaving out a tenth of the images in turn gives (jackknife).
 
-    The interval is around the value at this number of pictures, whose bias it does not know.
+    The interval is around the value at this number of images, whose bias it does not know.
 
     Raises:
-        ValueError: fewer than MIN_FRECHET_IMAGES pictures on a side.
+        ValueError: fewer than MIN_FRECHET_IMAGES images on a side.
     """
     if min(len(real), len(made)) < MIN_FRECHET_IMAGES:
-        raise ValueError(f"a Fréchet distance needs {MIN_FRECHET_IMAGES} pictures or more on either side")
+        raise ValueError(f"a Fréchet distance needs {MIN_FRECHET_IMAGES} images or more on either side")
     value = _frechet(real, made)
     left_out = []
     for group in range(NUM_GROUPS):
@@ -212,7 +212,7 @@ class _Given(nn.Module):
         return features
 
 
-# -- what nets say of single pictures ---------------------------------------------------------------------------
+# -- what nets say of single images ---------------------------------------------------------------------------
 
 
 def flipped(probabilities: Float[np.ndarray, "b k"], wanted: int) -> Values:
@@ -231,7 +231,7 @@ def rank_1(
 ) -> Values:
     """1 where a row is nearer (by angle) to its own row of the gallery than to every other; a tie is a miss.
 
-    `people`: whom each row shows; other pictures of the same person are then no rivals.
+    `people`: whom each row shows; other images of the same person are then no rivals.
     """
     likeness = _unit(queries) @ _unit(gallery).T
     people = np.arange(len(queries)) if people is None else people
@@ -265,22 +265,22 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Neighbors:
-    """How near made pictures lie to the training pictures."""
+    """How near made images lie to the training images."""
 
     distances: Values
-    """Of each to its nearest training picture, in the features' units."""
+    """Of each to its nearest training image, in the features' units."""
     copied: Values
-    """1 where that is nearer than all but COPIED_SHARE of real held-out pictures lie. The mean is COPIED_SHARE for
-    new pictures, up to the error of the threshold: from 512 real ones, the share may be 0.3 to 2 %."""
+    """1 where that is nearer than all but COPIED_SHARE of real held-out images lie. The mean is COPIED_SHARE for
+    new images, up to the error of the threshold: from 512 real ones, the share may be 0.3 to 2 %."""
     threshold: float
 
 
 def nearest(
     made: Float[np.ndarray, "b d"], train: Float[np.ndarray, "n d"], real: Float[np.ndarray, "m d"]
 ) -> Neighbors:
-    """Whether made pictures are training pictures over again; `real` are held-out ones, best 99 or more."""
+    """Whether made images are training images over again; `real` are held-out ones, best 99 or more."""
     distances, usual = _nearest(made, train), _nearest(real, train)
-    # Weibull's quantile: of new pictures like the real ones this share lies below it, whatever their distribution.
+    # Weibull's quantile: of new images like the real ones this share lies below it, whatever their distribution.
     threshold = float(np.quantile(usual, COPIED_SHARE, method="weibull"))
     return Neighbors(distances, (distances <= threshold).astype(np.float64), threshold)
 
@@ -304,7 +304,7 @@ class Verdict:
     metric: str
     against: str
     difference: Interval
-    """Ours minus theirs, on the same pictures (or halves)."""
+    """Ours minus theirs, on the same images (or halves)."""
     better: bool | None
     """None where the interval holds zero: no clear difference."""
     text: str
@@ -323,7 +323,7 @@ SHOWN: dict[str, tuple[str, str, int]] = {
     "identity_cosine": ("identity cosine", "", 3),
     "identity_rank_1": ("identity rank-1", "", 3),
     "diversity": ("diversity", "", 3),
-    "neighbor_distance": ("distance to the nearest training picture", "", 3),
+    "neighbor_distance": ("distance to the nearest training image", "", 3),
     "copied": ("share of copies", "", 3),
 }
 """metric → its name in words, its unit and how many digits are worth showing."""
@@ -342,7 +342,7 @@ def verdict(
     seed: int = 0,
     level: float = 0.95,
 ) -> Verdict:
-    """Compare per-picture values, or for kid the halves."""
+    """Compare per-image values, or for kid the halves."""
     if metric == "kid":
         gap = halves_interval(ours - theirs, level=level)
     else:

@@ -20,7 +20,7 @@ from jobs.translation.options import GuidanceNets, SamplingOverrides, check_leas
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-evaluation", 2
 NUM_SHOWN = 10
-"""Pictures in the grid, spread over the set."""
+"""Images in the grid, spread over the set."""
 NUM_SAMPLES = 3
 """Results of different seeds of those whose diversity is measured, and shown."""
 JUDGE_FLAGS = {"features": "--feature-net", "classifier": "--classifier", "identity": "--identity-net"}
@@ -37,7 +37,7 @@ class EvaluateArgs:
     output: str
     """Folder or s3:// prefix for metrics.json, grid.png and report.html."""
     num_images: int = 512
-    """Pictures to translate for each domain, spread evenly over the split; 0 takes all."""
+    """Images to translate for each domain, spread evenly over the split; 0 takes all."""
     num_diverse: int = 32
     """Of them, those drawn with three seeds to see how different the results are; a GAN has but one result.
     0: none."""
@@ -46,7 +46,7 @@ class EvaluateArgs:
     domain: str | None = None
     """The side to produce; by default each that the checkpoint was trained for."""
     num_train: int = 2048
-    """Training pictures of each domain, spread evenly, that say how far real pictures are from real ones, and whether
+    """Training images of each domain, spread evenly, that say how far real images are from real ones, and whether
     results are what was learned over again; 0 leaves that out."""
     sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
     guides: Annotated[GuidanceNets, tyro.conf.arg(name="")] = GuidanceNets()
@@ -54,17 +54,17 @@ class EvaluateArgs:
     """What realism is measured with: auto (EfficientNet-lite0 where its package is installed, else a fixed random net),
     inception, or a net file."""
     classifier: str | None = None
-    """Which domain a picture is taken for: a net file (.pt, .pt2) that gives a logit of each domain, or a run of an
+    """Which domain an image is taken for: a net file (.pt, .pt2) that gives a logit of each domain, or a run of an
     attribute classifier of ours. Not one that leads the sampling."""
     identity_net: str | None = None
-    """Whom a picture shows: a net file that gives an embedding, or a run of our own identity encoder. Not one that the
+    """Whom an image shows: a net file that gives an embedding, or a run of our own identity encoder. Not one that the
     model was trained with or that leads the sampling."""
     ema: float | None = None
     """Weights averaged over this share of the training; those that validated best by default."""
     seed: int = 0
     """Of the sampling noise, the bootstrap and the KID halves."""
     batch_size: int = 16
-    """Pictures the network sees at once; memory and speed, not results."""
+    """Images the network sees at once; memory and speed, not results."""
     num_workers: int | None = None
     """Copies of the network; by default one for each GPU, or for each CPU where there is none. 0: this process alone,
     without Ray."""
@@ -87,7 +87,7 @@ class EvaluationJob:
     options: dict[str, Any]
     """What the results depend on."""
     plans: dict[str, dict[str, list[tuple[str, int, str]]]]
-    """split → row id → (domain, seed, purpose) of each picture to look at."""
+    """split → row id → (domain, seed, purpose) of each image to look at."""
     rows: dict[str, tuple[int, int]]
     """id → index of the domain, and whom it shows (NOBODY), of each row of the split."""
     ema: float | None = None
@@ -216,7 +216,7 @@ def check_independent(
             if same_net(kind, uri, there, judge, config.domains):
                 raise InputError(
                     f"{JUDGE_FLAGS[name]} {there} is {what} and would judge its own work; give another net, such as "
-                    "one trained with another --seed or on other pictures"
+                    "one trained with another --seed or on other images"
                 )
 
 
@@ -275,7 +275,7 @@ def spread(total: int, wanted: int) -> list[int]:
 
 
 def num_samples(config: configs.ModelConfig, args: EvaluateArgs) -> int:
-    """How many results of a picture are drawn at most: a GAN has but one."""
+    """How many results of an image are drawn at most: a GAN has but one."""
     return NUM_SAMPLES if config.method == "diffusion" and args.num_diverse else 1
 
 
@@ -291,7 +291,7 @@ def make_plans(
     looked_at = args.num_train and card.splits.get("train")
     train = listing.split_rows(args.data, card, "train") if looked_at else []
     for domain in domains:
-        # A pair can be read from either side; other sets give the pictures of the other sides.
+        # A pair can be read from either side; other sets give the images of the other sides.
         paired = card.pairing == "paired"
         usable = [name for name, side in rows if paired or card.domains[side] != domain]
         chosen = [usable[i] for i in spread(len(usable), args.num_images)]

@@ -22,7 +22,7 @@ METHODS = {
     "copy": "copy of the source",
     "linear": "best linear colour map",
     "truth": "the true counterparts",
-    "real": "real pictures of the training split",
+    "real": "real images of the training split",
 }
 VERDICTS = [
     ("psnr", "copy"),
@@ -40,8 +40,8 @@ VERDICTS = [
 """Ours against whom in what, the promised comparisons first."""
 AGAINST = {"copy": "a copy of the source", "linear": "the best linear colour map", "truth": "the true counterparts"}
 FEW_RIGHT = 0.9
-"""A classifier that is right less often on real pictures judges flips too badly to rely on."""
-PER_PICTURE = ("psnr", "ssim", "perceptual")
+"""A classifier that is right less often on real images judges flips too badly to rely on."""
+PER_IMAGE = ("psnr", "ssim", "perceptual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +50,17 @@ class Measured:
 
     ids: list[str]
     methods: dict[str, dict[str, np.ndarray]]
-    """method → name → n or n d: metrics of each picture, and the nets' features, chances and embedding."""
+    """method → name → n or n d: metrics of each image, and the nets' features, chances and embedding."""
     samples: dict[str, Float[np.ndarray, "k d"]]
     """id → features of results that differ in their noise only."""
     real: Float[np.ndarray, "m d"]
-    """Features of real held-out pictures of the domain."""
+    """Features of real held-out images of the domain."""
     real_chances: Float[np.ndarray, "m k"] | None
     """What the classifier makes of them."""
     people: np.ndarray
-    """n, whom each source shows: other pictures of the same person are no rivals of the source."""
+    """n, whom each source shows: other images of the same person are no rivals of the source."""
     train: Float[np.ndarray, "t d"]
-    """Features of training pictures of the domain."""
+    """Features of training images of the domain."""
     wanted: int
     """The domain."""
     source_domains: np.ndarray
@@ -72,18 +72,18 @@ class Findings:
     """What a domain's measurements come to."""
 
     values: dict[str, dict[str, Float[np.ndarray, " n"]]]
-    """method → metric → each picture's, NaN where it was not measured."""
+    """method → metric → each image's, NaN where it was not measured."""
     halves: dict[str, Float[np.ndarray, " h"]]
     """method → KID of random halves."""
     summaries: dict[str, dict[str, Interval]]
     """method → metric → its mean and interval."""
     instruments: dict[str, Interval]
-    """How good the nets are that judge: on pictures of which the right answer is known."""
+    """How good the nets are that judge: on images of which the right answer is known."""
 
 
 def find(measured: Measured, *, seed: int) -> Findings:
     """All of it."""
-    values = {name: per_picture(name, measured) for name in measured.methods}
+    values = {name: per_image(name, measured) for name in measured.methods}
     halves = kid_halves(measured, seed)
     summaries = {
         name: {metric: intervals.bootstrap(each[~np.isnan(each)], seed=seed) for metric, each in of.items()}
@@ -96,8 +96,8 @@ def find(measured: Measured, *, seed: int) -> Findings:
     return Findings(values, halves, summaries, instruments(measured, values, seed))
 
 
-def per_picture(method: str, measured: Measured) -> dict[str, np.ndarray]:
-    """Every metric of each of a method's pictures."""
+def per_image(method: str, measured: Measured) -> dict[str, np.ndarray]:
+    """Every metric of each of a method's images."""
     found, sources = measured.methods[method], measured.methods["copy"]
     values = {name: each for name, each in found.items() if each.ndim == 1}
     if "chances" in found:
@@ -119,7 +119,7 @@ def per_picture(method: str, measured: Measured) -> dict[str, np.ndarray]:
 
 
 def kid_halves(measured: Measured, seed: int) -> dict[str, np.ndarray]:
-    """KID of each method on the same halves, where there are pictures enough."""
+    """KID of each method on the same halves, where there are images enough."""
     made = {name: found["features"] for name, found in measured.methods.items() if name != "truth"}
     if len(measured.train) >= evaluation_metrics.MIN_KID_IMAGES:
         made["real"] = measured.train
@@ -132,7 +132,7 @@ def kid_halves(measured: Measured, seed: int) -> dict[str, np.ndarray]:
 
 
 def frechet_distances(measured: Measured) -> dict[str, Interval]:
-    """Fréchet distance of each method, where there are pictures enough."""
+    """Fréchet distance of each method, where there are images enough."""
     made = {name: found["features"] for name, found in measured.methods.items() if name != "truth"}
     if len(measured.train):
         made["real"] = measured.train
@@ -145,7 +145,7 @@ def frechet_distances(measured: Measured) -> dict[str, Interval]:
 
 
 def instruments(measured: Measured, values: dict[str, dict[str, np.ndarray]], seed: int) -> dict[str, Interval]:
-    """How often the classifier is right on real pictures of either side, and the identity net on true counterparts."""
+    """How often the classifier is right on real images of either side, and the identity net on true counterparts."""
     found = {}
     if measured.real_chances is not None and len(measured.real_chances):
         of_wanted = measured.real_chances.argmax(1) == measured.wanted
@@ -205,34 +205,34 @@ def labels(pairing: str, domain: str) -> dict[str, str]:
         "identity_cosine": "identity: cosine to the source ↑",
         "identity_rank_1": "identity: source found first ↑",
         "diversity": "distance between samples",
-        "neighbor_distance": "distance to the nearest training picture",
+        "neighbor_distance": "distance to the nearest training image",
         "copied": "copied (0.01 expected)",
     }
 
 
 def notes(found: Findings, *, pairing: str, domain: str, num_train: tuple[int, int], elsewhere: bool) -> list[str]:
-    """What a reader must know not to misread the figures. `num_train`: training pictures looked at, and all of them.
+    """What a reader must know not to misread the figures. `num_train`: training images looked at, and all of them.
     `elsewhere`: the model was trained on other data."""
     told = []
     if pairing == "matched":
         told.append(
             "These data have no true pairs: the counterparts are the nearest neighbours among other people, proxies. "
-            "Closeness to a proxy is not correctness; the figures to the source say how much of the picture was kept."
+            "Closeness to a proxy is not correctness; the figures to the source say how much of the image was kept."
         )
     elif pairing != "paired":
         told.append(
-            "These data have no pairs: PSNR and SSIM are to the source and say how much of the picture was kept, "
+            "These data have no pairs: PSNR and SSIM are to the source and say how much of the image was kept, "
             "not whether the translation is right."
         )
     if "model" not in found.halves:
         told.append(
-            f"No KID: it needs {evaluation_metrics.MIN_KID_IMAGES} results and as many real pictures of {domain}."
+            f"No KID: it needs {evaluation_metrics.MIN_KID_IMAGES} results and as many real images of {domain}."
         )
     model = found.summaries["model"]
     if (accuracy := found.instruments.get("classifier_accuracy")) is not None:
         told.append(
             f"The classifier is right on {accuracy.mean:.1%} ({accuracy.low:.1%} to {accuracy.high:.1%}) of the real "
-            "pictures here, which bounds what its flip rate can say."
+            "images here, which bounds what its flip rate can say."
             + (" That is too few to rely on it." if accuracy.mean < FEW_RIGHT else "")
         )
     if (right := found.instruments.get("identity_rank_1")) is not None:
@@ -244,8 +244,8 @@ def notes(found: Findings, *, pairing: str, domain: str, num_train: tuple[int, i
     if "copied" in model:
         looked, there = num_train
         told.append(
-            f"Nearest training pictures: by the feature net, among {looked:,} of {there:,} pictures of {domain}"
-            + " (copied: nearer to one of them than 99 % of the real held-out pictures are)"
+            f"Nearest training images: by the feature net, among {looked:,} of {there:,} images of {domain}"
+            + " (copied: nearer to one of them than 99 % of the real held-out images are)"
             + (", which are not those that this model was trained on." if elsewhere else ".")
         )
     return told
@@ -254,7 +254,7 @@ def notes(found: Findings, *, pairing: str, domain: str, num_train: tuple[int, i
 # -- files --------------------------------------------------------------------------------------------------------
 
 
-def pictures_table(found: Mapping[str, tuple[list[str], Findings]]) -> bytes:
+def images_table(found: Mapping[str, tuple[list[str], Findings]]) -> bytes:
     """pictures.parquet: a row for each domain, method and id, with the value of each metric."""
     rows = [
         {"domain": domain, "method": method, "id": name, **{m: _number(each[i]) for m, each in of.items()}}

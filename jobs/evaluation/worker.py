@@ -1,14 +1,14 @@
-"""What `jobs.evaluate` does where its pictures are: on Ray's workers, or in this process. Only numbers travel back.
+"""What `jobs.evaluate` does where its images are: on Ray's workers, or in this process. Only numbers travel back.
 
-A row asks for one picture as in `jobs.translation.batch`; its `output` says what for:
+A row asks for one image as in `jobs.translation.batch`; its `output` says what for:
 
     measure    translate it, measure the result and what it is compared with
-    show       the same, and bring the pictures back
-    sample     translate it with another seed, take the result's features; show-sample brings the picture back too
-    real       take the features of the picture of side `to` that the data hold; train is the same of a training row
+    show       the same, and bring the images back
+    sample     translate it with another seed, take the result's features; show-sample brings the image back too
+    real       take the features of the image of side `to` that the data hold; train is the same of a training row
 
 It comes back as id, to, seed, purpose and `found`, a pickled dict: METHOD/METRIC float, METHOD/features d,
-METHOD/chances of each domain, METHOD/embedding of length 1, the pictures shown, and what it cost.
+METHOD/chances of each domain, METHOD/embedding of length 1, the images shown, and what it cost.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ Found = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judges:
-    """The nets that look at the pictures, by where they lie."""
+    """The nets that look at the images, by where they lie."""
 
     features: str = "auto"
     classifier: str | None = None
@@ -107,7 +107,7 @@ class Measure:
         }
 
     def _results(self, batch: Batch, found: list[Found]) -> Pictures:
-        """The translated pictures; what they cost is noted with each."""
+        """The translated images; what they cost is noted with each."""
         self.passes, began = 0, time.perf_counter()
         results = self.translate(batch)["result"]
         seconds = time.perf_counter() - began
@@ -147,7 +147,7 @@ class Measure:
                     _put(f"{name}/{metric}{suffix}", values, rows, found)
 
     def _compared(self, pictures: Pictures, references: Pictures) -> dict[str, np.ndarray]:
-        """Each picture to its reference."""
+        """Each image to its reference."""
         values = {"psnr": psnr(pictures, references)}
         if min(pictures.shape[1:3]) >= MIN_SSIM_SIDE:
             values["ssim"] = ssim(pictures, references)
@@ -158,7 +158,7 @@ class Measure:
     def _judged(
         self, method: str, pictures: Pictures, rows: np.ndarray, found: list[Found], *, leave_out: Iterable[str] = ()
     ) -> None:
-        """What each net makes of the pictures."""
+        """What each net makes of the images."""
         names = {"features": "features", "classifier": "chances", "identity": "embedding"}
         for judge, net in self.judges.items():
             if judge not in leave_out and len(rows):

@@ -1,4 +1,4 @@
-"""Charts of curves against pictures seen, for light and dark pages."""
+"""Charts of curves against images seen, for light and dark pages."""
 
 import html
 import io
@@ -27,7 +27,7 @@ def chart(draw: Any, alt: str, *, height: float = 3.7, grid: Literal["x", "y"] =
     light, dark = (data_uri(render(draw, theme, height=height, grid=grid)) for theme in ("light", "dark"))
     alt = html.escape(alt)
     dark_source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-    return f'<picture>{dark_source}<img src="{light}" alt="{alt}"></picture>'
+    return f'<image>{dark_source}<img src="{light}" alt="{alt}"></image>'
 
 
 def render(draw: Any, theme: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> bytes:
@@ -90,7 +90,7 @@ def draw_lines(axes: Any, rows: Sequence[Mapping[str, Any]], labels: Mapping[str
 
 
 def points(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Pictures seen, and the value of `key`, of those rows of metrics.jsonl that have it."""
+    """Images seen, and the value of `key`, of those rows of metrics.jsonl that have it."""
     rows = [row for row in rows if row.get(key) is not None]
     return [float(row.get("images_seen", row.get("step", 0))) for row in rows], [float(row[key]) for row in rows]
 
@@ -109,7 +109,7 @@ def _running_median(values: Sequence[float]) -> list[float]:
 
 
 def finish_axes(axes: Any, values: Sequence[float], unit: str = "loss") -> None:
-    """Of a curve against pictures seen; losses that fall far get a logarithmic axis."""
+    """Of a curve against images seen; losses that fall far get a logarithmic axis."""
     import matplotlib.ticker
 
     positive = [value for value in values if value > 0 and math.isfinite(value)]
@@ -122,7 +122,7 @@ def finish_axes(axes: Any, values: Sequence[float], unit: str = "loss") -> None:
         axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter("")
-    axes.set_xlabel("pictures seen")
+    axes.set_xlabel("images seen")
     axes.set_ylabel(unit)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
     axes.margins(x=0.01)

@@ -1,4 +1,4 @@
-"""Grids of pictures under headings, and film strips of how they came to be."""
+"""Grids of images under headings, and film strips of how they came to be."""
 
 import io
 import json
@@ -10,21 +10,21 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 CELL = 128
-"""Pictures in a grid are enlarged by whole factors to about this side."""
+"""Images in a grid are enlarged by whole factors to about this side."""
 HEADER, LINE, GAP = 26, 16, 4
-"""Height of a grid's row of headings and of each further line in it, and what is left between its pictures, in
+"""Height of a grid's row of headings and of each further line in it, and what is left between its images, in
 pixels."""
 FILM_STEPS, FILM_ROWS, FILM_CELL = 6, 4, 96
-"""How many steps and pictures a film strip has, and about the side of a picture."""
+"""How many steps and images a film strip has, and about the side of an image."""
 
 
-# -- pictures -----------------------------------------------------------------------------------------------------
+# -- images -----------------------------------------------------------------------------------------------------
 
 
 def labelled_grid(
     columns: Sequence[str], rows: Sequence[Sequence[UInt8[np.ndarray, "s s 3"]]], *, cell: int = CELL
 ) -> bytes:
-    """Rows of equally sized pictures under headings, enlarged by a whole factor to about `cell` without smoothing, as
+    """Rows of equally sized images under headings, enlarged by a whole factor to about `cell` without smoothing, as
     PNG; `ungrid` takes them out again. Headings too long for a column are broken into lines."""
     from ddpm_core import images
 
@@ -60,7 +60,7 @@ def broken(text: str, width: float, length: Callable[[str], float]) -> list[str]
 
 
 def ungrid(png: bytes) -> tuple[list[str], list[list[UInt8[np.ndarray, "s s 3"]]]]:
-    """The headings and the rows of pictures of a `labelled_grid`."""
+    """The headings and the rows of images of a `labelled_grid`."""
     with Image.open(io.BytesIO(png)) as image:
         layout = json.loads(image.text["grid"])  # type: ignore[attr-defined]
         pixels = np.asarray(image)[layout.get("header", HEADER) :]

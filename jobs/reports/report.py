@@ -21,16 +21,16 @@ PARTS = ("adversarial", "discriminator", "identity", "perceptual")
 """Training losses beside `loss`, as `jobs.training.methods` names them."""
 REFRESH_S = 30
 """How often a browser loads the page of a running run again."""
-CREDITS = {"licence": "Licence of the pictures", "credit": "Credit", "source": "Source"}
+CREDITS = {"licence": "Licence of the images", "credit": "Credit", "source": "Source"}
 SPEEDS = {
     "learning_rate": ("Learning rate", "learning rate"),
-    "images_per_s": ("Pictures a second, all workers together", "pictures a second"),
+    "images_per_s": ("Images a second, all workers together", "images a second"),
 }
 """Of the rows of training: what the page and the axis say."""
 NOTES = (
-    "Intervals are of 95 %: over pictures by the bootstrap (of shares, Wilson's), of KID over 200 random halves of the "
-    "pictures. What a net measures compares only with figures of the same net, KID and the Fréchet distance also only "
-    "with those of as many pictures. The linear colour map is the best affine map from a pixel's colour to its "
+    "Intervals are of 95 %: over images by the bootstrap (of shares, Wilson's), of KID over 200 random halves of the "
+    "images. What a net measures compares only with figures of the same net, KID and the Fréchet distance also only "
+    "with those of as many images. The linear colour map is the best affine map from a pixel's colour to its "
     "counterpart's, fitted on all training pairs."
 )
 GROUPS = {
@@ -58,7 +58,7 @@ def write_report(
 
     `run_uri`: a run's folder, for curves and configuration. `evaluation`: the content of a `metrics.json`.
     `images`: (caption, PNG) shown below the verdicts. `status`: of a run, as `jobs.training.monitor` tells it; then its
-    pictures are shown too.
+    images are shown too.
     """
     run = _read_run(run_uri) if run_uri else {}
     if run_uri and status:
@@ -105,7 +105,7 @@ def _read_run(uri: str) -> dict[str, Any]:
 
 
 def _samples(uri: str) -> dict[str, tuple[str, bytes]]:
-    """The latest grid of the run's fixed pictures, and how the first of them came to be: captions and PNGs."""
+    """The latest grid of the run's fixed images, and how the first of them came to be: captions and PNGs."""
     names = [name for name in storage.list_files(storage.join(uri, "samples")) if SAMPLE.fullmatch(name)]
     if not names:
         return {}
@@ -114,7 +114,7 @@ def _samples(uri: str) -> dict[str, tuple[str, bytes]]:
     last = max(grids)
     found = {
         "latest": (
-            f"Validation pictures after {last:,} steps: the same ones every time, from the same noise.",
+            f"Validation images after {last:,} steps: the same ones every time, from the same noise.",
             grids[last],
         )
     }
@@ -148,7 +148,7 @@ def _headline(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Map
     if pairing := (config.get("data") or {}).get("pairing"):
         facts.append(f"{pairing} training data")
     if seen := max((row.get("images_seen", 0) for row in run.get("rows") or []), default=0):
-        facts.append(f"{seen:,} pictures seen")
+        facts.append(f"{seen:,} images seen")
     if waits := [row["data_wait_share"] for row in run.get("rows") or [] if "data_wait_share" in row]:
         facts.append(f"{np.mean(waits):.1%} of the time waiting for data")
     method = config.get("method", "diffusion")
@@ -187,7 +187,7 @@ def _status(status: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     if status.get("epoch") is not None:
         facts["Epoch"] = f"{status['epoch']:,}" + (f" of {epochs:,}" if epochs and step < total else "")
     if running and status.get("images_per_s"):
-        facts["Pictures a second"] = _number(status["images_per_s"])
+        facts["Images a second"] = _number(status["images_per_s"])
     if running and status.get("left_s") is not None:
         facts["Time left"] = duration(status["left_s"])
     if status.get("loss") is not None:
@@ -251,7 +251,7 @@ def _verdicts(name: str, domain: Mapping[str, Any]) -> str:
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in domain.get("notes", []))
     count = domain.get("num_images", 0)
     return (
-        f"<section><h2>To {html.escape(name)}, {count:,} held-out pictures</h2>"
+        f"<section><h2>To {html.escape(name)}, {count:,} held-out images</h2>"
         f'<p class="headline">{html.escape(domain.get("headline", ""))}</p>'
         f'<ul class="verdicts">{"".join(items)}</ul>{notes}</section>'
     )
@@ -276,8 +276,8 @@ def _cost(compute: Mapping[str, Any]) -> str:
     if not compute:
         return ""
     return (
-        f"A picture takes {compute['nfe']:g} passes through the network; one copy of it makes "
-        f"{_number(compute['images_per_s'])} pictures a second ({compute['device']})."
+        f"An image takes {compute['nfe']:g} passes through the network; one copy of it makes "
+        f"{_number(compute['images_per_s'])} images a second ({compute['device']})."
     )
 
 
@@ -317,7 +317,7 @@ def _metrics_table(caption: str, domain: Mapping[str, Any], metrics: Sequence[st
 
 
 def _best(metric: str, methods: Mapping[str, Any]) -> str | None:
-    """The method with the best mean, where there is a better and a worse; real pictures do not compete, nor does a copy
+    """The method with the best mean, where there is a better and a worse; real images do not compete, nor does a copy
     of the source in who is on it."""
     if metric.endswith("_to_source") or _base(metric) in GROUPS["Variety and memory"]:
         return None
@@ -363,7 +363,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], method: str) -> str:
     if len(others) > MAX_LINES:  # of each of many attributes: the mean alone is drawn
         others = {key: name for key, name in others.items() if not key.startswith("accuracy_")}
     if others and len(val) > 1:
-        alt = "What else was measured of the validation pictures"
+        alt = "What else was measured of the validation images"
         charts.append((alt, lambda ax: draw_lines(ax, val, others, unit="mean")))
     parts = {f"loss_{name}": name for name in PARTS}
     parts = {key: name for key, name in parts.items() if any(key in row for row in train)}
@@ -379,7 +379,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], method: str) -> str:
     figures = "".join(f"<figure>{chart(draw, alt)}<figcaption>{alt}</figcaption></figure>" for alt, draw in charts)
     return (
         f'<section><h2>Training</h2><div class="charts">{figures}</div>'
-        f'<p class="note">Validation uses the EMA weights, and the same pictures{noise} every time, so '
+        f'<p class="note">Validation uses the EMA weights, and the same images{noise} every time, so '
         f"the curve moves only when the network does.{other}</p></section>"
     )
 

@@ -3,7 +3,7 @@
 trial   a training with options of the space; its loss is the lowest validation loss that it reached
 point   a sampling of the winner's checkpoint with options of the sampling space; it has several objectives
 lead    how far the winner was ahead of the hand choice in the search
-gain    how far it is ahead on fresh noise and pictures; what the lead was more than that was luck
+gain    how far it is ahead on fresh noise and images; what the lead was more than that was luck
 """
 
 import collections
@@ -69,7 +69,7 @@ PAIRS = (
 )
 """(x, y) of the charts that are drawn before all others."""
 FRESH = (
-    "Intervals are of 95 %; winner and hand choice are shown the same pictures and noise. Both are measured as they "
+    "Intervals are of 95 %; winner and hand choice are shown the same images and noise. Both are measured as they "
     "were trained: what another seed of training would change is not in the interval."
 )
 PED_ANOVA = (
@@ -362,7 +362,7 @@ def _curves(space: Row, trials: Sequence[Row], best: int | None) -> str:
     log = bool(space[name].get("log")) and all(trial["values"][name] > 0 for trial in drawn)
     what = "learning rate" if name == LEARNING_RATE else name
     text = (
-        "Validation loss by epoch, a line a trial. Validation uses the same pictures, noise and timesteps each time, "
+        "Validation loss by epoch, a line a trial. Validation uses the same images, noise and timesteps each time, "
         f"and the averaged weights: where a line bounces, that is the doing of the {what} and not of the measure. "
         "Lines that end early were stopped or lost."
     )
@@ -506,7 +506,7 @@ def _span(gap: Interval) -> str:
 
 def _pictures(again: Row) -> str:
     count = again.get("num_images")
-    return f"Measured again on {count:,} pictures of {again.get('split') or 'the data'}." if count else ""
+    return f"Measured again on {count:,} images of {again.get('split') or 'the data'}." if count else ""
 
 
 def _time(row: Row) -> str:
@@ -577,7 +577,7 @@ def _figure(draw: Callable[[Any], None], caption: str, *, height: float = 3.7, g
 CSS = """
 h3 { font-size: 16px; margin: 26px 0 10px; } h2 + h3 { margin-top: 0; }
 section > .verdicts { margin: 16px 0 0; grid-template-columns: 1fr; }
-section > figure picture img { display: block; margin: 0 auto; width: 760px; }
+section > figure image img { display: block; margin: 0 auto; width: 760px; }
 section > figure + figure { margin-top: 18px; }
 th small { color: var(--soft); margin-left: 4px; } td small { font-weight: 400; }
 .compared, .shares { margin-top: 20px; }

@@ -43,7 +43,7 @@ OBJECTIVES = {
     "psnr_to_source": Objective("PSNR to the source, dB", digits=2),
     "identity_cosine": Objective("identity, cosine"),
     "flip_rate": Objective("flip rate"),
-    "nfe": Objective("network evaluations a picture", lower=True, digits=0),
+    "nfe": Objective("network evaluations an image", lower=True, digits=0),
 }
 
 

@@ -1,4 +1,4 @@
-"""The plots and pictures of a suite's report.
+"""The plots and images of a suite's report.
 
 Every figure is a PNG that stands by itself (`plots/`), and HTML for the page, drawn for light and for dark.
 """
@@ -22,7 +22,7 @@ MARKERS = "osD^vPX*"
 REFERENCES = {name: METHODS[name] for name in ("copy", "linear", "truth")}
 """What needs no network, measured beside each: name in metrics.json → in words."""
 NUM_SHOWN = 6
-"""Pictures side by side."""
+"""Images side by side."""
 Draw = Callable[[Any], None]
 
 
@@ -36,7 +36,7 @@ class Drawn:
 
 def draw(results: Results, section: Section, figure: Figure) -> Drawn | str:
     """The figure, or why there is none."""
-    drawers = {"pictures": pictures, "tradeoff": tradeoff, "curves": curves, "bars": bars, "stress": stress.draw}
+    drawers = {"images": pictures, "tradeoff": tradeoff, "curves": curves, "bars": bars, "stress": stress.draw}
     found = drawers[figure.kind](results, section, figure)
     return Drawn(*found) if isinstance(found, tuple) else found
 
@@ -66,7 +66,7 @@ def _charted(drawer: Draw, caption: str, *, height: float = 3.7, grid: Literal["
     return charts.render(drawer, "paper", height=height, grid=grid), page
 
 
-# -- pictures -----------------------------------------------------------------------------------------------------
+# -- images -----------------------------------------------------------------------------------------------------
 
 
 def pictures(results: Results, section: Section, figure: Figure) -> tuple[bytes, str] | str:
@@ -75,13 +75,13 @@ def pictures(results: Results, section: Section, figure: Figure) -> tuple[bytes,
     domain = domain_of(results, rows, figure)
     found = {row.name: grid for row in rows if (grid := _grid(results.evaluations(row), domain)) is not None}
     if not found:
-        return f"no pictures: {results.missing(rows[0].evaluations[0])}"
+        return f"no images: {results.missing(rows[0].evaluations[0])}"
     common = set.intersection(*(set(grid.rows) for grid in found.values()))
     first = next(iter(found.values()))
     ids = [name for name in first.rows if name in common]
     ids = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(len(ids), NUM_SHOWN)).round().astype(int))]
     if not ids:
-        return "no pictures: the rows do not show the same ones"
+        return "no images: the rows do not show the same ones"
     last = next((grid.last for grid in found.values() if grid.last), "")
     columns = ["source", *found, *([last] if last else [])]
     table = []
@@ -90,7 +90,7 @@ def pictures(results: Results, section: Section, figure: Figure) -> tuple[bytes,
         table.append([first.rows[name][0], *(grid.rows[name][1] for grid in found.values()), *truth])
     png = grids.labelled_grid(columns, table)
     left_out = [row.name for row in rows if row.name not in found]
-    caption = f"{figure.title}. {len(ids)} held-out pictures to {domain}, spread over the set and not chosen"
+    caption = f"{figure.title}. {len(ids)} held-out images to {domain}, spread over the set and not chosen"
     caption += f"; without {', '.join(left_out)}, which {'was' if len(left_out) == 1 else 'were'} not measured."
     return png, html_page.figure(caption if left_out else caption.partition("; without")[0] + ".", png, "film")
 
@@ -104,7 +104,7 @@ class _Grid:
 
 
 def _grid(evaluations: Sequence[Evaluation], domain: str) -> _Grid | None:
-    """The pictures that the first evaluation shows."""
+    """The images that the first evaluation shows."""
     for each in evaluations[:1]:
         name = each.metrics.get("grids", {}).get(domain)
         if name is None or domain not in each.metrics["domains"]:
@@ -158,7 +158,7 @@ def bars(results: Results, section: Section, figure: Figure) -> tuple[bytes, str
         axes.set_xlabel(axis(figure.y))
 
     several = any(len(cell.seeds) > 1 for cell in cells.values())
-    dots = "; small dots are training seeds" if several else "; one training seed: the interval is over pictures only"
+    dots = "; small dots are training seeds" if several else "; one training seed: the interval is over images only"
     caption = f"{figure.title}. To {domain}, with 95 % intervals{dots}."
     return _charted(drawer, caption, height=max(0.42 * len(lines) + 0.9, 1.7), grid="x")
 

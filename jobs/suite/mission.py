@@ -35,13 +35,13 @@ class Size:
     face_epochs: int
     encoder_epochs: int
     num_images: int
-    """Held-out pictures of each measurement."""
+    """Held-out images of each measurement."""
     num_grid_images: int
     """Of each point of the grid of guidance weights, steps and samplers."""
     num_train: int
-    """Training pictures among which the nearest one to each result is looked for."""
+    """Training images among which the nearest one to each result is looked for."""
     num_diverse: int
-    """Pictures that are drawn with several seeds."""
+    """Images that are drawn with several seeds."""
     num_steps: int
     train_s: float
     evaluate_s: float
@@ -125,7 +125,7 @@ SIZES = {
         network=_SMALL,
         learning_rate=1e-3,
         mask=("--unet.source-mask",),
-        # of thousands of people, two pictures each, it learns less (docs/log.md)
+        # of thousands of people, two images each, it learns less (docs/log.md)
         identity_encoder=("--epochs", "60", "--max-train-images", "800"),
         judge=("--encoder.widths", "32", "64", "96", "192"),
         gan=("--preset", "demo-pix2pix"),
@@ -233,7 +233,7 @@ class _Planning:
         return self.add(Command(key=key, module="jobs.train", argv=argv, cost=cost))
 
     def encoder(self, name: str, data: str, *flags: str) -> str:
-        """The encoder's key. All look at pictures as large as the data's."""
+        """The encoder's key. All look at images as large as the data's."""
         size = self.size
         side = ("--encoder.image-size", str(size.image_size), "--epochs", str(size.encoder_epochs))
         return self.train(f"encoders/{name}", data, *_last(*side, *flags), cost=size.train_s / 4)
@@ -379,7 +379,7 @@ def injection(plan: _Planning) -> Section:
         plan.measure("paired, no mask, no guidance", plan.bare("concat"), "--guidance-scale", "1.0"),
         plan.measure(drawn, plan.bare("concat"), "--guidance-scale", str(GUIDANCE)),
     ]
-    blind = "a network that is shown any picture of the other side draws somebody of the wanted sex, whoever was shown"
+    blind = "a network that is shown any image of the other side draws somebody of the wanted sex, whoever was shown"
     claims = [
         claim
         for row in (ours, drawn)
@@ -397,7 +397,7 @@ def injection(plan: _Planning) -> Section:
         _claim("keeps the person", "identity_rank_1", plain, kind="at_least", threshold=SAME_PERSON),
     ]
     figures: tuple[Figure, ...] = (
-        Figure(kind="pictures", title="The same people by each way of training and sampling"),
+        Figure(kind="images", title="The same people by each way of training and sampling"),
         Figure(kind="bars", title="Faithfulness", y="psnr"),
         Figure(kind="bars", title="Is it the same person?", y="identity_rank_1"),
     )
@@ -408,19 +408,19 @@ def injection(plan: _Planning) -> Section:
             plan.measure("real faces: unpaired, no guidance", alone, "--guidance-scale", "1.0"),
             plan.measure(f"real faces: matched, guidance {GUIDANCE}", matched, "--guidance-scale", str(GUIDANCE)),
         ]
-        figures = (*figures, Figure(kind="pictures", title="Real faces", rows=tuple(row.name for row in rows[-2:])))
+        figures = (*figures, Figure(kind="images", title="Real faces", rows=tuple(row.name for row in rows[-2:])))
     return Section(
         key="injection",
         title="Injection and pairing",
-        question="Does a network learn to keep the person from true pairs, or from two pools of pictures?",
+        question="Does a network learn to keep the person from true pairs, or from two pools of images?",
         rows=tuple(rows),
         metrics=PORTRAITS,
         claims=tuple(claims),
         figures=tuple(_shown(figure, rows[:6], "portraits") for figure in figures),
         notes=(
-            "unpaired: the condition is any picture of the other side, as in the mission's baseline. "
-            "Some of what a man looks like (beard, hairline) is not in the woman's picture, so PSNR has a limit.",
-            "no mask: the network draws all of the picture. With one it says what stays of each pixel.",
+            "unpaired: the condition is any image of the other side, as in the mission's baseline. "
+            "Some of what a man looks like (beard, hairline) is not in the woman's image, so PSNR has a limit.",
+            "no mask: the network draws all of the image. With one it says what stays of each pixel.",
         ),
     )
 
@@ -435,7 +435,7 @@ def day2night(plan: _Planning) -> Section:
             claims.append(_claim(f"beats none {what}", metric, here[1].name, here[0].name, "night"))
         names = tuple(row.name for row in here)
         figures += [
-            Figure(kind="pictures", title=f"{title}, by guidance weight", rows=names, domain="night"),
+            Figure(kind="images", title=f"{title}, by guidance weight", rows=names, domain="night"),
             Figure(kind="bars", title=f"{title}: distance to real nights", rows=names, y="kid", domain="night"),
         ]
     return Section(
@@ -474,13 +474,13 @@ def gans(plan: _Planning) -> Section:
         figures=tuple(
             _shown(figure, rows, "portraits")
             for figure in (
-                Figure(kind="pictures", title="The same people by each method"),
-                Figure(kind="bars", title="Distance to real pictures", y="kid"),
+                Figure(kind="images", title="The same people by each method"),
+                Figure(kind="bars", title="Distance to real images", y="kid"),
                 Figure(kind="bars", title="Faithfulness", y="psnr"),
             )
         ),
         notes=(
-            "Passes over the training pictures were chosen so that each training takes about as long: see its seconds.",
+            "Passes over the training images were chosen so that each training takes about as long: see its seconds.",
         ),
     )
 
@@ -538,14 +538,14 @@ def problems(plan: _Planning) -> Section:
     rows.append(plan.measure(f"{masked}, a tenth of the learning rate", slow, *guided))
     names = tuple(row.name for row in rows)
     figures = (
-        Figure(kind="pictures", title="How the condition gets in", rows=names[:4], domain="male"),
-        Figure(kind="pictures", title="Without pairs: what keeps the person", rows=names[4:9], domain="male"),
-        Figure(kind="pictures", title="Without pairs, other ways", rows=names[9:14], domain="male"),
+        Figure(kind="images", title="How the condition gets in", rows=names[:4], domain="male"),
+        Figure(kind="images", title="Without pairs: what keeps the person", rows=names[4:9], domain="male"),
+        Figure(kind="images", title="Without pairs, other ways", rows=names[9:14], domain="male"),
         Figure(kind="bars", title="Is it the same person?", y="identity_rank_1", domain="male"),
         Figure(kind="bars", title="Does it show the wanted sex?", y="flip_rate", domain="male"),
         Figure(
             kind="curves",
-            title="Two learning rates: the validation curve, on the same pictures, timesteps and noise every time",
+            title="Two learning rates: the validation curve, on the same images, timesteps and noise every time",
             runs=(paired[0], slow[0]),
         ),
     )
@@ -590,11 +590,11 @@ def stress(plan: _Planning) -> Section:
     return Section(
         key="stress",
         title="Private snapshots",
-        question="What becomes of a photo that is like nothing in the training pictures?",
+        question="What becomes of a photo that is like nothing in the training images?",
         rows=tuple(rows),
         metrics=("flip_rate", "identity_cosine", "identity_rank_1"),
         figures=figures,
-        notes=("Faces are found and aligned as the training pictures are (--align auto), or not (none).",),
+        notes=("Faces are found and aligned as the training images are (--align auto), or not (none).",),
     )
 
 
@@ -618,7 +618,7 @@ def guidance(plan: _Planning) -> Section:
             Figure(kind="tradeoff", title=title, groups=tuple(groups), domain="male", x="nfe", y=metric)
             for metric, title in {"kid": "Realism", "psnr": "Faithfulness"}.items()
         ),
-        notes=("One training; fewer pictures for each point than in the other sections.",),
+        notes=("One training; fewer images for each point than in the other sections.",),
     )
 
 

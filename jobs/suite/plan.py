@@ -72,9 +72,9 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A plot or a grid of pictures."""
+    """A plot or a grid of images."""
 
-    kind: Literal["pictures", "tradeoff", "curves", "bars", "stress"]
+    kind: Literal["images", "tradeoff", "curves", "bars", "stress"]
     title: str
     rows: tuple[str, ...] = ()
     """Names of the section's Measureds that are shown; by default all."""
@@ -94,7 +94,7 @@ class Figure:
     identity: str = ""
     """stress: the net that judges identity, likewise."""
     data: str = ""
-    """stress: the data set whose training pictures say what is in distribution, likewise."""
+    """stress: the data set whose training images say what is in distribution, likewise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,7 @@ def _put(output: str, name: str, text: str) -> None:
 def _drawn(results: Results, section: Section, place: int) -> Drawn | str:
     try:
         return charts.draw(results, section, section.figures[place])
-    except (InputError, FileNotFoundError) as error:  # a net or a picture that is gone costs its figure only
+    except (InputError, FileNotFoundError) as error:  # a net or an image that is gone costs its figure only
         return f"not drawn: {error}"
 
 
@@ -235,7 +235,7 @@ def _table(results: Results, section: Section, data: str, domain: str, rows: Seq
 
 
 def _judges(results: Results, row: Measured, domain: str) -> str:
-    """How far the judging nets can be trusted; all rows of a table have the same pictures and judges."""
+    """How far the judging nets can be trusted; all rows of a table have the same images and judges."""
     found = results.evaluations(row)[0].metrics["domains"][domain].get("instruments") or {}
     words = {
         "classifier_accuracy": "the classifier is right on",
@@ -245,7 +245,7 @@ def _judges(results: Results, row: Measured, domain: str) -> str:
     if not told:
         return ""
     doubt = found.get("classifier_accuracy", {}).get("mean", 1.0) < FEW_RIGHT
-    text = f"On pictures of which the answer is known {', '.join(told)}{': flips are judged badly' if doubt else ''}."
+    text = f"On images of which the answer is known {', '.join(told)}{': flips are judged badly' if doubt else ''}."
     return f'<p class="note">{html.escape(text)}</p>'
 
 
@@ -272,7 +272,7 @@ def _seeds(results: Results, row: Measured) -> str:
 def _costs(results: Results, row: Measured) -> str:
     cost = results.cost(row)
     train = "–" if cost.train_s is None else duration(cost.train_s)
-    seen = "" if cost.images_seen is None else f"<small>{_thousands(cost.images_seen)} pictures</small>"
+    seen = "" if cost.images_seen is None else f"<small>{_thousands(cost.images_seen)} images</small>"
     steps = "–" if cost.nfe is None else f"{cost.nfe:g} NFE"
     speed = "" if cost.images_per_s is None else f"<small>{cost.images_per_s:.3g} a second</small>"
     return f"<td>{train}{seen}</td><td>{steps}{speed}</td>"
@@ -292,7 +292,7 @@ def _sizes(results: Results, rows: Sequence[Measured], domain: str) -> str:
         }
     )
     words = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    return f"{words} held-out pictures; each value with its 95 % interval"
+    return f"{words} held-out images; each value with its 95 % interval"
 
 
 # -- where it comes from ------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def _origin(results: Results, environment: Mapping[str, Any]) -> str:
 
 
 def _credit(card: Mapping[str, Any]) -> str:
-    parts = [card.get("licence"), card.get("source"), card.get("pairing") and f"{card['pairing']} pictures"]
+    parts = [card.get("licence"), card.get("source"), card.get("pairing") and f"{card['pairing']} images"]
     return "; ".join(str(part) for part in [*parts, f"content hash {card['content_hash']}"] if part)
 
 
@@ -364,7 +364,7 @@ def _options(values: Mapping[str, Any]) -> str:
 
 
 NOTE = (
-    "Intervals are 95 %, over training seeds and pictures; KID's spread is that of random halves of the pictures. A "
+    "Intervals are 95 %, over training seeds and images; KID's spread is that of random halves of the images. A "
     "claim holds where its whole interval is on its side, does not hold where the whole interval is on the other, and "
     "is not clear in between. The level of all claims together is the one at which all of them are right at once in "
     "95 % of cases (Bonferroni); where nothing is said a claim that holds does so at that level too. Two samplings of "
@@ -388,9 +388,9 @@ table.suite tbody th { min-width: 130px; max-width: 220px; position: sticky; lef
 table.suite small { display: block; margin: 0; color: var(--soft); font-weight: 400; }
 table.suite td.best { font-weight: 600; }
 .reference th, .reference td { color: var(--soft); }
-section > figure { margin: 22px 0 0; } section > figure picture img { display: block; margin: 0 auto; width: 760px; }
+section > figure { margin: 22px 0 0; } section > figure image img { display: block; margin: 0 auto; width: 760px; }
 @media (max-width: 700px) { main { padding: 24px 10px 60px; } section { padding: 16px 12px; }
-  section > figure picture img { max-width: none; width: 560px; } }
+  section > figure image img { max-width: none; width: 560px; } }
 .missing { border-radius: 8px; padding: 12px 14px; font-size: 14px; margin: 0 0 18px; }
 .missing ul, details ul { margin: 6px 0 0; padding-left: 20px; overflow-wrap: anywhere; }
 h3 { font-size: 16px; margin: 22px 0 8px; overflow-wrap: anywhere; } h4 { font-size: 14px; margin: 12px 0 4px; }

@@ -1,10 +1,10 @@
-"""What a suite's measurements come to: its table's rows over seeds and pictures, and whether its claims hold.
+"""What a suite's measurements come to: its table's rows over seeds and images, and whether its claims hold.
 
-    values     seeds n: a measurement of n pictures (of KID: n halves of them), once for each training seed
-    interval   95 %, over seeds and pictures; with one seed over pictures only, which every text that quotes it says
+    values     seeds n: a measurement of n images (of KID: n halves of them), once for each training seed
+    interval   95 %, over seeds and images; with one seed over images only, which every text that quotes it says
 
 A claim holds where the whole interval is on its side, does not where the whole interval is on the other, and is not
-clear in between. Rows are compared picture by picture, on those that both have.
+clear in between. Rows are compared image by image, on those that both have.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ HEADINGS = {
     "identity_cosine": "identity, cosine",
     "identity_rank_1": "identity, rank-1",
     "diversity": "diversity",
-    "neighbor_distance": "distance to training pictures",
+    "neighbor_distance": "distance to training images",
     "copied": "copied from training",
-    "nfe": "network evaluations a picture",
-    "images_per_s": "pictures a second",
+    "nfe": "network evaluations an image",
+    "images_per_s": "images a second",
 }
 SUFFIXES = {"_to_source": " to the source", "_to_proxy": " to the proxy"}
 
@@ -69,7 +69,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def rate(metric: str) -> bool:
-    """A share of pictures, told in percent."""
+    """A share of images, told in percent."""
     return base(metric) in RATES
 
 
@@ -102,7 +102,7 @@ class Evaluation:
         return _by_method(storage.join(self.uri, "halves.parquet"))
 
     def pictures(self, domain: str, method: str, metric: str) -> dict[str, float]:
-        """id → value, of those pictures that were measured."""
+        """id → value, of those images that were measured."""
         found = self._pictures.get((domain, method), {})
         if metric not in found:
             return {}
@@ -141,11 +141,11 @@ def _by_method(uri: str) -> dict[tuple[str, str], dict[str, np.ndarray]]:
 class Values:
     """One metric of one row; `array` is seeds n."""
 
-    kind: Literal["pictures", "halves", "summaries"]
-    """Summaries: what metrics.json says, a mean a seed; nothing of the single pictures is known."""
+    kind: Literal["images", "halves", "summaries"]
+    """Summaries: what metrics.json says, a mean a seed; nothing of the single images is known."""
     array: Float[np.ndarray, "seeds n"]
     ids: tuple[str, ...]
-    """Of the pictures, or of the halves."""
+    """Of the images, or of the halves."""
     summaries: tuple[Interval, ...]
     """What each seed's evaluation says by itself."""
     places: tuple[int, ...]
@@ -182,7 +182,7 @@ class Verdict:
     estimate: Interval | None
     """Of what the claim speaks of: the difference in the good direction, or what is above the threshold or the half."""
     figures: str
-    """The interval, the values, seeds and pictures in words; or why it was not measured."""
+    """The interval, the values, seeds and images in words; or why it was not measured."""
     together: bool
     """Whether it holds also at the level at which all claims of the plan are right at once (Bonferroni)."""
 
@@ -277,7 +277,7 @@ class Results:
         return self._values[key]
 
     def _read_values(self, row: Measured, domain: str, metric: str, method: str) -> Values | None:
-        """Of the evaluations that have it; pictures that all of them have."""
+        """Of the evaluations that have it; images that all of them have."""
         there = ((place, self.evaluation(key)) for place, key in enumerate(row.evaluations))
         told = [
             (place, each, summary)
@@ -295,7 +295,7 @@ class Results:
         pictures = [each.pictures(domain, method, metric) for each in found]
         if ids := sorted(set.intersection(*map(set, pictures))):
             array = np.array([[values[name] for name in ids] for values in pictures])
-            return Values("pictures", array, tuple(ids), summaries, places)
+            return Values("images", array, tuple(ids), summaries, places)
         return Values("summaries", np.array([[each.mean] for each in summaries]), ("all",), summaries, places)
 
     def cell(self, row: Measured, domain: str, metric: str, method: str = "model") -> Cell | None:
@@ -311,7 +311,7 @@ class Results:
 
     def num_pictures(self, row: Measured, domain: str, metric: str, method: str = "model") -> int:
         values = self.values(row, domain, metric, method)
-        if values is not None and values.kind == "pictures":
+        if values is not None and values.kind == "images":
             return len(values.ids)
         counts = [each.metrics["domains"].get(domain, {}).get("num_images", 0) for each in self.evaluations(row)]
         return min(counts, default=0)
@@ -332,7 +332,7 @@ class Results:
     def gap(
         self, ours: Measured, theirs: Measured, domain: str, metric: str, *, share: float = 1.0, rest: float = 0.0
     ) -> tuple[Callable[[float], Interval], int] | str:
-        """How much better ours is than `share` of theirs + `rest`: its interval at a level, and on how many pictures;
+        """How much better ours is than `share` of theirs + `rest`: its interval at a level, and on how many images;
         or why they cannot be compared."""
         a, b = self.values(ours, domain, metric), self.values(theirs, domain, metric)
         if a is None or b is None:
@@ -340,10 +340,10 @@ class Results:
         if (one := self.evaluations(ours)[0].source) != (other := self.evaluations(theirs)[0].source):
             return f"measured on different data: {' '.join(one)} and {' '.join(other)}"
         if a.kind != b.kind or (a.kind == "summaries" and min(len(a.array), len(b.array)) < 2):
-            return f"nothing is known of the single pictures' {name(metric)}"
+            return f"nothing is known of the single images' {name(metric)}"
         ids = sorted(set(a.ids) & set(b.ids), key=a.ids.index)
         if not ids:
-            return "measured on different pictures"
+            return "measured on different images"
         sign = -1 if lower_is_better(metric) else 1
         x = a.array[:, [a.ids.index(name) for name in ids]]
         y = share * b.array[:, [b.ids.index(name) for name in ids]] + rest
@@ -375,7 +375,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def estimate(values: Values, level: float = 0.95) -> Interval:
-    """Over seeds and pictures."""
+    """Over seeds and images."""
     if values.kind == "summaries":
         return _over_seeds(values.summaries)
     return two_level(values.array, halves=values.kind == "halves", level=level)
@@ -423,7 +423,7 @@ def _on_our_side(gap: Interval, claim: Claim) -> bool:
 def _subject(
     results: Results, ours: Measured, theirs: Measured | None, claim: Claim
 ) -> tuple[Callable[[float], Interval], int] | str:
-    """What must be above zero for the claim to hold, at a level, and on how many pictures; or why it is not known."""
+    """What must be above zero for the claim to hold, at a level, and on how many images; or why it is not known."""
     metric, domain, threshold = claim.metric, claim.domain, claim.threshold or 0.0
     if claim.kind == "at_least":
         values = results.values(ours, domain, metric)
@@ -470,7 +470,7 @@ def _figures(
     if claim.kind == "half_of_missing" and gap.mean < 0:
         what = f"short of half of what is missing by {span(_moved(gap, -1, 0.0), metric, points=True)}"
     parts = [what] if claim.kind == "at_least" else [what, values]
-    return f"{name(metric)}: {'; '.join(parts)}; {seeds(results, ours, theirs)}, {num_pictures:,} pictures"
+    return f"{name(metric)}: {'; '.join(parts)}; {seeds(results, ours, theirs)}, {num_pictures:,} images"
 
 
 def apart(gap: Interval, metric: str, more: str = "better", less: str = "worse") -> str:
@@ -490,7 +490,7 @@ def seeds(results: Results, *rows: Measured | None) -> str:
         return (
             f"{' and '.join(row for row, count in counts.items() if count == 1)} of one training seed, taken as fixed"
         )
-    return "one training seed, so the interval is over pictures only"
+    return "one training seed, so the interval is over images only"
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------

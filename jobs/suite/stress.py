@@ -1,12 +1,12 @@
-"""The stress test: pictures from outside of the data set, translated, and what the judges say of each.
+"""The stress test: images from outside of the data set, translated, and what the judges say of each.
 
     flipped     the classifier takes the result for the wanted side
     identity    cosine between source and result
     found       the result's own source is the nearest to it among all sources of its folder
-    distance    of the source's features to those of the nearest training picture, as the share of held-out pictures
+    distance    of the source's features to those of the nearest training image, as the share of held-out images
                 that are nearer: above FAR it is out of distribution
 
-A translation is a success where the picture was flipped and found; a judge that is not there has no say.
+A translation is a success where the image was flipped and found; a judge that is not there has no say.
 """
 
 import dataclasses
@@ -29,19 +29,19 @@ from jobs.suite.plan import Figure, Section
 from jobs.suite.results import Results
 
 FAR = 0.95
-"""A source farther from the training pictures than this share of the held-out ones is out of distribution."""
+"""A source farther from the training images than this share of the held-out ones is out of distribution."""
 MAX_TRAINING = 2048
-"""Training pictures that a source is compared with, spread over the split."""
+"""Training images that a source is compared with, spread over the split."""
 MAX_HELD_OUT = 512
 NUM_IN_GRID = 12
-"""Pictures in the PNG; the page shows all."""
+"""Images in the PNG; the page shows all."""
 
 Picture = UInt8[np.ndarray, "s s 3"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """One picture's translation; None where there was no judge."""
+    """One image's translation; None where there was no judge."""
 
     name: str
     source: Picture
@@ -80,7 +80,7 @@ def draw(results: Results, section: Section, figure: Figure) -> tuple[bytes, str
     found = {key: measured(results, figure, key) for key in figure.translations}
     folders = [folder for folder in found.values() if folder is not None]
     if not any(folder.snapshots for folder in folders):
-        return "no pictures: " + (results.missing(figure.translations[0]) if figure.translations else "none are named")
+        return "no images: " + (results.missing(figure.translations[0]) if figure.translations else "none are named")
     absent = [results.missing(key) for key, folder in found.items() if folder is None]
     rows = [row for folder in folders for row in _grid_rows(folder)]
     side = max(picture.shape[0] for row in rows for picture in row)
@@ -98,7 +98,7 @@ def measured(results: Results, figure: Figure, key: str) -> Folder | None:
 
 
 def as_json(folder: Folder) -> dict[str, Any]:
-    """Without its pictures."""
+    """Without its images."""
     shown = [
         {field: getattr(each, field) for field in ("name", "note", "flipped", "identity", "found", "distance")}
         for each in folder.snapshots
@@ -131,7 +131,7 @@ def _measure(results: Results, figure: Figure, key: str) -> Folder:
 
 
 def _sources(note: dict[str, Any], names: Sequence[str]) -> list[Picture]:
-    """The pictures as the network saw them."""
+    """The images as the network saw them."""
     asked, config = note["command"], note["model"]
     if (card := find_card(asked["input"])) is not None:
         split = cache.load(asked["input"], asked["split"])
@@ -140,13 +140,13 @@ def _sources(note: dict[str, Any], names: Sequence[str]) -> list[Picture]:
         rows = [places[name] for name in names]
         swapped = [card.pairing == "paired" and int(split.domain[i]) == to for i in rows]
         return [(split.targets if swap else split.images)([i])[0] for i, swap in zip(rows, swapped, strict=True)]
-    from jobs.translation.batch import read_picture
+    from jobs.translation.batch import read_image
 
     template: tuple[float, ...] = ()
     if note["options"].get("align") == "faces":
         template = faces.template_for(tuple(config["data"]["landmarks"]), "faces")
     found = [
-        read_picture(name, root=asked["input"], image_size=config["image_size"], template=template) for name in names
+        read_image(name, root=asked["input"], image_size=config["image_size"], template=template) for name in names
     ]
     if wrong := [error for _, error, _ in found if error]:
         raise FileNotFoundError(wrong[0])
@@ -160,7 +160,7 @@ def _result(uri: str, side: int) -> Picture:
 def _judged(
     results: Results, figure: Figure, note: dict[str, Any], sources: np.ndarray, made: np.ndarray
 ) -> tuple[list[bool | None], list[float | None], list[bool | None]]:
-    """flipped, identity, found of each picture."""
+    """flipped, identity, found of each image."""
     nobody: list[Any] = [None] * len(made)
     flipped, identity, found = nobody, nobody, nobody
     if figure.classifier:
@@ -172,14 +172,14 @@ def _judged(
         judge = nets.identity_net(results.uri(figure.identity), read=storage.read_bytes)
         likeness = _features(judge, made) @ _features(judge, sources).T
         identity = [float(value) for value in likeness.diagonal()]
-        if len(made) > 1:  # alone, every picture is its own nearest
+        if len(made) > 1:  # alone, every image is its own nearest
             others = np.where(np.eye(len(made), dtype=bool), -np.inf, likeness).max(axis=1)
             found = [bool(own > other) for own, other in zip(identity, others, strict=True)]
     return flipped, identity, found
 
 
 def _distances(results: Results, figure: Figure, sources: np.ndarray) -> list[float | None]:
-    """Share of held-out pictures that lie nearer to a training picture than each source does."""
+    """Share of held-out images that lie nearer to a training image than each source does."""
     if not figure.data:
         return [None] * len(sources)
     uri = results.uri(figure.data)
@@ -222,7 +222,7 @@ def _in_threes(pairs: Sequence[Sequence[Picture]], side: int) -> list[list[Pictu
 
 
 def _padded(picture: Picture, side: int) -> Picture:
-    """Pictures of networks of different sizes in one grid."""
+    """Images of networks of different sizes in one grid."""
     return (
         picture
         if picture.shape[0] == side
@@ -231,7 +231,7 @@ def _padded(picture: Picture, side: int) -> Picture:
 
 
 def _shown(folder: Folder) -> str:
-    """A folder's pictures as cards, successes beside failures."""
+    """A folder's images as cards, successes beside failures."""
     groups = {True: ("good", "Success"), False: ("bad", "Failure"), None: ("even", "Nobody judged")}
     columns = ""
     for success, (kind, word) in groups.items():
@@ -273,7 +273,7 @@ def _legend(figure: Figure) -> str:
         parts.append("Identity is the cosine between the two; a result should be nearest to its own source.")
     if figure.data:
         parts.append(
-            "The share is of held-out pictures that are nearer to a training picture; above "
+            "The share is of held-out images that are nearer to a training image; above "
             f"{100 * FAR:.0f} % a photo is out of distribution."
         )
     return " ".join(parts)

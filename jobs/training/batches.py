@@ -52,14 +52,14 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """One worker's share of a step as it is drawn on the CPU: the pictures as they are stored, and what to do to them.
+    """One worker's share of a step as it is drawn on the CPU: the images as they are stored, and what to do to them.
 
     Small to move (uint8), and flips, shifts and conversion are left to the device.
     """
 
     ids: list[str]
     target: Tensor
-    """b s s 3 uint8, the picture that x_0 is made of."""
+    """b s s 3 uint8, the image that x_0 is made of."""
     source: Tensor
     """Likewise for the condition."""
     flip: Tensor
@@ -124,7 +124,7 @@ def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 
 
 def training_rows(data: Labels, config: ModelConfig, options: TrainOptions) -> np.ndarray:
-    """Indices of the rows that can serve the wanted direction, or show people of whom there is another picture."""
+    """Indices of the rows that can serve the wanted direction, or show people of whom there is another image."""
     rows = np.arange(len(data))
     if config.method == "identity":
         people, index, counts = np.unique(data.identity, return_inverse=True, return_counts=True)
@@ -149,12 +149,12 @@ def evenly(rows: np.ndarray, most: int) -> np.ndarray:
 class Sampler:
     """Draws batches of (x_0, condition, domain, t, noise) whose every number is a function of its sample's id.
 
-    The condition is the counterpart of x_0 where there are pairs, any picture of the other side where there are none or
+    The condition is the counterpart of x_0 where there are pairs, any image of the other side where there are none or
     `pairing` is unpaired, and x_0 itself where it is self. CycleGAN draws it from the other side of whatever there is,
     since to learn without pairs is what it is for.
 
-    An encoder looks at x_0: either side of a true pair, else the row's own picture. Its condition, which only
-    validation looks at, is another picture of the same person.
+    An encoder looks at x_0: either side of a true pair, else the row's own image. Its condition, which only
+    validation looks at, is another image of the same person.
     """
 
     def __init__(self, data: SplitArrays, config: ModelConfig, options: TrainOptions) -> None:
@@ -203,7 +203,7 @@ class Sampler:
     def _pictures(
         self, rows: np.ndarray, to_side: np.ndarray, to_other: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Domain, picture to make and picture to show of each sample."""
+        """Domain, image to make and image to show of each sample."""
         domain = self.data.domain[rows].astype(np.int64)
         if self.truth and not self.truth.has_counterparts:
             return domain, self.data.images(rows), self.data.images(self.truth.partners(rows, to_other))
@@ -223,7 +223,7 @@ class Sampler:
         return domain, target, self.data.images(others)
 
     def _showing(self, rows: np.ndarray, sides: np.ndarray) -> np.ndarray:
-        """Of each row's pair the picture of this side, uint8 b s s 3."""
+        """Of each row's pair the image of this side, uint8 b s s 3."""
         on_side = self.data.domain[rows] == sides
         found = self.data.images(rows)
         found[~on_side] = self.data.targets(rows[~on_side])
@@ -231,19 +231,19 @@ class Sampler:
 
 
 class EncoderTargets:
-    """What an encoder should say of pictures, from what the data set says of its rows."""
+    """What an encoder should say of images, from what the data set says of its rows."""
 
     def __init__(self, data: Labels, config: ModelConfig, options: TrainOptions) -> None:
         self.data, self.config = data, config
         self.has_counterparts = has_counterparts(data, config)
         rows = training_rows(data, config, dataclasses.replace(options, max_train_images=None))
         self.people = np.unique(data.identity[rows])
-        """Those of whom there are several pictures, in order: an index into them is a person's label."""
+        """Those of whom there are several images, in order: an index into them is a person's label."""
         self.by_person = np.argsort(data.identity, kind="stable")
         self.sorted = data.identity[self.by_person]
 
     def __call__(self, rows: np.ndarray, domain: np.ndarray) -> np.ndarray:
-        """b k int64: the person's index, or of each attribute 1 or 0; `domain` is that of the picture looked at."""
+        """b k int64: the person's index, or of each attribute 1 or 0; `domain` is that of the image looked at."""
         if self.config.method == "identity":
             return np.searchsorted(self.people, self.data.identity[rows])[:, None]
         sides = [domain == side for side in domain_attributes(self.config.domains).values()]

@@ -98,7 +98,7 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
     if options.global_batch_size < max(workers, 1) * options.accumulate:
         parts = f" in {options.accumulate} parts each (--accumulate)" if options.accumulate > 1 else ""
         raise InputError(
-            f"--global-batch-size {options.global_batch_size} is not a picture for each of {workers} workers{parts}; "
+            f"--global-batch-size {options.global_batch_size} is not an image for each of {workers} workers{parts}; "
             f"give {max(workers, 1) * options.accumulate} or more"
         )
     if args.keep_every_epochs < 0:
@@ -127,7 +127,7 @@ def check_rows(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
     options, wanted = args.options, args.options.target_domain
     for split in ("train", "val"):
         if not card.splits.get(split):
-            raise InputError(f"{args.data} has no rows in its {split} split; prepare it again with more pictures")
+            raise InputError(f"{args.data} has no rows in its {split} split; prepare it again with more images")
         there = [name for name in card.domains if card.domain_counts.get(split, {}).get(name)]
         if not card.has_targets and config.method not in configs.ENCODERS:
             lacking = [name for name in card.domains if name not in there]
@@ -136,8 +136,8 @@ def check_rows(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
                 needed = lacking
             if needed:
                 raise InputError(
-                    f"{card.name} has no picture of {', '.join(needed)} in its {split} split; translation needs both: "
-                    "prepare it again with more pictures"
+                    f"{card.name} has no image of {', '.join(needed)} in its {split} split; translation needs both: "
+                    "prepare it again with more images"
                 )
     rows = card.splits["train"] if card.has_targets or wanted is None else card.domain_counts["train"][wanted]
     rows = min(rows, options.max_train_images or rows)
@@ -221,7 +221,7 @@ def check_added_losses(options: TrainOptions) -> None:
         if not 0 <= weight < math.inf:
             raise InputError(f"{flag} is {weight}; it must be 0 or more")
         if weight and options.identity_encoder is None:
-            raise InputError(f"{flag} needs an encoder to compare pictures by; give --identity-encoder URI")
+            raise InputError(f"{flag} needs an encoder to compare images by; give --identity-encoder URI")
     if options.identity_encoder is not None:
         if not any(weights.values()):
             raise InputError("--identity-encoder has no effect without --identity-weight or --perceptual-weight")

@@ -116,7 +116,7 @@ def resolved(card: DatasetCard, options: TrainOptions) -> EncoderOptions:
 
 
 def informed(config: ModelConfig, options: TrainOptions, card: DatasetCard, uri: str) -> ModelConfig:
-    """`config` with what the encoder must know of its training pictures; reads the labels, not the pictures.
+    """`config` with what the encoder must know of its training images; reads the labels, not the images.
 
     Raises:
         InputError: from these data this encoder cannot be trained, or not validated.
@@ -133,20 +133,20 @@ def _people(train: Labels, val: Labels, config: ModelConfig, options: TrainOptio
         known = np.unique(labels.identity[labels.identity != cache.NOBODY])
         if not len(known):
             raise InputError(
-                f"{config.data.name} does not say whom the pictures of its {split} split show; an identity encoder "
-                "learns from several pictures of each person (CelebA: prepare it with identity_CelebA.txt beside it)"
+                f"{config.data.name} does not say whom the images of its {split} split show; an identity encoder "
+                "learns from several images of each person (CelebA: prepare it with identity_CelebA.txt beside it)"
             )
         people = EncoderTargets(labels, config, options).people
         if len(people) < 2 or len(people) < len(known) / 10:
             raise InputError(
-                f"{config.data.name} has two pictures or more of only {len(people):,} of the {len(known):,} people in "
-                f"its {split} split; an identity encoder learns from several pictures of each person"
+                f"{config.data.name} has two images or more of only {len(people):,} of the {len(known):,} people in "
+                f"its {split} split; an identity encoder learns from several images of each person"
             )
     rows = training_rows(train, config, options)
     if len(rows) < options.global_batch_size:
         raise InputError(
             f"--global-batch-size {options.global_batch_size} is more than the {len(rows)} training rows with people "
-            f"of whom there are several pictures; give at most {len(rows)}"
+            f"of whom there are several images; give at most {len(rows)}"
         )
     return {"num_people": len(people)}
 
@@ -183,7 +183,7 @@ def _rates(train: Labels, val: Labels, config: ModelConfig, options: TrainOption
     if constant := [name for name, rate in zip(names, rates, strict=True) if rate in (0, 1)]:
         varying = [name for name in others if name not in constant]
         raise InputError(
-            f"{', '.join(constant)}: the same in all training pictures of {config.data.name}, nothing to learn"
+            f"{', '.join(constant)}: the same in all training images of {config.data.name}, nothing to learn"
             + (f"; give --encoder.attributes {' '.join(varying)}" if varying else "")
         )
     return {"attribute_rates": tuple(rates.tolist())}

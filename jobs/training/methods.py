@@ -4,7 +4,7 @@ Losses are named; `loss` is the one that validation measures too:
 
     diffusion   the weighted loss of the prediction        (the mission's Huber)
     pix2pix     |made - target|
-    cyclegan    |there and back - picture|
+    cyclegan    |there and back - image|
     encoders    `jobs.training.encoders`
 """
 
@@ -36,7 +36,7 @@ class Objective(Protocol):
     comparable: bool
     """Whether a lower validation loss is a better network; where not, the last one counts as the best."""
     num_measured: int
-    """Numbers that `validation_loss` gives of a picture."""
+    """Numbers that `validation_loss` gives of an image."""
 
     @property
     def network(self) -> nn.Module:
@@ -50,10 +50,10 @@ class Objective(Protocol):
         the means over the batch."""
 
     def validation_loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Of each picture the loss, b, or b `num_measured`: what `validated` finds it from."""
+        """Of each image the loss, b, or b `num_measured`: what `validated` finds it from."""
 
     def validated(self, measured: Tensor) -> dict[str, Tensor]:
-        """From what was measured of all pictures, n `num_measured`: `loss`, and what else there is to know, of each."""
+        """From what was measured of all images, n `num_measured`: `loss`, and what else there is to know, of each."""
 
     def files(
         self,
@@ -179,7 +179,7 @@ class Diffusion:
         return weight * losses.per_image_loss(config, output, target)
 
     def _added_losses(self, batch: Batch, x_t: Tensor, output: Tensor) -> dict[str, Tensor]:
-        """Of each x_0 that the output implies: is it like the source, and like the true picture?"""
+        """Of each x_0 that the output implies: is it like the source, and like the true image?"""
         added: dict[str, Tensor] = {}
         if not any(self.weights.values()):
             return added

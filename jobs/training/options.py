@@ -45,9 +45,9 @@ class TrainOptions:
     """Everything that decides what a training run computes; it is saved with the run."""
 
     epochs: int = 54
-    """Passes over the training pictures."""
+    """Passes over the training images."""
     global_batch_size: int = 64
-    """Pictures in one optimiser step, over all workers."""
+    """Images in one optimiser step, over all workers."""
     accumulate: int = 1
     """Parts that a worker takes its share of a step in, one after the other: large batches in less memory."""
     seed: int = 0
@@ -56,7 +56,7 @@ class TrainOptions:
     """Train this direction only; without it one network learns every direction."""
     pairing: Pairing | None = None
     """What the network is shown beside x_0, as the data set was prepared unless given. paired, matched: the
-    counterpart. unpaired: any picture of another side. self: the structure of the very picture it is to make."""
+    counterpart. unpaired: any image of another side. self: the structure of the very image it is to make."""
     flip: bool = True
     """Mirror source and target together, half of the time."""
     max_shift: int = 0
@@ -70,18 +70,18 @@ class TrainOptions:
     precision: Precision = "auto"
     """Arithmetic of the network: auto takes bf16 where the hardware has it."""
     gradient_checkpointing: bool = False
-    """Compute activations again instead of keeping them: large pictures in less memory, for one more forward pass."""
+    """Compute activations again instead of keeping them: large images in less memory, for one more forward pass."""
     compile: bool = False
     """torch.compile the network's repeated blocks."""
     identity_encoder: str | None = None
-    """Checkpoint of an encoder, local or s3://, that says how alike two pictures are to the losses below."""
+    """Checkpoint of an encoder, local or s3://, that says how alike two images are to the losses below."""
     identity_weight: float = 0.0
     """Weight of the loss that keeps who is in the source, by the encoder's embedding."""
     perceptual_weight: float = 0.0
     """Weight of the loss that keeps what the source looks like, by the encoder's feature maps."""
     method: Method = "diffusion"
     """The diffusion model, or a GAN to compare it with: pix2pix learns from pairs, cyclegan without. Or an encoder:
-    identity tells people apart, attributes says what a picture shows."""
+    identity tells people apart, attributes says what an image shows."""
     unet: UNetConfig = UNetConfig()
     """The network."""
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -133,7 +133,7 @@ class TrainArgs:
     profile: bool = False
     """Trace a few steps of the first worker, to RUN/profile/."""
     mlflow: str | None = None
-    """Curves and pictures go there too: an MLflow server (http://…), a database (sqlite:///…) or a local folder."""
+    """Curves and images go there too: an MLflow server (http://…), a database (sqlite:///…) or a local folder."""
     options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
 
     @property

@@ -44,7 +44,7 @@ _ENCODER = TrainOptions(
     optim=OptimConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=50, weight_decay=0.05),
 )
 _RECKONED = "{} hours of one H200, reckoned from its peak"
-"""137 GFLOP a picture of 64 px and 355 of 128 px, at a fifth to two fifths of 790 TFLOP/s in bf16."""
+"""137 GFLOP an image of 64 px and 355 of 128 px, at a fifth to two fifths of 790 TFLOP/s in bf16."""
 _NOT_RUN = "not run yet at full length"
 
 PRESETS: dict[str, Preset] = {
@@ -88,7 +88,7 @@ PRESETS: dict[str, Preset] = {
                 head_channels=24,
                 condition_channels=48,
             ),
-            # In so few steps, predicting the clean picture gets the colours right long before predicting noise does;
+            # In so few steps, predicting the clean image gets the colours right long before predicting noise does;
             # the weighting makes up for the fine detail that it would neglect (docs/log.md).
             diffusion=DiffusionConfig(prediction="x_0", loss_weighting="snr", max_snr=100.0),
             sampling=SamplingConfig(num_steps=25, guidance_scale=1.0),
@@ -110,7 +110,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "identity-encoder": Preset(
-        about="an encoder that tells people apart, from several pictures of each",
+        about="an encoder that tells people apart, from several images of each",
         time="one CPU core: 7 s for 26 people of AT&T at 32 px, 15 epochs of a narrower network",
         expect="rank-1 of ten other people 0.86 (pixels: 0.66); of thousands of people it learns little yet",
         options=dataclasses.replace(_ENCODER, method="identity", epochs=20),

@@ -2,7 +2,7 @@
 
 config.json  environment.json   what was asked for, and where it ran
 metrics.jsonl  events.out…      rows of training and validation
-samples/step-00000100.png       fixed pictures at each validation
+samples/step-00000100.png       fixed images at each validation
 checkpoints/step-00000100/      train_state/state.pt is what training goes on from; config.json comes last
 best.json                       the best of them, and for how many epochs the run was trained once it is whole
 """
@@ -134,7 +134,7 @@ class Run:
         return next((row for row in self.metrics if row["step"] == step and row["split"] == "val"), None)
 
     def log(self, row: dict[str, Any], *, picture: bytes | None = None) -> None:
-        """`picture`: PNG of the fixed pictures."""
+        """`picture`: PNG of the fixed images."""
         self.metrics.append(row)
         if picture is not None:
             storage.write_bytes(storage.join(self.uri, "samples", f"step-{row['step']:08d}.png"), picture)

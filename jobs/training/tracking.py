@@ -33,8 +33,8 @@ GAUGES = {
     "ddpm_train_step": "Optimiser steps done.",
     "ddpm_train_epoch": "Epochs done.",
     "ddpm_train_epochs": "Epochs asked for.",
-    "ddpm_train_images_seen": "Training pictures seen, with repetition.",
-    "ddpm_train_images_per_second": "Training pictures a second, all workers together.",
+    "ddpm_train_images_seen": "Training images seen, with repetition.",
+    "ddpm_train_images_per_second": "Training images a second, all workers together.",
     "ddpm_train_loss": "Mean loss of the last epoch (split=train) or of the last validation (split=val).",
     "ddpm_train_data_wait_ratio": "Share of the last epoch spent waiting for data.",
     "ddpm_train_learning_rate": "Learning rate of the last step.",
@@ -51,7 +51,7 @@ OF_ROW = {
 STEP_EVERY_S = 1.0
 """Ray collects every ten seconds: gauges need not follow each step."""
 MAX_WAITING = 1000
-"""Rows and pictures kept for a store that does not answer; then the oldest go."""
+"""Rows and images kept for a store that does not answer; then the oldest go."""
 CLOSE_S = 30.0
 """How long the end of a run waits for what is still to be stored."""
 MAX_EVENTS_BYTES = 8 * 2**20
@@ -317,7 +317,7 @@ class Mlflow:
         return run_id
 
     def _artifacts(self) -> str | None:
-        """Where pictures go; a server knows, beside a database file they go into a folder."""
+        """Where images go; a server knows, beside a database file they go into a folder."""
         if not self.server.startswith("sqlite:///"):
             return None
         return str(Path(self.server.removeprefix("sqlite:///")).parent / "mlflow-artifacts")

@@ -1,4 +1,4 @@
-"""Validation that does not bounce: the EMA weights on fixed rows with fixed noise and timesteps, and fixed pictures.
+"""Validation that does not bounce: the EMA weights on fixed rows with fixed noise and timesteps, and fixed images.
 
 Either the training workers share the work between two steps, or a task on a spare GPU or CPU does it while they go on.
 """
@@ -28,8 +28,8 @@ from jobs.training.options import TrainOptions
 
 NUM_BANDS = 4
 """Validation is also reported for each quarter of the chain, the least noisy first."""
-NUM_PICTURES = 6
-"""Fixed pictures that are translated at each validation, to be looked at."""
+NUM_IMAGES = 6
+"""Fixed images that are translated at each validation, to be looked at."""
 PATIENCE_S = 600.0
 """How long a task that validates is waited for when the next one is due; then rank 0 does it itself."""
 
@@ -44,7 +44,7 @@ class Found:
     row: dict[str, float]
     """Of metrics.jsonl."""
     picture: bytes | None
-    """PNG of the fixed pictures: source, translated and, where there is one, the counterpart; None if nothing is
+    """PNG of the fixed images: source, translated and, where there is one, the counterpart; None if nothing is
     translated."""
 
 
@@ -110,10 +110,10 @@ class Validation:
         return dict(zip(tracks, of_each, strict=True))
 
     def pictures(self, network: nn.Module) -> bytes | None:
-        """Fixed rows translated: a PNG with a row of pictures for each, source first; None of an encoder."""
+        """Fixed rows translated: a PNG with a row of images for each, source first; None of an encoder."""
         if self.config.method in configs.ENCODERS:
             return None
-        rows = evenly(self.rows, NUM_PICTURES)
+        rows = evenly(self.rows, NUM_IMAGES)
         draw = self.sampler.validation(rows, np.zeros(len(rows), np.int64))
         sources, truths, domains = draw.source.numpy(), draw.target.numpy(), draw.domain.numpy()
         if self.config.shown == "structure":  # it is shown x_0 itself: the other side is what is of interest

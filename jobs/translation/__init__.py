@@ -1,1 +1,1 @@
-"""Translating many pictures with Ray Data."""
+"""Translating many images with Ray Data."""

@@ -1,6 +1,6 @@
-"""Translating many pictures with Ray Data: what `jobs.translate` and `jobs.evaluate` share, and what travels.
+"""Translating many images with Ray Data: what `jobs.translate` and `jobs.evaluate` share, and what travels.
 
-A row on its way: `id`, `output` (path below the output, "" to keep the picture in the row), `to` (domain),
+A row on its way: `id`, `output` (path below the output, "" to keep the image in the row), `to` (domain),
 `seed`, `image` (uint8 s s 3, the source), `error` ("" while all is well), `note` (what was done to the source that
 its owner should know, mostly "").
 """
@@ -31,7 +31,7 @@ Plan = Mapping[str, list[tuple[str, int, str]]]
 """What to make of the row with this id: (domain, seed, output) for each result."""
 
 READ_THREADS = 8
-"""Pictures read at once by one task: hides a bucket's latency."""
+"""Images read at once by one task: hides a bucket's latency."""
 MAX_BLOCKS = 4096
 """Ray Data's bookkeeping grows with blocks; beyond this many they get larger instead."""
 CPUS_PER_ACTOR = 0.5
@@ -39,7 +39,7 @@ CPUS_PER_ACTOR = 0.5
 
 
 class Translate:
-    """Ray Data actor: rows with a source picture become rows with the result, or with the result written."""
+    """Ray Data actor: rows with a source image become rows with the result, or with the result written."""
 
     def __init__(
         self,
@@ -137,21 +137,21 @@ def file_rows(
     seed: int,
     batch_size: int,
 ) -> ray.data.Dataset:
-    """Rows of the pictures `items` (id = path below `root`, output), read and prepared on the workers.
+    """Rows of the images `items` (id = path below `root`, output), read and prepared on the workers.
 
-    `template`: landmarks that faces are aligned to, () to take pictures as they are.
+    `template`: landmarks that faces are aligned to, () to take images as they are.
     """
     blocks = min(max(math.ceil(len(items) / batch_size), 1), MAX_BLOCKS)
-    read = functools.partial(read_pictures, root=root, image_size=image_size, template=template, to=to, seed=seed)
+    read = functools.partial(read_images, root=root, image_size=image_size, template=template, to=to, seed=seed)
     return ray.data.from_items(items, override_num_blocks=blocks).map_batches(read, batch_size=batch_size)
 
 
-def read_pictures(
+def read_images(
     batch: Batch, *, root: str, image_size: int, to: str, seed: int, template: tuple[float, ...] = ()
 ) -> Batch:
     """Each file read and prepared as training did it; what cannot be read gets its reason in `error`."""
     with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as threads:
-        one = functools.partial(read_picture, root=root, image_size=image_size, template=template)
+        one = functools.partial(read_image, root=root, image_size=image_size, template=template)
         read = list(threads.map(one, batch["id"]))
     return {
         **batch,
@@ -163,11 +163,11 @@ def read_pictures(
     }
 
 
-def read_picture(name: str, *, root: str, image_size: int, template: tuple[float, ...]) -> tuple[np.ndarray, str, str]:
-    """(picture, "", note) or (black, why not, "").
+def read_image(name: str, *, root: str, image_size: int, template: tuple[float, ...]) -> tuple[np.ndarray, str, str]:
+    """(image, "", note) or (black, why not, "").
 
     Raises:
-        InputError: the storage itself is gone, which no single picture is to blame for.
+        InputError: the storage itself is gone, which no single image is to blame for.
     """
     try:
         data = storage.read_bytes(storage.join(root, name))
@@ -212,7 +212,7 @@ def dataset_rows(
 def expand_rows(
     batch: Batch, *, plan: Plan, domains: list[str], paired: bool, image_size: int, keep_truth: bool
 ) -> Batch:
-    """See `dataset_rows`. In a paired set the picture of the other side is the source, whichever column it is in."""
+    """See `dataset_rows`. In a paired set the image of the other side is the source, whichever column it is in."""
     chosen = [
         (row, to, seed, output) for row, name in enumerate(batch["id"]) for to, seed, output in plan.get(str(name), ())
     ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 from jobs.translation.plan import TranslationJob
 
 NUM_PREVIEWS = 8
-"""Pictures shown in preview.png."""
+"""Images shown in preview.png."""
 
 
 def open_output(job: TranslationJob) -> "Manifest":
@@ -71,7 +71,7 @@ def translate(job: TranslationJob, manifest: "Manifest", todo: list[dict[str, An
     facts = {source["id"]: source for source in todo}
     bad = 0
     try:
-        with Progress(total=len(todo), unit="picture", description="translate") as progress:
+        with Progress(total=len(todo), unit="image", description="translate") as progress:
             for rows in noted(results, facts):
                 manifest.add(rows)
                 bad += sum(row["status"] != "ok" for row in rows)
@@ -80,11 +80,11 @@ def translate(job: TranslationJob, manifest: "Manifest", todo: list[dict[str, An
         manifest.flush()
     missing = [name for name in facts if name not in manifest.rows]
     if missing:
-        raise RuntimeError(f"{len(missing)} pictures came back without a result, the first: {missing[0]}")
+        raise RuntimeError(f"{len(missing)} images came back without a result, the first: {missing[0]}")
 
 
 def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> "ray.data.Dataset":
-    """The pictures to translate as Ray Data rows."""
+    """The images to translate as Ray Data rows."""
     from jobs.translation.batch import dataset_rows, file_rows
 
     args, size = job.args, job.loaded.config.image_size
@@ -121,7 +121,7 @@ def noted(results: "ray.data.Dataset", facts: dict[str, dict[str, Any]]) -> Iter
 
 
 def write_preview(job: TranslationJob, manifest: "Manifest") -> None:
-    """preview.png: the first pictures beside their results."""
+    """preview.png: the first images beside their results."""
     from jobs.reports import grids
 
     good = [s for s in job.sources if manifest.rows[s["id"]]["status"] == "ok"][:NUM_PREVIEWS]
@@ -157,7 +157,7 @@ def finish(job: TranslationJob, manifest: "Manifest") -> int:
     if bad:
         why = tally(row["error"].removeprefix(f"{row['id']}: ") for row in bad)
         print(
-            f"{len(bad):,} of {len(job.sources):,} pictures were set aside: {why}; the reasons are in {reasons}",
+            f"{len(bad):,} of {len(job.sources):,} images were set aside: {why}; the reasons are in {reasons}",
             file=sys.stderr,
         )
     return cli.SET_ASIDE if bad else cli.DONE
@@ -172,14 +172,14 @@ def tally(reasons: Iterable[str], most: int = 4) -> str:
 
 
 def counted(num: int) -> str:
-    return f"{num:,} picture{'' if num == 1 else 's'}"
+    return f"{num:,} image{'' if num == 1 else 's'}"
 
 
 def write_note(job: TranslationJob, *, complete: bool, num_rejected: int = 0) -> None:
     """run.json: what was asked of what, and what came of it."""
     config = job.loaded.config
     total = len(job.sources)
-    counts = {"pictures": total, "ok": total - num_rejected, "rejected": num_rejected, "ignored": job.num_others}
+    counts = {"images": total, "ok": total - num_rejected, "rejected": num_rejected, "ignored": job.num_others}
     note = {
         "format": "ddpm-translate-results",
         "format_version": 1,
@@ -190,7 +190,7 @@ def write_note(job: TranslationJob, *, complete: bool, num_rejected: int = 0) ->
         "checkpoint": job.loaded.path,
         "model": configs.to_dict(config),
         "licence": config.data.licence,
-        "counts": counts if complete else {"pictures": total, "ignored": job.num_others},
+        "counts": counts if complete else {"images": total, "ignored": job.num_others},
         "environment": provenance.environment(),
     }
     storage.write_bytes(storage.join(job.args.output, "run.json"), json.dumps(note, indent=2).encode())

@@ -15,8 +15,8 @@ from jobs.datasets.format import DatasetCard
 # -- the listing and the manifest ---------------------------------------------------------------------------------
 
 
-def list_pictures(uri: str) -> tuple[list[dict[str, Any]], int]:
-    """The pictures below `uri` as {id: path below it, size, mtime_ns}, sorted, and how many other files there are.
+def list_images(uri: str) -> tuple[list[dict[str, Any]], int]:
+    """The images below `uri` as {id: path below it, size, mtime_ns}, sorted, and how many other files there are.
 
     What is hidden by a dot is left out (`._x.jpg` is what macOS leaves on foreign disks).
 
@@ -29,7 +29,7 @@ def list_pictures(uri: str) -> tuple[list[dict[str, Any]], int]:
         if kind == pyarrow.fs.FileType.NotFound:
             raise InputError(f"--input {uri}: no such folder")
         if kind == pyarrow.fs.FileType.File:
-            raise InputError(f"--input {uri} is a file; give the folder that holds the pictures")
+            raise InputError(f"--input {uri} is a file; give the folder that holds the images")
         infos = fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
     files = [info for info in infos if info.type == pyarrow.fs.FileType.File]
     named = [(info.path[len(path) :].lstrip("/"), info) for info in files]
@@ -85,7 +85,7 @@ def check_dataset(uri: str, card: DatasetCard, config: ModelConfig) -> None:
     """A data set must be of the checkpoint's kind.
 
     Raises:
-        InputError: other domains, or pictures of another size.
+        InputError: other domains, or images of another size.
     """
     if tuple(card.domains) != tuple(config.domains):
         raise InputError(
@@ -94,13 +94,13 @@ def check_dataset(uri: str, card: DatasetCard, config: ModelConfig) -> None:
         )
     if card.image_size != config.image_size:
         raise InputError(
-            f"{uri} has pictures of {card.image_size} px, the checkpoint takes {config.image_size} px; "
+            f"{uri} has images of {card.image_size} px, the checkpoint takes {config.image_size} px; "
             f"prepare it again with --image-size {config.image_size}"
         )
 
 
 def split_rows(uri: str, card: DatasetCard, split: str) -> list[tuple[str, int]]:
-    """(id, domain) of every row of a data set's split, without its pictures, sorted by id; needs no Ray.
+    """(id, domain) of every row of a data set's split, without its images, sorted by id; needs no Ray.
 
     Raises:
         InputError: no such split.

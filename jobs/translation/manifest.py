@@ -1,4 +1,4 @@
-"""What has been translated, a row a picture."""
+"""What has been translated, a row an image."""
 
 import io
 import time
@@ -14,7 +14,7 @@ from ddpm_core.errors import InputError
 
 
 class Manifest:
-    """What has been done, a row a picture: small parts while the work goes on, one `manifest.parquet` at the end.
+    """What has been done, a row an image: small parts while the work goes on, one `manifest.parquet` at the end.
 
     Each part is written whole or not at all, so a killed run loses at most the rows since the last one.
     """
@@ -36,7 +36,7 @@ class Manifest:
     def __init__(self, output: str) -> None:
         """Take up what earlier runs noted under `output`."""
         self.whole = storage.join(output, "manifest.parquet")
-        self.folder = storage.join(output, ".manifest")  # no picture is ever put below a hidden folder
+        self.folder = storage.join(output, ".manifest")  # no image is ever put below a hidden folder
         self.rows: dict[str, dict[str, Any]] = {}
         self.pending: list[dict[str, Any]] = []
         self.num_parts = 0

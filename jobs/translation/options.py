@@ -15,12 +15,12 @@ from ddpm_core.translator import Translator
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOverrides:
-    """How pictures are drawn; what is not given is the checkpoint's own."""
+    """How images are drawn; what is not given is the checkpoint's own."""
 
     sampler: Sampler | None = None
     """ddim: deterministic. ddpm: ancestral. dpm_solver: DPM-Solver++(2M), second order."""
     num_steps: int | None = None
-    """Network evaluations for one picture."""
+    """Network evaluations for one image."""
     spacing: Spacing | None = None
     """Which timesteps are visited."""
     eta: float | None = None
@@ -28,7 +28,7 @@ class SamplingOverrides:
     guidance_scale: float | None = None
     """1 plain, above 1 guided more strongly."""
     domain_guidance_scale: float | None = None
-    """A weight of the domain's own; guidance-scale is then the picture's."""
+    """A weight of the domain's own; guidance-scale is then the image's."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only between these shares of the chain, 1 being the noisiest: LOW HIGH."""
     guidance_rescale: float | None = None

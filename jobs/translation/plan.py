@@ -26,7 +26,7 @@ class TranslateArgs:
     checkpoint: str
     """A run (its best checkpoint) or a checkpoint folder, local or s3://."""
     input: str
-    """Folder or s3:// prefix of pictures, searched to any depth; or a data set (holds dataset.json)."""
+    """Folder or s3:// prefix of images, searched to any depth; or a data set (holds dataset.json)."""
     output: str
     """Folder or s3:// prefix for the results; outside the input."""
     domain: str
@@ -36,15 +36,15 @@ class TranslateArgs:
     ema: float | None = None
     """Weights averaged over this share of the training; those that validated best by default."""
     seed: int = 0
-    """Another seed gives another result for each picture."""
+    """Another seed gives another result for each image."""
     batch_size: int = 16
-    """Pictures the network sees at once; memory and speed, not results."""
+    """Images the network sees at once; memory and speed, not results."""
     num_workers: int | None = None
     """Copies of the network; by default one for each GPU, or for each CPU where there is none."""
     split: str = "test"
     """Of a data set, the rows to translate."""
     align: faces.Align = "auto"
-    """faces: photos are turned and cut so that the largest face lies where the training pictures have theirs; those
+    """faces: photos are turned and cut so that the largest face lies where the training images have theirs; those
     without a face are set aside. auto: faces, where the checkpoint was trained on aligned portraits. none: photos are
     cut to centred squares."""
 
@@ -62,11 +62,11 @@ class TranslationJob:
     options: dict[str, Any]
     """What the results depend on; a folder holds results of one such set only."""
     template: tuple[float, ...]
-    """Landmarks that faces are aligned to; () where pictures are taken as they are."""
+    """Landmarks that faces are aligned to; () where images are taken as they are."""
     sources: list[dict[str, Any]]
-    """id, size, mtime_ns of each picture."""
+    """id, size, mtime_ns of each image."""
     num_others: int
-    """Files under the input that are no pictures, or rows that are on the wanted side already."""
+    """Files under the input that are no images, or rows that are on the wanted side already."""
 
 
 def plan_translation(args: TranslateArgs) -> TranslationJob:
@@ -84,7 +84,7 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
     check_least({"--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 1)})
     if inside(args.output, args.input):
         raise InputError(
-            f"--output {args.output} lies in the input; results would be taken for pictures: write elsewhere"
+            f"--output {args.output} lies in the input; results would be taken for images: write elsewhere"
         )
     opened = open_checkpoint(args.checkpoint, args.domain, args.sampling, ema=args.ema, guides=args.guides)
     loaded, sampling = opened.loaded, opened.sampling
@@ -96,7 +96,7 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
     }
     card = find_card(args.input)
     if card is not None and args.align == "faces":
-        raise InputError("--align faces has no effect on a data set, whose pictures are cut already; leave it out")
+        raise InputError("--align faces has no effect on a data set, whose images are cut already; leave it out")
     template = () if card is not None else faces.template_for(loaded.config.data.landmarks, args.align)
     if template:
         options |= {"align": "faces"}
@@ -104,12 +104,12 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         sources, num_others = dataset_sources(args, card, loaded.config)
         options |= {"split": args.split, "content_hash": card.content_hash}
     else:
-        from jobs.translation.listing import list_pictures
+        from jobs.translation.listing import list_images
 
-        sources, num_others = list_pictures(args.input)
+        sources, num_others = list_images(args.input)
     if not sources:
         also = f" ({num_others:,} other files or rows are there)" if num_others else ""
-        raise InputError(f"--input {args.input} holds no pictures{also}; wanted: {' '.join(sorted(images.SUFFIXES))}")
+        raise InputError(f"--input {args.input} holds no images{also}; wanted: {' '.join(sorted(images.SUFFIXES))}")
     return TranslationJob(args, loaded, sampling, opened.guides, card, options, template, sources, num_others)
 
 
@@ -125,7 +125,7 @@ def dataset_sources(
 ) -> tuple[list[dict[str, Any]], int]:
     """The rows that can be turned into the wanted side, and how many cannot.
 
-    A paired row has a picture of either side; of the other sets, rows that are on the wanted side stay out.
+    A paired row has an image of either side; of the other sets, rows that are on the wanted side stay out.
     """
     from jobs.translation.listing import check_dataset, split_rows
 

@@ -199,7 +199,7 @@ class Sweep:
         }
 
     def _train_again(self, run: str) -> dict[str, Any] | None:
-        """The winner's loss on fresh noise and held-out pictures, beside the preset's own."""
+        """The winner's loss on fresh noise and held-out images, beside the preset's own."""
         assert self.training is not None
         runs_there = {"winner": run}
         if (hand := _hand(self.training)) is not None:
@@ -316,7 +316,7 @@ class Sweep:
         self.chosen = front[nearest_to_ideal(values, self.job.prefer)].number
 
     def _look_again(self, loaded: checkpoint.Checkpoint, point: dict[str, Any]) -> dict[str, Any]:
-        """The chosen point on fresh noise and other pictures, beside the checkpoint's own; and a grid of pictures."""
+        """The chosen point on fresh noise and other images, beside the checkpoint's own; and a grid of images."""
         args = self.job.args
         split = "test" if self.job.card.splits.get("test") else "val"
         look = self._look_at(loaded, split, 4 * args.num_images, args.search_seed + 1)
@@ -329,7 +329,7 @@ class Sweep:
         also = (
             f" Beside it: {', '.join(f'{name} {_short(value)}' for name, value in others.items())}." if others else ""
         )
-        self.images = [(f"The same held-out pictures, noise and options at several guidance weights.{also}", grid)]
+        self.images = [(f"The same held-out images, noise and options at several guidance weights.{also}", grid)]
         storage.write_bytes(storage.join(self.output, "weights.png"), self.images[0][1])
         compared = sampling_trial.compared(seen["chosen"], seen["hand"], seed=args.search_seed)
         assert self.points is not None

@@ -28,7 +28,7 @@ from jobs.tuning.search_space import Space
 FORMAT, FORMAT_VERSION = "ddpm-translate-sweep", 1
 NUM_TRIALS = 16
 WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0)
-"""Guidance weights of the grid of pictures, beside the chosen one."""
+"""Guidance weights of the grid of images, beside the chosen one."""
 RULE = (
     "Of the Pareto front the point nearest to the ideal one, which has the best of every objective. Distances are "
     "counted in units of what lies between the best and the median of the front, of network evaluations in their "
@@ -69,7 +69,7 @@ class SweepArgs:
     search_seed: int = 0
     """Of the search, and of the noise that points are looked at with."""
     num_images: int = 64
-    """Validation pictures of each domain that a point is looked at with; four times as many of the test split at the
+    """Validation images of each domain that a point is looked at with; four times as many of the test split at the
     end."""
     domain: str | None = None
     """The side to produce when looking; by default each that the network was trained for."""
@@ -95,7 +95,7 @@ class SweepArgs:
     max_failures: int = 3
     """How often a trial may lose its workers or its node without a further checkpoint before it counts as failed."""
     batch_size: int = 16
-    """Pictures the network sees at once when looking; memory and speed, not results."""
+    """Images the network sees at once when looking; memory and speed, not results."""
     options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
 
 
@@ -298,7 +298,7 @@ def check_effect(args: SweepArgs, card: DatasetCard, config: ModelConfig, given_
 
 
 def objectives(args: SweepArgs, card: DatasetCard, *, kid: bool) -> list[str]:
-    """What points are judged by, in order; `kid`: whether there are pictures enough for it."""
+    """What points are judged by, in order; `kid`: whether there are images enough for it."""
     found = ["kid"] if kid else []
     found.append("psnr" if card.pairing == "paired" else "psnr_to_source")
     found += ["identity_cosine"] if args.identity_net else []
@@ -307,7 +307,7 @@ def objectives(args: SweepArgs, card: DatasetCard, *, kid: bool) -> list[str]:
 
 
 def check_looks(args: SweepArgs, card: DatasetCard, config: ModelConfig) -> None:
-    """Refuse judges and pictures that points cannot be looked at with.
+    """Refuse judges and images that points cannot be looked at with.
 
     Raises:
         InputError: naming the flag.

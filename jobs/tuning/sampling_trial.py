@@ -1,4 +1,4 @@
-"""Points of a sweep's sampling options: a frozen checkpoint, held-out pictures and judges, looked at again and again.
+"""Points of a sweep's sampling options: a frozen checkpoint, held-out images and judges, looked at again and again.
 
 The actor that Ray Tune starts keeps all three from point to point.
 """
@@ -25,7 +25,7 @@ from jobs.tuning import search_space as spaces
 from jobs.tuning import study
 
 GRID_ROWS = 6
-"""Pictures in the grid over guidance weights."""
+"""Images in the grid over guidance weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,11 @@ class Seen:
     """What came of one point."""
 
     of_each: dict[str, np.ndarray]
-    """Of each picture: psnr or psnr_to_source, and where there is a net for it flip_rate and identity_cosine."""
+    """Of each image: psnr or psnr_to_source, and where there is a net for it flip_rate and identity_cosine."""
     kid: np.ndarray
-    """KID of random halves; () where there are too few pictures."""
+    """KID of random halves; () where there are too few images."""
     nfe: float
-    """Network evaluations for a picture."""
+    """Network evaluations for an image."""
 
     @property
     def objectives(self) -> dict[str, float]:
@@ -62,7 +62,7 @@ class Seen:
 
 
 class Bench:
-    """A frozen checkpoint, held-out pictures and judges, ready for point after point."""
+    """A frozen checkpoint, held-out images and judges, ready for point after point."""
 
     def __init__(self, look: Look) -> None:
         torch.set_num_threads(look.num_threads)
@@ -115,7 +115,7 @@ class Bench:
         return nets.features(self.judges[name].module, pictures, device=device).numpy()
 
     def results(self, point: Mapping[str, Any], rows: np.ndarray) -> np.ndarray:
-        """These rows' pictures translated."""
+        """These rows' images translated."""
         options, ema = spaces.sampling_options(point)
         translate = self.translator(ema)
         results = np.zeros_like(self.made["image"][rows])
@@ -151,7 +151,7 @@ class Bench:
         return Seen(of_each, np.mean(kids, axis=0) if len(kids) == len(self.sides) else np.zeros(0), nfe)
 
     def grid(self, points: Mapping[str, Mapping[str, Any]]) -> bytes:
-        """The same few pictures at each of these points: a PNG."""
+        """The same few images at each of these points: a PNG."""
         from jobs.reports.grids import labelled_grid
 
         rows = np.array(spread(len(self.made["id"]), GRID_ROWS))
@@ -189,7 +189,7 @@ def look_again(
 
 
 def compared(ours: Seen, theirs: Seen, *, seed: int) -> dict[str, dict[str, intervals.Interval]]:
-    """Both, and ours minus theirs on the same pictures: each objective with its intervals."""
+    """Both, and ours minus theirs on the same images: each objective with its intervals."""
     found: dict[str, dict[str, intervals.Interval]] = {}
     for name in ours.of_each:
         a, b = ours.of_each[name], theirs.of_each[name]

@@ -21,13 +21,13 @@ from ddpm_core.errors import InputError
 from jobs.training.options import TrainOptions
 
 SAMPLING = "sampling."
-"""How the names begin that are searched by looking at pictures."""
+"""How the names begin that are searched by looking at images."""
 LEARNING_RATE = "optim.learning_rate"
 REFUSED = {
     "seed": "luck is not an option to tune",
     "epochs": "trials must be able to train equally long to be compared; give --epochs",
     "validate_every_epochs": "trials are compared validation by validation; give --validate-every-epochs",
-    "max_val_images": "trials must be measured on the same pictures; give --max-val-images",
+    "max_val_images": "trials must be measured on the same images; give --max-val-images",
     "target_domain": "trials must learn the same task; give --target-domain",
     "pairing": "trials must learn the same task; give --pairing",
     "method": "losses of different methods do not compare; run jobs.experiments",

@@ -70,7 +70,7 @@ def progress(run: str) -> tuple[list[tuple[int, float]], int]:
 
 
 def losses_again(there: Mapping[str, str], dataset: str, split: str, use_gpu: bool) -> dict[str, np.ndarray]:
-    """Of the best checkpoint of each of the runs the loss of each held-out picture, (n,), on fresh noise and
+    """Of the best checkpoint of each of the runs the loss of each held-out image, (n,), on fresh noise and
     timesteps: a Ray task."""
     return {name: _losses_again(run, dataset, split, use_gpu) for name, run in there.items()}
 

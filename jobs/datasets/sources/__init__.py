@@ -1,1 +1,1 @@
-"""Sources of pictures: one file a source, each a function that yields rows in a fixed order."""
+"""Sources of images: one file a source, each a function that yields rows in a fixed order."""

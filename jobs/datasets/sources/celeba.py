@@ -1,13 +1,13 @@
 """CelebA as it is distributed: aligned faces and text files about them.
 
-    img_align_celeba/, img_align_celeba_png/ or img_align_celeba.zip    the pictures (or they lie directly in SOURCE)
-    list_attr_celeba.txt | .csv                  needed: 40 attributes a picture, -1 or 1
+    img_align_celeba/, img_align_celeba_png/ or img_align_celeba.zip    the images (or they lie directly in SOURCE)
+    list_attr_celeba.txt | .csv                  needed: 40 attributes an image, -1 or 1
     list_eval_partition.txt | .csv               the official split
     identity_CelebA.txt                          who is who
     list_landmarks_align_celeba.txt | .csv       eyes, nose and mouth, for finding better matches
 
 in SOURCE or anywhere below it. There are no true pairs of one person as woman and man: `--pairing matched` takes the
-picture of the other domain, in the same split, that differs in the fewest of the attributes that do not go with the
+image of the other domain, in the same split, that differs in the fewest of the attributes that do not go with the
 domain (and, where they are known, has the most similar pose and identity; jobs/datasets/matching.py weighs them).
 Such pairs are proxies.
 """
@@ -37,8 +37,8 @@ from jobs.datasets.source import (
     Made,
     check_common,
     fingerprint,
+    image_files,
     name_hash,
-    picture_files,
     prepared_by,
     rows_there,
     source_folder,
@@ -47,14 +47,14 @@ from jobs.datasets.source import (
 )
 
 LICENCE = "CelebA: non-commercial research only"
-PICTURES, PICTURES_PNG, IN_THE_WILD = "img_align_celeba", "img_align_celeba_png", "img_celeba"
+IMAGES, IMAGES_PNG, IN_THE_WILD = "img_align_celeba", "img_align_celeba_png", "img_celeba"
 ATTRIBUTES, PARTITION = "list_attr_celeba", "list_eval_partition"
 IDENTITY, LANDMARKS = "identity_CelebA", "list_landmarks_align_celeba"
 WIDTH, HEIGHT = 178, 218
-"""Of the aligned pictures that landmarks refer to."""
+"""Of the aligned images that landmarks refer to."""
 CENTRE = np.array([WIDTH // 2, HEIGHT // 2] * 5)
 MARGIN = 100
-"""Landmarks may lie outside of the picture by this much, in pixels."""
+"""Landmarks may lie outside of the image by this much, in pixels."""
 LINES_AT_ONCE = 1000
 """Lines of a table that are text cells at a time: Python's strings take twenty times the room of the numbers."""
 
@@ -66,15 +66,15 @@ class Options(FromFiles):
     domain_attribute: str = "Male"
     """The attribute that tells the two domains apart."""
     pairing: Literal["matched", "unpaired", "self"] = "matched"
-    """matched: the most similar picture of the other domain as target. unpaired: no targets. self: none either, the
-    network is to be shown the picture's own structure."""
+    """matched: the most similar image of the other domain as target. unpaired: no targets. self: none either, the
+    network is to be shown the image's own structure."""
     identity_encoder: str | None = None
     """Folder or s3:// prefix of an identity encoder: matches are looked for among people who look alike."""
     match_correlation: float = 0.3
     """Attributes that correlate with the domain's by this much or more (lipstick, beard) say the same as the domain
-    and are not compared when matching, or a few pictures would match nearly everything; above 1 compares all."""
+    and are not compared when matching, or a few images would match nearly everything; above 1 compares all."""
     limit: int | None = None
-    """Take this many pictures only (spread over all of them), for trying."""
+    """Take this many images only (spread over all of them), for trying."""
     seed: int = 0
     """Decides between equally good matches."""
 
@@ -86,12 +86,12 @@ class Table:
     uri: str
     columns: tuple[str, ...]
     rows: dict[str, np.ndarray]
-    """Picture to its int32 values."""
+    """Image to its int32 values."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Face:
-    """What the text files say about one picture."""
+    """What the text files say about one image."""
 
     name: str
     uri: str
@@ -100,21 +100,21 @@ class Face:
     attributes: np.ndarray
     identity: int | None
     landmarks: np.ndarray | None
-    """x y of five points, pixels of the aligned picture."""
+    """x y of five points, pixels of the aligned image."""
 
 
 def draft(options: Options) -> Draft:
-    """Raises InputError where files, columns, the attribute or the pictures are missing or do not fit."""
+    """Raises InputError where files, columns, the attribute or the images are missing or do not fit."""
     check_common(options)
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit is {options.limit}; it must be 1 or more")
     _check_matching(options)
-    source = source_folder(options, "the folder that holds CelebA's pictures and list_attr_celeba.txt")
+    source = source_folder(options, "the folder that holds CelebA's images and list_attr_celeba.txt")
     encoder = _encoder(options)
     sizes = storage.file_sizes(source)
     attributes = _table(source, sizes, ATTRIBUTES, header=True)
     if attributes is None:
-        raise InputError(f"--source {source}: no list_attr_celeba.txt or .csv there; it comes with CelebA's pictures")
+        raise InputError(f"--source {source}: no list_attr_celeba.txt or .csv there; it comes with CelebA's images")
     others = {
         name: _table(source, sizes, name, header=header)
         for name, header in {PARTITION: False, IDENTITY: False, LANDMARKS: True}.items()
@@ -206,7 +206,7 @@ def parse_table(content: bytes, uri: str, *, header: bool) -> Table:
         columns, start = columns[1:], 1
     elif header:
         if len(lines) < 2 or not lines[0].strip().isdigit():
-            raise InputError(f"{uri}: the first line must be the number of pictures, the second the names of columns")
+            raise InputError(f"{uri}: the first line must be the number of images, the second the names of columns")
         count, columns, start = int(lines[0]), lines[1].split(), 2
     width = len(columns) or 1
     names: list[str] = []
@@ -222,10 +222,10 @@ def parse_table(content: bytes, uri: str, *, header: bool) -> Table:
         except (ValueError, OverflowError) as error:
             raise InputError(f"{uri}: a value is not a number ({error})") from None
     if count is not None and count != len(names):
-        raise InputError(f"{uri} announces {count} pictures and lists {len(names)}; it is cut off or edited")
+        raise InputError(f"{uri} announces {count} images and lists {len(names)}; it is cut off or edited")
     rows = dict(zip(names, itertools.chain.from_iterable(values), strict=True))
     if len(rows) != len(names):
-        raise InputError(f"{uri} lists a picture twice; download it again")
+        raise InputError(f"{uri} lists an image twice; download it again")
     return Table(uri, tuple(columns), rows)
 
 
@@ -252,7 +252,7 @@ def _attribute(table: Table, name: str) -> int:
 
 
 def _check_landmarks(table: Table | None) -> None:
-    """Raises InputError for landmarks that cannot be of an aligned picture."""
+    """Raises InputError for landmarks that cannot be of an aligned image."""
     if table is None:
         return
     if len(table.columns) != len(CENTRE):
@@ -264,19 +264,19 @@ def _check_landmarks(table: Table | None) -> None:
         raise InputError(f"{table.uri}: {name} has landmarks far outside of its {WIDTH} x {HEIGHT} pixels")
 
 
-# --------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------- images
 
 
 def _pictures(source: str, sizes: Mapping[str, int]) -> tuple[dict[str, str], dict[str, int]]:
-    """URI of each picture by its name without ending, and sizes where an archive holds them."""
-    files = picture_files(sizes)
-    for folder in (PICTURES, PICTURES_PNG):
+    """URI of each image by its name without ending, and sizes where an archive holds them."""
+    files = image_files(sizes)
+    for folder in (IMAGES, IMAGES_PNG):
         if inside := [file for file in files if folder in file.split("/")[:-1]]:
             return {_stem(file): storage.join(source, file) for file in inside}, {}
     if zips := sorted(file for file in sizes if posixpath.basename(file) == f"{PICTURES}.zip"):
         uri = storage.join(source, zips[0])
         members = Archive(uri).sizes()
-        return {_stem(member): f"{uri}!{member}" for member in picture_files(members)}, members
+        return {_stem(member): f"{uri}!{member}" for member in image_files(members)}, members
     others = [file for file in files if IN_THE_WILD not in file.split("/")[:-1]]  # those are not aligned
     return {_stem(file): storage.join(source, file) for file in others}, {}
 
@@ -293,16 +293,16 @@ def _faces(
     options: Options,
     there: Mapping[str, reading.IndexRow],
 ) -> tuple[list[Face], list[tuple[str, str]], list[str]]:
-    """Pictures that are there, with what is known of them, sorted by name; those without a split; notes."""
+    """Images that are there, with what is known of them, sorted by name; those without a split; notes."""
     names = [name for name in attributes.rows if _stem(name) in pictures]
     if not names:
         raise InputError(
-            f"--source {options.source}: none of the {len(attributes.rows):,} pictures that {attributes.uri} lists "
+            f"--source {options.source}: none of the {len(attributes.rows):,} images that {attributes.uri} lists "
             f"is there; unpack img_align_celeba.zip or copy it into the folder"
         )
     notes = []
     if missing := len(attributes.rows) - len(names):
-        notes.append(f"{missing:,} of the pictures that {ATTRIBUTES} lists are not there")
+        notes.append(f"{missing:,} of the images that {ATTRIBUTES} lists are not there")
     if options.limit is not None:
         names = sorted(names, key=lambda name: (name_hash(name), name))[: options.limit]
     identities, landmarks = others[IDENTITY], others[LANDMARKS]
@@ -310,12 +310,12 @@ def _faces(
     notes.append(how)
     if not splits:
         raise InputError(
-            f"{PARTITION} lists none of the {len(names):,} pictures ({names[0]} is one); names must be those of "
+            f"{PARTITION} lists none of the {len(names):,} images ({names[0]} is one); names must be those of "
             f"{attributes.uri}, or leave {PARTITION} out"
         )
     for what, table in (("identity", identities), ("landmarks", landmarks)):
         if table is not None and (missing := sum(name not in table.rows for name in splits)):
-            notes.append(f"{what} of {missing:,} pictures unknown: {posixpath.basename(table.uri)} does not list them")
+            notes.append(f"{what} of {missing:,} images unknown: {posixpath.basename(table.uri)} does not list them")
     faces = []
     for name in sorted(splits):
         points = None if landmarks is None else landmarks.rows.get(name)
@@ -338,7 +338,7 @@ def _faces(
 def _splits(
     names: Sequence[str], partition: Table | None, identities: Table | None, there: Mapping[str, reading.IndexRow]
 ) -> tuple[dict[str, str], str]:
-    """Split of each picture, and how it was found; people of an earlier version keep theirs."""
+    """Split of each image, and how it was found; people of an earlier version keep theirs."""
     known = {} if identities is None else identities.rows
     people = {name: str(known[name][0]) if name in known else name for name in names}
     kept = {name if row.identity is None else str(row.identity): row.split for name, row in there.items()}
@@ -397,13 +397,13 @@ def match_faces(
 
 
 def _sides(split: np.ndarray, domain: np.ndarray, attribute: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Indices of the pictures to match and of their candidates: each split in both directions."""
+    """Indices of the images to match and of their candidates: each split in both directions."""
     for name in sorted(set(split.tolist())):
         without, having = (np.flatnonzero((split == name) & (domain == side)) for side in (0, 1))
         if not len(without) or not len(having):
             raise InputError(
-                f"split {name} has {len(without)} pictures without {attribute} and {len(having)} with it; "
-                "matching needs both: give more pictures, or --pairing unpaired"
+                f"split {name} has {len(without)} images without {attribute} and {len(having)} with it; "
+                "matching needs both: give more images, or --pairing unpaired"
             )
         yield without, having
         yield having, without
@@ -431,7 +431,7 @@ def _make(
     scratch: Path,
 ) -> Made:
     pictures = [Picture(name=face.name, uri=face.uri) for face in faces]
-    pixels, rejected = decode.decode_pictures(
+    pixels, rejected = decode.decode_images(
         pictures, size=options.image_size, halves=False, scratch=scratch, encoding=options.encoding
     )
     names = [face.name for face in faces]
@@ -455,7 +455,7 @@ def _make(
 
 
 def _embeddings(pixels: Pixels, where: np.ndarray, options: Options) -> np.ndarray | None:
-    """(n, e) int8 of the pictures at these places, None where no encoder is given."""
+    """(n, e) int8 of the images at these places, None where no encoder is given."""
     if options.identity_encoder is None:
         return None
     uri = storage.absolute(options.identity_encoder, flag="--identity-encoder")
@@ -483,7 +483,7 @@ def _rows(
 
 
 def stored_landmarks(points: np.ndarray, size: int) -> list[float]:
-    """Landmarks of an aligned picture (178 x 218) in pixels of its centred square of `size`."""
+    """Landmarks of an aligned image (178 x 218) in pixels of its centred square of `size`."""
     xy = points.reshape(-1, 2).astype(np.float64)
     side = min(WIDTH, HEIGHT)
     offset = ((WIDTH - side) // 2, (HEIGHT - side) // 2)

@@ -1,6 +1,6 @@
 """Places by day and by night, as they are distributed for pix2pix or as two folders.
 
-SOURCE/{train,val,test}/*.jpg        each picture is two, side by side
+SOURCE/{train,val,test}/*.jpg        each image is two, side by side
 SOURCE/day/…  SOURCE/night/…         counterparts have equal names; train, val and test folders are respected
 """
 
@@ -21,7 +21,7 @@ from jobs.datasets.source import (
     Made,
     check_common,
     fingerprint,
-    picture_files,
+    image_files,
     prepared_by,
     rows_there,
     source_folder,
@@ -38,15 +38,15 @@ class Options(FromFiles):
     """True pairs of the same place by day and by night."""
 
     left: Literal["auto", "day", "night"] = "auto"
-    """Side-by-side pictures: what the left half shows. auto: day is where the pictures are brighter on average."""
+    """Side-by-side images: what the left half shows. auto: day is where the images are brighter on average."""
     licence: str = "unknown"
-    """Licence of the pictures; it travels to checkpoints and outputs."""
+    """Licence of the images; it travels to checkpoints and outputs."""
 
 
 def draft(options: Options) -> Draft:
-    """Raises InputError where neither layout is found, or pictures or counterparts are missing."""
+    """Raises InputError where neither layout is found, or images or counterparts are missing."""
     check_common(options)
-    source = source_folder(options, "pix2pix's folder of side-by-side pictures, or one with day/ and night/")
+    source = source_folder(options, "pix2pix's folder of side-by-side images, or one with day/ and night/")
     domains, sizes = folders.domains_in(source)
     if set(DOMAINS) <= set(domains):
         if options.left != "auto":
@@ -65,20 +65,20 @@ def draft(options: Options) -> Draft:
     if set(DOMAINS) & set(domains):
         (there,) = set(DOMAINS) & set(domains)
         (gone,) = set(DOMAINS) - {there}
-        raise InputError(f"--source {source}: there are pictures in {there}/ and none in {gone}/; both are needed")
+        raise InputError(f"--source {source}: there are images in {there}/ and none in {gone}/; both are needed")
     items = [
         Item(file=file, uri=storage.join(source, file), split=folders.split_folder(file))
-        for file in picture_files(sizes)
+        for file in image_files(sizes)
         if posixpath.dirname(file).lower() in {"", *SPLIT_FOLDERS}
     ]
     if not items:
         raise InputError(
-            f"--source {source}: no pictures in day/ and night/ nor in train/, val/ and test/; check the path"
+            f"--source {source}: no images in day/ and night/ nor in train/, val/ and test/; check the path"
         )
     card = DatasetCard(
         name="day2night",
         licence=options.licence,
-        source="pictures given by the user",
+        source="images given by the user",
         image_size=options.image_size,
         encoding=options.encoding,
         domains=DOMAINS,
@@ -94,7 +94,7 @@ def _make(items: Sequence[Item], options: Options, scratch: Path) -> Made:
     kept = {posixpath.splitext(name)[0]: row.split for name, row in there.items()}
     splits, note = folders.assign_splits({"": items}, kept)
     pictures = [Picture(name=item.file, uri=item.uri) for item in items]
-    pixels, rejected = decode.decode_pictures(
+    pixels, rejected = decode.decode_images(
         pictures, size=options.image_size, halves=True, scratch=scratch, encoding=options.encoding
     )
     left, notes = options.left, [note]

@@ -100,7 +100,7 @@ def maps_folder() -> Path:
 def _map_file(folder: str, domain: str) -> str:
     found = [
         file
-        for file in source.picture_files(storage.list_files(folder, recursive=False))
+        for file in source.image_files(storage.list_files(folder, recursive=False))
         if file.rsplit(".", 1)[0] == domain
     ]
     if len(found) != 1:

@@ -1,4 +1,4 @@
-"""Any folders of pictures, one a domain; alone, or paired by equal names.
+"""Any folders of images, one a domain; alone, or paired by equal names.
 
     SOURCE/cats/…  SOURCE/dogs/…              --source SOURCE
     SOURCE/train/cats/…  SOURCE/test/cats/…   the same, split already
@@ -30,7 +30,7 @@ from jobs.datasets.source import (
     Made,
     check_common,
     fingerprint,
-    picture_files,
+    image_files,
     prepared_by,
     require_folder,
     rows_there,
@@ -49,23 +49,23 @@ class Options(FromFiles):
     domain: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=URI, once for each domain; without it every folder in --source is a domain."""
     pairing: Literal["unpaired", "paired", "self"] = "unpaired"
-    """paired: pictures of equal name (up to the ending) in two folders show the same. unpaired: training shows the
-    network any picture of another domain. self: it shows the structure of the very picture to make."""
+    """paired: images of equal name (up to the ending) in two folders show the same. unpaired: training shows the
+    network any image of another domain. self: it shows the structure of the very image to make."""
     pairs: str | None = None
-    """A CSV file that says which pictures are pairs: the first line names two domains, each other line a picture of
+    """A CSV file that says which images are pairs: the first line names two domains, each other line an image of
     either, by its path in the domain's folder (or in --source)."""
     align: Literal["none", "faces"] = "none"
     """faces: portraits are turned and cut so that the largest face lies where CelebA has its own; those without a face
-    are set aside. none: pictures are cut to centred squares."""
+    are set aside. none: images are cut to centred squares."""
     name: str = "folders"
     """Name of the data set."""
     licence: str = "unknown"
-    """Licence of the pictures; it travels to checkpoints and outputs."""
+    """Licence of the images; it travels to checkpoints and outputs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Item:
-    """One picture of one domain."""
+    """One image of one domain."""
 
     file: str
     """Path within its domain."""
@@ -80,7 +80,7 @@ class Item:
 
 
 def draft(options: Options) -> Draft:
-    """Raises InputError where folders, pictures or counterparts are missing."""
+    """Raises InputError where folders, images or counterparts are missing."""
     check_common(options)
     if options.domain:
         if options.source:
@@ -123,7 +123,7 @@ def _named_domains(pairs: Sequence[str]) -> tuple[dict[str, list[Item]], dict[st
     for pair in pairs:
         name, equals, uri = pair.partition("=")
         if not (name and equals and uri):
-            raise InputError(f"--domain {pair}: write NAME=URI, such as --domain day=/pictures/day")
+            raise InputError(f"--domain {pair}: write NAME=URI, such as --domain day=/images/day")
         if name in domains:
             raise InputError(f"--domain {name} is given twice; names must differ")
         uri = storage.absolute(uri, flag=f"--domain {name}")
@@ -138,13 +138,13 @@ def domains_in(source: str) -> tuple[dict[str, list[Item]], dict[str, int]]:
     """Items of each domain below `source`, and the size of every file."""
     sizes = storage.file_sizes(source)
     domains: dict[str, list[Item]] = {}
-    for file in picture_files(sizes):
+    for file in image_files(sizes):
         head, _, rest = file.partition("/")
         within = file
         split = split_folder(file) if "/" in rest else None
         if split:  # SOURCE/train/cats/1.jpg
             head, _, rest = rest.partition("/")
-        if rest:  # not a picture lying beside the domains' folders
+        if rest:  # not an image lying beside the domains' folders
             within = posixpath.join(split, rest) if split else rest
             item = Item(file=within, uri=storage.join(source, file), split=split or split_folder(rest))
             domains.setdefault(head, []).append(item)
@@ -152,7 +152,7 @@ def domains_in(source: str) -> tuple[dict[str, list[Item]], dict[str, int]]:
 
 
 def _items(uri: str, files: Mapping[str, int]) -> list[Item]:
-    return [Item(file=file, uri=storage.join(uri, file), split=split_folder(file)) for file in picture_files(files)]
+    return [Item(file=file, uri=storage.join(uri, file), split=split_folder(file)) for file in image_files(files)]
 
 
 def split_folder(file: str) -> str | None:
@@ -173,24 +173,24 @@ def draft_domains(
     pairs: "Pairs | None" = None,
     template: tuple[float, ...] = (),
 ) -> Draft:
-    """A draft of these domains (also what day2night's two folders become); `template` as in `decode_pictures`.
+    """A draft of these domains (also what day2night's two folders become); `template` as in `decode_images`.
 
     Raises:
         InputError: too few domains, an empty one, or (paired) not two of them or no common names.
     """
     where = options.source or "--domain"
     if len(domains) < 2:
-        there = f"only {', '.join(domains)}" if domains else "no pictures in sub-folders"
-        raise InputError(f"{where}: {there}; two folders of pictures or more are needed, one a domain")
+        there = f"only {', '.join(domains)}" if domains else "no images in sub-folders"
+        raise InputError(f"{where}: {there}; two folders of images or more are needed, one a domain")
     empty = [domain for domain, items in domains.items() if not items]
     if empty and (pairing == "paired" or not options.append or len(empty) == len(domains)):
-        raise InputError(f"--domain {empty[0]}: no pictures there; check the path")
+        raise InputError(f"--domain {empty[0]}: no images there; check the path")
     if pairing == "paired" and pairs is None:
         check_pairs(domains)
     card = DatasetCard(
         name=name,
         licence=licence,
-        source="pictures given by the user",
+        source="images given by the user",
         image_size=options.image_size,
         encoding=options.encoding,
         domains=tuple(domains),
@@ -216,7 +216,7 @@ def check_pairs(domains: Mapping[str, list[Item]]) -> None:
     (a, items_a), (b, items_b) = domains.items()
     if not {item.name for item in items_a} & {item.name for item in items_b}:
         raise InputError(
-            f"no picture of {a} has a counterpart of the same name in {b} "
+            f"no image of {a} has a counterpart of the same name in {b} "
             f"({items_a[0].file}, {items_b[0].file}); rename them, or use --pairing unpaired"
         )
 
@@ -231,7 +231,7 @@ class Pairs:
 
 
 def parse_pairs(uri: str, domains: Mapping[str, list[Item]], source: str | None) -> Pairs:
-    """Raises InputError with the number of the line that is wrong: no such domain or picture, a pair twice."""
+    """Raises InputError with the number of the line that is wrong: no such domain or image, a pair twice."""
     try:
         content = storage.read_bytes(uri)
         text = io.StringIO(content.decode("utf-8-sig"), newline="")
@@ -257,10 +257,10 @@ def parse_pairs(uri: str, domains: Mapping[str, list[Item]], source: str | None)
         if not "".join(line).strip():
             continue
         if len(line) != 2:
-            raise InputError(f"--pairs {uri} line {number}: two pictures are expected, it has {len(line)} columns")
+            raise InputError(f"--pairs {uri} line {number}: two images are expected, it has {len(line)} columns")
         for name, path, items in zip(header, line, known, strict=True):
             if path.strip() not in items:
-                raise InputError(f"--pairs {uri} line {number}: there is no picture {path.strip()!r} in {name}")
+                raise InputError(f"--pairs {uri} line {number}: there is no image {path.strip()!r} in {name}")
         one, two = (items[path.strip()] for path, items in zip(line, known, strict=True))
         if (first := pairs.setdefault((one.file, two.file), number)) != number:
             raise InputError(f"--pairs {uri} line {number}: the same pair as in line {first}")
@@ -283,7 +283,7 @@ def assign_splits(
     """The split of each (domain, file), and a word on how it was found.
 
     Names in `kept` (an earlier version's) keep their split. Otherwise folders decide; splits that no folder names take
-    a tenth each of what is left, by hash of the name, so that pictures of equal name in two domains are never in two
+    a tenth each of what is left, by hash of the name, so that images of equal name in two domains are never in two
     splits.
     """
     kept = kept or {}
@@ -320,12 +320,12 @@ def kept_names(there: Mapping[str, reading.IndexRow], domains: Sequence[str], pa
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A row before its pictures are fetched."""
+    """A row before its images are fetched."""
 
     id: str
     domain: int
     image: tuple[int, int]
-    """Index into the decoded pictures, and part."""
+    """Index into the decoded images, and part."""
     target: tuple[int, int] | None = None
     target_id: str | None = None
 
@@ -348,7 +348,7 @@ def _make(
     flat = [(domain, item) for domain, items in domains.items() for item in items]
     names = [f"{domain}/{item.file}" for domain, item in flat]
     pictures = [Picture(name=name, uri=item.uri) for name, (_, item) in zip(names, flat, strict=True)]
-    pixels, rejected = decode.decode_pictures(
+    pixels, rejected = decode.decode_images(
         pictures,
         size=options.image_size,
         halves=False,
@@ -357,7 +357,7 @@ def _make(
         template=template,
     )
     order = list(domains)
-    earlier = pictures_there(there, order) if pairing == "paired" else there
+    earlier = images_there(there, order) if pairing == "paired" else there
     copies, dropped, word = weed(
         pixels,
         names,
@@ -386,8 +386,8 @@ PAIR = "~"
 """Between the files of a pair that --pairs lists, in its id."""
 
 
-def pictures_there(there: Mapping[str, reading.IndexRow], domains: Sequence[str]) -> dict[str, str]:
-    """Split of each picture of an earlier version's pairs; where they were pairs by name, those of the first domain
+def images_there(there: Mapping[str, reading.IndexRow], domains: Sequence[str]) -> dict[str, str]:
+    """Split of each image of an earlier version's pairs; where they were pairs by name, those of the first domain
     stand without their ending."""
     first, second = domains
     found = {}
@@ -403,10 +403,10 @@ def split_pairs(
 ) -> tuple[dict[tuple[str, str], str], list[tuple[str, str]], str]:
     """The split of each (domain, file) in a pair, pairs that cannot have one, and a word on how it was found.
 
-    Pictures that hang together by pairs share a split: that of an earlier version, else the one a folder says (test
+    Images that hang together by pairs share a split: that of an earlier version, else the one a folder says (test
     before val), else one by hash. Where an earlier version has them in two splits, new pairs among them are refused.
     """
-    kept = pictures_there(there, pairs.domains)
+    kept = images_there(there, pairs.domains)
     above: dict[tuple[str, str], tuple[str, str]] = {}
 
     def root(node: tuple[str, str]) -> tuple[str, str]:
@@ -435,7 +435,7 @@ def split_pairs(
     torn = [
         (
             pair_id(one, two),
-            f"earlier versions have pictures of it in {' and in '.join(sorted(old[root((a, one.file))]))}",
+            f"earlier versions have images of it in {' and in '.join(sorted(old[root((a, one.file))]))}",
         )
         for one, two in pairs.lines
         if len(old[root((a, one.file))]) > 1 and pair_id(one, two) not in there
@@ -445,7 +445,7 @@ def split_pairs(
 
 
 def pair_id(one: Item, two: Item) -> str:
-    """The id of a pair that --pairs lists: a picture may be in several."""
+    """The id of a pair that --pairs lists: an image may be in several."""
     return f"{one.file}{PAIR}{two.file}"
 
 
@@ -469,7 +469,7 @@ def _listed(
 def _paired(
     domains: Mapping[str, list[Item]], splits: dict[tuple[str, str], str], index: dict[tuple[str, str], int]
 ) -> tuple[list[tuple[str, Plan]], list[tuple[str, str]]]:
-    """Rows of pictures with their counterparts; and usable ones that have none, with the reason."""
+    """Rows of images with their counterparts; and usable ones that have none, with the reason."""
     (a, items_a), (b, items_b) = domains.items()
     others = {item.name: item for item in items_b}
     plans, alone = [], []

@@ -84,7 +84,7 @@ def draft(options: Options) -> source.Draft:
 
 def check(options: Options) -> None:
     if options.source is not None:
-        raise InputError("--source is given, and rendered draws its pictures itself; leave --source out")
+        raise InputError("--source is given, and rendered draws its images itself; leave --source out")
     if not MIN_SIZE <= options.image_size <= MAX_SIZE:
         raise InputError(f"--image-size is {options.image_size}; it must lie between {MIN_SIZE} and {MAX_SIZE}")
     if options.count < 1:
@@ -105,7 +105,7 @@ def parameters_of(scene: Scene, seed: int, index: int) -> list[int]:
 
 
 def draw(scene: Scene, parameters: Sequence[int], domain: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The picture that these parameters (0 to 100 each, in the order of NAMES) stand for, as a domain of the scene."""
+    """The image that these parameters (0 to 100 each, in the order of NAMES) stand for, as a domain of the scene."""
     return DRAWN_BY[scene](_named(scene, parameters), domain).pixels(size)
 
 
@@ -176,10 +176,10 @@ def _make(options: Options, scratch: Path) -> source.Made:
 
 
 def draw_all(task: Task, count: int, scratch: Path) -> decode.Pixels:
-    """Every picture, by Ray Data over all its CPUs; parts are the domains of `Task.domains`."""
+    """Every image, by Ray Data over all its CPUs; parts are the domains of `Task.domains`."""
     pixels = decode.Pixels((count, 2 if task.paired else 1, task.size, task.size, 3), scratch)
     with cli.ray_session(), Progress(total=count, unit="row", description="draw") as progress:
-        blocks = -(-count // decode.PICTURES_PER_TASK)
+        blocks = -(-count // decode.IMAGES_PER_TASK)
         drawn = ray.data.range(count, override_num_blocks=blocks).map_batches(
             draw_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"task": task}
         )
@@ -191,7 +191,7 @@ def draw_all(task: Task, count: int, scratch: Path) -> decode.Pixels:
 
 
 def draw_batch(batch: pyarrow.Table, task: Task) -> pyarrow.Table:
-    """One task's pictures: the bytes of each row's domains, one after another."""
+    """One task's images: the bytes of each row's domains, one after another."""
     numbers = batch.column("id").to_pylist()
     return pyarrow.table(
         {

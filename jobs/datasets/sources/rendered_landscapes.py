@@ -125,7 +125,7 @@ class Place:
         return mix(self.light.on(color), self.light.skyline, (0.25 + 0.65 * self.haze) * distance)
 
     def scale(self, y: float) -> float:
-        """Size of things that stand at height `y` of the picture, 1 for those in front."""
+        """Size of things that stand at height `y` of the image, 1 for those in front."""
         return (0.16 + 0.84 * (y - self.horizon) / (SIDE - self.horizon)) * (0.85 + 0.4 * self.p["nearness"])
 
     def ground(self, x: float) -> float:
@@ -152,7 +152,7 @@ def place_of(p: Mapping[str, float], domain: int) -> Place:
 
 
 def landscape(p: Mapping[str, float], domain: int) -> Sheet:
-    """The picture of a place at DOMAINS[domain]."""
+    """The image of a place at DOMAINS[domain]."""
     place, sheet = place_of(p, domain), Sheet()
     sky(sheet, place)
     ridges = ridge_lines(place)
@@ -504,7 +504,7 @@ def _is_free(strips: Sequence[Sequence[tuple[float, float, float]]], x: float, y
 
 
 def standing(sheet: Sheet, place: Place) -> list[tuple[float, Callable[[], None]]]:
-    """(height in the picture, how to draw it) of everything that stands on the near ground."""
+    """(height in the image, how to draw it) of everything that stands on the near ground."""
     p = place.p
     things: list[tuple[float, Callable[[], None]]] = []
     taken: list[tuple[float, float, float]] = []

@@ -1,7 +1,7 @@
-"""Portraits from parameters: who somebody is, apart from the sex, and how the picture was taken.
+"""Portraits from parameters: who somebody is, apart from the sex, and how the image was taken.
 
 A person is a number in [0, 1] for each of NAMES. `sex_linked` is the one place where the sex enters: whatever is not
-in its result is the same in both pictures of a person. Lengths are in units of the sheet (256 x 256); the head has its
+in its result is the same in both images of a person. Lengths are in units of the sheet (256 x 256); the head has its
 own coordinates, whose origin lies between the eyes: x to the right, y down, z towards the viewer.
 """
 
@@ -219,7 +219,7 @@ def landmarks(p: Mapping[str, float], domain: int) -> list[float]:
 
 
 def portrait(p: Mapping[str, float], domain: int) -> Sheet:
-    """The picture of a person as DOMAINS[domain]."""
+    """The image of a person as DOMAINS[domain]."""
     h, sheet = head_of(p, domain), Sheet()
     background(sheet, p)
     with sheet.rotated(h.tilt, *NECK):
