@@ -223,7 +223,7 @@ def test_an_exact_copy_is_found_between_versions_of_jpegs(ray_cluster: None, tmp
     assert (line["picture"], line["of"], line["kind"]) == ("dog/copy.png", "cat/00.png", "exact")
 
 
-@pytest.mark.parametrize("when", ["jobs.datasets.common.decode_pictures", "jobs.prepare.survey"])
+@pytest.mark.parametrize("when", ["jobs.datasets.decode.decode_images", "jobs.datasets.assemble.survey"])
 def test_of_two_appends_at_a_time_one_is_refused(
     grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:

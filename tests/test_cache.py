@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-from test_data import SIZE, card, edit_card, pixels, rows, splits
+from test_dataset_format import SIZE, card, edit_card, pixels, rows, splits
 
 from ddpm_core.errors import InputError
 from jobs.datasets import cache as datasets_cache
@@ -116,7 +116,7 @@ def test_a_damaged_cache_is_made_again(cache: Path, dataset: str, damage: str) -
 
 
 def _load(dataset: str, begin: object, read: object) -> None:
-    datasets_cache.data.read_tables = counted(datasets_cache.data.read_tables, read)
+    datasets_cache.reading.read_tables = counted(datasets_cache.reading.read_tables, read)
     begin.wait()
     assert len(datasets_cache.load(dataset, "train")) == 30
 

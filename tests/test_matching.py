@@ -127,7 +127,7 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_embeddings(ray_cluster: None, encoder_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "PICTURES_PER_TASK", 7)
+    monkeypatch.setattr(matching, "IMAGES_PER_TASK", 7)
     monkeypatch.setattr(matching, "WINDOW_BYTES", 3 * 7 * 16 * 16 * 3)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), np.uint8)
     seen: list[int] = []

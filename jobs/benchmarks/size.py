@@ -45,7 +45,7 @@ STEPS = ("decode", "match", "write")
 READ = """
 import sys
 from jobs.datasets import cache
-rows = arrays.load(sys.argv[1], "train")
+rows = cache.load(sys.argv[1], "train")
 for start in range(0, len(rows), 256):
     some = range(start, min(start + 256, len(rows)))
     assert rows.images(some).shape == rows.targets(some).shape

@@ -20,6 +20,7 @@ from ddpm_core.errors import InputError
 from jobs.common import cli
 from jobs.common.progress import Progress
 from jobs.datasets import writing
+from jobs.datasets.archive import archive
 from jobs.datasets.format import Encoding
 from jobs.datasets.scan import mark
 

@@ -21,7 +21,7 @@ within a shard, and of the two tables lines whose `version` is above dataset.jso
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -71,6 +71,15 @@ class Row:
     identity: int | None = None
     attributes: Sequence[int] | None = None
     landmarks: Sequence[float] | None = None
+
+
+class IndexRow(NamedTuple):
+    """What a row says of itself, without its images."""
+
+    split: str
+    domain: int
+    target_id: str | None
+    identity: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from jobs.datasets.format import (
     DUPLICATES,
     REJECTED,
     DatasetCard,
+    IndexRow,
     missing_shards,
     read_card,
 )
@@ -67,7 +68,7 @@ def inspect(options: Inspect) -> int:
     return cli.DONE
 
 
-def facts(uri: str, card: DatasetCard, index: Mapping[str, reading.IndexRow]) -> Iterator[tuple[str, str]]:
+def facts(uri: str, card: DatasetCard, index: Mapping[str, IndexRow]) -> Iterator[tuple[str, str]]:
     """(heading, value) of each line that tells of the data set."""
     yield "data set", f"{card.name}, version {card.version} at {uri}"
     yield "licence", card.licence

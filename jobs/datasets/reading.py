@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -19,19 +18,10 @@ from ray.data.extensions import ArrowTensorArray
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
 from jobs.datasets import writing
-from jobs.datasets.format import MAKE_AGAIN, SCHEMA, DatasetCard, Encoding, Shard, read_card
+from jobs.datasets.format import MAKE_AGAIN, SCHEMA, DatasetCard, Encoding, IndexRow, Shard, read_card
 
 ROWS_PER_BLOCK = 1024
 """Aim for Ray blocks of this many rows: enough of them for every CPU, few enough to cost nothing."""
-
-
-class IndexRow(NamedTuple):
-    """What a row says of itself, without its images."""
-
-    split: str
-    domain: int
-    target_id: str | None
-    identity: int | None
 
 
 def read_index(uri: str, card: DatasetCard) -> dict[str, IndexRow]:

@@ -16,7 +16,7 @@ import numpy as np
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
 from jobs.datasets import decode, duplicates, reading
-from jobs.datasets.format import DatasetCard, Encoding, Row, find_card, read_card
+from jobs.datasets.format import DatasetCard, Encoding, IndexRow, Row, find_card, read_card
 from jobs.datasets.scan import name_hash, survey
 
 
@@ -150,7 +150,7 @@ def split_names(
     return {name: ends_of[rank] if rank < len(ends_of) else "train" for rank, name in enumerate(ranked)}
 
 
-def rows_there(options: FromFiles) -> dict[str, reading.IndexRow]:
+def rows_there(options: FromFiles) -> dict[str, IndexRow]:
     """Rows of the data set that --append adds to, by id; {} without it.
 
     Raises:

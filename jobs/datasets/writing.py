@@ -29,6 +29,7 @@ from jobs.datasets.format import (
     SPLITS,
     DatasetCard,
     Encoding,
+    IndexRow,
     Row,
     Shard,
     find_card,
@@ -50,7 +51,7 @@ class Before:
     """The data set that an append adds to."""
 
     card: DatasetCard
-    index: Mapping[str, "IndexRow"] = dataclasses.field(default_factory=dict)
+    index: Mapping[str, IndexRow] = dataclasses.field(default_factory=dict)
     totals: "Totals" = dataclasses.field(default_factory=lambda: Totals())
     """Of its training rows; the new ones are added."""
 
@@ -246,7 +247,7 @@ class _ShardWriter:
 class _Unique:
     """Sees to it that ids are unique and sorted and that no two splits share an identity."""
 
-    def __init__(self, index: Mapping[str, "IndexRow"]) -> None:
+    def __init__(self, index: Mapping[str, IndexRow]) -> None:
         self.ids = set(index)
         self.identities = {row.identity: row.split for row in index.values() if row.identity is not None}
         self.last = ("", "")

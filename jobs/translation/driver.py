@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm_core import config as configs
 from ddpm_core import images, provenance, storage
+from ddpm_core.errors import InputError
 from jobs.common import cli
 
 if TYPE_CHECKING:

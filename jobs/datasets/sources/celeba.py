@@ -27,10 +27,10 @@ from ddpm_core import checkpoint, storage
 from ddpm_core.errors import InputError
 from jobs.common import cli
 from jobs.common.progress import Progress
-from jobs.datasets import decode, matching, reading
+from jobs.datasets import decode, matching
 from jobs.datasets.archive import Archive
 from jobs.datasets.decode import Picture, Pixels
-from jobs.datasets.format import SPLITS, DatasetCard, Row
+from jobs.datasets.format import SPLITS, DatasetCard, IndexRow, Row
 from jobs.datasets.source import (
     Draft,
     FromFiles,
@@ -273,7 +273,7 @@ def _pictures(source: str, sizes: Mapping[str, int]) -> tuple[dict[str, str], di
     for folder in (IMAGES, IMAGES_PNG):
         if inside := [file for file in files if folder in file.split("/")[:-1]]:
             return {_stem(file): storage.join(source, file) for file in inside}, {}
-    if zips := sorted(file for file in sizes if posixpath.basename(file) == f"{PICTURES}.zip"):
+    if zips := sorted(file for file in sizes if posixpath.basename(file) == f"{IMAGES}.zip"):
         uri = storage.join(source, zips[0])
         members = Archive(uri).sizes()
         return {_stem(member): f"{uri}!{member}" for member in image_files(members)}, members
@@ -291,7 +291,7 @@ def _faces(
     others: Mapping[str, Table | None],
     pictures: Mapping[str, str],
     options: Options,
-    there: Mapping[str, reading.IndexRow],
+    there: Mapping[str, IndexRow],
 ) -> tuple[list[Face], list[tuple[str, str]], list[str]]:
     """Images that are there, with what is known of them, sorted by name; those without a split; notes."""
     names = [name for name in attributes.rows if _stem(name) in pictures]
@@ -336,7 +336,7 @@ def _faces(
 
 
 def _splits(
-    names: Sequence[str], partition: Table | None, identities: Table | None, there: Mapping[str, reading.IndexRow]
+    names: Sequence[str], partition: Table | None, identities: Table | None, there: Mapping[str, IndexRow]
 ) -> tuple[dict[str, str], str]:
     """Split of each image, and how it was found; people of an earlier version keep theirs."""
     known = {} if identities is None else identities.rows
@@ -427,7 +427,7 @@ def _make(
     notes: Sequence[str],
     column: int,
     options: Options,
-    there: Mapping[str, reading.IndexRow],
+    there: Mapping[str, IndexRow],
     scratch: Path,
 ) -> Made:
     pictures = [Picture(name=face.name, uri=face.uri) for face in faces]

@@ -21,9 +21,9 @@ import tyro
 
 from ddpm_core import faces, storage
 from ddpm_core.errors import InputError
-from jobs.datasets import decode, duplicates, reading
+from jobs.datasets import decode, duplicates
 from jobs.datasets.decode import Picture, Pixels
-from jobs.datasets.format import SPLITS, DatasetCard, Row, find_card
+from jobs.datasets.format import SPLITS, DatasetCard, IndexRow, Row, find_card
 from jobs.datasets.source import (
     Draft,
     FromFiles,
@@ -309,7 +309,7 @@ def _how_split(held_out: Sequence[str], given: bool) -> str:
     return f"split by hash of the name: {drawn}" + (", the rest as the folders say" if given else "")
 
 
-def kept_names(there: Mapping[str, reading.IndexRow], domains: Sequence[str], pairing: str) -> dict[str, str]:
+def kept_names(there: Mapping[str, IndexRow], domains: Sequence[str], pairing: str) -> dict[str, str]:
     """Split of each `Item.name` that an earlier version has."""
     if pairing == "paired":
         return {name: row.split for name, row in there.items()}
@@ -386,7 +386,7 @@ PAIR = "~"
 """Between the files of a pair that --pairs lists, in its id."""
 
 
-def images_there(there: Mapping[str, reading.IndexRow], domains: Sequence[str]) -> dict[str, str]:
+def images_there(there: Mapping[str, IndexRow], domains: Sequence[str]) -> dict[str, str]:
     """Split of each image of an earlier version's pairs; where they were pairs by name, those of the first domain
     stand without their ending."""
     first, second = domains
@@ -399,7 +399,7 @@ def images_there(there: Mapping[str, reading.IndexRow], domains: Sequence[str]) 
 
 
 def split_pairs(
-    pairs: Pairs, there: Mapping[str, reading.IndexRow]
+    pairs: Pairs, there: Mapping[str, IndexRow]
 ) -> tuple[dict[tuple[str, str], str], list[tuple[str, str]], str]:
     """The split of each (domain, file) in a pair, pairs that cannot have one, and a word on how it was found.
 
