@@ -186,7 +186,7 @@ def test_many_attributes_are_drawn_as_their_mean_and_odd_names_as_they_are(monke
         drawn.append([*labels.values()])
         draw_lines(axes, rows, labels, **options)
 
-    monkeypatch.setattr(reports_charts, "draw_lines", note)
+    monkeypatch.setattr(report, "draw_lines", note)
     for count, shown in ((2, ["accuracy", r"accuracy $\0$", r"accuracy $\1$"]), (40, ["accuracy"])):
         accuracies = {"accuracy": 0.5, **{rf"accuracy_$\{i}$": 0.5 for i in range(count)}}
         rows = [{"step": n, "split": "val", "loss": 1.0, **accuracies} for n in (1, 2)]

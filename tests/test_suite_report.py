@@ -395,7 +395,7 @@ def test_every_figure_stands_by_itself(plan: Plan, output: Path) -> None:
     report.write(plan, str(output))
     there = sorted(path.name for path in (output / "plots").iterdir())
     assert there == [
-        "injection-1-pictures.png",
+        "injection-1-images.png",
         "injection-2-bars.png",
         "injection-3-tradeoff.png",
         "injection-4-curves.png",
@@ -409,7 +409,7 @@ def test_every_figure_stands_by_itself(plan: Plan, output: Path) -> None:
 
 def test_the_same_sources_stand_side_by_side(plan: Plan, output: Path) -> None:
     report.write(plan, str(output))
-    columns, rows = grids.ungrid((output / "plots/injection-1-pictures.png").read_bytes())
+    columns, rows = grids.ungrid((output / "plots/injection-1-images.png").read_bytes())
     assert columns == ["source", "guided", "plain", "truth"]  # lost has none
     assert [[int(cell[0, 0, 0]) for cell in row] for row in rows] == [
         [10 + i, 100 + i, 120 + i, 200 + i] for i in range(5)
@@ -582,7 +582,7 @@ def test_what_jobs_evaluate_writes_is_read(tmp_path: Path, checkpoint_folder: st
     claims = tuple(
         Claim(text=metric, metric=metric, domain="night", ours="one", theirs="two") for metric in ("psnr", "kid")
     )
-    figures = (Figure(kind="images", title="Pictures"), Figure(kind="bars", title="PSNR", y="psnr"))
+    figures = (Figure(kind="images", title="Images"), Figure(kind="bars", title="PSNR", y="psnr"))
     section = Section(
         key="real", title="Real", question="?", rows=rows, metrics=metrics, claims=claims, figures=figures
     )
@@ -596,7 +596,7 @@ def test_what_jobs_evaluate_writes_is_read(tmp_path: Path, checkpoint_folder: st
         assert [found[key] for key in ("mean", "low", "high")] == pytest.approx(
             [expected[key] for key in ("mean", "low", "high")]
         )
-    columns, _ = grids.ungrid((tmp_path / "plots/real-1-pictures.png").read_bytes())
+    columns, _ = grids.ungrid((tmp_path / "plots/real-1-images.png").read_bytes())
     assert columns == ["source", "one", "two", "truth"]
 
 

@@ -242,7 +242,7 @@ SECTIONS = [
     "What matters",
     "Training by learning rate",
     "Trade-offs of sampling",
-    "Pictures",
+    "Images",
     "Trials",
     "Points of sampling",
     "Where it comes from",

@@ -27,7 +27,7 @@ def chart(draw: Any, alt: str, *, height: float = 3.7, grid: Literal["x", "y"] =
     light, dark = (data_uri(render(draw, theme, height=height, grid=grid)) for theme in ("light", "dark"))
     alt = html.escape(alt)
     dark_source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-    return f'<image>{dark_source}<img src="{light}" alt="{alt}"></image>'
+    return f'<picture>{dark_source}<img src="{light}" alt="{alt}"></picture>'
 
 
 def render(draw: Any, theme: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> bytes:

@@ -102,7 +102,7 @@ def build(sweep: Row, results: Row, images: Sequence[tuple[str, bytes]] = ()) ->
         _importance(results["importance"]),
         _curves(sweep["space"], trials, best),
         _pareto(points),
-        _section("Pictures", *(figure(caption, png, "film") for caption, png in images)),
+        _section("Images", *(figure(caption, png, "film") for caption, png in images)),
         _section("Trials", _trial_table(list(sweep["space"]), trials, best)),
         _section("Points of sampling", _point_table(list(sweep["sampling_space"]), points), _failures(points)),
         _origin(sweep),
@@ -577,7 +577,7 @@ def _figure(draw: Callable[[Any], None], caption: str, *, height: float = 3.7, g
 CSS = """
 h3 { font-size: 16px; margin: 26px 0 10px; } h2 + h3 { margin-top: 0; }
 section > .verdicts { margin: 16px 0 0; grid-template-columns: 1fr; }
-section > figure image img { display: block; margin: 0 auto; width: 760px; }
+section > figure picture img { display: block; margin: 0 auto; width: 760px; }
 section > figure + figure { margin-top: 18px; }
 th small { color: var(--soft); margin-left: 4px; } td small { font-weight: 400; }
 .compared, .shares { margin-top: 20px; }

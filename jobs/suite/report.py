@@ -388,9 +388,9 @@ table.suite tbody th { min-width: 130px; max-width: 220px; position: sticky; lef
 table.suite small { display: block; margin: 0; color: var(--soft); font-weight: 400; }
 table.suite td.best { font-weight: 600; }
 .reference th, .reference td { color: var(--soft); }
-section > figure { margin: 22px 0 0; } section > figure image img { display: block; margin: 0 auto; width: 760px; }
+section > figure { margin: 22px 0 0; } section > figure picture img { display: block; margin: 0 auto; width: 760px; }
 @media (max-width: 700px) { main { padding: 24px 10px 60px; } section { padding: 16px 12px; }
-  section > figure image img { max-width: none; width: 560px; } }
+  section > figure picture img { max-width: none; width: 560px; } }
 .missing { border-radius: 8px; padding: 12px 14px; font-size: 14px; margin: 0 0 18px; }
 .missing ul, details ul { margin: 6px 0 0; padding-left: 20px; overflow-wrap: anywhere; }
 h3 { font-size: 16px; margin: 22px 0 8px; overflow-wrap: anywhere; } h4 { font-size: 14px; margin: 12px 0 4px; }
