@@ -83,10 +83,28 @@ def test_the_difference_of_two_rates_is_never_certain() -> None:
 
 
 def test_students_quantile() -> None:
-    for freedom in (1.0, 1.7, 2.0, 4.5, 30.0, 2e3, 1e6):
-        for probability in (0.6, 0.975, 0.9995):
-            exact = stats.t.ppf(probability, freedom)
-            assert intervals.student_quantile(probability, freedom) == pytest.approx(exact, rel=1e-5)
+    """Of one degree of freedom it is Cauchy's, tan(pi (p - 1 / 2)); of two (2 p - 1) sqrt(2 / (4 p (1 - p)))."""
+    for probability in (0.6, 0.975, 0.9995):
+        one = np.tan(np.pi * (probability - 0.5))
+        two = (2 * probability - 1) * np.sqrt(2 / (4 * probability * (1 - probability)))
+        assert intervals.student_quantile(probability, 1.0) == pytest.approx(one)
+        assert intervals.student_quantile(probability, 2.0) == pytest.approx(two)
+        assert one > intervals.student_quantile(probability, 1.7) > two
+    assert intervals.student_quantile(0.975, 1e6) == pytest.approx(1.959964, rel=1e-5)
+
+
+def test_wilsons_interval_is_scipys_where_that_has_one() -> None:
+    for wins, num in ((0, 7), (3, 8), (90, 100)):
+        exact = stats.binomtest(wins, num).proportion_ci(0.9, method="wilson")
+        found = intervals.bootstrap(np.arange(num) < wins, level=0.9)
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+
+
+def test_a_bootstrap_does_not_depend_on_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).exponential(1, 300)
+    whole = intervals.bootstrap(values, seed=5)
+    monkeypatch.setattr(intervals, "RESAMPLED_AT_ONCE", 1000)
+    assert intervals.bootstrap(values, seed=5) == whole
 
 
 def test_bonferroni_keeps_all_comparisons_right_at_once() -> None:

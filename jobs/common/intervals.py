@@ -1,14 +1,13 @@
-"""What the measurements of quality stand on: intervals, and the colour-map baseline.
+"""Intervals of means, rates and differences, over images and over training seeds.
 
     values     one an image (n), or one a training seed and image (seeds n)
     halves     KID on random halves of the images; their spread is the standard error of the whole
     level      0.95 means 95 %; `bonferroni` gives the level at which several are true together
 
-The metrics themselves are in `jobs.evaluation.metrics`, the nets in `ddpm_core.nets`.
+The metrics themselves are in `jobs.evaluation.metrics`.
 """
 
 import dataclasses
-import functools
 import math
 import statistics
 
@@ -17,6 +16,8 @@ from jaxtyping import Float
 
 NUM_RESAMPLES, MAX_RESAMPLES = 2000, 20_000
 """Of a bootstrap at 95 %, and at most at levels closer to 1."""
+RESAMPLED_AT_ONCE = 2**20
+"""Values that a bootstrap holds in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,9 @@ def bootstrap(
 def _resampled(values: np.ndarray, seed: int, num_resamples: int, level: float) -> Interval:
     draw = np.random.default_rng(seed)
     count = max(num_resamples, min(math.ceil(40 / (1 - level)), MAX_RESAMPLES))  # twenty in either tail
-    means = np.array([values[draw.integers(len(values), size=len(values))].mean() for _ in range(count)])
+    rows = max(RESAMPLED_AT_ONCE // len(values), 1)
+    sizes = [(min(rows, count - first), len(values)) for first in range(0, count, rows)]
+    means = np.concatenate([values[draw.integers(len(values), size=size)].mean(axis=1) for size in sizes])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 
@@ -78,7 +81,8 @@ def _is_rate(values: np.ndarray) -> bool:
 
 
 def _wilson(rate: float, num: int, level: float) -> Interval:
-    """The score interval of a binomial rate (Wilson 1927)."""
+    """The score interval of a binomial rate (Wilson 1927); scipy's takes whole numbers only, a mean over training seeds
+    is none."""
     z2 = _normal_quantile(level) ** 2
     centre = (rate + z2 / (2 * num)) / (1 + z2 / num)
     half = math.sqrt(z2 * rate * (1 - rate) / num + (z2 / (2 * num)) ** 2) / (1 + z2 / num)
@@ -167,7 +171,7 @@ def two_level_difference(
         of_seeds = [_spread(side, halves) for side in (ours, theirs)]
         of_images = _spread((ours.mean(0) - theirs.mean(0))[None], halves)
         spread = _Spread(
-            [each for side in of_seeds for each in side.seeds], of_images.pictures, sum(s.shared for s in of_seeds)
+            [each for side in of_seeds for each in side.seeds], of_images.images, sum(s.shared for s in of_seeds)
         )
     found = _student(float(ours.mean() - theirs.mean()), spread, level)
     if halves or not _is_rate(ours):
@@ -189,7 +193,7 @@ class _Spread:
 
     seeds: list[tuple[float, int]]
     """(variance, degrees of freedom) from the seeds' means."""
-    pictures: list[tuple[float, int]]
+    images: list[tuple[float, int]]
     """Likewise from the images'."""
     shared: float
     """The variance that is in both."""
@@ -210,8 +214,8 @@ def _spread(values: np.ndarray, halves: bool) -> _Spread:
 
 
 def _student(mean: float, spread: _Spread, level: float) -> Interval:
-    parts = [*spread.seeds, *spread.pictures]
-    sums = [sum(variance for variance, _ in side) for side in (spread.seeds, spread.pictures)]
+    parts = [*spread.seeds, *spread.images]
+    sums = [sum(variance for variance, _ in side) for side in (spread.seeds, spread.images)]
     variance = max(sum(sums) - spread.shared, *sums)
     if variance == 0:
         return Interval(mean, mean, mean)
@@ -221,29 +225,10 @@ def _student(mean: float, spread: _Spread, level: float) -> Interval:
 
 
 def student_quantile(probability: float, freedom: float) -> float:
-    """Where Student's distribution of `freedom` (any positive number) reaches `probability`, 0.5 or more.
+    """Where Student's distribution of `freedom` (any positive number) reaches `probability`."""
+    from scipy.special import stdtrit  # on use: no `--help` needs it
 
-    Own code as the core stands on five libraries, of which none has it; scipy's is what the tests compare it with.
-    """
-    if freedom > 1e4:
-        return statistics.NormalDist().inv_cdf(probability)
-    # With t = sqrt(freedom) tan(a) the density is cos(a)^(freedom - 1) over |a| < pi / 2: smooth, and finite.
-    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    nodes, weights = _nodes()
-
-    def reached(angle: float) -> float:
-        return 0.5 + constant * angle / 2 * float(weights @ np.cos(angle * (nodes + 1) / 2) ** (freedom - 1))
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if reached(middle) < probability else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-@functools.cache
-def _nodes() -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(100)
+    return float(stdtrit(freedom, probability))
 
 
 def _hull(one: Interval, other: Interval, *, within: tuple[float, float]) -> Interval:

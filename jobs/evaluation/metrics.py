@@ -15,7 +15,7 @@ rank-1       share of images that are nearer to their own source than to every o
 diversity    mean distance of the features of samples of one source: 0 where all are the same
 neighbours   distance of features to the nearest training image; copied: nearer than all but 1 % of real ones lie
 
-What is of each image is float64 b; intervals are `ddpm_core.metrics`'.
+What is of each image is float64 b; intervals are `jobs.common.intervals`'.
 """
 
 import dataclasses

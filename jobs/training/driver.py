@@ -105,6 +105,7 @@ def fit(
             "aside": aside,
             "times": times,
             "profile": args.profile,
+            "callbacks": [*callbacks] if local else [],  # in this process Ray Train calls none
         },
         torch_config=distributed.Torch(timeout_s=HANGS_S),
         scaling_config=ray.train.ScalingConfig(

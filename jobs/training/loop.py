@@ -213,7 +213,10 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
                 run.stored(strict=False)
         promote(found)
         for row in found if not job["aside"] else []:  # a barrier, which the controller lets pass twice a second
-            ray.train.report({"step": done, "loss": means["loss"], **{f"val_{name}": row[name] for name in row}})
+            told = {"step": done, "loss": means["loss"], **{f"val_{name}": row[name] for name in row}}
+            ray.train.report(told)
+            for callback in job["callbacks"]:
+                callback.after_report(None, [told], None)
         if not rest:
             clock, num_steps, feed.waited_s = time.monotonic(), 0, 0.0
     if rank == 0:
