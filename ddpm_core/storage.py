@@ -3,6 +3,7 @@
 pyarrow's own S3 client is used; it reads AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
 AWS_ENDPOINT_URL and AWS_DEFAULT_REGION from the environment, on every machine that touches the URI.
 Only URIs travel to workers, never a file system: a pickled one carries the secret in clear.
+pyarrow is imported where it is used: a `--help` needs none of it, nor does whoever reads a local file.
 
 An S3 server that goes away during the work is waited for (OUTAGE_S) and then given up with one line; one that never
 answered is given up within seconds: the endpoint is wrong.
@@ -19,12 +20,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
-
-import pyarrow
-import pyarrow.fs
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddpm_core.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow.fs
 
 T = TypeVar("T")
 
@@ -78,9 +79,11 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+def filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     """pyarrow's file system for `uri` and the path within it."""
     if not is_remote(uri):
+        import pyarrow.fs
+
         return pyarrow.fs.LocalFileSystem(), uri
     # Only the bucket is parsed as a URI: in a key, spaces, # and % mean themselves.
     path = uri.partition("://")[2]
@@ -89,8 +92,10 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _s3(bucket: str, environment: tuple[tuple[str, str], ...]) -> pyarrow.fs.FileSystem:
+def _s3(bucket: str, environment: tuple[tuple[str, str], ...]) -> "pyarrow.fs.FileSystem":
     """One client, and so one pool of connections, for each bucket and set of AWS_* variables."""
+    import pyarrow.fs
+
     given = dict(environment)
     endpoint = given.get("AWS_ENDPOINT_URL_S3") or given.get("AWS_ENDPOINT_URL")
     if endpoint and not re.match(r"https?://", endpoint):
@@ -137,7 +142,9 @@ def user_errors(uri: str) -> Iterator[None]:
             if re.search(pattern, text):
                 raise InputError(f"{uri}: {remedy}") from error
         raise
-    except pyarrow.ArrowInvalid as error:
+    except ValueError as error:
+        if type(error).__name__ != "ArrowInvalid":
+            raise
         raise UnusableNameError(
             f"{uri}: a name that cannot be used ({str(error).splitlines()[0]}); rename it"
         ) from error
@@ -218,6 +225,9 @@ def _in_ray_worker() -> bool:
 
 def read_bytes(uri: str) -> bytes:
     """A file's content. Raises FileNotFoundError where there is none, InputError where access fails."""
+    if not is_remote(uri):
+        with user_errors(uri):
+            return Path(uri).read_bytes()
     fs, path = filesystem(uri)
 
     def read() -> bytes:
@@ -254,18 +264,18 @@ def read_parsed(uri: str, parse: Callable[[bytes], T]) -> T:
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write a whole file or nothing: a local file is written aside and renamed, an S3 object appears when complete."""
-    fs, path = filesystem(uri)
     if is_remote(uri):
+        fs, path = filesystem(uri)
         return with_retries(uri, lambda: _put(fs, path, data))
     with user_errors(uri):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        Path(uri).parent.mkdir(parents=True, exist_ok=True)
+        aside = f"{uri}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             with open(aside, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            os.replace(aside, uri)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
@@ -274,23 +284,23 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
             raise
 
 
-def _put(fs: pyarrow.fs.FileSystem, path: str, data: bytes | memoryview) -> None:
+def _put(fs: "pyarrow.fs.FileSystem", path: str, data: bytes | memoryview) -> None:
     # All in one call: a stream that an exception leaves between two calls publishes what it has.
     with fs.open_output_stream(path) as stream:
         stream.write(data)
 
 
 def exists(uri: str) -> bool:
-    return _type(uri) != pyarrow.fs.FileType.NotFound
+    return _info(uri).type.name != "NotFound"
 
 
 def is_file(uri: str) -> bool:
-    return _type(uri) == pyarrow.fs.FileType.File
+    return _info(uri).is_file
 
 
-def _type(uri: str) -> pyarrow.fs.FileType:
+def _info(uri: str) -> "pyarrow.fs.FileInfo":
     fs, path = filesystem(uri)
-    return with_retries(uri, lambda: fs.get_file_info(path).type)
+    return with_retries(uri, lambda: fs.get_file_info(path))
 
 
 def list_files(uri: str, *, recursive: bool = True) -> list[str]:
@@ -301,21 +311,24 @@ def list_files(uri: str, *, recursive: bool = True) -> list[str]:
 def file_sizes(uri: str, *, recursive: bool = True) -> dict[str, int]:
     """Size in bytes of each file below `uri`, by its path relative to it, sorted. {} where there is nothing."""
     path = filesystem(uri)[1]
-    files = _listed(uri, pyarrow.fs.FileType.File, recursive=recursive)
+    files = _listed(uri, folders=False, recursive=recursive)
     return dict(sorted((file[len(path) :].lstrip("/"), size) for file, size in files))
 
 
 def list_folders(uri: str) -> list[str]:
     """Names of the folders directly below `uri`, sorted."""
-    return sorted(posixpath.basename(path) for path, _ in _listed(uri, pyarrow.fs.FileType.Directory, recursive=False))
+    return sorted(posixpath.basename(path) for path, _ in _listed(uri, folders=True, recursive=False))
 
 
-def _listed(uri: str, kind: pyarrow.fs.FileType, *, recursive: bool) -> list[tuple[str, int]]:
-    """Path and size of each thing of the kind below `uri`."""
+def _listed(uri: str, *, folders: bool, recursive: bool) -> list[tuple[str, int]]:
+    """Path and size of each file, or path of each folder and 0, below `uri`."""
+    import pyarrow.fs
+
     fs, path = filesystem(uri)
     selector = pyarrow.fs.FileSelector(path, recursive=recursive, allow_not_found=True)
     return with_retries(
-        uri, lambda: [(info.path, info.size) for info in fs.get_file_info(selector) if info.type == kind]
+        uri,
+        lambda: [(info.path, info.size or 0) for info in fs.get_file_info(selector) if info.is_file != folders],
     )
 
 

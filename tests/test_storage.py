@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -189,3 +191,13 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(monkeypatch):
     with pytest.raises(ValueError, match="Expecting"):
         storage.read_json("runs/best.json")  # a local file is whole or not there
     assert len(pieces) == 4
+
+
+def test_importing_it_and_local_files_need_no_pyarrow(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ddpm_core import storage; storage.write_bytes(sys.argv[1], b'a'); "
+        "print(storage.read_bytes(sys.argv[1]), 'pyarrow' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.txt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("b'a' False\n", "")
