@@ -11,6 +11,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from ddpm_core import nets
 from ddpm_core.errors import InputError
 from jobs.evaluation import metrics
+from jobs.reports.metric_table import METRICS, lower_is_better
 
 # -- PSNR, SSIM
 
@@ -300,7 +301,7 @@ def test_verdicts_know_each_metrics_direction_and_the_level() -> None:
     plain, strict = (metrics.verdict("ssim", "x", noisy, ours, level=level) for level in (0.95, 0.9999))
     assert (plain.better, strict.better) == (True, None)
     assert "99.99 %" in strict.figures
-    assert [name for name in metrics.SHOWN if metrics.lower_is_better(name)] == ["perceptual", "kid", "fd"]
+    assert [name for name in METRICS if lower_is_better(name)] == ["perceptual", "kid", "fd", "nfe", "train_s"]
 
 
 # -- Inception

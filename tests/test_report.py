@@ -60,7 +60,6 @@ def evaluation() -> dict[str, Any]:
             "night": {
                 "headline": "It beats a copy of the source in PSNR.",
                 "num_images": 123,
-                "metric_labels": {"psnr": "PSNR to the truth, dB", "kid": "KID"},
                 "methods": {
                     "model": {"name": "this model", "metrics": {"psnr": interval(21.5), "kid": interval(0.2)}},
                     "copy": {"name": "copy of the source", "metrics": {"psnr": interval(11.25)}},

@@ -368,7 +368,7 @@ def test_the_page_is_whole_says_what_holds_and_fetches_nothing(plan: Plan, outpu
         "random pyramid",
         "CC0 <free>",
         f"python -m jobs.train --data {output}/data/portraits --output {output}/runs/guided/seed-0 --seed 0",
-        "copy of the source",
+        "a copy of the source",
         "On images of which the answer is known the classifier is right on 85 % ± 5: flips are judged badly.",
         "Nothing: nothing to draw: SSIM of guided was not measured.",
     ):
@@ -446,7 +446,7 @@ def test_a_tradeoff_has_a_line_for_each_group_at_its_places(plan: Plan, output: 
 
 def test_bars_show_each_seed_and_rates_in_percent(plan: Plan, output: Path) -> None:
     axes = drawn(Results(plan, str(output)), Figure(kind="bars", title="", y="psnr", rows=("guided", "one seed")))
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["guided", "one seed", "copy of the source"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["guided", "one seed", "a copy of the source"]
     dots = next(line for line in axes.lines if len(line.get_xdata()) == 3)
     np.testing.assert_allclose(dots.get_xdata(), [22.98, 23.0, 23.02])
     axes = drawn(Results(plan, str(output)), Figure(kind="bars", title="", y="flip_rate", rows=("plain",)))

@@ -19,7 +19,7 @@ from ddpm_core.errors import InputError
 from jobs import sweep, train, translate
 from jobs.common import cli
 from jobs.evaluation.plan import EvaluateArgs, plan_evaluation
-from jobs.reports import sweep_charts
+from jobs.reports import metric_table
 from jobs.training import checks
 from jobs.training.driver import fit
 from jobs.training.options import TrainArgs, TrainOptions
@@ -164,7 +164,7 @@ def test_the_front_is_what_no_other_point_beats(swept: Path) -> None:
 
 
 def test_what_a_better_objective_is() -> None:
-    lower = {name for name in OBJECTIVES if sweep_charts.is_lower_better(name)}
+    lower = {name for name in OBJECTIVES if metric_table.lower_is_better(name)}
     assert lower == {"kid", "nfe"}
 
 

@@ -288,7 +288,7 @@ def test_the_winner_stands_beside_the_hand_choice(results: dict[str, Any]) -> No
     assert row_of(page, "validation loss in the search") == [f"{each['loss']:.4g}" for each in (winner, hand)]
     assert row_of(page, "loss on fresh noise") == ["0.0312 0.0292 … 0.0332", "0.0401 0.0381 … 0.0421"]
     assert row_of(page, "guidance_scale") == ["2.5", "1.5"]
-    assert row_of(page, "KID (realism) ↓") == [
+    assert row_of(page, "KID ↓") == [
         "0.0500",
         "0.0700",
         "0.0560 0.0520 … 0.0600",
@@ -297,8 +297,8 @@ def test_the_winner_stands_beside_the_hand_choice(results: dict[str, Any]) -> No
         "better, more than chance",
         "about 25 % of the lead was luck (5 % to 45 %)",
     ]
-    assert row_of(page, "PSNR to the counterpart, dB ↑")[-2:] == ["worse, more than chance", "there was no lead"]
-    assert row_of(page, "identity, cosine ↑")[-2:] == ["no more than chance", "the lead cannot be told from luck"]
+    assert row_of(page, "PSNR to the truth, dB ↑")[-2:] == ["worse, more than chance", "there was no lead"]
+    assert row_of(page, "identity cosine ↑")[-2:] == ["no more than chance", "the lead cannot be told from luck"]
     assert row_of(page, "network evaluations an image ↓") == ["24", "20", "24", "20", "+4", "worse", "–"]
     assert "Of 4 objectives the chosen sampling is better in 1, worse in 2, and in 1 as good" in page
 

@@ -20,24 +20,11 @@ from ddpm_core.errors import InputError
 from jobs.common import cli, intervals
 from jobs.common.intervals import Interval
 from jobs.evaluation.metrics import halves_interval
+from jobs.reports import metric_table
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-comparison", 1
 READS = 2
 """Format version of the evaluations."""
-LOWER = ("kid", "perceptual", "perceptual_to_proxy")
-"""Where less is better."""
-NEITHER = ("diversity", "neighbor_distance", "copied", "psnr_to_source", "ssim_to_source", "perceptual_to_source")
-"""Where neither more nor less is better."""
-NET_OF = {
-    "perceptual": "features",
-    "kid": "features",
-    "diversity": "features",
-    "neighbor": "features",
-    "copied": "features",
-    "flip": "classifier",
-    "identity": "identity",
-}
-"""By the start of a metric's name, the net that both must have been measured with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,8 +180,7 @@ def _unlike(a: Side, b: Side, domain: str, metric: str) -> str:
     if not all(measured.values()):
         missing = [name for name, there in measured.items() if not there]
         return f"not measured in {' and '.join(missing)}"
-    net = next((net for start, net in NET_OF.items() if metric.startswith(start)), None)
-    if net is not None:
+    if net := metric_table.of(metric).net:
         ours, theirs = ((side.metrics["nets"][net] or {}) for side in (a, b))
         if ours.get("fingerprint") != theirs.get("fingerprint"):
             return f"measured with different nets ({ours.get('name')}; {theirs.get('name')})"
@@ -214,8 +200,8 @@ def _compared(domain: str, metric: str, a: np.ndarray, b: np.ndarray, level: flo
     gap = halves_interval(a - b, level=level) if metric == "kid" else intervals.difference(a, b, level=level)
     words = "no clear difference"
     if intervals.significant(gap):
-        ahead = "A" if (gap.mean > 0) != (metric in LOWER) else "B"
-        words = f"{ahead} is {'larger' if metric in NEITHER else 'better'}"
+        ahead = "A" if (gap.mean > 0) != metric_table.lower_is_better(metric) else "B"
+        words = f"{ahead} is {'better' if metric_table.has_direction(metric) else 'larger'}"
     return Compared(domain, metric, float(a.mean()), float(b.mean()), len(a), gap, words)
 
 

@@ -17,6 +17,7 @@ from jobs.evaluation import baselines, summary, worker
 from jobs.evaluation.plan import FORMAT, FORMAT_VERSION, EvaluationJob
 from jobs.evaluation.summary import Findings, Measured
 from jobs.evaluation.worker import Found
+from jobs.reports.metric_table import METHODS
 from jobs.translation.batch import Batch, actor_pool, dataset_rows
 from jobs.translation.options import GuidanceNets
 
@@ -214,7 +215,7 @@ def told(job: EvaluationJob, domain: str, measured: Measured, found: Findings) -
     """What metrics.json says of one domain."""
     pairing = job.card.pairing
     verdicts = summary.verdicts(found, seed=job.args.seed)
-    methods = [name for name in summary.METHODS if name in found.summaries]
+    methods = [name for name in METHODS if name in found.summaries]
     return {
         "headline": summary.headline(verdicts),
         "num_images": len(measured.ids),
@@ -222,10 +223,9 @@ def told(job: EvaluationJob, domain: str, measured: Measured, found: Findings) -
         "num_train_images": len(measured.train),
         "num_diverse": len(measured.samples),
         "reference": {"paired": "true counterpart", "matched": "source and proxy"}.get(pairing, "source"),
-        "metric_labels": summary.labels(pairing, domain),
         "methods": {
             name: {
-                "name": summary.METHODS[name],
+                "name": METHODS[name],
                 "metrics": {metric: dataclasses.asdict(each) for metric, each in found.summaries[name].items()},
             }
             for name in methods

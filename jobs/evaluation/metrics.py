@@ -41,6 +41,7 @@ from jobs.common.intervals import (
     significant,
     student_quantile,
 )
+from jobs.reports import metric_table
 
 MAX_PSNR = 60.0
 MIN_SSIM_SIDE = 16
@@ -56,7 +57,6 @@ NUM_GROUPS = 10
 """Groups of images that are left out in turn, for the interval of a Fréchet distance."""
 COPIED_SHARE = 0.01
 """Of real held-out images, and so of new ones that are as unlike the training images."""
-LOWER_IS_BETTER = ("kid", "fd", "perceptual")
 INCEPTION = "inception"
 
 Pictures = UInt8[np.ndarray, "b h w 3"]
@@ -313,26 +313,6 @@ class Verdict:
     """The interval of the difference and the two means."""
 
 
-SHOWN: dict[str, tuple[str, str, int]] = {
-    "psnr": ("PSNR", " dB", 2),
-    "ssim": ("SSIM", "", 3),
-    "perceptual": ("perceptual distance", "", 4),
-    "kid": ("KID", "", 4),
-    "fd": ("FD", "", 2),
-    "flip_rate": ("flip rate", "", 3),
-    "identity_cosine": ("identity cosine", "", 3),
-    "identity_rank_1": ("identity rank-1", "", 3),
-    "diversity": ("diversity", "", 3),
-    "neighbor_distance": ("distance to the nearest training image", "", 3),
-    "copied": ("share of copies", "", 3),
-}
-"""metric → its name in words, its unit and how many digits are worth showing."""
-
-
-def lower_is_better(metric: str) -> bool:
-    return metric.partition("_to_")[0] in LOWER_IS_BETTER
-
-
 def verdict(
     metric: str,
     against: str,
@@ -347,9 +327,10 @@ def verdict(
         gap = halves_interval(ours - theirs, level=level)
     else:
         gap = difference(ours, theirs, seed=seed, level=level)
-    sign = -1 if lower_is_better(metric) else 1
+    sign = -1 if metric_table.lower_is_better(metric) else 1
     better = (gap.mean * sign > 0) if significant(gap) else None
-    label, unit, digits = SHOWN[metric.partition("_to_")[0]]
+    row = metric_table.of(metric)
+    unit, digits = row.unit, row.digits
     low, high = sorted((abs(gap.low), abs(gap.high)))
     by = f"by {abs(gap.mean):.{digits}f}{unit}"
     outcome = {
@@ -359,5 +340,5 @@ def verdict(
     }[better]
     means = f"{ours.mean():.{digits}f}{unit} against {theirs.mean():.{digits}f}{unit}"
     return Verdict(
-        metric, against, gap, better, f"{label}: {outcome[0]}", f"{100 * level:.4g} %: {outcome[1]}; {means}"
+        metric, against, gap, better, f"{row.name}: {outcome[0]}", f"{100 * level:.4g} %: {outcome[1]}; {means}"
     )

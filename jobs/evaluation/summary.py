@@ -14,16 +14,9 @@ from jaxtyping import Float
 from jobs.common import intervals
 from jobs.common.intervals import Interval
 from jobs.evaluation import metrics as evaluation_metrics
+from jobs.reports import metric_table
+from jobs.reports.metric_table import METHODS
 
-PROMISED = {("psnr", True), ("ssim", True), ("kid", False)}
-"""(metric, against the copy?) of the comparisons that say whether a model is worth anything."""
-METHODS = {
-    "model": "this model",
-    "copy": "copy of the source",
-    "linear": "best linear colour map",
-    "truth": "the true counterparts",
-    "real": "real images of the training split",
-}
 VERDICTS = [
     ("psnr", "copy"),
     ("ssim", "copy"),
@@ -38,7 +31,6 @@ VERDICTS = [
     ("identity_rank_1", "truth"),
 ]
 """Ours against whom in what, the promised comparisons first."""
-AGAINST = {"copy": "a copy of the source", "linear": "the best linear colour map", "truth": "the true counterparts"}
 FEW_RIGHT = 0.9
 """A classifier that is right less often on real images judges flips too badly to rely on."""
 PER_IMAGE = ("psnr", "ssim", "perceptual")
@@ -167,14 +159,14 @@ def verdicts(found: Findings, *, seed: int) -> list[evaluation_metrics.Verdict]:
         values = found.halves if metric == "kid" else {name: of.get(metric) for name, of in found.values.items()}
         ours, theirs = values.get("model"), values.get(other)
         if ours is not None and theirs is not None:
-            told.append(evaluation_metrics.verdict(metric, AGAINST[other], ours, theirs, seed=seed))
+            told.append(evaluation_metrics.verdict(metric, METHODS[other], ours, theirs, seed=seed))
     return told
 
 
 def headline(found: Iterable[evaluation_metrics.Verdict]) -> str:
     """The promised comparisons in one sentence: what it beats, and what it does not."""
     told = list(found)
-    promised = [v for v in told if (v.metric, "copy" in v.against) in PROMISED] or told
+    promised = [v for v in told if METHODS.get(metric_table.of(v.metric).promised) == v.against] or told
     groups: dict[tuple[bool, str], list[str]] = {}
     for v in promised:
         groups.setdefault((v.better is True, v.against), []).append(v.text.partition(":")[0])
@@ -186,28 +178,6 @@ def headline(found: Iterable[evaluation_metrics.Verdict]) -> str:
                 ("It beats " + ", and ".join(those) if good else "It does not beat " + ", nor ".join(those)) + "."
             )
     return " ".join(parts)
-
-
-def labels(pairing: str, domain: str) -> dict[str, str]:
-    """Headings of the metrics, with what each is measured to and which way is better."""
-    found: dict[str, str] = {}
-    for suffix, what in {"": "the truth", "_to_source": "the source", "_to_proxy": "the proxy"}.items():
-        up, down = ("", "") if suffix == "_to_source" else (" ↑", " ↓")
-        found |= {
-            f"psnr{suffix}": f"PSNR to {what}, dB{up}",
-            f"ssim{suffix}": f"SSIM to {what}{up}",
-            f"perceptual{suffix}": f"perceptual distance to {what}{down}",
-        }
-    return found | {
-        "kid": f"KID to real {domain} ↓",
-        "fd": f"Fréchet distance to real {domain} ↓",
-        "flip_rate": f"taken for {domain} ↑",
-        "identity_cosine": "identity: cosine to the source ↑",
-        "identity_rank_1": "identity: source found first ↑",
-        "diversity": "distance between samples",
-        "neighbor_distance": "distance to the nearest training image",
-        "copied": "copied (0.01 expected)",
-    }
 
 
 def notes(found: Findings, *, pairing: str, domain: str, num_train: tuple[int, int], elsewhere: bool) -> list[str]:

@@ -13,9 +13,11 @@ import numpy as np
 from ddpm_core import config as configs
 from ddpm_core import storage
 from jobs.common.progress import duration
+from jobs.reports import metric_table
 from jobs.reports.charts import MAX_LINES, chart, draw_lines, draw_losses
 from jobs.reports.grids import FILM_ROWS, FILM_STEPS, film_strip
 from jobs.reports.html import document, figure, table
+from jobs.reports.metric_table import METRICS, base
 
 PARTS = ("adversarial", "discriminator", "identity", "perceptual")
 """Training losses beside `loss`, as `jobs.training.methods` names them."""
@@ -31,19 +33,11 @@ NOTES = (
     "Intervals are of 95 %: over images by the bootstrap (of shares, Wilson's), of KID over 200 random halves of the "
     "images. What a net measures compares only with figures of the same net, KID and the Fréchet distance also only "
     "with those of as many images. The linear colour map is the best affine map from a pixel's colour to its "
-    "counterpart's, fitted on all training pairs."
+    "counterpart's, fitted on all training pairs. Flip rate: the share of images that the classifier puts on the "
+    "wanted side; rank-1: of those that are nearer to their own source than to every other; copied: of those nearer to "
+    "a training image than 99 % of real ones are, 0.01 for new images."
 )
-GROUPS = {
-    "How faithful": ("psnr", "ssim", "perceptual"),
-    "How real": ("kid", "fd"),
-    "Domain and identity": ("flip_rate", "identity_cosine", "identity_rank_1"),
-    "Variety and memory": ("diversity", "neighbor_distance", "copied"),
-}
-"""Tables of an evaluation, and the metrics in each, whatever they are measured to."""
-DIGITS = {"psnr": 2, "kid": 4, "fd": 2, "perceptual": 4}
-"""Digits worth showing; of the others 3."""
 NETS = {"features": "Feature net", "classifier": "Classifier", "identity": "Identity net"}
-LESS_IS_BETTER = ("kid", "fd", "perceptual")
 
 
 def write_report(
@@ -283,21 +277,16 @@ def _cost(compute: Mapping[str, Any]) -> str:
 
 def _grouped(methods: Mapping[str, Any]) -> dict[str, list[str]]:
     """The metrics there are, by the table they stand in."""
-    there = list(dict.fromkeys(metric for method in methods.values() for metric in method["metrics"]))
-    known = [name for names in GROUPS.values() for name in names]
-    groups = {**GROUPS, "Others": tuple(_base(metric) for metric in there if _base(metric) not in known)}
-    found = {title: [metric for metric in there if _base(metric) in names] for title, names in groups.items()}
-    return {title: metrics for title, metrics in found.items() if metrics}
-
-
-def _base(metric: str) -> str:
-    """The metric without what it is measured to."""
-    return metric.partition("_to_")[0]
+    there = dict.fromkeys(metric for method in methods.values() for metric in method["metrics"])
+    found: dict[str, list[str]] = {}
+    for metric in sorted(there, key=lambda metric: [*METRICS, base(metric)].index(base(metric))):
+        found.setdefault(metric_table.of(metric).group, []).append(metric)
+    return found
 
 
 def _metrics_table(caption: str, domain: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    methods, labels = domain["methods"], domain.get("metric_labels", {})
-    head = "".join(f"<th>{html.escape(labels.get(metric, metric))}</th>" for metric in metrics)
+    methods = domain["methods"]
+    head = "".join(f"<th>{html.escape(metric_table.column(metric))}</th>" for metric in metrics)
     best = {metric: _best(metric, methods) for metric in metrics}
     body = ""
     for key, method in methods.items():
@@ -307,7 +296,7 @@ def _metrics_table(caption: str, domain: Mapping[str, Any], metrics: Sequence[st
         for metric in metrics:
             value = method["metrics"].get(metric)
             mark = ' class="best"' if value is not None and key == best[metric] else ""
-            cells += f"<td{mark}>{_interval(value, DIGITS.get(_base(metric), 3))}</td>"
+            cells += f"<td{mark}>{_interval(value, metric_table.of(metric).digits)}</td>"
         row = ' class="ours"' if key == "model" else ""
         body += f"<tr{row}><th>{html.escape(method['name'])}</th>{cells}</tr>"
     return (
@@ -319,7 +308,7 @@ def _metrics_table(caption: str, domain: Mapping[str, Any], metrics: Sequence[st
 def _best(metric: str, methods: Mapping[str, Any]) -> str | None:
     """The method with the best mean, where there is a better and a worse; real images do not compete, nor does a copy
     of the source in who is on it."""
-    if metric.endswith("_to_source") or _base(metric) in GROUPS["Variety and memory"]:
+    if not metric_table.has_direction(metric):
         return None
     idle = ("real", "truth", *(("copy",) if metric.startswith("identity") else ()))
     means = {
@@ -329,7 +318,7 @@ def _best(metric: str, methods: Mapping[str, Any]) -> str | None:
     }
     if not means:
         return None
-    choose = min if _base(metric) in LESS_IS_BETTER else max
+    choose = min if metric_table.lower_is_better(metric) else max
     return choose(means, key=means.__getitem__)
 
 

@@ -17,11 +17,11 @@ from typing import Any, Literal
 from ddpm_core import storage
 from jobs.common.intervals import Interval, significant
 from jobs.common.progress import duration
-from jobs.reports import charts, report
+from jobs.reports import charts, metric_table, report
 from jobs.reports.html import document, figure, flat
+from jobs.reports.metric_table import OBJECTIVES, heading
 from jobs.reports.sweep_charts import (
     LOST,
-    OBJECTIVES,
     TRIALS,
     Row,
     curve_of,
@@ -31,9 +31,7 @@ from jobs.reports.sweep_charts import (
     draw_pareto,
     draw_slice,
     given,
-    is_lower_better,
     is_number,
-    label_of,
     loss_of,
     number_text,
     percent_text,
@@ -281,7 +279,7 @@ def _sampled(sweep: Row, results: Row) -> str:
 
 def _compared(name: str, measured: Row) -> tuple[list[str], str]:
     """Cells of an objective's row, and the outcome."""
-    digits, sign = _digits(name), -1 if is_lower_better(name) else 1
+    digits, sign = metric_table.of(name).digits, -1 if metric_table.lower_is_better(name) else 1
     chosen, hand, gap = (interval(measured.get(key)) for key in ("chosen", "hand", "difference"))
     seen = [measured["seen"].get(key) for key in ("chosen", "hand")]
     if gap is None and chosen and hand and chosen.low == chosen.high and hand.low == hand.high:
@@ -379,7 +377,7 @@ def colored_by(space: Row) -> str | None:
 def _pareto(points: Sequence[Row]) -> str:
     figures = "".join(
         _figure(
-            functools.partial(draw_pareto, points=points, x=x, y=y), f"{label_of(y)} against {label_of(x)}", height=4.2
+            functools.partial(draw_pareto, points=points, x=x, y=y), f"{heading(y)} against {heading(x)}", height=4.2
         )
         for x, y in pairs_of(objectives_of(points))
     )
@@ -424,7 +422,7 @@ def _point_table(names: Sequence[str], points: Sequence[Row]) -> str:
         if point.get("front") or any(marks.values()):
             measured = point.get("objectives") or {}
             cells = _cells(_value(point["values"], name) for name in names)
-            cells += "".join(_td(interval(measured.get(name)), _digits(name)) for name in objectives)
+            cells += "".join(_td(interval(measured.get(name)), metric_table.of(name).digits) for name in objectives)
             head = _th(str(point["number"]), {**marks, "not on the front": not point.get("front")})
             rows[head + cells + _cells([_time(point)])] = bool(point.get("chosen"))
     columns = ["point", *names, *map(_heading, objectives), "time"]
@@ -478,12 +476,8 @@ def interval(value: Any) -> Interval | None:
     return Interval(*[float(value)] * 3) if is_number(value) else None
 
 
-def _digits(name: str) -> int:
-    return OBJECTIVES[name].digits if name in OBJECTIVES else 3
-
-
 def _heading(name: str) -> str:
-    return f"{label_of(name)} {'↓' if is_lower_better(name) else '↑'}"
+    return f"{metric_table.heading(name)} {'↓' if metric_table.lower_is_better(name) else '↑'}"
 
 
 def _value(values: Row, name: str) -> str:

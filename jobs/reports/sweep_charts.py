@@ -1,13 +1,12 @@
 """The charts of a sweep, drawn on matplotlib's axes, and the words for what is in them."""
 
-import dataclasses
 import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from jobs.reports import charts, grids
+from jobs.reports import charts, grids, metric_table
 from jobs.reports.charts import COLORS, MUTED
 
 Row = Mapping[str, Any]
@@ -25,26 +24,6 @@ RATES = ("#2f6fde", "#b565c0", "#e07b39", "#dcae3c")
 """A colour map from low to high, all of which can be seen on white and on black."""
 RING = {"color": COLORS[2], "marker": "o", "markersize": 13, "fillstyle": "none", "linestyle": ""}
 STAR = {"color": COLORS[1], "marker": "*", "markersize": 14, "linestyle": "", "zorder": 4}
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What points are measured by."""
-
-    label: str
-    lower: bool = False
-    digits: int = 3
-    """Worth showing."""
-
-
-OBJECTIVES = {
-    "kid": Objective("KID (realism)", lower=True, digits=4),
-    "psnr": Objective("PSNR to the counterpart, dB", digits=2),
-    "psnr_to_source": Objective("PSNR to the source, dB", digits=2),
-    "identity_cosine": Objective("identity, cosine"),
-    "flip_rate": Objective("flip rate"),
-    "nfe": Objective("network evaluations an image", lower=True, digits=0),
-}
 
 
 def draw_history(axes: Any, trials: Sequence[Row], best: int | None) -> None:
@@ -165,10 +144,14 @@ def draw_pareto(axes: Any, points: Sequence[Row], x: str, y: str) -> None:
                 axes.annotate(label, places[0], (9, 5), textcoords="offset points", weight="bold")
     if x == "nfe":
         _log_axis(axes, "x", [point["objectives"][x] for point in there])
-    axes.set_xlabel(f"{label_of(x)} {direction_of(x)}")
-    axes.set_ylabel(f"{label_of(y)}\n{direction_of(y)}")
+    axes.set_xlabel(f"{metric_table.heading(x)} {_direction(x)}")
+    axes.set_ylabel(f"{metric_table.heading(y)}\n{_direction(y)}")
     _legend(axes)
     _enlarge(axes)
+
+
+def _direction(objective: str) -> str:
+    return f"({'lower' if metric_table.lower_is_better(objective) else 'higher'} is better)"
 
 
 def best_so_far(trials: Iterable[Row]) -> list[tuple[int, float]]:
@@ -227,18 +210,6 @@ def curve_of(trial: Row) -> list[tuple[float, float]]:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_lower_better(name: str) -> bool:
-    return name in OBJECTIVES and OBJECTIVES[name].lower
-
-
-def label_of(name: str) -> str:
-    return OBJECTIVES[name].label if name in OBJECTIVES else name.replace("_", " ")
-
-
-def direction_of(name: str) -> str:
-    return f"({'lower' if is_lower_better(name) else 'higher'} is better)"
 
 
 def value_text(value: Any) -> str:

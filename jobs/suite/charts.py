@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ddpm_core import storage
-from jobs.evaluation.summary import METHODS
-from jobs.reports import charts, grids
+from jobs.reports import charts, grids, metric_table
 from jobs.reports import html as html_page
+from jobs.reports.metric_table import METHODS
 from jobs.suite import stress
 from jobs.suite.plan import Figure, Measured, Section
-from jobs.suite.results import Cell, Evaluation, Results, has_direction, heading, lower_is_better, rate
+from jobs.suite.results import Cell, Evaluation, Results
 
 MARKERS = "osD^vPX*"
 REFERENCES = {name: METHODS[name] for name in ("copy", "linear", "truth")}
@@ -121,15 +121,13 @@ def _grid(evaluations: Sequence[Evaluation], domain: str) -> _Grid | None:
 
 def axis(metric: str) -> str:
     """What an axis says, the good direction with it."""
-    unit = ", %" if rate(metric) else ""
-    if metric in ("nfe", "images_per_s") or not has_direction(metric):
-        return heading(metric) + unit
-    return f"{heading(metric)}{unit} ({'lower' if lower_is_better(metric) else 'higher'} is better)"
+    text = metric_table.heading(metric) + (", %" if metric_table.of(metric).rate else "")
+    return f"{text} ({metric_table.of(metric).better} is better)" if metric_table.has_direction(metric) else text
 
 
 def _scaled(cell: Cell, metric: str) -> tuple[float, float, float, list[float]]:
     """mean, low, high and the seeds, rates in percent."""
-    by = 100 if rate(metric) else 1
+    by = 100 if metric_table.of(metric).rate else 1
     at = cell.interval
     return by * at.mean, by * at.low, by * at.high, [by * seed for seed in cell.seeds]
 

@@ -18,6 +18,7 @@ from ddpm_core.errors import InputError
 from jobs.common.intervals import Interval
 from jobs.common.progress import duration
 from jobs.evaluation.summary import FEW_RIGHT
+from jobs.reports import metric_table
 from jobs.reports.html import document, flat
 from jobs.suite import charts, stress
 from jobs.suite import plan as suite_plan
@@ -225,7 +226,7 @@ def _table(results: Results, section: Section, data: str, domain: str, rows: Seq
         if any(references):
             cells = "".join(_td(cell, metric) for metric, cell in zip(metrics, references, strict=True))
             body += f'<tr class="reference"><th>{name}</th>{cells}<td></td><td></td></tr>'
-    head = "".join(f"<th>{html.escape(tables.heading(metric))}{_arrow(metric)}</th>" for metric in metrics)
+    head = "".join(f"<th>{html.escape(metric_table.column(metric))}</th>" for metric in metrics)
     head += "<th>training</th><th>sampling</th>"
     return (
         f'<div class="scroll"><table class="suite"><caption>{html.escape(data)}, to {html.escape(domain)}: '
@@ -249,14 +250,10 @@ def _judges(results: Results, row: Measured, domain: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
 
 
-def _arrow(metric: str) -> str:
-    return (" ↓" if tables.lower_is_better(metric) else " ↑") if tables.has_direction(metric) else ""
-
-
 def _td(cell: Cell | None, metric: str, *, best: bool = False) -> str:
     if cell is None:
         return "<td>–</td>"
-    mean = tables.number(cell.interval.mean, metric, cell.interval, unit=tables.rate(metric))
+    mean = tables.number(cell.interval.mean, metric, cell.interval, unit=metric_table.of(metric).rate)
     spread = tables.spread_text(cell.interval, metric)
     mark = ' class="best"' if best else ""
     return f"<td{mark}>{mean}<small>{spread}</small></td>"

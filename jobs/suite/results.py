@@ -23,58 +23,10 @@ from jaxtyping import Float
 
 from ddpm_core import storage
 from jobs.common.intervals import Interval, bonferroni, two_level, two_level_difference
+from jobs.reports import metric_table
 from jobs.suite.plan import Claim, Command, Measured, Plan, Section, digests, needs, records
 
 Outcome = Literal["holds", "does not hold", "not clear", "not measured"]
-LOWER_IS_BETTER = ("kid", "fd", "perceptual")
-RATES = ("flip_rate", "identity_rank_1", "copied")
-NO_DIRECTION = ("neighbor_distance", "copied", "diversity")
-"""Nothing is best in these, nor in how much of the source was kept (`_to_source`)."""
-HEADINGS = {
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "perceptual": "perceptual distance",
-    "kid": "KID",
-    "fd": "Fréchet distance",
-    "flip_rate": "flip rate",
-    "identity_cosine": "identity, cosine",
-    "identity_rank_1": "identity, rank-1",
-    "diversity": "diversity",
-    "neighbor_distance": "distance to training images",
-    "copied": "copied from training",
-    "nfe": "network evaluations an image",
-    "images_per_s": "images a second",
-}
-SUFFIXES = {"_to_source": " to the source", "_to_proxy": " to the proxy"}
-
-
-def base(metric: str) -> str:
-    """The metric without what it is measured to."""
-    return functools.reduce(str.removesuffix, SUFFIXES, metric)
-
-
-def heading(metric: str) -> str:
-    """Of a column or an axis."""
-    suffix = metric.removeprefix(base(metric))
-    return HEADINGS.get(base(metric), base(metric).replace("_", " ")) + SUFFIXES.get(suffix, "")
-
-
-def name(metric: str) -> str:
-    """In a sentence, where the value brings its unit."""
-    return heading(metric).replace(", dB", "")
-
-
-def lower_is_better(metric: str) -> bool:
-    return base(metric) in LOWER_IS_BETTER
-
-
-def rate(metric: str) -> bool:
-    """A share of images, told in percent."""
-    return base(metric) in RATES
-
-
-def has_direction(metric: str) -> bool:
-    return metric not in NO_DIRECTION and not metric.endswith("_to_source")
 
 
 # -- what was measured --------------------------------------------------------------------------------------------
@@ -319,9 +271,9 @@ class Results:
     def best(self, rows: Sequence[Measured], domain: str, metric: str) -> Measured | None:
         """The row that is clearly better than each of the others; None where there is none or nothing to compare."""
         cells = {row: cell for row in rows if (cell := self.cell(row, domain, metric)) is not None}
-        if len(cells) < 2 or not has_direction(metric):
+        if len(cells) < 2 or not metric_table.has_direction(metric):
             return None
-        sign = -1 if lower_is_better(metric) else 1
+        sign = -1 if metric_table.lower_is_better(metric) else 1
         first, *others = sorted(cells, key=lambda row: -sign * cells[row].interval.mean)
         for other in others:
             gap = self.gap(first, other, domain, metric)
@@ -340,11 +292,11 @@ class Results:
         if (one := self.evaluations(ours)[0].source) != (other := self.evaluations(theirs)[0].source):
             return f"measured on different data: {' '.join(one)} and {' '.join(other)}"
         if a.kind != b.kind or (a.kind == "summaries" and min(len(a.array), len(b.array)) < 2):
-            return f"nothing is known of the single images' {name(metric)}"
+            return f"nothing is known of the single images' {metric_table.name(metric)}"
         ids = sorted(set(a.ids) & set(b.ids), key=a.ids.index)
         if not ids:
             return "measured on different images"
-        sign = -1 if lower_is_better(metric) else 1
+        sign = -1 if metric_table.lower_is_better(metric) else 1
         x = a.array[:, [a.ids.index(name) for name in ids]]
         y = share * b.array[:, [b.ids.index(name) for name in ids]] + rest
         if same := ours.training == theirs.training:  # two samplings of one network: seed by seed
@@ -366,7 +318,7 @@ class Results:
         there = {name for each in self.evaluations(row) for name in each.metrics["domains"]}
         if domain not in there:
             return f"{row.name} was measured to {', '.join(sorted(there))}, not to {domain}"
-        return f"{name(metric)} of {row.name} was not measured"
+        return f"{metric_table.name(metric)} of {row.name} was not measured"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -429,7 +381,7 @@ def _subject(
         values = results.values(ours, domain, metric)
         if values is None:
             return results.why_not(ours, domain, metric)
-        sign = -1 if lower_is_better(metric) else 1
+        sign = -1 if metric_table.lower_is_better(metric) else 1
         return (
             lambda level: _moved(estimate(values, level), sign, -sign * threshold),
             results.num_pictures(ours, domain, metric),
@@ -458,10 +410,10 @@ def _figures(
     cells = [results.cell(row, domain, metric) for row in (ours, theirs) if row is not None]
     values = " against ".join(number(cell.interval.mean, metric, cell.interval) for cell in cells if cell is not None)
     threshold = claim.threshold or 0.0
-    most = "at most" if lower_is_better(metric) else "at least"
+    sign, most = (-1, "at most") if metric_table.lower_is_better(metric) else (1, "at least")
     what = {
         "better": apart(gap, metric),
-        "at_least": f"{span(_moved(gap, -1 if lower_is_better(metric) else 1, threshold), metric, finer=1)}, "
+        "at_least": f"{span(_moved(gap, sign, threshold), metric, finer=1)}, "
         f"wanted {most} {number(threshold, metric, gap)}",
         "half_of_missing": f"closes half of what is missing to 100 %, and {apart(gap, metric, 'more', 'less')}",
         "not_worse_by": f"{apart(_moved(gap, 1, -threshold), metric)}, allowed to be worse by "
@@ -470,7 +422,7 @@ def _figures(
     if claim.kind == "half_of_missing" and gap.mean < 0:
         what = f"short of half of what is missing by {span(_moved(gap, -1, 0.0), metric, points=True)}"
     parts = [what] if claim.kind == "at_least" else [what, values]
-    return f"{name(metric)}: {'; '.join(parts)}; {seeds(results, ours, theirs)}, {num_pictures:,} images"
+    return f"{metric_table.name(metric)}: {'; '.join(parts)}; {seeds(results, ours, theirs)}, {num_pictures:,} images"
 
 
 def apart(gap: Interval, metric: str, more: str = "better", less: str = "worse") -> str:
@@ -507,12 +459,12 @@ def number(
 ) -> str:
     """As many digits as the interval's half-width gives a meaning to and `finer` more; rates in percent, their
     differences in points."""
-    factor = 100 if rate(metric) else 1
+    factor = 100 if metric_table.of(metric).rate else 1
     half = factor * (interval.high - interval.low) / 2 if interval else 0.0
-    digits = _digits(half) + finer if half > 0 and math.isfinite(half) else 1 if rate(metric) else 3
+    digits = _digits(half) + finer if half > 0 and math.isfinite(half) else 1 if metric_table.of(metric).rate else 3
     told = f"{factor * value:.{digits}f}"
     told = told.removeprefix("-") if float(told) == 0 else told
-    return told + (" points" if unit and points and rate(metric) else _unit(metric) if unit else "")
+    return told + (" points" if unit and points and metric_table.of(metric).rate else _unit(metric) if unit else "")
 
 
 def _digits(half: float) -> int:
@@ -522,7 +474,7 @@ def _digits(half: float) -> int:
 
 
 def _unit(metric: str) -> str:
-    return " %" if rate(metric) else " dB" if base(metric) == "psnr" else ""
+    return " %" if metric_table.of(metric).rate else metric_table.of(metric).unit
 
 
 def span(interval: Interval, metric: str, *, points: bool = False, finer: int = 0) -> str:
@@ -634,7 +586,7 @@ def _table(results: Results, section: Section, domain: str, measured: Sequence[M
         told = ["–" if cell is None else span(cell.interval, at) for at, cell in zip(metrics, found, strict=True)]
         train_s = results.cost(row).train_s
         body.append((row.name, *told, str(len(row.evaluations)), "–" if train_s is None else f"{train_s:.0f}"))
-    return _lines(("", *map(heading, metrics), "trainings", "s each"), body)
+    return _lines(("", *map(metric_table.heading, metrics), "trainings", "s each"), body)
 
 
 def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jobs.reports.sweep_charts import is_lower_better
+from jobs.reports.metric_table import lower_is_better
 
 
 def nearest_to_ideal(front: Sequence[Mapping[str, float]], prefer: Mapping[str, float]) -> int:
@@ -12,7 +12,7 @@ def nearest_to_ideal(front: Sequence[Mapping[str, float]], prefer: Mapping[str, 
     columns = []
     for name in front[0]:
         values = np.array([point[name] for point in front], dtype=np.float64)
-        losses = np.log(values) if name == "nfe" else values if is_lower_better(name) else -values
+        losses = np.log(values) if name == "nfe" else values if lower_is_better(name) else -values
         behind = losses - losses.min()
         unit = float(np.median(behind))
         unit = unit if unit > 0 else float(behind.max())

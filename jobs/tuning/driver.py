@@ -21,7 +21,7 @@ from jobs.common import intervals
 from jobs.datasets import cache
 from jobs.evaluation.metrics import MIN_KID_IMAGES
 from jobs.reports import report, sweep
-from jobs.reports.sweep_charts import is_lower_better
+from jobs.reports.metric_table import lower_is_better
 from jobs.training import driver, run_folder
 from jobs.tuning import plan, sampling_trial, study, training_trial
 from jobs.tuning import search_space as spaces
@@ -229,7 +229,7 @@ class Sweep:
         self.sampling = space = plan.sampling_space(loaded.config, job.given_sampling)
         base = self._base(loaded)
         objectives = self._objectives()
-        directions = ["minimize" if is_lower_better(name) else "maximize" for name in objectives]
+        directions = ["minimize" if lower_is_better(name) else "maximize" for name in objectives]
         name = "sampling" if self.best_trial is None else f"sampling-{self.best_trial}"
         self.points = self.memory.open(name, directions, study.sampler(args.search, args.search_seed, job.num_points))
         hand = spaces.parameters(base, space)

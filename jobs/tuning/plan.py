@@ -17,7 +17,7 @@ from ddpm_core.errors import InputError
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.evaluation import plan
 from jobs.evaluation.worker import Judges
-from jobs.reports.sweep_charts import OBJECTIVES
+from jobs.reports.metric_table import OBJECTIVES
 from jobs.training import checks, run_folder
 from jobs.training.options import TrainArgs, TrainOptions
 from jobs.translation import listing
