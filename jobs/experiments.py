@@ -3,13 +3,15 @@
     python -m jobs.experiments --size smoke --output FOLDER
     ray job submit --address … --working-dir . -- python -m jobs.experiments --size gpu --output s3://…
 
-The same command again goes on from there; more seeds or sections add to it. Trainings and measurements are processes of
-their own, spread over all nodes of the cluster; one that fails costs what needs it and no more.
+The same command again goes on from there; more seeds or sections add to it. Every command is a
+process of its own on some node of the cluster; one that fails costs what needs it and no more.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from typing import Literal
 
 from ddpm_core import storage
@@ -44,6 +46,8 @@ class Args:
     """Encoders that measure, trained before; by default the suite trains its own."""
     commands_per_gpu: int = 1
     """Small trainings may share a GPU."""
+    local_processes: int = 0
+    """Run so many commands at a time on this machine, without Ray; by default Ray spreads them, one on each CPU."""
     dry_run: bool = False
     """List the commands that are missing, as you could type them, and do nothing."""
 
@@ -58,18 +62,28 @@ def main(argv: list[str] | None = None) -> int:
         missing = [command for command in suite_plan.ordered(plan.commands) if command.key not in there]
         for command in missing:
             print(suite_plan.command_line(command.module, suite_plan.argv(command, output)))
-        print(f"# {stands(plan, there, missing, per_gpu or os.cpu_count() or 1)}")
+        slots = args.local_processes or per_gpu or os.cpu_count() or 1
+        print(f"# {status(plan, there, missing, slots)}")
         return cli.DONE
     with exclusive(output):
         suite_plan.keep(plan, output)
         records = suite_plan.done(plan, output)
         missing = [command for command in plan.commands if command.key not in records]
         if missing:
-            with cli.ray_session():
-                share = runner.Share.of_cluster(per_gpu)
-                print(stands(plan, records, missing, share.slots), flush=True)
-                records = runner.run(plan, output, share, report=lambda: so_far(plan, output))
-        return told(plan, output, records)
+            with starter_of(args.local_processes, per_gpu) as starter:
+                print(status(plan, records, missing, starter.slots), flush=True)
+                records = runner.run(plan, output, starter, report=lambda: write_report_so_far(plan, output))
+        return write_report(plan, output, records)
+
+
+@contextlib.contextmanager
+def starter_of(local_processes: int, commands_per_gpu: int) -> Iterator[runner.Starter]:
+    """What starts the commands; where it is Ray, Ray is up."""
+    if local_processes:
+        yield runner.LocalProcesses(local_processes)
+    else:
+        with cli.ray_session():
+            yield runner.RayTasks.of_cluster(commands_per_gpu)
 
 
 def planned(args: Args) -> suite_plan.Plan:
@@ -78,9 +92,12 @@ def planned(args: Args) -> suite_plan.Plan:
     Raises:
         InputError: an option is wrong, in one line.
     """
-    check_least({"--seeds": (args.seeds, 1), "--commands-per-gpu": (args.commands_per_gpu, 1)})
+    least = {"--seeds": (args.seeds, 1), "--commands-per-gpu": (args.commands_per_gpu, 1)}
+    check_least({**least, "--local-processes": (args.local_processes, 0)})
     if args.commands_per_gpu > 1 and args.size != "gpu":
         raise InputError(f"--commands-per-gpu has no effect with --size {args.size}; leave it out")
+    if args.local_processes and args.size == "gpu":
+        raise InputError("--local-processes run without GPUs; leave it out with --size gpu")
     given = {"celeba": args.celeba, "snapshots": args.snapshots, "judges": args.judges}
     uris = {name: None if uri is None else storage.absolute(uri, flag=f"--{name}") for name, uri in given.items()}
     from jobs.suite.mission import mission
@@ -88,17 +105,17 @@ def planned(args: Args) -> suite_plan.Plan:
     return mission(size=args.size, seeds=args.seeds, sections=args.sections, **uris)
 
 
-def stands(
+def status(
     plan: suite_plan.Plan, there: dict[str, suite_plan.Record], missing: list[suite_plan.Command], slots: int
 ) -> str:
-    """What is done, and how long the rest may take."""
+    """What is done, and how long the rest may take, in one line."""
     text = f"{plan.name}, {plan.size}: {suite_plan.counted(plan.commands, there)} done"
     if not missing:
         return text
     return f"{text}; about {duration(suite_plan.estimate_s(missing, slots))} to go, {slots} at a time"
 
 
-def so_far(plan: suite_plan.Plan, output: str) -> None:
+def write_report_so_far(plan: suite_plan.Plan, output: str) -> None:
     """Write the report of what there is."""
     from jobs.suite import report
 
@@ -106,7 +123,7 @@ def so_far(plan: suite_plan.Plan, output: str) -> None:
     print(f"report so far: {storage.join(output, 'report.html')}", flush=True)
 
 
-def told(plan: suite_plan.Plan, output: str, records: dict[str, suite_plan.Record]) -> int:
+def write_report(plan: suite_plan.Plan, output: str, records: dict[str, suite_plan.Record]) -> int:
     """Write the report, say what it claims and what is missing; the exit code."""
     from jobs.suite import report
 

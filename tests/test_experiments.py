@@ -1,4 +1,4 @@
-"""The runner of a suite's commands: real processes in a real Ray, most of them python's own `-m timeit`."""
+"""The runner of a suite's commands: real processes of this machine or of a real Ray, most of them `-m timeit`."""
 
 import io
 import json
@@ -26,24 +26,36 @@ from jobs.suite import plan as suite_plan
 from jobs.suite import runner
 from jobs.suite.plan import Command, Figure, Measured, Plan, Section
 
-HERE = runner.Share(1, 0)
+
+def here(slots: int = 2) -> runner.LocalProcesses:
+    return runner.LocalProcesses(slots)
 
 
-def code(key: str, text: str, *, after: tuple[str, ...] = (), cost: float = 1.0, serial: bool = False) -> Command:
+def code(key: str, text: str, *, after: tuple[str, ...] = (), cost: float = 1.0) -> Command:
     """A command that runs `text` once."""
     words = ("-n", "1", "-r", "1", "import os, signal, time", text)
-    return Command(key=key, module="timeit", argv=words, after=after, cost=cost, serial=serial)
+    return Command(key=key, module="timeit", argv=words, after=after, cost=cost)
 
 
-def noting(file: Path, name: str, seconds: float = 0.0) -> str:
+def noting(file: Path, name: str, between: str = "pass") -> str:
     """Code that appends a line when it begins and when it ends."""
-    line = f"open({str(file)!r}, 'a').write('%s {name} %f\\n' % (WHAT, time.time()))"
-    return f"{line.replace('WHAT', repr('begin'))}; time.sleep({seconds}); {line.replace('WHAT', repr('end'))}"
+    line = f"open({str(file)!r}, 'a').write('WHAT {name}\\n')"
+    return f"{line.replace('WHAT', 'begin')}; {between}; {line.replace('WHAT', 'end')}"
 
 
-def noted(file: Path) -> list[tuple[str, str, float]]:
-    words = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-    return [(what, name, float(at)) for what, name, at in words]
+def waiting_for(file: Path, text: str) -> str:
+    """Code that goes on when `file` holds `text`; where that never comes, the test ends with its time limit."""
+    return f"[time.sleep(0.02) for _ in iter(lambda: {text!r} in open({str(file)!r}).read(), True)]"
+
+
+def noted(file: Path) -> list[tuple[str, str]]:
+    """Of the file that `noting` has written: (begin or end, name), as it came."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [(what, name) for what, name in map(str.split, lines)]
+
+
+def begun(file: Path) -> list[str]:
+    return [name for what, name in noted(file) if what == "begin"]
 
 
 def plan_of(*commands: Command, name: str = "test", size: str = "smoke", sections: tuple[Section, ...] = ()) -> Plan:
@@ -214,61 +226,54 @@ def test_progress_says_what_is_done_what_runs_and_how_long_it_takes(monkeypatch:
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def test_commands_run_once_two_at_a_time_after_what_they_need(ray_cluster: None, tmp_path: Path) -> None:
+def test_commands_run_once_two_at_a_time_after_what_they_need(tmp_path: Path) -> None:
     notes, output = tmp_path / "notes", tmp_path / "suite"
-
-    def noting_in_order(key: str, after: tuple[str, ...] = (), seconds: float = 0.0, serial: bool = False) -> Command:
-        return code(key, noting(notes, key, seconds), after=after, serial=serial)
-
     plan = plan_of(
-        noting_in_order("measured", after=("run/1", "run/2")),
-        noting_in_order("run/1", after=("data",), seconds=3),
-        noting_in_order("run/2", after=("data",), seconds=3),
-        noting_in_order("data", serial=True),
+        code("measured", noting(notes, "measured"), after=("run/1", "run/2")),
+        code("run/1", noting(notes, "run/1", waiting_for(notes, "begin run/2")), after=("data",)),
+        code("run/2", noting(notes, "run/2", waiting_for(notes, "begin run/1")), after=("data",)),
+        code("data", noting(notes, "data")),
     )
-    records = runner.run(plan, str(output), HERE)
+    records = runner.run(plan, str(output), here())
     assert states(records) == dict.fromkeys(("data", "run/1", "run/2", "measured"), "done")
     found = noted(notes)
-    assert sorted(name for what, name, _ in found if what == "begin") == ["data", "measured", "run/1", "run/2"]
-    at = {(what, name): when for what, name, when in found}
-    assert at["end", "data"] < min(at["begin", "run/1"], at["begin", "run/2"])
-    assert max(at["begin", "run/1"], at["begin", "run/2"]) < min(at["end", "run/1"], at["end", "run/2"])
-    assert max(at["end", "run/1"], at["end", "run/2"]) < at["begin", "measured"]
+    assert found[:2] == [("begin", "data"), ("end", "data")]
+    assert sorted(found[2:4]) == [("begin", "run/1"), ("begin", "run/2")]
+    assert sorted(found[4:6]) == [("end", "run/1"), ("end", "run/2")]
+    assert found[6:] == [("begin", "measured"), ("end", "measured")]
 
     record = on_disk(output, "run/1")
     assert record == records["run/1"]
     assert record["argv"] == list(plan.commands[1].argv)
     assert (record["exit_code"], record["attempts"], record["error"]) == (0, 1, None)
-    assert 3 < record["seconds"] < 20
+    assert record["seconds"] > 0
     assert "1 loop, best of 1" in record["tail"][-1]
     for key in records:
         log = (output / "logs" / f"{key}.log").read_text()
         assert log.splitlines()[0].startswith("$ python -m timeit -n 1 -r 1 ")
         assert "1 loop, best of 1" in log
 
-    again = runner.run(plan, str(output), HERE)
-    assert again == records
-    assert len(noted(notes)) == 8
+    assert runner.run(plan, str(output), here()) == records
+    assert noted(notes) == found
 
 
-def test_sections_come_one_after_another_each_with_a_report(ray_cluster: None, tmp_path: Path) -> None:
+def test_sections_come_one_after_another_each_with_a_report(tmp_path: Path) -> None:
     notes, reports = tmp_path / "notes", []
     names = ("a", "b", "c")
-    commands = [code(name, noting(notes, name, 1.0), cost=cost) for cost, name in enumerate(names, start=1)]
+    commands = [code(name, noting(notes, name), cost=cost) for cost, name in enumerate(names, start=1)]
     plan = plan_of(*commands, sections=tuple(section_of(name, name) for name in names))
 
     def report() -> None:
-        reports.append([name for what, name, _ in noted(notes) if what == "end"])
+        reports.append([name for what, name in noted(notes) if what == "end"])
         raise InputError("the store is full")
 
-    records = runner.run(plan, str(tmp_path / "suite"), HERE, report=report)
+    records = runner.run(plan, str(tmp_path / "suite"), here(1), report=report)
     assert states(records) == dict.fromkeys(names, "done")
-    assert [name for what, name, _ in noted(notes) if what == "begin"][-1] == "c"  # the longest, of the last section
-    assert reports
-    assert all(0 < len(found) < 3 for found in reports)
+    assert begun(notes) == ["a", "b", "c"]  # the longest is last: it is of the last section
+    assert reports == [["a"], ["a", "b"]]
 
 
-def test_what_changed_or_was_lost_runs_again_and_what_needs_it(ray_cluster: None, tmp_path: Path) -> None:
+def test_what_changed_or_was_lost_runs_again_and_what_needs_it(tmp_path: Path) -> None:
     notes, output = tmp_path / "notes", tmp_path / "suite"
 
     def planned(text: str) -> Plan:
@@ -278,29 +283,25 @@ def test_what_changed_or_was_lost_runs_again_and_what_needs_it(ray_cluster: None
         )
 
     def ran() -> list[str]:
-        return sorted(name for what, name, _ in noted(notes) if what == "begin")
+        return sorted(begun(notes))
 
-    runner.run(planned("pass"), str(output), HERE)
+    runner.run(planned("pass"), str(output), here())
     assert ran() == ["b", "data", "run"]
-    runner.run(planned("1 + 1"), str(output), HERE)
+    runner.run(planned("1 + 1"), str(output), here())
     assert ran() == ["b", "data", "data", "run", "run"]
     (output / "data").rmdir()
     assert set(suite_plan.done(planned("1 + 1"), str(output))) == {"run", "b"}
-    runner.run(planned("1 + 1"), str(output), HERE)
+    runner.run(planned("1 + 1"), str(output), here())
     assert ran() == ["b", "data", "data", "data", "run", "run"]
     (output / "commands" / "b.json").write_text('{"state": "do')
-    runner.run(planned("1 + 1"), str(output), HERE)
+    runner.run(planned("1 + 1"), str(output), here())
     assert ran() == ["b", "b", "data", "data", "data", "run", "run"]
 
 
-def test_a_failure_costs_what_needs_it_and_no_more(
-    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failure_costs_what_needs_it_and_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     absent = tmp_path / "absent"
     plan = plan_of(
-        Command(
-            key="runs/a", module="jobs.train", argv=("--data", str(absent), "--output", "{out}"), cost=1, serial=True
-        ),
+        Command(key="runs/a", module="jobs.train", argv=("--data", str(absent), "--output", "{out}"), cost=1),
         code("evaluations/a", "pass", after=("runs/a",)),
         code("table", "pass", after=("evaluations/a",)),
         code("bad", "print('so far'); raise RuntimeError('no luck')"),
@@ -309,7 +310,7 @@ def test_a_failure_costs_what_needs_it_and_no_more(
         code("good", "pass", after=("aside",)),
     )
     output = tmp_path / "suite"
-    records = runner.run(plan, str(output), HERE)
+    records = runner.run(plan, str(output), here())
     assert states(records) == {
         "aside": "done",
         "good": "done",
@@ -336,31 +337,39 @@ def test_a_failure_costs_what_needs_it_and_no_more(
     assert suite_plan.done(plan, str(output)).keys() == {"aside", "good"}  # the others are tried again
 
 
-@pytest.mark.parametrize("victim", ["os.getpid()", "os.getppid()"])
+@pytest.fixture(params=["local", "ray"])
+def starter(request: pytest.FixtureRequest) -> runner.Starter:
+    """Both ways of starting commands."""
+    if request.param == "local":
+        return here()
+    request.getfixturevalue("ray_cluster")
+    return runner.RayTasks(1, 0)
+
+
 def test_a_command_that_was_killed_is_begun_once_more(
-    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], victim: str
+    starter: runner.Starter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The process itself, as when memory runs out, and the Ray worker that waits for it, as when a node is lost."""
-    notes = tmp_path / "notes"
-    kill = f"os.kill({victim}, signal.SIGKILL); time.sleep(60)"
-    once = f"os.path.exists({str(tmp_path / 'flag')!r}) or (open({str(tmp_path / 'flag')!r}, 'w'), {kill[:-16]})"
-    plan = plan_of(
-        code("once", f"{noting(notes, 'once')}; {once}"), code("always", f"{noting(notes, 'always')}; {kill}")
-    )
-    records = runner.run(plan, str(tmp_path / "suite"), HERE)
+    """The process itself, as when memory runs out; on Ray the worker that waits for it, as when a node is lost."""
+    notes, flag = tmp_path / "notes", tmp_path / "flag"
+    local = isinstance(starter, runner.LocalProcesses)
+    kill = f"os.kill({'os.getpid()' if local else 'os.getppid()'}, signal.SIGKILL)"
+    once = f"os.path.exists({str(flag)!r}) or (open({str(flag)!r}, 'w'), {kill}, signal.pause())"
+    always = f"{kill}; signal.pause()"
+    plan = plan_of(code("once", noting(notes, "once", once)), code("always", noting(notes, "always", always)))
+    records = runner.run(plan, str(tmp_path / "suite"), starter)
     assert (records["once"]["state"], records["once"]["attempts"]) == ("done", 2)
     assert (records["always"]["state"], records["always"]["attempts"]) == ("failed", 2)
     assert records["always"]["exit_code"] == -9
-    why = "killed by signal 9" if victim == "os.getpid()" else "lost (WorkerCrashedError)"
+    why = "killed by signal 9" if local else "lost (WorkerCrashedError)"
     assert records["always"]["error"] == why
     assert f"always: {why}; once more\n" in capsys.readouterr().err
-    assert len(noted(notes)) == 8
+    assert sorted(begun(notes)) == ["always", "always", "once", "once"]
 
 
-def test_commands_are_alone_with_one_thread_and_no_gpu(ray_cluster: None, tmp_path: Path) -> None:
+def test_commands_are_alone_with_one_thread_and_no_gpu(starter: runner.Starter, tmp_path: Path) -> None:
     written = tmp_path / "environment.json"
     text = f"import json; json.dump([os.getcwd(), dict(os.environ)], open({str(written)!r}, 'w'))"
-    records = runner.run(plan_of(code("a", text)), str(tmp_path / "suite"), HERE)
+    records = runner.run(plan_of(code("a", text)), str(tmp_path / "suite"), starter)
     assert states(records) == {"a": "done"}
     folder, environment = json.loads(written.read_text())
     assert folder == str(ROOT)  # where `-m jobs.train` is found
@@ -370,8 +379,8 @@ def test_commands_are_alone_with_one_thread_and_no_gpu(ray_cluster: None, tmp_pa
 
 def test_a_gpu_for_each_command_needs_a_gpu(ray_cluster: None) -> None:
     with pytest.raises(InputError, match="the cluster has no GPU; give --size cpu"):
-        runner.Share.of_cluster(1)
-    assert runner.Share.of_cluster(0) == HERE
+        runner.RayTasks.of_cluster(1)
+    assert runner.RayTasks.of_cluster(0) == runner.RayTasks(1, 0)
 
 
 @pytest.fixture
@@ -386,14 +395,13 @@ def ray_folder() -> Iterator[str]:
 def test_commands_share_gpus_as_they_are_told(tmp_path: Path, ray_folder: str) -> None:
     """On GPUs that only Ray believes in."""
     commands = [
-        code(f"{i}", f"import json; json.dump(dict(os.environ), open('{tmp_path}/{i}.json', 'w')); time.sleep(2)")
-        for i in range(2)
+        code(f"{i}", f"import json; json.dump(dict(os.environ), open('{tmp_path}/{i}.json', 'w'))") for i in range(2)
     ]
     done = drive(
         tmp_path / "suite",
         commands,
         start=f"num_cpus=4, num_gpus=1, _temp_dir={ray_folder!r}",
-        share="suite_run.Share.of_cluster(2)",
+        starter="runner.RayTasks.of_cluster(2)",
     )
     assert done.wait(timeout=180) == 0, done.communicate()[1]
     found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
@@ -402,17 +410,18 @@ def test_commands_share_gpus_as_they_are_told(tmp_path: Path, ray_folder: str) -
 
 
 def drive(
-    output: Path, commands: list[Command], *, start: str, share: str = "runner.Share(1, 0)"
+    output: Path, commands: list[Command], *, start: str = "", starter: str = "runner.LocalProcesses(2)"
 ) -> subprocess.Popen[str]:
-    """A process of its own that runs a plan on a Ray of its own."""
+    """A process of its own that runs a plan; `start`: on a Ray of its own, with these arguments of ray.init."""
+    init = f"import ray; ray.init(address='local', log_to_driver=False, object_store_memory=100 * 2**20, {start})"
     text = (
-        "import json, sys, ray\n"
+        "import json, sys\n"
         "from jobs.common import cli; from jobs.suite import plan as plans, runner\n"
         "def main():\n"
-        f"    ray.init(address='local', log_to_driver=False, object_store_memory=100 * 2**20, {start})\n"
+        f"    {init if start else 'pass'}\n"
         "    commands = [plans.Command(**each) for each in json.loads(sys.argv[1])]\n"
         "    plan = plans.Plan(name='test', size='smoke', commands=commands, sections=())\n"
-        f"    records = runner.run(plan, sys.argv[2], {share})\n"
+        f"    records = runner.run(plan, sys.argv[2], {starter})\n"
         "    return 0 if all(record['state'] == 'done' for record in records.values()) else 1\n"
         "cli.run(main)\n"
     )
@@ -435,21 +444,22 @@ def wait_until(what: Any, seconds: float = 120.0) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("where", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_driver_that_is_ended_takes_its_commands_with_it_and_goes_on(
-    ray_cluster: None, how: signal.Signals, tmp_path: Path, ray_folder: str
+    where: str, how: signal.Signals, tmp_path: Path, ray_folder: str
 ) -> None:
     notes, output, pid = tmp_path / "notes", tmp_path / "suite", tmp_path / "pid"
     flag = tmp_path / "go"
     mark = f"open({str(pid)!r}, 'w').write(str(os.getpid()))"
-    long = f"{mark}; [time.sleep(0.1) for _ in range(600) if not os.path.exists({str(flag)!r})]"
+    long = f"{mark}; [time.sleep(0.1) for _ in iter(lambda: os.path.exists({str(flag)!r}), True)]"
     commands = [
         code("first", noting(notes, "first")),
         code("long", f"{long}; {noting(notes, 'long')}", after=("first",)),
         code("last", noting(notes, "last"), after=("long",)),
     ]
-    driver = drive(output, commands, start=f"num_cpus=2, _temp_dir={ray_folder!r}")
+    on_ray = {"start": f"num_cpus=2, _temp_dir={ray_folder!r}", "starter": "runner.RayTasks(1, 0)"}
+    driver = drive(output, commands, **(on_ray if where == "ray" else {}))
     try:
         wait_until(lambda: pid.exists() and pid.read_text())
         child = int(pid.read_text())
@@ -457,23 +467,23 @@ def test_a_driver_that_is_ended_takes_its_commands_with_it_and_goes_on(
             os.killpg(driver.pid, how)
         else:
             driver.send_signal(how)
-        _, said = driver.communicate(timeout=40)
+        _, said = driver.communicate(timeout=120)
     finally:
         driver.kill()
     assert driver.returncode == (130 if how == signal.SIGINT else -9), said
     if how == signal.SIGINT:
         assert "interrupted; the same command goes on from here" in said
         assert "Traceback" not in said
-    wait_until(lambda: not Path(f"/proc/{child}").exists(), 15)
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
     assert {path.name for path in (output / "commands").iterdir()} == {"first.json"}
     flag.touch()
-    records = runner.run(plan_of(*commands), str(output), HERE)
+    records = runner.run(plan_of(*commands), str(output), here())
     assert states(records) == dict.fromkeys(("first", "long", "last"), "done")
-    assert [name for what, name, _ in noted(notes) if what == "begin"] == ["first", "long", "last"]
+    assert begun(notes) == ["first", "long", "last"]
 
 
 @pytest.mark.slow
-def test_real_commands_with_everything_on_s3(ray_cluster: None, s3: S3Server) -> None:
+def test_real_commands_with_everything_on_s3(s3: S3Server) -> None:
     """Drawn, trained and translated; a second call does nothing."""
     output = f"{s3.uri}/{uuid.uuid4().hex}"
     small = "--count 24 --image-size 32 --output {out}"
@@ -487,12 +497,11 @@ def test_real_commands_with_everything_on_s3(ray_cluster: None, s3: S3Server) ->
             module="jobs.prepare",
             argv=("rendered", *shlex.split(small)),
             cost=5,
-            serial=True,
         ),
         Command(key="runs/a", module="jobs.train", argv=(*shlex.split(train),), cost=20),
-        Command(key="translated", module="jobs.translate", argv=(*shlex.split(translate),), cost=10, serial=True),
+        Command(key="translated", module="jobs.translate", argv=(*shlex.split(translate),), cost=10),
     )
-    records = runner.run(plan, output, HERE)
+    records = runner.run(plan, output, here())
     assert states(records) == dict.fromkeys(("data/portraits", "runs/a", "translated"), "done"), records
     best = storage.read_json(f"{output}/runs/a/best.json")
     assert storage.exists(f"{output}/runs/a/{best['checkpoint']}/model.safetensors")
@@ -503,7 +512,7 @@ def test_real_commands_with_everything_on_s3(ray_cluster: None, s3: S3Server) ->
     assert f"best checkpoint: {output}/runs/a/" in log
     assert "error" not in log
     before = storage.file_sizes(output)
-    assert runner.run(plan, output, HERE) == records
+    assert runner.run(plan, output, here()) == records
     assert storage.file_sizes(output) == before
 
 
@@ -542,7 +551,7 @@ def test_the_command_reports_what_failed_and_goes_on_when_it_is_mended(
     ray_cluster: None, small_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "suite"
-    assert experiments.main(["--output", str(output)]) == 1
+    assert experiments.main(["--output", str(output), "--local-processes", "3"]) == 1
     said = capsys.readouterr()
     assert said.out.splitlines()[0].startswith("mission, smoke: 0 of 3 others done; about ")
     assert f"report: {output / 'report.html'}" in said.out
@@ -565,6 +574,8 @@ def test_the_command_reports_what_failed_and_goes_on_when_it_is_mended(
     [
         ("--seeds 0", "--seeds is 0; it must be at least 1"),
         ("--size cpu --commands-per-gpu 2", "--commands-per-gpu has no effect with --size cpu; leave it out"),
+        ("--local-processes -1", "--local-processes is -1; it must be at least 0"),
+        ("--size gpu --local-processes 2", "--local-processes run without GPUs; leave it out with --size gpu"),
         ("--snapshots http://x/y", "--snapshots http://x/y: scheme http:// is not supported"),
     ],
 )

@@ -224,7 +224,7 @@ class _Planning:
             assert self.celeba is not None
             argv = ("celeba", "--source", self.celeba, *side)
         argv = (*argv, "--output", "{out}")
-        return self.add(Command(key=f"data/{name}", module="jobs.prepare", argv=argv, cost=40, serial=True))
+        return self.add(Command(key=f"data/{name}", module="jobs.prepare", argv=argv, cost=40))
 
     # -- trainings ---------------------------------------------------------------------------------------------
 
@@ -575,7 +575,7 @@ def stress(plan: _Planning) -> Section:
                 *("--guidance-scale", str(GUIDANCE)),
             )
             key = f"snapshots/{name}-{align}"
-            translations.append(plan.add(Command(key=key, module="jobs.translate", argv=argv, cost=30, serial=True)))
+            translations.append(plan.add(Command(key=key, module="jobs.translate", argv=argv, cost=30)))
     figures = tuple(
         Figure(
             kind="stress",

@@ -38,8 +38,8 @@ class Command:
     """Keys of further commands that must be done before."""
     cost: float
     """Rough seconds on one core (or one GPU), for the estimate and the order."""
-    serial: bool = False
-    """It uses Ray itself: it runs in the driver, one at a time."""
+    how: tuple[str, ...] = ()
+    """Further arguments, which make no difference to what it makes: no part of its digest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def argv(command: Command, output: str) -> list[str]:
     """Its arguments as a user would type them."""
     return [
         re.sub(r"\{([^{}]+)\}", lambda at: storage.join(output, command.key if at[1] == "out" else at[1]), word)
-        for word in command.argv
+        for word in (*command.argv, *command.how)
     ]
 
 

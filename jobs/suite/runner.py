@@ -1,14 +1,13 @@
-"""Running a plan's commands over Ray, each once: the same call again goes on from there.
+"""Running a plan's commands, each once: the same call again goes on from there.
 
-Each is a process of its own in a Ray task, so commands spread over all nodes; what one needs comes before it, what the
-first sections need before the rest, and then the longest way to the end. Those that use Ray themselves run in the
-driver.
+Each is a process of its own, started by a Ray task on any node of the cluster, or by this process. What one needs comes
+before it, what the first sections need before the rest, and then the longest way to the end.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
-import importlib
 import json
 import os
 import platform
@@ -16,10 +15,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import tqdm
 
@@ -51,14 +51,14 @@ ATTEMPTS = 2
 """How often a command is begun whose process or node was lost."""
 TAIL_LINES = 20
 """Last lines of a log that a command's record keeps."""
+POLL_S = 0.05
+"""How often a running command is looked at."""
 LOG_EVERY_S = 30.0
 """How often the log of a running command is stored."""
 LINE_EVERY_S, QUIET_S = 10.0, 300.0
 """Least time between two lines of progress, and the longest where nothing ends."""
 STOP_S = 10.0
 """How long a command may take to end when it is told to."""
-SERIAL_CPUS = 2
-"""What a command that uses Ray itself must find free, or a GPU: a CPU for its actor, one for its tasks."""
 CPUS_PER_GPU = 4
 """At most so many threads feed a GPU."""
 
@@ -66,10 +66,12 @@ CPUS_PER_GPU = 4
 # ------------------------------------------------------------------------------------------------------- one command
 
 
-def execute(module: str, words: list[str], log: str, *, use_gpu: bool, threads: int) -> Record:
-    """Run one command as a process of its own, in a Ray task; its output goes to the URI `log`.
+def execute(
+    module: str, words: list[str], log: str, *, use_gpu: bool, threads: int, stop: threading.Event | None = None
+) -> Record:
+    """Run one command as a process of its own; its output goes to the URI `log`.
 
-    Ends with the process that waits for it, however that ends.
+    The process ends with the one that waits for it, however that ends, and when `stop` is set.
     """
     begun = time.monotonic()
     root = Path(__file__).resolve().parents[2]
@@ -77,6 +79,7 @@ def execute(module: str, words: list[str], log: str, *, use_gpu: bool, threads: 
     environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     if not use_gpu:  # a process alone takes the GPU that it sees
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    stop = stop or threading.Event()
     with tempfile.TemporaryFile("w+", buffering=1, encoding="utf-8") as said:
         said.write(f"$ {command_line(module, words)}\n")
         command = [sys.executable, "-c", _UNTIL_PARENT_ENDS, str(os.getpid()), module, *words]
@@ -84,12 +87,12 @@ def execute(module: str, words: list[str], log: str, *, use_gpu: bool, threads: 
             command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
         )
         try:
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=LOG_EVERY_S)
-                    break
-                with contextlib.suppress(InputError):  # the command itself meets the same store, and knows better
-                    storage.write_bytes(log, _content(said))
+            stored = begun
+            while process.poll() is None and not stop.wait(POLL_S):
+                if time.monotonic() >= stored + LOG_EVERY_S:
+                    stored = time.monotonic()
+                    with contextlib.suppress(InputError):  # the command itself meets the same store, and knows better
+                        storage.write_bytes(log, _content(said))
         finally:
             _end(process)
             storage.write_bytes(log, _content(said))
@@ -98,35 +101,11 @@ def execute(module: str, words: list[str], log: str, *, use_gpu: bool, threads: 
 
 _UNTIL_PARENT_ENDS = """
 import ctypes, os, signal, sys
-if sys.platform == "linux":  # a Ray worker that is killed takes nothing with it by itself
+if sys.platform == "linux":  # a process that is killed takes nothing with it by itself
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     os.getppid() == int(sys.argv[1]) or sys.exit("the parent has ended")
 os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
 """
-
-
-def execute_here(module: str, words: list[str], log: str) -> Record:
-    """Run one command in this process, which holds Ray; its output goes to the URI `log`.
-
-    Raises:
-        KeyboardInterrupt: the user's.
-    """
-    begun = time.monotonic()
-    given = sys.argv
-    with tempfile.TemporaryFile("w+", buffering=1, encoding="utf-8") as said:
-        said.write(f"$ {command_line(module, words)}\n")
-        sys.argv = [module.replace(".", "/") + ".py", *words]  # provenance is of this command
-        try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                cli.run(lambda: importlib.import_module(module).main(words))
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else cli.FAILED if stop.code else cli.DONE
-        finally:
-            sys.argv = given
-            storage.write_bytes(log, _content(said))
-        if code == cli.INTERRUPTED:
-            raise KeyboardInterrupt
-        return {**_ending(code, _content(said)), "seconds": time.monotonic() - begun}
 
 
 def _content(said: TextIO) -> bytes:
@@ -156,34 +135,66 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def run(plan: Plan, output: str, share: "Share", *, report: Callable[[], object] = lambda: None) -> dict[str, Record]:
-    """Run what is missing on the Ray that is up; the record of every command by key.
+# ------------------------------------------------------------------------------------------------ where commands run
 
-    `report` is called whenever all that a section needs has ended, but for the last one.
-    The caller has imported torch before Ray came up: in a submitted job oneMKL ends the process that does it after.
-    """
-    suite = _Suite(plan, output, share, report)
-    try:
-        while suite.waiting or suite.running:
-            suite.step()
-    except BaseException:
-        suite.stop()
-        raise
-    finally:
-        suite.progress.close()
-    return suite.records
+
+class Starter(Protocol):
+    """Starts commands as processes, somewhere; what `begin` returns stands for a running one."""
+
+    @property
+    def slots(self) -> int:
+        """Commands that run at a time."""
+
+    def begin(self, module: str, words: list[str], log: str) -> Any: ...
+
+    def wait(self, running: Iterable[Any], timeout: float) -> Iterable[Any]:
+        """Those of `running` that have ended, as soon as one has or after `timeout` seconds."""
+
+    def ending(self, ended: Any) -> Record:
+        """Exit code and the rest of the record; a negative code where the process or its node was lost."""
+
+    def stop(self, running: Iterable[Any]) -> None:
+        """End what runs, so that it has time to store what it has."""
+
+
+class LocalProcesses:
+    """Commands run on this machine, `slots` at a time, each on one core, without Ray."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots, self.stopping = slots, threading.Event()
+        self.threads = concurrent.futures.ThreadPoolExecutor(slots)
+
+    def begin(self, module: str, words: list[str], log: str) -> "concurrent.futures.Future[Record]":
+        return self.threads.submit(execute, module, words, log, use_gpu=False, threads=1, stop=self.stopping)
+
+    def wait(self, running: Iterable[Any], timeout: float) -> Iterable[Any]:
+        return concurrent.futures.wait(running, timeout, concurrent.futures.FIRST_COMPLETED).done
+
+    def ending(self, ended: Any) -> Record:
+        try:
+            return ended.result()
+        except InputError as error:  # the store, most likely
+            return {"exit_code": None, "error": str(error)}
+
+    def stop(self, running: Iterable[Any]) -> None:
+        self.stopping.set()
+        concurrent.futures.wait(running)
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """What one command takes of the cluster."""
+class RayTasks:
+    """Commands run on the nodes of the Ray that is up, each in a task that waits for it.
+
+    The caller has imported torch before Ray came up: in a submitted job oneMKL ends the process that does it after.
+    """
 
     cpus: int
+    """Of one command."""
     commands_per_gpu: int
     """0: it gets no GPU."""
 
     @classmethod
-    def of_cluster(cls, commands_per_gpu: int) -> "Share":
+    def of_cluster(cls, commands_per_gpu: int) -> "RayTasks":
         """Raises InputError where there is no GPU to share."""
         import ray
 
@@ -207,25 +218,65 @@ class Share:
             return max(int(there.get("GPU", 0.0)) * self.commands_per_gpu, 1)
         return max(int(there.get("CPU", 0.0)), 1)
 
-    @property
-    def spare(self) -> int:
-        """Commands that make room for one that uses Ray itself."""
-        return self.commands_per_gpu or SERIAL_CPUS
+    def begin(self, module: str, words: list[str], log: str) -> Any:
+        import ray
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """As ray.remote's."""
         gpus = {"num_gpus": 1 / self.commands_per_gpu} if self.commands_per_gpu else {}
-        return {"num_cpus": self.cpus, **gpus}
+        task = ray.remote(execute).options(max_retries=0, scheduling_strategy="SPREAD", num_cpus=self.cpus, **gpus)
+        return task.remote(module, words, log, use_gpu=bool(self.commands_per_gpu), threads=self.cpus)
+
+    def wait(self, running: Iterable[Any], timeout: float) -> Iterable[Any]:
+        import ray
+
+        return ray.wait([*running], timeout=timeout)[0]
+
+    def ending(self, ended: Any) -> Record:
+        import ray
+
+        try:
+            return ray.get(ended)
+        except ray.exceptions.RayTaskError as error:  # the store, most likely
+            return {"exit_code": None, "error": str(cli.input_error(error) or str(error).splitlines()[-1])}
+        except ray.exceptions.RayError as error:
+            return {"exit_code": -signal.SIGKILL, "error": f"lost ({type(error).__name__})"}
+
+    def stop(self, running: Iterable[Any]) -> None:
+        import ray
+
+        references = [*running]
+        for reference in references:
+            ray.cancel(reference)
+        if references:
+            ray.wait(references, num_returns=len(references), timeout=STOP_S + 2)
+
+
+# ------------------------------------------------------------------------------------------------------ all commands
+
+
+def run(plan: Plan, output: str, starter: Starter, *, report: Callable[[], object] = lambda: None) -> dict[str, Record]:
+    """Run what is missing; the record of every command by key.
+
+    `report` is called whenever all that a section needs has ended, but for the last one.
+    """
+    suite = _Suite(plan, output, starter, report)
+    try:
+        while suite.waiting or suite.running:
+            suite.step()
+    except BaseException:
+        starter.stop(suite.running)
+        raise
+    finally:
+        suite.progress.close()
+    return suite.records
 
 
 class _Suite:
     """Commands that wait, that run, and the records of those that have ended."""
 
-    def __init__(self, plan: Plan, output: str, share: Share, report: Callable[[], object]) -> None:
+    def __init__(self, plan: Plan, output: str, starter: Starter, report: Callable[[], object]) -> None:
         from ddpm_core import provenance  # torch, which the processes that wait for a command do without
 
-        self.output, self.share, self.report = output, share, report
+        self.output, self.starter, self.report = output, starter, report
         self.records = done(plan, output)
         self.waiting = {each.key: each for each in ordered(plan.commands) if each.key not in self.records}
         self.running: dict[Any, Command] = {}
@@ -237,25 +288,17 @@ class _Suite:
 
     def step(self) -> None:
         """Begin what can begin, then wait for something to end."""
-        import ray
-
         self.skip()
         ended = {key for key, record in self.records.items() if record["state"] == "done"}
         ready = [command for command in self.waiting.values() if needs(command) <= ended]
         ready.sort(key=lambda command: (self.urgency[command.key], -self.ways[command.key]))
-        alone = [command for command in ready if command.serial]
-        slots, spare = self.share.slots, self.share.spare
-        if alone and len(self.running) <= max(slots - spare, 0):
-            self.run_here(alone[0])
-            return
-        # On a small cluster they wait for each other: a command that uses Ray itself goes when the others are through.
-        room = slots - spare if alone and slots >= 2 * spare else slots
-        for command in [each for each in ready if not each.serial][: max(room - len(self.running), 0)]:
+        slots = self.starter.slots
+        for command in ready[: max(slots - len(self.running), 0)]:
             self.begin(command)
         self.progress.show(self.records, [each.key for each in self.running.values()], slots)
         if self.running:
-            for reference in ray.wait([*self.running], timeout=LINE_EVERY_S)[0]:
-                self.end(reference)
+            for handle in self.starter.wait(self.running, LINE_EVERY_S):
+                self.end(handle)
 
     def skip(self) -> None:
         """Give up what waits for something that has failed; in order, so that it spreads."""
@@ -266,38 +309,14 @@ class _Suite:
                 del self.waiting[command.key]
                 self.write(command, state="skipped", error=f"it needs {', '.join(sorted(causes))}")
 
-    def run_here(self, command: Command) -> None:
-        del self.waiting[command.key]
-        self.attempts[command.key] = 1
-        self.progress.show(self.records, [command.key, *(each.key for each in self.running.values())], self.share.slots)
-        ending = execute_here(command.module, argv(command, self.output), log_uri(self.output, command.key))
-        self.ended(command, ending)
-
     def begin(self, command: Command) -> None:
-        import ray
-
         self.waiting.pop(command.key, None)
         self.attempts[command.key] = self.attempts.get(command.key, 0) + 1
-        task = ray.remote(execute).options(max_retries=0, scheduling_strategy="SPREAD", **self.share.options)
-        reference = task.remote(
-            command.module,
-            argv(command, self.output),
-            log_uri(self.output, command.key),
-            use_gpu=bool(self.share.commands_per_gpu),
-            threads=self.share.cpus,
-        )
-        self.running[reference] = command
+        words = argv(command, self.output)
+        self.running[self.starter.begin(command.module, words, log_uri(self.output, command.key))] = command
 
-    def end(self, reference: Any) -> None:
-        import ray
-
-        command = self.running.pop(reference)
-        try:
-            ending = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:  # the store, most likely
-            ending = {"exit_code": None, "error": str(cli.input_error(error) or str(error).splitlines()[-1])}
-        except ray.exceptions.RayError as error:
-            ending = {"exit_code": -signal.SIGKILL, "error": f"lost ({type(error).__name__})"}
+    def end(self, handle: Any) -> None:
+        command, ending = self.running.pop(handle), self.starter.ending(handle)
         killed = ending["exit_code"] is not None and ending["exit_code"] < 0
         if killed and self.attempts[command.key] < ATTEMPTS:
             self.progress.say(f"{command.key}: {ending['error']}; once more")
@@ -336,15 +355,6 @@ class _Suite:
         storage.write_bytes(record_uri(self.output, command.key), json.dumps(record, indent=1).encode())
         if record["state"] != "done":
             self.progress.say(f"{record['state']}: {command.key}: {record['error']}")
-
-    def stop(self) -> None:
-        """End what runs, so that it has time to store what it has."""
-        import ray
-
-        for reference in self.running:
-            ray.cancel(reference)
-        if self.running:
-            ray.wait([*self.running], num_returns=len(self.running), timeout=STOP_S + 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- progress
