@@ -488,7 +488,7 @@ def test_a_model_that_repeats_its_training_images_is_found_out() -> None:
     draw = np.random.default_rng(0)
     train, real, new = (draw.normal(size=(400, 8)).astype(np.float32) for _ in range(3))
     model = np.concatenate([train[:40], new[40:]])
-    found = summary.find(measured_of(train, model, real), seed=0)
+    found = summary.summarise(measured_of(train, model, real), seed=0)
     copied = found.values["model"]["copied"]
     assert copied[:40].all()
     assert copied[40:].mean() < 0.04
@@ -502,8 +502,8 @@ def test_a_model_that_repeats_its_training_images_is_found_out() -> None:
 def test_an_empty_side_leaves_out_what_it_cannot_measure() -> None:
     none = np.zeros((0, 0), np.float32)
     model = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
-    found = summary.find(measured_of(none, model, none), seed=0)
-    assert found.halves == {}
+    found = summary.summarise(measured_of(none, model, none), seed=0)
+    assert found.subsets == {}
     assert found.values["model"] == {}
     assert found.instruments == {}
 

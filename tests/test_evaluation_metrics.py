@@ -127,7 +127,7 @@ def test_kid_of_one_distribution_is_about_zero_and_its_interval_holds_it() -> No
     covered = 0
     for trial in range(20):
         real, made = torch.randn(2, 50, 6, generator=generator)
-        interval = metrics.halves_interval(metrics.kid(real, made, seed=trial))
+        interval = metrics.subsets_interval(metrics.kid(real, made, seed=trial))
         covered += interval.low <= 0 <= interval.high
     assert covered >= 16  # 95 % intervals of 20 trials
 
@@ -138,7 +138,7 @@ def test_kid_needs_enough_images() -> None:
 
 
 def test_kid_of_a_known_kernel_mean() -> None:
-    """Features at two points: E k(x, x') is a sum over two values, and no choice of halves changes them."""
+    """Features at two points: E k(x, x') is a sum over two values, and no choice of subsets changes them."""
     real, made = torch.zeros(40, 2), torch.zeros(40, 2)
     real[:, 0], made[:, 1] = 1, 2
     kernel = {"rr": (1 / 2 + 1) ** 3, "mm": (4 / 2 + 1) ** 3, "rm": 1.0}
@@ -146,7 +146,7 @@ def test_kid_of_a_known_kernel_mean() -> None:
 
 
 def test_kid_of_one_set_of_images_against_itself_is_below_0_by_the_images_that_meet_themselves() -> None:
-    """2 / n (E k(x, y) - E k(x, x)) over y other than x: the halves are not drawn apart, as the estimate wants them."""
+    """2 / n (E k(x, y) - E k(x, x)) over y other than x: subsets are not drawn apart, as the estimate wants them."""
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     kernel = (x @ x.T / 6 + 1) ** 3
     same = kernel.diagonal().mean()
@@ -155,7 +155,7 @@ def test_kid_of_one_set_of_images_against_itself_is_below_0_by_the_images_that_m
     assert found.mean() == pytest.approx(float(2 / 400 * (other - same)), abs=4 * found.std() / 200**0.5)
     assert abs(found.mean()) < 0.1
     one, two = x.chunk(2)  # drawn apart
-    interval = metrics.halves_interval(metrics.kid(one, two))
+    interval = metrics.subsets_interval(metrics.kid(one, two))
     assert interval.low < 0 < interval.high
 
 
@@ -341,9 +341,9 @@ def test_kid_of_real_faces_knows_the_same_from_the_other() -> None:
     net = nets.feature_net()
     features = nets.features(net.module, pictures)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
-    halves = metrics.halves_interval(metrics.kid(features[order[::2]], features[order[1::2]]))
+    halves = metrics.subsets_interval(metrics.kid(features[order[::2]], features[order[1::2]]))
     assert halves.low < 0 < halves.high
-    sexes = metrics.halves_interval(metrics.kid(features[male], features[~male]))
+    sexes = metrics.subsets_interval(metrics.kid(features[male], features[~male]))
     assert sexes.low > 20 * abs(halves.mean)
     if "efficientnet" in net.name:
         assert sexes.mean == pytest.approx(0.55, abs=0.1)

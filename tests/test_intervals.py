@@ -224,15 +224,15 @@ def test_rates_of_trainings_that_never_differ_leave_room_for_what_was_not_seen()
 
 def test_the_halves_spread_is_not_divided_by_their_number() -> None:
     halves = np.random.default_rng(0).normal(0.5, 0.1, 200)
-    found = intervals.two_level(np.stack([halves] * 3), halves=True)
+    found = intervals.two_level(np.stack([halves] * 3), subsets=True)
     assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 199) * halves.std(ddof=1))
-    apart = intervals.two_level(np.stack([halves - 1, halves, halves + 1]), halves=True)
+    apart = intervals.two_level(np.stack([halves - 1, halves, halves + 1]), subsets=True)
     half = stats.t.ppf(0.975, 2) / 3**0.5
     assert apart.high - apart.mean == pytest.approx(half, rel=0.1)  # the seeds outweigh the images
-    assert intervals.two_level(halves[None], halves=True) == intervals.halves_interval(halves)
-    moved = intervals.two_level_difference(halves[None] + 0.2, halves[None], paired_seeds=True, halves=True)
+    assert intervals.two_level(halves[None], subsets=True) == intervals.subsets_interval(halves)
+    moved = intervals.two_level_difference(halves[None] + 0.2, halves[None], paired_seeds=True, subsets=True)
     assert (moved.low, moved.high) == pytest.approx((0.2, 0.2))
-    wide = intervals.halves_interval(halves, level=0.999)
+    wide = intervals.subsets_interval(halves, level=0.999)
     assert wide.high - wide.mean == pytest.approx(3.2905 * halves.std(), rel=1e-4)
 
 

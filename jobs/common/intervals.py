@@ -1,7 +1,7 @@
 """Intervals of means, rates and differences, over images and over training seeds.
 
     values     one an image (n), or one a training seed and image (seeds n)
-    halves     KID on random halves of the images; their spread is the standard error of the whole
+    subsets    KID on random halves of the images; their spread is the standard error of the whole
     level      0.95 means 95 %; `bonferroni` gives the level at which several are true together
 
 The metrics themselves are in `jobs.evaluation.metrics`.
@@ -105,13 +105,13 @@ def _normal_quantile(level: float) -> float:
     return statistics.NormalDist().inv_cdf((1 + level) / 2)
 
 
-def halves_interval(values: Float[np.ndarray, "halves"], *, level: float = 0.95) -> Interval:
-    """Mean over the halves, and the range that holds 95 % of them (at another level, that of a normal law)."""
+def subsets_interval(values: Float[np.ndarray, "subsets"], *, level: float = 0.95) -> Interval:
+    """Mean over the subsets, and the range that holds 95 % of them (at another level, that of a normal law)."""
     mean = float(values.mean())
     if level == 0.95:
         low, high = np.percentile(values, [2.5, 97.5])
         return Interval(mean, float(low), float(high))
-    half = _normal_quantile(level) * float(values.std())  # two hundred halves have no tails to count
+    half = _normal_quantile(level) * float(values.std())  # two hundred subsets have no tails to count
     return Interval(mean, mean - half, mean + half)
 
 
@@ -119,7 +119,7 @@ def halves_interval(values: Float[np.ndarray, "halves"], *, level: float = 0.95)
 
 
 def two_level(
-    values: Float[np.ndarray, "seeds n"], *, seed: int = 0, level: float = 0.95, halves: bool = False
+    values: Float[np.ndarray, "seeds n"], *, seed: int = 0, level: float = 0.95, subsets: bool = False
 ) -> Interval:
     """Mean over training seeds and images, with the interval that other seeds and other images would fall into.
 
@@ -129,14 +129,14 @@ def two_level(
     with three seeds it holds the truth in 93 to 97 of 100 cases, with two in 89 to 98; a bootstrap over seeds and
     images in 72 where the seeds differ more than images do.
 
-    `halves`: the second axis are KIDs of random halves, the same halves for every seed. Their spread is the standard
+    `subsets`: the second axis are KIDs of random subsets, the same subsets for every seed. Their spread is the standard
     error of the whole already (delete-half jackknife) and is not divided by their number.
     A single seed has no spread: its interval is over images, and says nothing about another training.
     """
     if len(values) == 1:
-        return halves_interval(values[0], level=level) if halves else bootstrap(values[0], seed=seed, level=level)
-    found = _student(float(values.mean()), _spread(values, halves), level)
-    if halves or not _is_rate(values):
+        return subsets_interval(values[0], level=level) if subsets else bootstrap(values[0], seed=seed, level=level)
+    found = _student(float(values.mean()), _spread(values, subsets), level)
+    if subsets or not _is_rate(values):
         return found
     return _hull(found, _wilson(found.mean, values.shape[1], level), within=(0.0, 1.0))
 
@@ -148,7 +148,7 @@ def two_level_difference(
     paired_seeds: bool,
     seed: int = 0,
     level: float = 0.95,
-    halves: bool = False,
+    subsets: bool = False,
 ) -> Interval:
     """Mean of ours minus theirs over training seeds and images, as `two_level`; column i is the same image in both.
 
@@ -162,19 +162,19 @@ def two_level_difference(
     if ours.shape[1] != theirs.shape[1] or (paired_seeds and len(ours) != len(theirs)):
         raise ValueError(f"a difference needs the same images, and paired seeds: {ours.shape} against {theirs.shape}")
     if len(ours) == len(theirs) == 1:
-        if halves:
-            return halves_interval(ours[0] - theirs[0], level=level)
+        if subsets:
+            return subsets_interval(ours[0] - theirs[0], level=level)
         return difference(ours[0], theirs[0], seed=seed, level=level)
     if paired_seeds:
-        spread = _spread(ours - theirs, halves)
+        spread = _spread(ours - theirs, subsets)
     else:
-        of_seeds = [_spread(side, halves) for side in (ours, theirs)]
-        of_images = _spread((ours.mean(0) - theirs.mean(0))[None], halves)
+        of_seeds = [_spread(side, subsets) for side in (ours, theirs)]
+        of_images = _spread((ours.mean(0) - theirs.mean(0))[None], subsets)
         spread = _Spread(
             [each for side in of_seeds for each in side.seeds], of_images.images, sum(s.shared for s in of_seeds)
         )
     found = _student(float(ours.mean() - theirs.mean()), spread, level)
-    if halves or not _is_rate(ours):
+    if subsets or not _is_rate(ours):
         return found
     if not _is_rate(theirs):  # a threshold, or a rate on another scale: the rate alone
         alone, shift = _wilson(float(ours.mean()), ours.shape[1], level), float(theirs.mean())
@@ -199,9 +199,9 @@ class _Spread:
     """The variance that is in both."""
 
 
-def _spread(values: np.ndarray, halves: bool) -> _Spread:
+def _spread(values: np.ndarray, subsets: bool) -> _Spread:
     num_seeds, num = values.shape
-    weight = 1 if halves else num
+    weight = 1 if subsets else num
     of_images = [(float(values.mean(0).var(ddof=1)) / weight, num - 1)] if num > 1 else []
     if num_seeds == 1:
         return _Spread([], of_images, 0.0)

@@ -14,8 +14,9 @@ from ddpm_core import provenance, storage
 from jobs.common.progress import Progress
 from jobs.datasets import cache, reading
 from jobs.evaluation import baselines, summary, worker
-from jobs.evaluation.plan import FORMAT, FORMAT_VERSION, EvaluationJob
-from jobs.evaluation.summary import Findings, Measured
+from jobs.evaluation.plan import EvaluationJob
+from jobs.evaluation.results import FORMAT, FORMAT_VERSION
+from jobs.evaluation.summary import Measured, Summary
 from jobs.evaluation.worker import Found
 from jobs.reports.metric_table import METHODS
 from jobs.translation.batch import Batch, actor_pool, dataset_rows
@@ -167,17 +168,17 @@ def grid(job: EvaluationJob, domain: str, found: Mapping[Key, Found]) -> tuple[l
 def evaluate(job: EvaluationJob) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The content of metrics.json, and the files beside it."""
     found, num_workers = look(job)
-    outcome: dict[str, tuple[list[str], Findings]] = {}
+    outcome: dict[str, tuple[list[str], Summary]] = {}
     domains, files, names = {}, {}, {}
     for domain in job.domains:
         measured = gather(job, domain, found)
-        outcome[domain] = measured.ids, summary.find(measured, seed=job.args.seed)
+        outcome[domain] = measured.ids, summary.summarise(measured, seed=job.args.seed)
         shown, png = grid(job, domain, found)
         names[domain] = "grid.png" if len(job.domains) == 1 else f"grid-{domain}.png"
         files[names[domain]] = png
         domains[domain] = {**told(job, domain, measured, outcome[domain][1]), "shown": shown}
     files["pictures.parquet"] = summary.images_table(outcome)
-    files["halves.parquet"] = summary.halves_table(outcome)
+    files["halves.parquet"] = summary.subsets_table(outcome)
     evaluation = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -211,7 +212,7 @@ def guided(guides: GuidanceNets, name: str) -> bool:
     return getattr(guides, name.rpartition("_")[0] + "_guidance") is not None
 
 
-def told(job: EvaluationJob, domain: str, measured: Measured, found: Findings) -> dict[str, Any]:
+def told(job: EvaluationJob, domain: str, measured: Measured, found: Summary) -> dict[str, Any]:
     """What metrics.json says of one domain."""
     pairing = job.card.pairing
     verdicts = summary.verdicts(found, seed=job.args.seed)

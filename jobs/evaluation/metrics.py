@@ -5,8 +5,8 @@ PSNR         dB, data range 255, at most 60 (rounding to 8 bits alone costs 58.9
 SSIM         Gaussian window 11, sigma 1.5, data range 255
 perceptual   Zhang et al. 2018, eq. 1, with every weight 1 and the mean over maps: LPIPS without its learned weights,
              on the maps of the net that it is named with; 0 for identical images
-KID          unbiased squared MMD of features, cubic kernel (Binkowski et al. 2018): on 200 random halves of either
-             side, the same halves for every method. The halves' spread is the standard error of the whole
+KID          unbiased squared MMD of features, cubic kernel (Binkowski et al. 2018): on 200 random subsets of half of
+             either side, the same for every method. The subsets' spread is the standard error of the whole
              (delete-half jackknife; too wide where both sides are one distribution)
 FD           Fréchet distance of features (Heusel et al. 2017); FID where the net is Inception. It is biased upwards,
              the more the fewer the images: figures compare at one number of images and with one net
@@ -34,19 +34,14 @@ from ddpm_core.checkpoint import Read, read_local
 from ddpm_core.errors import InputError
 from ddpm_core.identity import perceptual_distance
 from ddpm_core.nets import Net
-from jobs.common.intervals import (
-    Interval,
-    difference,
-    halves_interval,
-    significant,
-    student_quantile,
-)
+from jobs.common import intervals
+from jobs.common.intervals import Interval, significant, student_quantile, subsets_interval
 from jobs.reports import metric_table
 
 MAX_PSNR = 60.0
 MIN_SSIM_SIDE = 16
 """The SSIM window does not fit smaller images."""
-NUM_HALVES = 200
+NUM_SUBSETS = 200
 MIN_KID_IMAGES = 20
 """With fewer images a KID says nothing."""
 MAX_KID_IMAGES = 5000
@@ -144,8 +139,9 @@ def perceptual(net: Net, pictures: Pictures, references: Pictures, *, batch_size
 # -- two sets of images ---------------------------------------------------------------------------------------
 
 
-def kid(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, seed: int = 0) -> Float[np.ndarray, "halves"]:
-    """KID of random halves, without replacement and of equal size; equal (n, m, seed) give the same halves.
+def kid(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, seed: int = 0) -> Float[np.ndarray, "subsets"]:
+    """KID of random subsets of half of the images, without replacement and of equal size; equal (n, m, seed)
+    give the same subsets.
 
     Raises:
         ValueError: fewer than MIN_KID_IMAGES images on a side.
@@ -155,14 +151,14 @@ def kid(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, seed: int = 0
     if 2 * size < MIN_KID_IMAGES:
         raise ValueError(f"KID needs {MIN_KID_IMAGES} images or more on either side")
     draw = np.random.default_rng(seed)
-    r, m = torch.zeros(NUM_HALVES, len(real)).double(), torch.zeros(NUM_HALVES, len(made)).double()
-    for half in range(NUM_HALVES):  # which images are in it
-        r[half, draw.permutation(len(real))[:size]] = 1
-        m[half, draw.permutation(len(made))[:size]] = 1
+    r, m = torch.zeros(NUM_SUBSETS, len(real)).double(), torch.zeros(NUM_SUBSETS, len(made)).double()
+    for subset in range(NUM_SUBSETS):  # which images are in it
+        r[subset, draw.permutation(len(real))[:size]] = 1
+        m[subset, draw.permutation(len(made))[:size]] = 1
 
-    # torchmetrics' maximum_mean_discrepancy of all halves at once: the sums over pairs are quadratic forms.
+    # torchmetrics' maximum_mean_discrepancy of all subsets at once: the sums over pairs are quadratic forms.
     k_rr, k_rm, k_mm = poly_kernel(real, real), poly_kernel(real, made), poly_kernel(made, made)
-    within = [((half @ k) * half).sum(1) - half @ k.diagonal() for half, k in ((r, k_rr), (m, k_mm))]
+    within = [((of @ k) * of).sum(1) - of @ k.diagonal() for of, k in ((r, k_rr), (m, k_mm))]
     across = ((r @ k_rm) * m).sum(1)
     return ((within[0] + within[1]) / (size * (size - 1)) - 2 * across / size**2).numpy()
 
@@ -294,7 +290,23 @@ def _nearest(queries: np.ndarray, gallery: np.ndarray) -> Values:
     return np.linalg.norm(x - y[found], axis=1)
 
 
-# -- verdicts ---------------------------------------------------------------------------------------------------
+# -- estimates and verdicts -------------------------------------------------------------------------------------
+
+
+def estimate(metric: str, values: Float[np.ndarray, "b"], *, seed: int = 0, level: float = 0.95) -> Interval:
+    """Mean of values of each image, or of kid of each subset; NaN where it was not measured."""
+    if metric == "kid":
+        return subsets_interval(values, level=level)
+    return intervals.bootstrap(values[~np.isnan(values)], seed=seed, level=level)
+
+
+def difference(
+    metric: str, ours: Float[np.ndarray, "b"], theirs: Float[np.ndarray, "b"], *, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean of ours minus theirs, on the same images or subsets."""
+    if metric == "kid":
+        return subsets_interval(ours - theirs, level=level)
+    return intervals.difference(ours, theirs, seed=seed, level=level)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +316,7 @@ class Verdict:
     metric: str
     against: str
     difference: Interval
-    """Ours minus theirs, on the same images (or halves)."""
+    """Ours minus theirs, on the same images (or subsets)."""
     better: bool | None
     """None where the interval holds zero: no clear difference."""
     text: str
@@ -322,11 +334,8 @@ def verdict(
     seed: int = 0,
     level: float = 0.95,
 ) -> Verdict:
-    """Compare per-image values, or for kid the halves."""
-    if metric == "kid":
-        gap = halves_interval(ours - theirs, level=level)
-    else:
-        gap = difference(ours, theirs, seed=seed, level=level)
+    """Compare per-image values, or for kid the subsets."""
+    gap = difference(metric, ours, theirs, seed=seed, level=level)
     sign = -1 if metric_table.lower_is_better(metric) else 1
     better = (gap.mean * sign > 0) if significant(gap) else None
     row = metric_table.of(metric)

@@ -14,11 +14,11 @@ from ddpm_core.nets import Net
 from jobs.datasets import cache
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.evaluation import worker
+from jobs.evaluation.results import FORMAT_VERSION
 from jobs.evaluation.worker import Judges
 from jobs.translation import listing
 from jobs.translation.options import GuidanceNets, SamplingOverrides, check_least, open_checkpoint
 
-FORMAT, FORMAT_VERSION = "ddpm-translate-evaluation", 2
 NUM_SHOWN = 10
 """Images in the grid, spread over the set."""
 NUM_SAMPLES = 3
@@ -62,7 +62,7 @@ class EvaluateArgs:
     ema: float | None = None
     """Weights averaged over this share of the training; those that validated best by default."""
     seed: int = 0
-    """Of the sampling noise, the bootstrap and the KID halves."""
+    """Of the sampling noise, the bootstrap and the KID subsets."""
     batch_size: int = 16
     """Images the network sees at once; memory and speed, not results."""
     num_workers: int | None = None

@@ -60,32 +60,32 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
-class Findings:
-    """What a domain's measurements come to."""
+class Summary:
+    """What a domain's measurements come to: every method in every metric."""
 
     values: dict[str, dict[str, Float[np.ndarray, " n"]]]
     """method → metric → each image's, NaN where it was not measured."""
-    halves: dict[str, Float[np.ndarray, " h"]]
-    """method → KID of random halves."""
+    subsets: dict[str, Float[np.ndarray, " k"]]
+    """method → KID of random subsets."""
     summaries: dict[str, dict[str, Interval]]
     """method → metric → its mean and interval."""
     instruments: dict[str, Interval]
     """How good the nets are that judge: on images of which the right answer is known."""
 
 
-def find(measured: Measured, *, seed: int) -> Findings:
+def summarise(measured: Measured, *, seed: int) -> Summary:
     """All of it."""
     values = {name: per_image(name, measured) for name in measured.methods}
-    halves = kid_halves(measured, seed)
+    subsets = kid_subsets(measured, seed)
     summaries = {
-        name: {metric: intervals.bootstrap(each[~np.isnan(each)], seed=seed) for metric, each in of.items()}
+        name: {metric: evaluation_metrics.estimate(metric, each, seed=seed) for metric, each in of.items()}
         for name, of in values.items()
     }
-    for name, each in halves.items():
-        summaries.setdefault(name, {})["kid"] = evaluation_metrics.halves_interval(each)
+    for name, each in subsets.items():
+        summaries.setdefault(name, {})["kid"] = evaluation_metrics.estimate("kid", each)
     for name, distance in frechet_distances(measured).items():
         summaries.setdefault(name, {})["fd"] = distance
-    return Findings(values, halves, summaries, instruments(measured, values, seed))
+    return Summary(values, subsets, summaries, instruments(measured, values, seed))
 
 
 def per_image(method: str, measured: Measured) -> dict[str, np.ndarray]:
@@ -110,8 +110,8 @@ def per_image(method: str, measured: Measured) -> dict[str, np.ndarray]:
     return values
 
 
-def kid_halves(measured: Measured, seed: int) -> dict[str, np.ndarray]:
-    """KID of each method on the same halves, where there are images enough."""
+def kid_subsets(measured: Measured, seed: int) -> dict[str, np.ndarray]:
+    """KID of each method on the same subsets, where there are images enough."""
     made = {name: found["features"] for name, found in measured.methods.items() if name != "truth"}
     if len(measured.train) >= evaluation_metrics.MIN_KID_IMAGES:
         made["real"] = measured.train
@@ -152,11 +152,11 @@ def instruments(measured: Measured, values: dict[str, dict[str, np.ndarray]], se
 # -- in words -----------------------------------------------------------------------------------------------------
 
 
-def verdicts(found: Findings, *, seed: int) -> list[evaluation_metrics.Verdict]:
+def verdicts(found: Summary, *, seed: int) -> list[evaluation_metrics.Verdict]:
     """Ours against the baselines and against a perfect answer."""
     told = []
     for metric, other in VERDICTS:
-        values = found.halves if metric == "kid" else {name: of.get(metric) for name, of in found.values.items()}
+        values = found.subsets if metric == "kid" else {name: of.get(metric) for name, of in found.values.items()}
         ours, theirs = values.get("model"), values.get(other)
         if ours is not None and theirs is not None:
             told.append(evaluation_metrics.verdict(metric, METHODS[other], ours, theirs, seed=seed))
@@ -180,7 +180,7 @@ def headline(found: Iterable[evaluation_metrics.Verdict]) -> str:
     return " ".join(parts)
 
 
-def notes(found: Findings, *, pairing: str, domain: str, num_train: tuple[int, int], elsewhere: bool) -> list[str]:
+def notes(found: Summary, *, pairing: str, domain: str, num_train: tuple[int, int], elsewhere: bool) -> list[str]:
     """What a reader must know not to misread the figures. `num_train`: training images looked at, and all of them.
     `elsewhere`: the model was trained on other data."""
     told = []
@@ -194,7 +194,7 @@ def notes(found: Findings, *, pairing: str, domain: str, num_train: tuple[int, i
             "These data have no pairs: PSNR and SSIM are to the source and say how much of the image was kept, "
             "not whether the translation is right."
         )
-    if "model" not in found.halves:
+    if "model" not in found.subsets:
         told.append(
             f"No KID: it needs {evaluation_metrics.MIN_KID_IMAGES} results and as many real images of {domain}."
         )
@@ -224,12 +224,12 @@ def notes(found: Findings, *, pairing: str, domain: str, num_train: tuple[int, i
 # -- files --------------------------------------------------------------------------------------------------------
 
 
-def images_table(found: Mapping[str, tuple[list[str], Findings]]) -> bytes:
+def images_table(found: Mapping[str, tuple[list[str], Summary]]) -> bytes:
     """pictures.parquet: a row for each domain, method and id, with the value of each metric."""
     rows = [
         {"domain": domain, "method": method, "id": name, **{m: _number(each[i]) for m, each in of.items()}}
-        for domain, (ids, findings) in found.items()
-        for method, of in findings.values.items()
+        for domain, (ids, of_domain) in found.items()
+        for method, of in of_domain.values.items()
         for i, name in enumerate(ids)
     ]
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -237,13 +237,13 @@ def images_table(found: Mapping[str, tuple[list[str], Findings]]) -> bytes:
     return _parquet({name: ([row.get(name) for row in rows], text.get(name, pyarrow.float64())) for name in columns})
 
 
-def halves_table(found: Mapping[str, tuple[list[str], Findings]]) -> bytes:
-    """halves.parquet: KID of each domain, method and random half."""
+def subsets_table(found: Mapping[str, tuple[list[str], Summary]]) -> bytes:
+    """halves.parquet: KID of each domain, method and random subset."""
     rows = [
-        (domain, method, half, float(kid))
-        for domain, (_, findings) in found.items()
-        for method, halves in findings.halves.items()
-        for half, kid in enumerate(halves)
+        (domain, method, subset, float(kid))
+        for domain, (_, of_domain) in found.items()
+        for method, subsets in of_domain.subsets.items()
+        for subset, kid in enumerate(subsets)
     ]
     types = {"domain": pyarrow.string(), "method": pyarrow.string(), "half": pyarrow.int32(), "kid": pyarrow.float64()}
     return _parquet({name: ([row[i] for row in rows], kind) for i, (name, kind) in enumerate(types.items())})

@@ -361,7 +361,7 @@ def _options(values: Mapping[str, Any]) -> str:
 
 
 NOTE = (
-    "Intervals are 95 %, over training seeds and images; KID's spread is that of random halves of the images. A "
+    "Intervals are 95 %, over training seeds and images; KID's spread is that of random subsets of the images. A "
     "claim holds where its whole interval is on its side, does not hold where the whole interval is on the other, and "
     "is not clear in between. The level of all claims together is the one at which all of them are right at once in "
     "95 % of cases (Bonferroni); where nothing is said a claim that holds does so at that level too. Two samplings of "

@@ -1,6 +1,6 @@
 """What a suite's measurements come to: its table's rows over seeds and images, and whether its claims hold.
 
-    values     seeds n: a measurement of n images (of KID: n halves of them), once for each training seed
+    values     seeds n: a measurement of n images (of KID: n subsets of them), once for each training seed
     interval   95 %, over seeds and images; with one seed over images only, which every text that quotes it says
 
 A claim holds where the whole interval is on its side, does not where the whole interval is on the other, and is not
@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet
 from jaxtyping import Float
 
 from ddpm_core import storage
 from jobs.common.intervals import Interval, bonferroni, two_level, two_level_difference
+from jobs.evaluation.results import Evaluation
 from jobs.reports import metric_table
 from jobs.suite.plan import Claim, Command, Measured, Plan, Section, digests, needs, records
 
@@ -33,71 +33,14 @@ Outcome = Literal["holds", "does not hold", "not clear", "not measured"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """One evaluation's folder."""
-
-    uri: str
-    metrics: Mapping[str, Any]
-    """The content of metrics.json."""
-
-    @property
-    def source(self) -> tuple[str, str]:
-        """Name and content hash of the data it was measured on."""
-        return self.metrics["data"]["name"], self.metrics["data"]["content_hash"]
-
-    @functools.cached_property
-    def _pictures(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-        return _by_method(storage.join(self.uri, "pictures.parquet"))
-
-    @functools.cached_property
-    def _halves(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-        return _by_method(storage.join(self.uri, "halves.parquet"))
-
-    def pictures(self, domain: str, method: str, metric: str) -> dict[str, float]:
-        """id → value, of those images that were measured."""
-        found = self._pictures.get((domain, method), {})
-        if metric not in found:
-            return {}
-        pairs = zip(found["id"], found[metric].astype(np.float64), strict=True)
-        return {str(name): float(value) for name, value in pairs if not math.isnan(value)}
-
-    def halves(self, domain: str, method: str) -> Float[np.ndarray, "halves"]:
-        found = self._halves.get((domain, method))
-        if found is None:
-            return np.zeros(0)
-        return found["kid"][np.argsort(found["half"])]
-
-    def summary(self, domain: str, method: str, metric: str) -> Interval | None:
-        """What metrics.json says."""
-        methods = self.metrics["domains"].get(domain, {}).get("methods", {})
-        value = methods.get(method, {}).get("metrics", {}).get(metric)
-        return None if value is None else Interval(value["mean"], value["low"], value["high"])
-
-
-def _by_method(uri: str) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-    """The columns of a table by (domain, method)."""
-    try:
-        table = pyarrow.parquet.read_table(io.BytesIO(storage.read_bytes(uri)))
-    except FileNotFoundError:
-        return {}
-    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
-    keys = np.array([f"{d}\0{m}" for d, m in zip(columns["domain"], columns["method"], strict=True)])
-    found = {}
-    for key in dict.fromkeys(keys.tolist()):
-        domain, method = key.split("\0")
-        found[domain, method] = {name: column[keys == key] for name, column in columns.items()}
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
 class Values:
     """One metric of one row; `array` is seeds n."""
 
-    kind: Literal["images", "halves", "summaries"]
+    kind: Literal["images", "subsets", "summaries"]
     """Summaries: what metrics.json says, a mean a seed; nothing of the single images is known."""
     array: Float[np.ndarray, "seeds n"]
     ids: tuple[str, ...]
-    """Of the images, or of the halves."""
+    """Of the images, or of the subsets."""
     summaries: tuple[Interval, ...]
     """What each seed's evaluation says by itself."""
     places: tuple[int, ...]
@@ -241,10 +184,10 @@ class Results:
         found, places = [each for _, each, _ in told], tuple(place for place, _, _ in told)
         summaries = tuple(summary for _, _, summary in told)
         if metric == "kid":
-            halves = [each.halves(domain, method) for each in found]
-            if all(len(values) == len(halves[0]) > 0 for values in halves):
-                return Values("halves", np.stack(halves), tuple(map(str, range(len(halves[0])))), summaries, places)
-        pictures = [each.pictures(domain, method, metric) for each in found]
+            subsets = [each.subsets(domain, method) for each in found]
+            if all(len(values) == len(subsets[0]) > 0 for values in subsets):
+                return Values("subsets", np.stack(subsets), tuple(map(str, range(len(subsets[0])))), summaries, places)
+        pictures = [each.images(domain, method, metric) for each in found]
         if ids := sorted(set.intersection(*map(set, pictures))):
             array = np.array([[values[name] for name in ids] for values in pictures])
             return Values("images", array, tuple(ids), summaries, places)
@@ -304,10 +247,10 @@ class Results:
             x, y = x[[a.places.index(place) for place in common]], y[[b.places.index(place) for place in common]]
             if not common:
                 return "no training seed has both"
-        halves = a.kind == "halves"
+        subsets = a.kind == "subsets"
 
         def interval(level: float) -> Interval:
-            return _moved(two_level_difference(x, y, paired_seeds=same, halves=halves, level=level), sign, 0.0)
+            return _moved(two_level_difference(x, y, paired_seeds=same, subsets=subsets, level=level), sign, 0.0)
 
         return interval, min(self.num_pictures(row, domain, metric) for row in (ours, theirs))
 
@@ -330,7 +273,7 @@ def estimate(values: Values, level: float = 0.95) -> Interval:
     """Over seeds and images."""
     if values.kind == "summaries":
         return _over_seeds(values.summaries)
-    return two_level(values.array, halves=values.kind == "halves", level=level)
+    return two_level(values.array, subsets=values.kind == "subsets", level=level)
 
 
 def _over_seeds(summaries: Sequence[Interval]) -> Interval:

@@ -50,7 +50,7 @@ class Seen:
     of_each: dict[str, np.ndarray]
     """Of each image: psnr or psnr_to_source, and where there is a net for it flip_rate and identity_cosine."""
     kid: np.ndarray
-    """KID of random halves; () where there are too few images."""
+    """KID of random subsets; () where there are too few images."""
     nfe: float
     """Network evaluations for an image."""
 
@@ -200,7 +200,7 @@ def compared(ours: Seen, theirs: Seen, *, seed: int) -> dict[str, dict[str, inte
         }
     if len(ours.kid) and len(theirs.kid):
         pairs = {"chosen": ours.kid, "hand": theirs.kid, "difference": ours.kid - theirs.kid}
-        found["kid"] = {name: intervals.halves_interval(values) for name, values in pairs.items()}
+        found["kid"] = {name: intervals.subsets_interval(values) for name, values in pairs.items()}
     exact = {"chosen": ours.nfe, "hand": theirs.nfe, "difference": ours.nfe - theirs.nfe}
     found["nfe"] = {name: intervals.Interval(value, value, value) for name, value in exact.items()}
     return found
