@@ -13,7 +13,6 @@ import sys
 
 from ddpm_core import storage
 from jobs.common import cli
-from jobs.datasets import reading
 from jobs.evaluation import compare, driver
 from jobs.evaluation.plan import EvaluateArgs, finished, plan_evaluation
 
@@ -29,11 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"evaluated already: {report_uri}")
         return cli.DONE
     storage.check_writable(job.args.output)
-    with contextlib.ExitStack() as stack:
-        if args.num_workers != 0:
-            stack.enter_context(cli.ray_session())
-        for split in job.plans:
-            stack.enter_context(reading.damage_told(job.args.data, split))
+    with contextlib.nullcontext() if args.num_workers == 0 else cli.ray_session():
         evaluation, files = driver.evaluate(job)
     for domain in evaluation["domains"].values():
         for verdict in domain["verdicts"]:

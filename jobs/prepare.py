@@ -9,9 +9,7 @@ The same command again finds the data set complete and does nothing; killed half
 same bytes.
 """
 
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -19,8 +17,7 @@ import tyro
 from ddpm_core import storage
 from ddpm_core.errors import InputError
 from jobs.common import cli
-from jobs.common.progress import duration
-from jobs.datasets import assemble, decode, source
+from jobs.datasets import assemble, source
 from jobs.datasets.inspect import Inspect, inspect
 from jobs.datasets.sources import celeba, day2night, earth, folders, rendered
 
@@ -51,25 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if append and options.overwrite:
         raise InputError("--append and --overwrite are both given; give one of them")
     draft = DRAFTS[type(options)](options)
-    before = assemble.extended(output, draft.card) if append else None
-    there = None if options.overwrite else assemble.existing(output, draft.card, before)
-    if there is not None:
-        print(f"already there: {output}")
-        assemble.summarise(output, there)
-        return cli.SET_ASIDE if there.num_rejected else cli.DONE
-    storage.check_writable(output)
-    started = time.monotonic()
-    with decode.scratch_folder() as scratch:
-        made = draft.make(Path(scratch))
-        card = (
-            assemble.write(output, draft.card, made)
-            if before is None
-            else assemble.extend(output, draft.card, made, before)
-        )
-    seconds = max(time.monotonic() - started, 1e-3)
-    rows = sum(card.splits.values()) - (0 if before is None else sum(before.splits.values()))
-    assemble.summarise(output, card, f"{rows:,} rows in {duration(seconds)}, {rows / seconds:.3g} a second")
-    return cli.SET_ASIDE if card.num_rejected else cli.DONE
+    return assemble.make(output, draft, append=append, overwrite=options.overwrite, num_workers=options.num_workers)
 
 
 if __name__ == "__main__":

@@ -7,30 +7,16 @@ Each image keeps its place and name, with the suffix .png. What cannot be read i
 new and changed images, and tries again those set aside.
 """
 
-import contextlib
 import sys
 
 from jobs.common import cli
-from jobs.datasets import reading
 from jobs.translation import driver
-from jobs.translation.plan import TranslateArgs, plan_translation, remaining
+from jobs.translation.plan import TranslateArgs, plan_translation
 
 
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(TranslateArgs, sys.argv[1:] if argv is None else argv, prog="jobs.translate", description=__doc__)
-    job = plan_translation(args)
-    manifest = driver.open_output(job)
-    todo = remaining(job, manifest)
-    if todo:
-        done = len(job.sources) - len(todo)
-        print(f"{driver.counted(len(todo))} to translate" + (f", {done:,} are done already" if done else ""))
-        damaged = contextlib.nullcontext() if job.card is None else reading.damage_told(job.args.input, args.split)
-        with cli.ray_session(), damaged:
-            driver.translate(job, manifest, todo)
-            driver.write_preview(job, manifest)
-    else:
-        print(f"nothing to do, {driver.counted(len(job.sources))} translated already: {job.args.output}")
-    return driver.finish(job, manifest)
+    return driver.run(plan_translation(args))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Data sets that grow, are looked into, and survive being killed at any moment."""
 
-import os
 import pkgutil
 import shutil
 import signal
@@ -45,7 +44,7 @@ def folders(source: Path | str, output: Path | str, *flags: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def first(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of twenty images of either domain."""
     folder = tmp_path_factory.mktemp("append")
     assert folders(fill(folder / "in", range(20)), folder / "set") == 0
@@ -97,7 +96,11 @@ def test_append_adds_a_version_and_leaves_the_old_files_alone(
 def test_append_reads_as_one_set(grown: Path, tmp_path: Path) -> None:
     assert folders(fill(tmp_path / "more", range(20, 30)), grown, "--append") == 0
     there = {name: row for name, row in rows(grown).items() if row["split"] == "train"}
-    read = {row["id"]: row["image"].tobytes() for row in reading.read_split(str(grown), "train").take_all()}
+    read = {
+        name: pixels.tobytes()
+        for table in reading.read_tables(str(grown), "train")
+        for name, pixels in zip(table["id"].to_pylist(), reading.pixels_of(table, "image"), strict=True)
+    }
     assert read == {name: row["image"] for name, row in there.items()}
 
 
@@ -158,7 +161,7 @@ def test_a_grown_set_is_not_made_again_from_its_first_source(grown: Path, first:
     assert "train/part-00001.parquet is missing or damaged" in message
 
 
-def test_pairs_keep_their_split(ray_cluster: None, tmp_path: Path) -> None:
+def test_pairs_keep_their_split(tmp_path: Path) -> None:
     out = tmp_path / "set"
     assert folders(fill(tmp_path / "in", range(20)), out, "--pairing", "paired") == 0
     before = rows(out)
@@ -172,7 +175,7 @@ def test_pairs_keep_their_split(ray_cluster: None, tmp_path: Path) -> None:
     assert "another image of this name" in rejected(out)["03"]  # another counterpart is another pair
 
 
-def test_people_keep_their_split(ray_cluster: None, tmp_path: Path) -> None:
+def test_people_keep_their_split(tmp_path: Path) -> None:
     """Of each person two images come first, the third later: it joins them."""
     source = CelebA(tmp_path / "in")
     source.text("identity_CelebA.txt", source.people[:, None])
@@ -214,7 +217,7 @@ def test_duplicates_between_versions(grown: Path, tmp_path: Path) -> None:
     assert [line["picture"] for line in lines] == ["cat/copy.png", "dog/another.png"]
 
 
-def test_an_exact_copy_is_found_between_versions_of_jpegs(ray_cluster: None, tmp_path: Path) -> None:
+def test_an_exact_copy_is_found_between_versions_of_jpegs(tmp_path: Path) -> None:
     source = fill(tmp_path / "in", range(6))
     assert folders(source, tmp_path / "set", "--encoding", "jpeg") == 0
     shutil.copy(source / "cat/00.png", source / "dog/copy.png")
@@ -255,7 +258,7 @@ def test_append_on_s3(s3: Any, first: Path, grown: Path, tmp_path: Path) -> None
     assert made(uri) == made(grown)
 
 
-def test_side_by_side_images_are_appended(ray_cluster: None, tmp_path: Path) -> None:
+def test_side_by_side_images_are_appended(tmp_path: Path) -> None:
     def both(day: int, night: int) -> Image.Image:
         image = Image.new("RGB", (48, 24))
         image.paste(scene(night, 24).point(lambda level: level // 8), (0, 0))  # night is on the left
@@ -280,7 +283,7 @@ def test_side_by_side_images_are_appended(ray_cluster: None, tmp_path: Path) -> 
 # -------------------------------------------------------------------------------------------- duplicates
 
 
-def test_duplicates_are_reported_or_dropped(ray_cluster: None, tmp_path: Path) -> None:
+def test_duplicates_are_reported_or_dropped(tmp_path: Path) -> None:
     source = fill(tmp_path / "in", range(12))
     save(scene(0, 24), source / "dog/test/again.png")
     save(scene(2, 24), source / "cat/near.jpg", quality=97, subsampling=0)
@@ -297,7 +300,7 @@ def test_duplicates_are_reported_or_dropped(ray_cluster: None, tmp_path: Path) -
     assert rejected(tmp_path / "drop")["cat/00.png"] == "the same image as dog/test/again.png in test"
 
 
-def test_dropping_leaves_no_pair_without_its_other_half(ray_cluster: None, tmp_path: Path) -> None:
+def test_dropping_leaves_no_pair_without_its_other_half(tmp_path: Path) -> None:
     source = fill(tmp_path / "in", range(12))
     save(scene(0, 24), source / "cat/50.png")
     save(scene(400, 24), source / "dog/50.png")
@@ -312,7 +315,7 @@ def test_dropping_leaves_no_pair_without_its_other_half(ray_cluster: None, tmp_p
     assert "05" in rows(tmp_path / "set")
 
 
-def test_dropped_faces_are_no_matches(ray_cluster: None, tmp_path: Path) -> None:
+def test_dropped_faces_are_no_matches(tmp_path: Path) -> None:
     source = CelebA(tmp_path / "in")
     for number, name in enumerate(source.names):
         save(scene(number % 55, 218), source.folder / "img_align_celeba" / name, quality=95)
@@ -335,15 +338,15 @@ def test_inspect(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     mean = np.asarray(Image.open(tmp_path / "mean.png"))
     scale = 256 // 16
     for side, domain in enumerate(("cat", "dog")):
-        pictures = [row["image"] for name, row in rows(first).items() if name.startswith(domain)]
-        expected = np.mean([np.frombuffer(picture, np.uint8) for picture in pictures], axis=0).round()
+        stored = [row["image"] for name, row in rows(first).items() if name.startswith(domain)]
+        expected = np.mean([np.frombuffer(image, np.uint8) for image in stored], axis=0).round()
         top = side * (256 + 2)
         shown = mean[top : top + 256 : scale, :256:scale]
         np.testing.assert_array_equal(shown, expected.reshape(16, 16, 3))
 
 
 def test_inspect_tells_the_most_frequent_reasons(
-    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = fill(tmp_path / "in", range(6))
     for number in range(3):
@@ -368,7 +371,7 @@ def test_inspect_refusals(first: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- survival
 
 KILL_AT = {
-    "listing": "source.`image_files` = hang",
+    "listing": "folders.image_files = hang",
     "decoding": "decode.Pixels.__setitem__ = hang",
     "first shard": "storage.write_bytes = after('train/part-', write)",
     "last shard": "storage.write_bytes = after('test/part-', write)",
@@ -380,7 +383,8 @@ HANG = """
 import os, sys, time
 from ddpm_core import storage
 from jobs import prepare
-from jobs.datasets import decode, source
+from jobs.datasets import decode
+from jobs.datasets.sources import folders
 write, replace = storage.write_bytes, os.replace
 def hang(*_):
     print("here", flush=True)
@@ -396,15 +400,12 @@ def before(part, do):
 
 def killed(moment: str, *argv: object) -> None:
     """Start the command in a process of its own and SIGKILL it at that moment."""
-    import ray
-
     process = subprocess.Popen(
         [sys.executable, "-c", f"{HANG}\n{KILL_AT[moment]}\nprepare.main(sys.argv[1:])", *map(str, argv)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
     )
     assert process.stdout is not None
     try:

@@ -63,8 +63,8 @@ def test_unpaired_has_no_targets(cache: Path, tmp_path: Path, pairing: format.Pa
 
 def test_a_image_is_kept_once_though_it_is_the_counterpart_of_others(cache: Path, dataset: str) -> None:
     datasets_cache.load(dataset, "train")
-    (pictures,) = cache.glob("*/pictures.raw")
-    assert pictures.stat().st_size == 31 * SIZE * SIZE * 3  # 30 rows, each the counterpart of the one before
+    (stored,) = cache.glob("*/images.raw")
+    assert stored.stat().st_size == 31 * SIZE * SIZE * 3  # 30 rows, each the counterpart of the one before
 
 
 def test_several_tables_in_any_order(cache: Path, dataset: str) -> None:
@@ -103,7 +103,7 @@ def test_a_damaged_cache_is_made_again(cache: Path, dataset: str, damage: str) -
     expected = datasets_cache.load(dataset, "train").images(range(30))
     (folder,) = (entry for entry in cache.iterdir() if entry.is_dir())
     if damage == "cut":
-        os.truncate(folder / "pictures.raw", 100)
+        os.truncate(folder / "images.raw", 100)
     elif damage == "half written":
         folder.rename(folder.with_suffix(".part"))
     elif damage == "rows scrambled":
@@ -111,7 +111,7 @@ def test_a_damaged_cache_is_made_again(cache: Path, dataset: str, damage: str) -
         content[40:80] = bytes(40)  # in the first page of the ids; the footer is whole
         (folder / "rows.parquet").write_bytes(content)
     else:
-        (folder / ("pictures.raw" if damage == "images gone" else "rows.parquet")).unlink()
+        (folder / ("images.raw" if damage == "images gone" else "rows.parquet")).unlink()
     np.testing.assert_array_equal(datasets_cache.load(dataset, "train").images(range(30)), expected)
 
 
@@ -154,7 +154,7 @@ def nodes_cache() -> Path:
 
 @pytest.fixture(params=["small", "large"])
 def threshold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether what the tests spread counts as small: read without Ray Data."""
+    """Whether what the tests spread counts as small: each node reads it for itself."""
     monkeypatch.setattr(datasets_cache, "SMALL_BYTES", 2**20 if request.param == "small" else 0)
     return request.param
 
@@ -167,16 +167,13 @@ def test_the_nodes_that_lack_a_split_are_filled(
 
     datasets_cache.load(dataset, "val")
     (val,) = made().items()
-    ways = []
-    for way in ("read_split", "read_tables"):
-        there = getattr(reading, way)
-        monkeypatch.setattr(
-            reading,
-            way,
-            lambda *args, way=way, there=there, **more: ways.append((way, args[1])) or there(*args, **more),
-        )
+    read_here: list[str] = []
+    read_tables = reading.read_tables
+    monkeypatch.setattr(
+        reading, "read_tables", lambda *args, **more: read_here.append(args[1]) or read_tables(*args, **more)
+    )
     datasets_cache.spread(dataset, ("train", "val"), resource="CPU")
-    assert ways == [("read_tables" if threshold == "small" else "read_split", "train")]
+    assert read_here == (["train"] if threshold == "small" else [])
     filled = made()
     assert len(filled) == 2
     assert val in filled.items()
@@ -186,7 +183,7 @@ def test_the_nodes_that_lack_a_split_are_filled(
     np.testing.assert_array_equal(read.images(range(30)), np.stack([row.image for row in rows(30)]))
     np.testing.assert_array_equal(read.targets(range(30)), np.stack([row.target for row in rows(30)]))
     assert made() == filled
-    assert len(ways) == 1
+    assert len(read_here) <= 1
 
 
 def test_a_shard_damaged_behind_its_footer_is_named(
@@ -224,7 +221,7 @@ def test_room_is_made_by_what_was_longest_unused(
     for split, age_s in {"train": 100, "val": 8 * 24 * 3600, "test": 10}.items():
         os.utime(entries[split], (now - age_s, now - age_s))
     datasets_cache.make_room(0)
-    assert [split for split, entry in entries.items() if entry.exists()] == ["train", "test"]  # a week is too long
+    assert {split for split, entry in entries.items() if entry.exists()} == {"train", "test"}  # a week is too long
 
     def usage(path: Path) -> object:
         free = 1000 if entries["train"].exists() else 2000
@@ -255,7 +252,7 @@ def test_what_the_disk_refuses_is_told_with_the_remedy(
     (table,) = reading.read_tables(dataset, "train", columns=datasets_cache.COLUMNS)
     with datasets_cache._Filling(format.read_card(dataset), "train") as filling:
         assert filling.start(wait=True)
-        filling.pictures = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - closed by finish
+        filling.images = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - closed by finish
         with pytest.raises(InputError, match=remedy.format("No space left on device")):
             filling.add(table)
 

@@ -238,19 +238,44 @@ def test_missing_shards_are_noticed(dataset: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def test_all_columns_can_be_read(ray_cluster: None, dataset: Path) -> None:
-    (first, *_) = reading.read_split(str(dataset), "train", columns=SCHEMA.names).take(1)
-    assert list(first["attributes"]) == [1, -1]
+def test_all_columns_can_be_read(dataset: Path) -> None:
+    (table,) = reading.read_tables(str(dataset), "train", columns=SCHEMA.names)
+    first = table.slice(0, 1).to_pylist()[0]
+    assert first["attributes"] == [1, -1]
     assert first["identity"] == 0
-    assert first["image"].shape == (SIZE, SIZE, 3)
+    np.testing.assert_array_equal(reading.pixels_of(table, "image"), np.stack([row.image for row in rows(30)]))
 
 
-def test_unknown_split_is_refused(ray_cluster: None, dataset: Path, tmp_path: Path) -> None:
+def test_pieces_hold_every_row_once_and_only_the_wanted_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "ROWS_PER_GROUP", 4)
+    writing.write_dataset(str(tmp_path), splits(), card())
+    there = reading.open_split(str(tmp_path), "train", rows_in_piece=10)
+    assert [piece.rows for piece in there.pieces] == [12, 12, 6]
+    ids = [name for piece in there.pieces for name in there.read(piece)["id"].to_pylist()]
+    assert ids == [f"{number:05d}" for number in range(30)]
+    monkeypatch.setattr(reading, "decode_column", counted := Counted(reading.decode_column))
+    assert there.read(there.pieces[1], wanted={"00013", "00029"})["id"].to_pylist() == ["00013"]
+    assert there.read(there.pieces[1], wanted=set()).num_rows == 0
+    assert counted.rows == 2  # an image and its counterpart
+
+
+class Counted:
+    def __init__(self, decode: Any) -> None:
+        self.decode, self.rows = decode, 0
+
+    def __call__(self, column: Any, *args: Any) -> Any:
+        self.rows += len(column)
+        return self.decode(column, *args)
+
+
+def test_unknown_split_is_refused(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no rows in split 'tset'; it has train, val, test"):
-        reading.read_split(str(dataset), "tset")
+        reading.open_split(str(dataset), "tset")
     writing.write_dataset(str(tmp_path), {"train": rows(5)}, card())
     with pytest.raises(InputError, match="no rows in split 'val'; it has train"):
-        reading.read_split(str(tmp_path), "val")
+        reading.open_split(str(tmp_path), "val")
 
 
 def _rewrite(path: Path, change: Any) -> None:
@@ -276,7 +301,7 @@ def test_damaged_file_is_named(dataset: Path, tmp_path: Path, damage: Any, reaso
     uri = edit_card(dataset, tmp_path)
     damage(tmp_path / "train/part-00000.parquet")
     with pytest.raises(InputError, match=reason) as caught:
-        reading.read_split(uri, "train")
+        reading.open_split(uri, "train")
     assert "train/part-00000.parquet" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -298,46 +323,40 @@ def test_damaged_rows_are_named() -> None:
         reading.decode_column(pyarrow.chunked_array([[b"text"]]), SIZE, "png", ["a"])
 
 
-def test_damaged_pixels_reach_the_user_through_ray(ray_cluster: None, dataset: Path, tmp_path: Path) -> None:
-    from jobs.common import cli
-
+def test_damaged_pixels_are_named(dataset: Path, tmp_path: Path) -> None:
     uri = edit_card(dataset, tmp_path, encoding="png")  # raw bytes are no PNG
-    with pytest.raises(Exception, match="not an image") as caught:
-        reading.read_split(uri, "val").materialize()
-    cause = cli.input_error(caught.value)
-    assert cause is not None
-    assert str(cause).startswith("row 00030: not an image")
+    with pytest.raises(InputError, match=r"^row 00030: not an image"):
+        list(reading.read_tables(uri, "val"))
 
 
-def test_on_s3_the_bytes_are_the_same(ray_cluster: None, s3: Any, dataset: Path) -> None:
+def test_on_s3_the_bytes_are_the_same(s3: Any, dataset: Path) -> None:
     uri = f"{s3.uri}/data/set"
     writing.write_dataset(uri, splits(), card())
     assert {name: storage.read_bytes(f"{uri}/{name}") for name in storage.list_files(uri)} == files(dataset)
 
 
-def test_reading_from_s3(ray_cluster: None, s3: Any, dataset: Path) -> None:
+def test_reading_from_s3(s3: Any, dataset: Path) -> None:
     uri = f"{s3.uri}/data/a copy"
     for name, content in files(dataset).items():
         storage.write_bytes(f"{uri}/{name}", content)
-    read = reading.read_split(uri, "train").take_all()
-    np.testing.assert_array_equal(
-        np.stack([row["image"] for row in sorted(read, key=lambda row: row["id"])]),
-        np.stack([row.image for row in rows(30)]),
-    )
+    there = reading.open_split(uri, "train")
+    (piece,) = there.pieces
+    found = reading.pixels_of(there.read(piece), "image")
+    np.testing.assert_array_equal(found, np.stack([row.image for row in rows(30)]))
     storage.delete_file(f"{uri}/train/part-00000.parquet")
-    with pytest.raises(InputError, match=r"train/part-00000\.parquet is missing"):
-        reading.read_split(uri, "train")
+    for read in (lambda: there.read(piece), lambda: reading.open_split(uri, "train")):
+        with pytest.raises(InputError, match=r"train/part-00000\.parquet is missing"):
+            read()
 
 
-def test_reading_from_a_folder_with_a_difficult_name(ray_cluster: None, dataset: Path, tmp_path: Path) -> None:
+def test_reading_from_a_folder_with_a_difficult_name(dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "été 50%20 #1"
     for name, content in files(dataset).items():
         storage.write_bytes(str(folder / name), content)
-    assert reading.read_split(str(folder), "val").count() == 10
     assert sum(table.num_rows for table in reading.read_tables(str(folder), "val")) == 10
 
 
-def test_a_flipped_bit_in_a_image_is_told(ray_cluster: None, dataset: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_image_is_told(dataset: Path, tmp_path: Path) -> None:
     uri = edit_card(dataset, tmp_path)
     shard = tmp_path / "train/part-00000.parquet"
     metadata = pyarrow.parquet.ParquetFile(shard).metadata.row_group(0).column(SCHEMA.names.index("image"))
@@ -346,5 +365,3 @@ def test_a_flipped_bit_in_a_image_is_told(ray_cluster: None, dataset: Path, tmp_
     shard.write_bytes(content)
     with pytest.raises(InputError, match=r"train/part-00000\.parquet is damaged"):
         list(reading.read_tables(uri, "train"))
-    with pytest.raises(InputError, match=r"train/part-00000\.parquet is damaged"), reading.damage_told(uri, "train"):
-        reading.read_split(uri, "train").materialize()

@@ -375,9 +375,9 @@ def rows_of(output: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_translate_aligns_private_photos(
-    ray_cluster: None, portraits: str, holiday: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    portraits: str, holiday: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["--checkpoint", portraits, "--input", str(holiday), "--domain", "night", "--num-workers", "1"]
+    argv = ["--checkpoint", portraits, "--input", str(holiday), "--domain", "night", "--num-workers", "0"]
     output = tmp_path / "out"
     assert translate.main([*argv, "--output", str(output)]) == cli.SET_ASIDE
     told = capsys.readouterr()
@@ -455,7 +455,7 @@ def test_the_endpoint_aligns_private_photos(endpoint: str, portraits: str, holid
     assert httpx.get(f"{endpoint}/v1/model", timeout=60).json()["data"]["landmarks"] == list(faces.CELEBA)
 
 
-def test_prepare_aligns_portraits_of_ones_own(ray_cluster: None, hopper: Image.Image, tmp_path: Path) -> None:
+def test_prepare_aligns_portraits_of_ones_own(hopper: Image.Image, tmp_path: Path) -> None:
     source = tmp_path / "source"
     for domain, seed in (("women", 0), ("others", 1)):
         (source / domain).mkdir(parents=True)

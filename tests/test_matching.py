@@ -58,7 +58,7 @@ def test_weights_are_as_documented() -> None:
     np.testing.assert_allclose(2 * matching.IDENTITY**2 * 0.11, 4 * matching.ATTRIBUTE**2, rtol=0.02)
 
 
-def test_ray_gives_what_one_process_gives(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_give_what_one_search_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "QUERIES_PER_TASK", 64)
     one, two = traits(300, 3).vectors(), traits(400, 4).vectors()
     counts: list[int] = []
@@ -117,18 +117,21 @@ def test_report() -> None:
 
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_encoder(tmp_path_factory.mktemp("encoder") / "16"))
+
+
+def write_encoder(folder: Path, image_size: int = 16) -> Path:
     """An identity encoder with random weights."""
     torch.manual_seed(0)
-    config = encoders.EncoderConfig(kind="identity", image_size=16, widths=(8, 16), embedding_channels=24)
-    folder = tmp_path_factory.mktemp("encoder")
+    config = encoders.EncoderConfig(kind="identity", image_size=image_size, widths=(8, 16), embedding_channels=24)
+    folder.mkdir()
     for name, content in encoders.encoder_files(encoders.IdentityEncoder(config).state_dict(), config).items():
         (folder / name).write_bytes(content)
-    return str(folder)
+    return folder
 
 
-def test_embeddings(ray_cluster: None, encoder_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings(encoder_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "IMAGES_PER_TASK", 7)
-    monkeypatch.setattr(matching, "WINDOW_BYTES", 3 * 7 * 16 * 16 * 3)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), np.uint8)
     seen: list[int] = []
     found = matching.embed(pixels.__getitem__, 50, encoder_folder, seen.append)
@@ -160,9 +163,7 @@ def source(tmp_path: Path) -> CelebA:
     return made
 
 
-def test_people_who_look_alike_are_matched(
-    ray_cluster: None, source: CelebA, encoder_folder: str, tmp_path: Path
-) -> None:
+def test_people_who_look_alike_are_matched(source: CelebA, encoder_folder: str, tmp_path: Path) -> None:
     encoder = Path(shutil.copytree(encoder_folder, tmp_path / "encoder"))
     rows = celeba_set(source, tmp_path / "out", "--identity-encoder", encoder, "--match-correlation", 2)
     card = read_card(str(tmp_path / "out"))
@@ -188,7 +189,7 @@ def test_people_who_look_alike_are_matched(
     assert "identity_encoder" in refused("celeba", *flags)
 
 
-def test_self(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+def test_self(source: CelebA, tmp_path: Path) -> None:
     rows = celeba_set(source, tmp_path / "out", "--pairing", "self")
     assert read_card(str(tmp_path / "out")).pairing == "self"
     assert {row["target"] for row in rows.values()} == {None}
@@ -256,9 +257,7 @@ def torchvision(source: CelebA) -> None:
 
 
 @pytest.mark.parametrize("layout", [official, official_png, kaggle, torchvision])
-def test_layouts_give_the_same_rows(
-    ray_cluster: None, source: CelebA, tmp_path: Path, layout: Callable[[CelebA], None]
-) -> None:
+def test_layouts_give_the_same_rows(source: CelebA, tmp_path: Path, layout: Callable[[CelebA], None]) -> None:
     expected = celeba_set(source, tmp_path / "one")
     layout(source)
     rows = celeba_set(source, tmp_path / "two")

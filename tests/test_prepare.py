@@ -273,7 +273,7 @@ def two_folders(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def test_folders(ray_cluster: None, two_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders(two_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--image-size", 16, "--licence", "CC0", "--name", "pets")
     assert run("folders", "--source", two_folders, "--output", tmp_path / "out", *flags) == 0
     card = read_card(str(tmp_path / "out"))
@@ -290,9 +290,7 @@ def test_folders(ray_cluster: None, two_folders: Path, tmp_path: Path, capsys: p
     assert out[-1].endswith("contact_sheet.png")
 
 
-def test_a_broken_image_without_counterpart_is_set_aside_once(
-    ray_cluster: None, two_folders: Path, tmp_path: Path
-) -> None:
+def test_a_broken_image_without_counterpart_is_set_aside_once(two_folders: Path, tmp_path: Path) -> None:
     shutil.copytree(two_folders, tmp_path / "source")
     first = next(path for path in sorted((tmp_path / "source").iterdir()) if path.is_dir())
     (first / "broken.jpg").write_text("no image")
@@ -302,7 +300,7 @@ def test_a_broken_image_without_counterpart_is_set_aside_once(
     assert names.count(f"{first.name}/broken.jpg") == 1
 
 
-def test_folders_paired_by_name(ray_cluster: None, two_folders: Path, tmp_path: Path) -> None:
+def test_folders_paired_by_name(two_folders: Path, tmp_path: Path) -> None:
     save(drawn(1), two_folders / "cat/alone.jpg")
     (two_folders / "dog/sub/05.png").write_bytes(b"")
     flags = ("--pairing", "paired", "--image-size", 16)
@@ -319,7 +317,7 @@ def test_folders_paired_by_name(ray_cluster: None, two_folders: Path, tmp_path: 
     }
 
 
-def test_folders_anywhere_named_on_the_command_line(ray_cluster: None, two_folders: Path, tmp_path: Path) -> None:
+def test_folders_anywhere_named_on_the_command_line(two_folders: Path, tmp_path: Path) -> None:
     domains = ("--domain", f"a={two_folders}/cat", "--domain", f"b={two_folders}/dog")
     assert run("folders", *domains, "--output", tmp_path / "out", "--image-size", 8) == 0
     assert read_card(str(tmp_path / "out")).domains == ("a", "b")
@@ -327,7 +325,7 @@ def test_folders_anywhere_named_on_the_command_line(ray_cluster: None, two_folde
 
 @pytest.mark.parametrize("train", ["train", "Train"])
 @pytest.mark.parametrize("layout", ["{split}/{domain}", "{domain}/{split}"])
-def test_split_folders_are_respected(ray_cluster: None, tmp_path: Path, layout: str, train: str) -> None:
+def test_split_folders_are_respected(tmp_path: Path, layout: str, train: str) -> None:
     for split, count in ((train, 12), ("test", 3)):
         for domain in ("a", "b"):
             for number in range(count):
@@ -368,7 +366,7 @@ def pairs_flags(listed: Path, *flags: object) -> tuple[object, ...]:
     return ("--source", listed, "--pairs", listed.parent / "pairs.csv", "--output", output, "--image-size", 16, *flags)
 
 
-def test_pairs_from_a_list(ray_cluster: None, listed: Path) -> None:
+def test_pairs_from_a_list(listed: Path) -> None:
     (listed / "dog/sub/117.png").write_text("text")
     assert run("folders", *pairs_flags(listed)) == 3
     rows = all_rows(listed.parent / "out")
@@ -382,7 +380,7 @@ def test_pairs_from_a_list(ray_cluster: None, listed: Path) -> None:
     assert read_card(str(listed.parent / "out")).pairing == "paired"
 
 
-def test_pairs_hang_together_over_versions(ray_cluster: None, listed: Path) -> None:
+def test_pairs_hang_together_over_versions(listed: Path) -> None:
     out = listed.parent / "out"
     assert run("folders", *pairs_flags(listed)) == 0
     before = all_rows(out)
@@ -423,7 +421,7 @@ def test_pairs_that_are_wrong(listed: Path, text: str | bytes, reason: str) -> N
     assert "pairs.csv does not exist" in refused("folders", *pairs_flags(listed))
 
 
-def test_pairs_as_spreadsheets_write_them(ray_cluster: None, listed: Path) -> None:
+def test_pairs_as_spreadsheets_write_them(listed: Path) -> None:
     lines = ['"cat", "dog"', *(f'"{number}.png", "sub/{number + 100}.png"' for number in range(18)), "", " ", ","]
     (listed.parent / "pairs.csv").write_text("\r\n".join(lines), encoding="utf-8-sig")
     assert run("folders", *pairs_flags(listed)) == 0
@@ -433,7 +431,7 @@ def test_pairs_as_spreadsheets_write_them(ray_cluster: None, listed: Path) -> No
 # --------------------------------------------------------------------------------------------- day2night
 
 
-def test_side_by_side_images(ray_cluster: None, tmp_path: Path) -> None:
+def test_side_by_side_images(tmp_path: Path) -> None:
     for split, count in (("train", 6), ("val", 2), ("test", 2)):
         for number in range(count):
             both = Image.new("RGB", (80, 40))
@@ -452,14 +450,14 @@ def test_side_by_side_images(ray_cluster: None, tmp_path: Path) -> None:
     assert all_rows(tmp_path / "swapped")["train/3.png"]["target"] == row["image"]
 
 
-def test_single_images_are_not_taken_for_pairs(ray_cluster: None, tmp_path: Path) -> None:
+def test_single_images_are_not_taken_for_pairs(tmp_path: Path) -> None:
     save(drawn(1, (80, 40)), tmp_path / "in/train/good.png")
     save(drawn(1, (40, 40)), tmp_path / "in/train/single.png")
     assert run("day2night", "--source", tmp_path / "in", "--output", tmp_path / "out", "--image-size", 16) == 3
     assert "side by side" in rejected(tmp_path / "out")["train/single.png"]
 
 
-def test_day_and_night_folders(ray_cluster: None, tmp_path: Path) -> None:
+def test_day_and_night_folders(tmp_path: Path) -> None:
     for number in range(10):
         save(drawn(number), tmp_path / f"in/night/{number}.png")
         save(drawn(number + 50), tmp_path / f"in/day/{number}.png")
@@ -513,7 +511,7 @@ def celeba_set(source: CelebA, output: Path, *flags: object) -> dict[str, dict[s
     return all_rows(output)
 
 
-def test_celeba_matched(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+def test_celeba_matched(source: CelebA, tmp_path: Path) -> None:
     source.text("list_eval_partition.txt", source.partition())
     source.text("identity_CelebA.txt", source.people[:, None])
     points = np.random.default_rng(1).integers(60, 110, (60, 10))
@@ -542,14 +540,14 @@ def test_celeba_matched(ray_cluster: None, source: CelebA, tmp_path: Path) -> No
         assert cost[source.names.index(row["target_id"])] == cost[others].min()
 
 
-def test_celeba_unpaired_by_another_attribute(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+def test_celeba_unpaired_by_another_attribute(source: CelebA, tmp_path: Path) -> None:
     rows = celeba_set(source, tmp_path / "out", "--pairing", "unpaired", "--domain-attribute", "Smiling")
     assert read_card(str(tmp_path / "out")).domains == ("not_smiling", "smiling")
     assert rows["000007.jpg"]["domain"] == int(source.values[6, 2] > 0)
     assert rows["000007.jpg"]["target"] is None
 
 
-def test_celeba_splits_by_identity_where_it_is_known(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+def test_celeba_splits_by_identity_where_it_is_known(source: CelebA, tmp_path: Path) -> None:
     source.text("identity_CelebA.txt", source.people[:, None])
     rows = celeba_set(source, tmp_path / "out", "--pairing", "unpaired")
     splits_of = [{rows[name]["split"] for name in source.names[3 * person : 3 * person + 3]} for person in range(20)]
@@ -558,12 +556,12 @@ def test_celeba_splits_by_identity_where_it_is_known(ray_cluster: None, source: 
     assert "identity" in read_card(str(tmp_path / "out")).notes[0]
 
 
-def test_celeba_says_so_where_identities_are_unknown(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+def test_celeba_says_so_where_identities_are_unknown(source: CelebA, tmp_path: Path) -> None:
     celeba_set(source, tmp_path / "out", "--pairing", "unpaired")
     assert "a person may be in two splits" in read_card(str(tmp_path / "out")).notes[0]
 
 
-def test_celeba_says_so_where_some_are_unknown(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+def test_celeba_says_so_where_some_are_unknown(source: CelebA, tmp_path: Path) -> None:
     source.text("identity_CelebA.txt", source.people[:, None])
     _edit("identity_CelebA.txt", lambda text: "\n".join(text.splitlines()[:50]))(source.folder)
     celeba_set(source, tmp_path / "out", "--pairing", "unpaired")
@@ -571,7 +569,7 @@ def test_celeba_says_so_where_some_are_unknown(ray_cluster: None, source: CelebA
     assert unknown in read_card(str(tmp_path / "out")).notes
 
 
-def test_celeba_as_csv_and_zip_is_the_same(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+def test_celeba_as_csv_and_zip_is_the_same(source: CelebA, tmp_path: Path) -> None:
     source.text("list_eval_partition.txt", source.partition())
     celeba_set(source, tmp_path / "one")
     with zipfile.ZipFile(source.folder / "img_align_celeba.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -588,7 +586,7 @@ def test_celeba_as_csv_and_zip_is_the_same(ray_cluster: None, source: CelebA, tm
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_celeba_set_aside_images_are_not_matched(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+def test_celeba_set_aside_images_are_not_matched(source: CelebA, tmp_path: Path) -> None:
     (source.folder / "img_align_celeba/000002.jpg").write_bytes(b"text")
     half = (source.folder / "img_align_celeba/000003.jpg").read_bytes()[:900]
     (source.folder / "img_align_celeba/000003.jpg").write_bytes(half)
@@ -610,7 +608,7 @@ def test_celeba_set_aside_images_are_not_matched(ray_cluster: None, source: Cele
     assert run("celeba", *flags) == 3  # already there, and still not all of it
 
 
-def test_celeba_limit_takes_some_of_each_split(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+def test_celeba_limit_takes_some_of_each_split(source: CelebA, tmp_path: Path) -> None:
     source.text("list_eval_partition.txt", source.partition())
     rows = celeba_set(source, tmp_path / "out", "--limit", 30, "--pairing", "unpaired")
     assert len(rows) == 30
@@ -671,7 +669,7 @@ def test_celeba_files_that_do_not_fit(source: CelebA, tmp_path: Path) -> None:
     assert "split 3 is unknown" in refused("celeba", *flags)
 
 
-def test_matching_needs_both_sides_in_each_split(ray_cluster: None, source: CelebA, tmp_path: Path) -> None:
+def test_matching_needs_both_sides_in_each_split(source: CelebA, tmp_path: Path) -> None:
     split = source.partition()
     split[:, 0][(split[:, 0] == 1) & (source.values[:, 1] > 0)] = 0
     source.text("list_eval_partition.txt", split)
@@ -683,7 +681,7 @@ def test_matching_needs_both_sides_in_each_split(ray_cluster: None, source: Cele
 # ------------------------------------------------------------------------------------------ what is wrong
 
 
-def test_images_of_every_kind(ray_cluster: None, tmp_path: Path) -> None:
+def test_images_of_every_kind(tmp_path: Path) -> None:
     """What is usable is used, what is not is set aside with its reason."""
     folder = tmp_path / "in/a"
     save(drawn(1), tmp_path / "in/b/one.png")
@@ -746,7 +744,7 @@ def ramp(width: int = 60, height: int = 40) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8))
 
 
-def test_every_way_of_saving_a_image_gives_the_same(ray_cluster: None, tmp_path: Path) -> None:
+def test_every_way_of_saving_a_image_gives_the_same(tmp_path: Path) -> None:
     """One image in many forms and under difficult names, all of it 24-bit sRGB after all."""
     folder, image = tmp_path / "in/a", ramp()
     for orientation, turn in TURNED.items():
@@ -787,7 +785,7 @@ def test_every_way_of_saving_a_image_gives_the_same(ray_cluster: None, tmp_path:
         assert np.abs(pixels - expected).max() <= 8, name
 
 
-def test_what_cannot_be_read_is_set_aside_with_its_reason(ray_cluster: None, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_set_aside_with_its_reason(tmp_path: Path) -> None:
     folder, image = tmp_path / "in/a", ramp()
     reasons = {
         "bomb.png": "more than 100,000,000 pixels",
@@ -827,7 +825,7 @@ def test_a_file_that_may_not_be_read_is_set_aside(tmp_path: Path) -> None:
     assert "permission denied" in done.stdout, done.stderr
 
 
-def test_nothing_usable(ray_cluster: None, tmp_path: Path) -> None:
+def test_nothing_usable(tmp_path: Path) -> None:
     for domain in ("a", "b"):
         (tmp_path / "in" / domain).mkdir(parents=True)
         (tmp_path / "in" / domain / "x.jpg").write_text("text")
@@ -888,7 +886,7 @@ def test_exit_codes_of_the_command(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- S3
 
 
-def test_from_s3_to_s3(ray_cluster: None, s3: Any, source: CelebA, tmp_path: Path) -> None:
+def test_from_s3_to_s3(s3: Any, source: CelebA, tmp_path: Path) -> None:
     uri = f"{s3.uri}/prepare/celeba"
     for path in source.folder.rglob("*.*"):
         storage.write_bytes(f"{uri}/{path.relative_to(source.folder)}", path.read_bytes())

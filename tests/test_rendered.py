@@ -240,7 +240,7 @@ def test_landmarks_scale_with_the_image_and_are_the_same_for_both_sexes() -> Non
 # ------------------------------------------------------------------------------------------- data sets
 
 
-def test_data_set_holds_the_parameters_that_make_its_pixels(tmp_path: Path, ray_cluster: None) -> None:
+def test_data_set_holds_the_parameters_that_make_its_pixels(tmp_path: Path) -> None:
     assert run("--output", tmp_path / "large", "--count", 30, "--image-size", 32) == 0
     card, rows = read_card(str(tmp_path / "large")), rows_of(tmp_path / "large")
     assert (card.domains, card.pairing, card.splits) == (
@@ -274,7 +274,7 @@ def test_data_set_holds_the_parameters_that_make_its_pixels(tmp_path: Path, ray_
 
 
 @pytest.mark.parametrize("pairing", ["unpaired", "self"])
-def test_without_counterparts_everyone_is_in_one_domain(pairing: str, tmp_path: Path, ray_cluster: None) -> None:
+def test_without_counterparts_everyone_is_in_one_domain(pairing: str, tmp_path: Path) -> None:
     options = ("--scene", "landscapes", "--count", 40, "--image-size", 32, "--pairing", pairing)
     assert run("--output", tmp_path / "set", *options) == 0
     card, rows = read_card(str(tmp_path / "set")), rows_of(tmp_path / "set")

@@ -4,7 +4,10 @@ import copy
 import dataclasses
 import io
 import json
+import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow
@@ -12,7 +15,8 @@ import pyarrow.parquet
 
 from ddpm_core import images, provenance, storage
 from ddpm_core.errors import InputError
-from jobs.common.progress import Progress
+from jobs.common import cli, workers
+from jobs.common.progress import Progress, duration
 from jobs.datasets import duplicates, reading, source, writing
 from jobs.datasets.format import (
     CONTACT_SHEET,
@@ -38,6 +42,29 @@ def check_apart(output: str, options: source.Common) -> None:
     for flag, uri in sources.items():
         if uri and f"{output}/".startswith(storage.join(storage.absolute(uri, flag=flag), "")):
             raise InputError(f"--output {output} lies in {flag}; give a folder outside of it")
+
+
+def make(output: str, draft: source.Draft, *, append: bool, overwrite: bool, num_workers: int | None) -> int:
+    """The draft's data set at `output`, or its rows added to the one there, unless that has them; the exit code.
+
+    Raises:
+        InputError: another data set is there, or the source cannot be used.
+    """
+    before = extended(output, draft.card) if append else None
+    there = None if overwrite else existing(output, draft.card, before)
+    if there is not None:
+        print(f"already there: {output}")
+        summarise(output, there)
+        return cli.SET_ASIDE if there.num_rejected else cli.DONE
+    storage.check_writable(output)
+    started = time.monotonic()
+    with workers.session(num_workers), tempfile.TemporaryDirectory(prefix="ddpm-prepare-") as scratch:
+        made = draft.make(Path(scratch))
+        card = write(output, draft.card, made) if before is None else extend(output, draft.card, made, before)
+    seconds = max(time.monotonic() - started, 1e-3)
+    rows = sum(card.splits.values()) - (0 if before is None else sum(before.splits.values()))
+    summarise(output, card, f"{rows:,} rows in {duration(seconds)}, {rows / seconds:.3g} a second")
+    return cli.SET_ASIDE if card.num_rejected else cli.DONE
 
 
 def card_at(output: str) -> DatasetCard | None:
@@ -149,9 +176,9 @@ def fresh(rows: Iterable[Row], card: DatasetCard, seen: Survey, clashes: list[tu
             yield row
             continue
         # A match is drawn from those who are there and may change: only true counterparts are compared.
-        pictures = [row.image, row.target] if card.pairing == "paired" else [row.image]
-        stored = [writing.stored(picture, card.encoding) for picture in pictures if picture is not None]
-        if not all(mark.startswith(digest(picture)) for mark, picture in zip(seen.marks[row.id], stored, strict=False)):
+        pixels = [row.image, row.target] if card.pairing == "paired" else [row.image]
+        stored = [writing.stored(each, card.encoding) for each in pixels if each is not None]
+        if not all(mark.startswith(digest(each)) for mark, each in zip(seen.marks[row.id], stored, strict=False)):
             clashes.append((row.id, "another image of this name is there already; rename the new one"))
 
 
@@ -181,7 +208,7 @@ def finish(
 ) -> DatasetCard:
     """The files beside the shards, then dataset.json."""
     writing.check_alone(output, before, card)
-    lines = [{"picture": picture, "reason": reason} for picture, reason in rejected]
+    lines = [{"picture": name, "reason": reason} for name, reason in rejected]
     num_rejected = write_lines(output, REJECTED, lines, card.version, before)
     write_lines(output, DUPLICATES, duplicates.lines(copies), card.version, before)
     storage.write_bytes(storage.join(output, CONTACT_SHEET), images.encode_png(sheet.draw()))

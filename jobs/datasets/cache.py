@@ -29,11 +29,12 @@ import pyarrow.parquet
 from jaxtyping import UInt8
 
 from ddpm_core.errors import InputError
+from jobs.common import workers
 from jobs.common.progress import Progress
 from jobs.datasets import reading
 from jobs.datasets.format import DatasetCard, read_card
 
-FORMAT = 2
+FORMAT = 3
 """Version of the cache's layout."""
 ROOT = "DDPM_TRANSLATE_CACHE"
 """Environment variable that names the cache's folder."""
@@ -98,12 +99,12 @@ class SplitArrays(Labels):
         side = int(rows.schema.metadata[b"image_size"])
         self._image = rows.column("image").to_numpy()
         self._target = rows.column("target").to_numpy() if "target" in rows.column_names else None
-        self._pictures = np.memmap(folder / "pictures.raw", np.uint8, "r").reshape(-1, side, side, 3)
+        self._images = np.memmap(folder / "images.raw", np.uint8, "r").reshape(-1, side, side, 3)
         os.utime(folder)  # in use: not the first to be removed
 
     def images(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "b s s 3"]:
         """Copies of these rows' images."""
-        return np.asarray(self._pictures)[self._image[np.asarray(indices, dtype=np.int64)]]
+        return np.asarray(self._images)[self._image[np.asarray(indices, dtype=np.int64)]]
 
     def targets(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "b s s 3"]:
         """Copies of these rows' counterparts.
@@ -113,7 +114,7 @@ class SplitArrays(Labels):
         """
         if self._target is None:
             raise ValueError("the data set is unpaired: it has no targets")
-        return np.asarray(self._pictures)[self._target[np.asarray(indices, dtype=np.int64)]]
+        return np.asarray(self._images)[self._target[np.asarray(indices, dtype=np.int64)]]
 
 
 def load(uri: str, split: str, *, content_hash: str = "") -> SplitArrays:
@@ -139,7 +140,7 @@ def load(uri: str, split: str, *, content_hash: str = "") -> SplitArrays:
 
 
 def spread(uri: str, splits: Sequence[str], *, resource: str) -> None:
-    """Fill the caches of all nodes that have `resource` and lack a split: read and decoded once, by Ray Data.
+    """Fill the caches of all nodes that have `resource` and lack a split: read and decoded once for all of them.
 
     Small splits are read here, which tells of damage before workers start; other nodes' workers read for themselves.
     Needs Ray running, with a CPU free.
@@ -170,14 +171,10 @@ def spread(uri: str, splits: Sequence[str], *, resource: str) -> None:
         filling = [filler for filler, yes in wanted.items() if yes]
         if not filling:
             continue
-        with (
-            reading.damage_told(uri, split),
-            Progress(total=card.splits[split], unit="row", description=f"read {split}") as progress,
-        ):
+        there = reading.open_split(uri, split, columns=COLUMNS)
+        with Progress(total=card.splits[split], unit="row", description=f"read {split}") as progress:
             added: dict[Any, Any] = {}
-            for table in reading.read_split(uri, split, columns=COLUMNS).iter_batches(
-                batch_size=None, batch_format="pyarrow"
-            ):
+            for table in workers.mapped(there.read, there.pieces, len(there.pieces)):
                 if added:
                     filling = list(_answers(added))  # one table ahead: no more is held
                 shared = ray.put(table)
@@ -256,39 +253,37 @@ class _Filling:
         make_room(_num_bytes(self.card, self.split))
         with _explained():
             self.aside.mkdir()
-            self.pictures = open(self.aside / "pictures.raw", "wb")  # noqa: SIM115 - closed by finish
+            self.images = open(self.aside / "images.raw", "wb")  # noqa: SIM115 - closed by finish
         self.filling = True
         return True
 
     def add(self, table: pyarrow.Table) -> None:
-        """Rows as `data.read_split` gives them, with COLUMNS."""
+        """Rows as `reading.Split.read` gives them, with COLUMNS."""
         self.labels.append(table.select(LABELS))
         both = "target" in table.column_names
         for name in ("image", "target") if both else ("image",):
-            for chunk in table.column(name).chunks:
-                if len(chunk):
-                    pixels = chunk.to_numpy(zero_copy_only=True)
-                    self.places_of[name].append(self._put_distinct(pixels) if both else self._put(pixels))
+            pixels = reading.pixels_of(table, name)
+            self.places_of[name].append(self._put_distinct(pixels) if both else self._put(pixels))
 
     def _put(self, pixels: UInt8[np.ndarray, "b s s 3"]) -> np.ndarray:
         with _explained():
-            self.pictures.write(np.ascontiguousarray(pixels).data)
+            self.images.write(np.ascontiguousarray(pixels).data)
         self.count += len(pixels)
         return np.arange(self.count - len(pixels), self.count)
 
     def _put_distinct(self, pixels: UInt8[np.ndarray, "b s s 3"]) -> np.ndarray:
         """Matched sets hold each image several times, as itself and as the counterpart of others."""
         places = []
-        for picture in pixels:
-            digest = hashlib.blake2b(picture, digest_size=16).digest()
+        for image in pixels:
+            digest = hashlib.blake2b(image, digest_size=16).digest()
             if digest not in self.places:
-                self.places[digest] = int(self._put(picture[None])[0])
+                self.places[digest] = int(self._put(image[None])[0])
             places.append(self.places[digest])
         return np.array(places, dtype=np.int64)
 
     def finish(self) -> None:
         with _explained():
-            self.pictures.close()
+            self.images.close()
         rows = pyarrow.concat_tables(self.labels)
         ids = rows.column("id").to_pylist()
         if len(ids) != self.card.splits[self.split] or len(set(ids)) != len(ids):
@@ -302,7 +297,7 @@ class _Filling:
         rows = rows.take(np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64))
         facts = {
             "image_size": str(self.card.image_size),
-            "num_pictures": str(self.count),
+            "num_images": str(self.count),
             "attribute_names": json.dumps(self.card.attribute_names),
         }
         with _explained():
@@ -325,8 +320,8 @@ def _whole(folder: Path) -> bool:
     with contextlib.suppress(OSError, pyarrow.ArrowException, KeyError):
         rows = pyarrow.parquet.read_table(folder / "rows.parquet", memory_map=False, page_checksum_verification=True)
         facts = rows.schema.metadata
-        num_bytes = int(facts[b"num_pictures"]) * int(facts[b"image_size"]) ** 2 * 3
-        return (folder / "pictures.raw").stat().st_size == num_bytes
+        num_bytes = int(facts[b"num_images"]) * int(facts[b"image_size"]) ** 2 * 3
+        return (folder / "images.raw").stat().st_size == num_bytes
     return False
 
 

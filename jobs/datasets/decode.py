@@ -1,23 +1,20 @@
-"""Files to squares by Ray Data over all CPUs; what cannot be read is set aside with its reason."""
+"""Files to squares, by all CPUs; what cannot be read is set aside with its reason."""
 
 import concurrent.futures
 import contextlib
-import dataclasses
-import itertools
+import functools
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow
-import ray.data
 from jaxtyping import UInt8
 
 from ddpm_core import faces, images, storage
 from ddpm_core.errors import InputError
-from jobs.common import cli
+from jobs.common import workers
 from jobs.common.progress import Progress
 from jobs.datasets import writing
 from jobs.datasets.archive import archive
@@ -25,30 +22,32 @@ from jobs.datasets.format import Encoding
 from jobs.datasets.scan import mark
 
 IMAGES_PER_TASK = 64
-"""Images that one Ray task decodes."""
+"""Images that one task decodes."""
 UNREADABLE = {".heic", ".heif"}
 """What phones write and Pillow does not read: set aside with the reason rather than passed over."""
-DECODED = pyarrow.schema(
-    [
-        pyarrow.field("pixels", pyarrow.binary()),
-        pyarrow.field("marks", pyarrow.list_(pyarrow.binary())),
-        pyarrow.field("enlarged", pyarrow.bool_()),
-        pyarrow.field("landmarks", pyarrow.list_(pyarrow.float32())),
-        pyarrow.field("num_faces", pyarrow.int32()),
-        pyarrow.field("error", pyarrow.string()),
-    ]
-)
-"""What comes back of an image."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One file to decode."""
+class File(NamedTuple):
+    """An image to decode."""
 
     name: str
     """What to call it in messages."""
     uri: str
     """The file; `archive.zip!member` for a member of an archive."""
+
+
+class Decoded(NamedTuple):
+    """What comes of a file."""
+
+    pixels: bytes
+    """(parts, size, size, 3) uint8."""
+    marks: tuple[bytes, ...]
+    """Of each part."""
+    enlarged: bool
+    """Whether it was smaller than it is stored."""
+    landmarks: list[float] | None = None
+    """In pixels of the stored image, where it was aligned."""
+    num_faces: int = 0
 
 
 # ---------------------------------------------------------------------------------------------- decoding
@@ -79,6 +78,15 @@ class Pixels:
             self.file.seek(row * size)
             self.file.write(pixels)
 
+    def put(self, row: int, decoded: Decoded) -> None:
+        """An image of `decode_images`."""
+        self[row] = decoded.pixels
+        self.ok[row] = True
+        self.marks[row] = decoded.marks
+        self.num_enlarged += decoded.enlarged
+        self.landmarks[row] = decoded.landmarks
+        self.num_several += decoded.num_faces > 1
+
     def __getitem__(self, index: tuple[int, int]) -> UInt8[np.ndarray, "s s 3"]:
         row, part = index
         size = int(np.prod(self.shape[2:]))
@@ -108,7 +116,7 @@ class Pixels:
 
 
 def decode_images(
-    pictures: Sequence[Picture],
+    files: Sequence[File],
     *,
     size: int,
     halves: bool,
@@ -116,7 +124,7 @@ def decode_images(
     encoding: Encoding,
     template: tuple[float, ...] = (),
 ) -> tuple[Pixels, list[tuple[str, str]]]:
-    """Every image cut to a centred square of `size`, by Ray Data over all its CPUs.
+    """Every image cut to a centred square of `size`.
 
     With `halves` an image is two side by side, and each becomes a part. With `template` (`faces.CELEBA`) the square
     is not the centred one but that which brings the largest face there. Marks are those of the images as `encoding`
@@ -126,72 +134,49 @@ def decode_images(
     Raises:
         InputError: none could be decoded, or the store refuses.
     """
-    pixels = Pixels((len(pictures), 2 if halves else 1, size, size, 3), scratch)
+    pixels = Pixels((len(files), 2 if halves else 1, size, size, 3), scratch)
     rejected = []
-    tables = [
-        pyarrow.table(
-            {
-                "index": pyarrow.array(range(start, start + len(some)), pyarrow.int64()),
-                "name": [picture.name for picture in some],
-                "uri": [picture.uri for picture in some],
-            }
-        )
-        for start, some in zip(itertools.count(0, IMAGES_PER_TASK), batched(pictures, IMAGES_PER_TASK), strict=False)
+    decode = functools.partial(decode_task, size=size, halves=halves, encoding=encoding, template=template)
+    tasks = [
+        (start, [file.uri for file in files[start : start + IMAGES_PER_TASK]])
+        for start in range(0, len(files), IMAGES_PER_TASK)
     ]
-    with cli.ray_session(), Progress(total=len(pictures), description="decode") as progress:
-        decoded = ray.data.from_arrow(tables).map_batches(
-            decode_batch,
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_kwargs={"size": size, "halves": halves, "encoding": encoding, "template": template},
-        )
-        for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            for line in batch.to_pylist():
-                if line["error"] is not None:
-                    rejected.append((line["name"], line["error"]))
-                    continue
-                pixels[line["index"]] = line["pixels"]
-                pixels.ok[line["index"]] = True
-                pixels.marks[line["index"]] = tuple(line["marks"])
-                pixels.num_enlarged += line["enlarged"]
-                pixels.landmarks[line["index"]] = line["landmarks"]
-                pixels.num_several += (line["num_faces"] or 0) > 1
-            progress.update(len(batch))
+    with Progress(total=len(files), description="decode") as progress:
+        for start, found in workers.mapped(decode, tasks, len(tasks)):
+            for row, each in enumerate(found, start):
+                if isinstance(each, str):
+                    rejected.append((files[row].name, each))
+                else:
+                    pixels.put(row, each)
+            progress.update(len(found))
     if not pixels.ok.any():
         name, reason = min(rejected)
-        raise InputError(f"none of the {len(pictures)} images can be used; the first: {name}: {reason}")
+        raise InputError(f"none of the {len(files)} images can be used; the first: {name}: {reason}")
     return pixels, sorted(rejected)
 
 
-def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def decode_batch(
-    batch: pyarrow.Table, size: int, halves: bool, encoding: Encoding = "raw", template: tuple[float, ...] = ()
-) -> pyarrow.Table:
-    """One task's images: pixels and their marks, or the reason why there are none."""
-    done: list[dict[str, Any]] = []
+def decode_task(
+    task: tuple[int, Sequence[str]], *, size: int, halves: bool, encoding: Encoding, template: tuple[float, ...]
+) -> tuple[int, list[Decoded | str]]:
+    """The images of one task, (index of the first, files): each decoded, or the reason why it is not."""
+    done: list[Decoded | str] = []
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # reading waits on the network, decoding does not
-        for content in pool.map(read_or_error, batch.column("uri").to_pylist()):
+        for content in pool.map(read_or_error, task[1]):
             try:
                 if isinstance(content, InputError):
                     raise content
                 squares, facts = portrait(content, size, template) if template else decode_one(content, size, halves)
-                marks = [mark(writing.stored(square, encoding)) for square in squares]
-                done.append({"pixels": squares.tobytes(), "marks": marks, **facts})
+                marks = tuple(mark(writing.stored(square, encoding)) for square in squares)
+                done.append(Decoded(squares.tobytes(), marks, **facts))
             except InputError as error:
-                reason = str(error).removeprefix("image: ")
-                done.append({"pixels": None, "error": reason})
-    columns = pyarrow.Table.from_pylist(done, schema=DECODED)
-    return columns.append_column("index", batch.column("index")).append_column("name", batch.column("name"))
+                done.append(str(error).removeprefix("image: "))
+    return task[0], done
 
 
 def portrait(
     content: bytes, size: int, template: tuple[float, ...]
 ) -> tuple[UInt8[np.ndarray, "1 size size 3"], dict[str, Any]]:
-    """A file's bytes as the square around its largest face; and what else `DECODED` asks for.
+    """A file's bytes as the square around its largest face; and what else `Decoded` asks for.
 
     Raises:
         InputError: not a usable image, or there is no face.
@@ -233,8 +218,3 @@ def read_or_error(uri: str) -> bytes | InputError:
         if storage.is_remote(uri) and not isinstance(error, storage.UnusableNameError):
             raise
         return InputError(str(error).removeprefix(f"{uri}: "))
-
-
-def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """Where decoded images wait to be written; removed at the end."""
-    return tempfile.TemporaryDirectory(prefix="ddpm-prepare-")

@@ -1,4 +1,4 @@
-"""The data-set format: written once by `jobs.prepare`, read by every other job through Ray Data.
+"""The data-set format: written once by `jobs.prepare`, read by every other job.
 
     DATASET/  dataset.json                     written last: a folder without it is not a data set
               rejected.parquet                 image, reason, version: what was set aside
@@ -25,8 +25,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow
-import pyarrow.dataset
-import pyarrow.parquet
 from jaxtyping import UInt8
 
 from ddpm_core import storage

@@ -56,12 +56,12 @@ def inspect(options: Inspect) -> int:
     columns = ["image", "target"] if card.has_targets else ["image"]
     present = [domain for domain in range(len(card.domains)) if (domain, "image") in seen.sums]
     means = [[seen.mean(domain, column) for column in columns] for domain in present]
-    pictures = {
+    shown = {
         "mean.png": images.grid(means, scale=max(1, 256 // card.image_size)),
         CONTACT_SHEET: seen.sheet.draw(),
     }
-    for name, picture in pictures.items():
-        storage.write_bytes(storage.join(output, name), images.encode_png(np.asarray(picture)))
+    for name, pixels in shown.items():
+        storage.write_bytes(storage.join(output, name), images.encode_png(np.asarray(pixels)))
     sides = "source beside target, " if card.has_targets else ""
     print(f"look at it   {storage.join(output, 'mean.png')} ({sides}{', '.join(card.domains[d] for d in present)})")
     print(f"             {storage.join(output, CONTACT_SHEET)}")

@@ -14,18 +14,14 @@ building and finds the nearest of 100 and 98.8 % only.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow
-import ray
-import ray.data
 from jaxtyping import Float32, Int, Int8, Int64, UInt8
-from ray.data.extensions import ArrowTensorArray
 
 from ddpm_core import storage
-from jobs.common import cli
+from jobs.common import workers
 from jobs.datasets import source
 
 if TYPE_CHECKING:
@@ -37,15 +33,13 @@ weighs as much as 400 px^2 between the landmarks (9 px at each of five), and as 
 LARGEST_SUM = 2**24
 """Integers up to here are exact in float32."""
 QUERIES_PER_TASK = 4096
-"""Queries that one Ray task matches: faiss's own block."""
+"""Queries that one task matches: faiss's own block."""
 LANES = 8
 """Vectors are filled up with zeros to a multiple of this length; others take faiss three times as long."""
 NEAREST = 32
 """Candidates looked at for ties; where all of them tie, all candidates are."""
 IMAGES_PER_TASK = 256
-"""Images that one Ray task embeds."""
-WINDOW_BYTES = 64 * 2**20
-"""Pixels that wait in Ray's object store to be embedded, at most."""
+"""Images that one task embeds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,43 +111,29 @@ def match(
 ) -> Int64[np.ndarray, " n"]:
     """For each query the candidate at the smallest cost; the hash of its key decides between equal ones.
 
-    Ray Data spreads the queries over its CPUs; the candidates go into the object store once. `on_rows` hears how many
-    more queries are done.
+    `on_rows` hears how many more queries are done.
     """
     out = np.empty(len(queries), np.int64)
-    tables = [
-        pyarrow.table(
-            {
-                "row": pyarrow.array(range(start, min(start + QUERIES_PER_TASK, len(queries))), pyarrow.int64()),
-                "key": list(keys[start : start + QUERIES_PER_TASK]),
-                "query": ArrowTensorArray.from_numpy(queries[start : start + QUERIES_PER_TASK]),
-            }
-        )
-        for start in range(0, len(queries), QUERIES_PER_TASK)
-    ]
-    with cli.ray_session():
-        matched = ray.data.from_arrow(tables).map_batches(
-            match_batch,
-            batch_size=None,
-            batch_format="numpy",
-            fn_kwargs={"candidates": ray.put(Candidates.of(candidates))},
-        )
-        for batch in matched.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-            out[batch["row"]] = batch["match"]
-            on_rows(len(batch["row"]))
+    tasks = [slice(start, start + QUERIES_PER_TASK) for start in range(0, len(queries), QUERIES_PER_TASK)]
+    search = functools.partial(match_task, candidates=Candidates.of(candidates))
+    given = ((task, queries[task], keys[task]) for task in tasks)
+    for task, found in workers.mapped(search, given, len(tasks)):
+        out[task] = found
+        on_rows(len(found))
     return out
 
 
-def match_batch(batch: dict[str, np.ndarray], candidates: "ray.ObjectRef[Candidates]") -> dict[str, np.ndarray]:
-    """One task's queries: row and matched candidate."""
-    found = nearest(batch["query"], ray.get(candidates), batch["key"].tolist())
-    return {"row": batch["row"], "match": found}
+def match_task(
+    task: tuple[slice, Float32[np.ndarray, "n d"], Sequence[str]], *, candidates: Candidates
+) -> tuple[slice, Int64[np.ndarray, " n"]]:
+    """One task's (rows, queries, keys): rows and matched candidates."""
+    return task[0], nearest(task[1], candidates, task[2])
 
 
 def nearest(
     queries: Float32[np.ndarray, "n d"], candidates: Candidates, keys: Sequence[str]
 ) -> Int64[np.ndarray, " n"]:
-    """`match` in this process."""
+    """`match` of a few."""
     import faiss  # not at the top: every worker that decodes images would load it
 
     distinct, which = np.unique(queries, axis=0, return_inverse=True)
@@ -171,52 +151,34 @@ def nearest(
 
 
 def embed(
-    pictures: Callable[[int], UInt8[np.ndarray, "s s 3"]],
-    num_pictures: int,
+    image: Callable[[int], UInt8[np.ndarray, "s s 3"]],
+    num_images: int,
     encoder: str,
     on_rows: Callable[[int], None] = lambda count: None,
 ) -> Int8[np.ndarray, "n e"]:
-    """Quantised identity embeddings of images 0 … num_pictures - 1 by the encoder at that URI, by Ray Data."""
-    out: np.ndarray | None = None
-    with cli.ray_session():
-        for window in _windows(pictures, num_pictures):
-            embedded = ray.data.from_arrow(window).map_batches(
-                embed_batch, batch_size=None, batch_format="numpy", fn_kwargs={"encoder": encoder}
-            )
-            for batch in embedded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-                if out is None:
-                    out = np.empty((num_pictures, batch["embedding"].shape[1]), np.int8)
-                out[batch["row"]] = batch["embedding"]
-                on_rows(len(batch["row"]))
-    assert out is not None, "no image"
-    return out
+    """Quantised identity embeddings of images 0 … num_images - 1 by the encoder at that URI."""
+    starts = range(0, num_images, IMAGES_PER_TASK)
+    tasks = (
+        (start, np.stack([image(row) for row in range(start, min(start + IMAGES_PER_TASK, num_images))]))
+        for start in starts
+    )
+    parts: dict[int, np.ndarray] = {}
+    for start, embeddings in workers.mapped(functools.partial(embed_task, encoder=encoder), tasks, len(starts)):
+        parts[start] = embeddings
+        on_rows(len(embeddings))
+    return np.concatenate([parts[start] for start in starts])
 
 
-def _windows(pictures: Callable[[int], np.ndarray], num_pictures: int) -> Iterator[list[pyarrow.Table]]:
-    """All images in tables of IMAGES_PER_TASK, as many at a time as WINDOW_BYTES hold."""
-    tables: list[pyarrow.Table] = []
-    for start in range(0, num_pictures, IMAGES_PER_TASK):
-        rows = range(start, min(start + IMAGES_PER_TASK, num_pictures))
-        pixels = np.stack([pictures(row) for row in rows])
-        tables.append(
-            pyarrow.table({"row": pyarrow.array(rows, pyarrow.int64()), "pixels": ArrowTensorArray.from_numpy(pixels)})
-        )
-        if len(tables) * pixels.nbytes >= WINDOW_BYTES:
-            yield tables
-            tables = []
-    if tables:
-        yield tables
-
-
-def embed_batch(batch: dict[str, np.ndarray], encoder: str) -> dict[str, np.ndarray]:
-    """One task's images: row and quantised embedding."""
+def embed_task(task: tuple[int, UInt8[np.ndarray, "n s s 3"]], *, encoder: str) -> tuple[int, Int8[np.ndarray, "n e"]]:
+    """One task's (first row, images): first row and quantised embeddings."""
     import torch
 
     from ddpm_core import images
 
+    torch.set_num_threads(1)  # tasks run side by side, and the last bits depend on it
     with torch.inference_mode():
-        embeddings = load_encoder(encoder)(images.to_tensor(batch["pixels"]))
-    return {"row": batch["row"], "embedding": quantised(embeddings.numpy())}
+        embeddings = load_encoder(encoder)(images.to_tensor(task[1]))
+    return task[0], quantised(embeddings.numpy())
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,27 +1,23 @@
-"""Reading the data-set format: by Ray Data, or by this process alone."""
+"""Reading the data-set format, by this process or on Ray's workers: the same pieces, the same reader."""
 
-import collections
 import concurrent.futures
-import contextlib
-import functools
-import os
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Container, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
-import pyarrow.dataset
 import pyarrow.parquet
-import ray.data
 from jaxtyping import UInt8
-from ray.data.extensions import ArrowTensorArray
 
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
-from jobs.datasets import writing
+from jobs.common import workers
 from jobs.datasets.format import MAKE_AGAIN, SCHEMA, DatasetCard, Encoding, IndexRow, Shard, read_card
 
-ROWS_PER_BLOCK = 1024
-"""Aim for Ray blocks of this many rows: enough of them for every CPU, few enough to cost nothing."""
+COLUMNS = ("id", "domain", "image", "target")
+ROWS_IN_PIECE = 1024
+"""Aim for pieces of this many rows: enough of them for every CPU, few enough to cost nothing."""
 
 
 def read_index(uri: str, card: DatasetCard) -> dict[str, IndexRow]:
@@ -54,108 +50,104 @@ def read_labels(uri: str, card: DatasetCard, split: str, columns: Sequence[str])
     return pyarrow.concat_tables(tables)
 
 
-def read_split(
-    uri: str, split: str, *, columns: Sequence[str] = ("id", "domain", "image", "target")
-) -> ray.data.Dataset:
-    """Rows of a split with decoded images: `image` and `target` are uint8 s s 3 tensors.
+class Piece(NamedTuple):
+    """Row groups of one file that are read together."""
 
-    `target` is left out where the data set has none. Needs Ray running; lazy like any Ray data set.
+    uri: str
+    """Of the file."""
+    groups: tuple[int, ...]
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split whose files were found whole, to be read piece by piece, anywhere: `mapped(split.read, split.pieces)`."""
+
+    card: DatasetCard
+    columns: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+
+    def read(self, piece: Piece, wanted: Container[str] | None = None) -> pyarrow.Table:
+        """The rows of a piece with decoded images: `image` and `target` are uint8 s s 3 tensors.
+
+        `wanted`: only the rows with these ids; others are not decoded.
+
+        Raises:
+            InputError: the file is damaged, or gone by now; it is named.
+        """
+        fs, path = storage.filesystem(piece.uri)
+
+        def read() -> pyarrow.Table:
+            with fs.open_input_file(path) as file:
+                try:
+                    parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
+                    return parquet.read_row_groups(piece.groups, columns=list(self.columns), use_threads=False)
+                except pyarrow.ArrowInvalid as error:
+                    raise _damaged(piece.uri, error) from None
+
+        try:
+            table = storage.with_retries(piece.uri, read)
+        except FileNotFoundError:
+            raise InputError(f"{piece.uri} is missing; {MAKE_AGAIN}") from None
+        except OSError as error:
+            raise _damaged(piece.uri, error) from None
+        if wanted is not None:
+            table = table.filter(pyarrow.array([name in wanted for name in table["id"].to_pylist()], pyarrow.bool_()))
+        return decode_table(table, self.card.image_size, self.card.encoding)
+
+
+def _damaged(uri: str, error: Exception) -> InputError:
+    return InputError(f"{uri} is damaged ({str(error).splitlines()[0]}); {MAKE_AGAIN}")
+
+
+def open_split(uri: str, split: str, *, columns: Sequence[str] = COLUMNS, rows_in_piece: int = ROWS_IN_PIECE) -> Split:
+    """Rows of a split, in pieces of about so many; every file's end is looked at.
+
+    The column `target` is left out where the data set has none.
 
     Raises:
         InputError: no such split, or a file is missing, damaged or lacks a column (file and column named).
     """
-    card, columns, shards = _readable(uri, split, columns)
-    context = ray.data.DataContext.get_current()
-    context.use_datasource_v2 = False  # V2 starts its actors anew on every execution, seconds each time
-    fs, path = storage.filesystem(uri)
-    rows = ray.data.read_parquet(
-        [storage.join(path, shard.file) for shard in shards],
-        filesystem=fs,
-        columns=columns,
-        override_num_blocks=max(1, min(card.splits[split] // ROWS_PER_BLOCK, 1024)),
-        fragment_scan_options=pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True),
-    )
-    return rows.map_batches(
-        decode_batch,
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_kwargs={"image_size": card.image_size, "encoding": card.encoding},
-    )
-
-
-def read_tables(
-    uri: str, split: str, *, columns: Sequence[str] = ("id", "domain", "image", "target")
-) -> Iterator[pyarrow.Table]:
-    """The rows of `read_split` by this process and its threads alone, without Ray, a few hundred at a time.
-
-    Raises:
-        InputError: as `read_split`.
-    """
-    card, columns, shards = _readable(uri, split, columns)
-    decode = functools.partial(decode_batch, image_size=card.image_size, encoding=card.encoding)
-    num_threads = os.cpu_count() or 1
-    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-        ahead: collections.deque[concurrent.futures.Future[pyarrow.Table]] = collections.deque()
-        for shard in shards:
-            for batch in _read_batches(storage.join(uri, shard.file), columns):
-                ahead.append(pool.submit(decode, pyarrow.Table.from_batches([batch])))
-                if len(ahead) > num_threads:
-                    yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def _read_batches(file: str, columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
-    content = pyarrow.BufferReader(storage.read_bytes(file))
-    try:
-        parquet = pyarrow.parquet.ParquetFile(content, page_checksum_verification=True)
-        yield from parquet.iter_batches(writing.ROWS_PER_GROUP, columns=columns)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file} is damaged ({str(error).splitlines()[0]}); {MAKE_AGAIN}") from None
-
-
-@contextlib.contextmanager
-def damage_told(uri: str, split: str) -> Iterator[None]:
-    """Where Ray Data fails on the rows of a split inside of this, the damaged file is named if that is why.
-
-    Raises:
-        InputError: naming the file.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception:
-        for _ in read_tables(uri, split):
-            pass
-        raise
-
-
-def _readable(uri: str, split: str, columns: Sequence[str]) -> tuple[DatasetCard, list[str], list[Shard]]:
-    """The card, those of the columns that the data set has, and the split's files, all of them checked."""
     card = read_card(uri)
     if not card.splits.get(split):
         there = ", ".join(name for name, count in card.splits.items() if count)
         raise InputError(f"{uri} has no rows in split {split!r}; it has {there}")
     if unknown := [name for name in columns if name not in SCHEMA.names]:
         raise ValueError(f"columns {unknown} are not of the format: {SCHEMA.names}")
-    columns = [name for name in columns if name != "target" or card.has_targets]
+    columns = tuple(name for name in columns if name != "target" or card.has_targets)
+    pieces: list[Piece] = []
     shards = [shard for shard in card.shards if shard.file.startswith(f"{split}/")]
-    check_shards(uri, shards, columns)
-    return card, columns, shards
+    for shard, groups in zip(shards, check_shards(uri, shards, columns), strict=True):
+        first = 0
+        for end in range(1, len(groups) + 1):
+            if (rows := sum(groups[first:end])) >= rows_in_piece or end == len(groups):
+                pieces.append(Piece(storage.join(uri, shard.file), tuple(range(first, end)), rows))
+                first = end
+    return Split(card, columns, tuple(pieces))
 
 
-def check_shards(uri: str, shards: Sequence[Shard], columns: Sequence[str]) -> None:
-    """Read every footer: a wrong file is found now and by name, not in the middle of an epoch.
+def read_tables(uri: str, split: str, *, columns: Sequence[str] = COLUMNS) -> Iterator[pyarrow.Table]:
+    """The rows of a split with decoded images, in stored order, by this process and its threads alone.
+
+    Raises:
+        InputError: as `open_split` and `Split.read`.
+    """
+    there = open_split(uri, split, columns=columns, rows_in_piece=1)
+    yield from workers.mapped(there.read, there.pieces, len(there.pieces), num_workers=0)
+
+
+def check_shards(uri: str, shards: Sequence[Shard], columns: Sequence[str]) -> list[list[int]]:
+    """Read every footer: a wrong file is found now and by name, not in the middle of an epoch. Returns the rows of each
+    file's row groups.
 
     Raises:
         InputError: naming the file, and the column where one is missing or of another type.
     """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda shard: _check_shard(storage.join(uri, shard.file), shard.rows, columns), shards))
+        return list(pool.map(lambda shard: _check_shard(storage.join(uri, shard.file), shard.rows, columns), shards))
 
 
-def _check_shard(uri: str, num_rows: int, columns: Sequence[str]) -> None:
+def _check_shard(uri: str, num_rows: int, columns: Sequence[str]) -> list[int]:
     remedy = MAKE_AGAIN
     fs, path = storage.filesystem(uri)
     try:
@@ -165,7 +157,7 @@ def _check_shard(uri: str, num_rows: int, columns: Sequence[str]) -> None:
             except pyarrow.ArrowInvalid as error:
                 reason = str(error).splitlines()[0]
                 raise InputError(f"{uri} is not a readable parquet file ({reason}); {remedy}") from None
-            schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+            schema, metadata = parquet.schema_arrow, parquet.metadata
     except FileNotFoundError:
         raise InputError(f"{uri} is missing; {remedy}") from None
     for name in columns:
@@ -174,19 +166,27 @@ def _check_shard(uri: str, num_rows: int, columns: Sequence[str]) -> None:
         if schema.field(name).type != SCHEMA.field(name).type:
             there, right = schema.field(name).type, SCHEMA.field(name).type
             raise InputError(f"{uri}: column {name!r} is {there}, it must be {right}; {remedy}")
-    if rows != num_rows:
-        raise InputError(f"{uri} has {rows} rows where dataset.json says {num_rows}; {remedy}")
+    if metadata.num_rows != num_rows:
+        raise InputError(f"{uri} has {metadata.num_rows} rows where dataset.json says {num_rows}; {remedy}")
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
-def decode_batch(batch: pyarrow.Table, image_size: int, encoding: Encoding) -> pyarrow.Table:
+def decode_table(table: pyarrow.Table, image_size: int, encoding: Encoding) -> pyarrow.Table:
     """Binary image columns as tensor columns of uint8 s s 3."""
-    for name in ("image", "target"):
-        if name in batch.column_names:
-            ids = batch.column("id").to_pylist() if "id" in batch.column_names else None
-            pixels = decode_column(batch.column(name), image_size, encoding, ids)
-            index = batch.column_names.index(name)
-            batch = batch.set_column(index, name, ArrowTensorArray.from_numpy(pixels))
-    return batch
+    shape = (image_size, image_size, 3)
+    ids = table["id"].to_pylist() if "id" in table.column_names else None
+    for index, name in enumerate(table.column_names):
+        if name in ("image", "target"):
+            pixels = decode_column(table.column(name), image_size, encoding, ids)
+            flat = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(pixels.ravel()), int(np.prod(shape)))
+            tensor = pyarrow.ExtensionArray.from_storage(pyarrow.fixed_shape_tensor(pyarrow.uint8(), shape), flat)
+            table = table.set_column(index, name, tensor)
+    return table
+
+
+def pixels_of(table: pyarrow.Table, name: str) -> UInt8[np.ndarray, "b s s 3"]:
+    """A column of `decode_table` as one array."""
+    return table.column(name).combine_chunks().to_numpy_ndarray()
 
 
 def decode_column(
@@ -216,8 +216,8 @@ def decode_column(
         return flat.reshape(len(array), *shape)
     pixels = np.empty((len(array), *shape), np.uint8)
     for row, value in enumerate(array):
-        picture = np.asarray(images.decode(value.as_py(), name=named(row)))
-        if picture.shape != shape:
-            raise InputError(f"{named(row)}: {picture.shape[1]} x {picture.shape[0]} pixels, expected {image_size}")
-        pixels[row] = picture
+        image = np.asarray(images.decode(value.as_py(), name=named(row)))
+        if image.shape != shape:
+            raise InputError(f"{named(row)}: {image.shape[1]} x {image.shape[0]} pixels, expected {image_size}")
+        pixels[row] = image
     return pixels

@@ -1,22 +1,18 @@
-"""One pass over the images of a data set, by Ray Data: what an append and `jobs.prepare inspect` ask of it."""
+"""One pass over the images of a data set: what an append and `jobs.prepare inspect` ask of it."""
 
 import dataclasses
 import functools
 import hashlib
 import heapq
 import itertools
-import pickle
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import pyarrow
 from jaxtyping import UInt8
 from PIL import Image
 
 from ddpm_core import images
 from ddpm_core.errors import InputError
-from jobs.common import cli
+from jobs.common import workers
 from jobs.common.progress import Progress
 from jobs.datasets import reading, writing
 from jobs.datasets.format import read_card
@@ -43,9 +39,9 @@ def digest(pixels: UInt8[np.ndarray, "*shape"]) -> bytes:
 def mark(square: UInt8[np.ndarray, "s s 3"]) -> bytes:
     """What is kept of an image to find it again: a digest, its dHash (64 bits: is the grey level of each of 8 x 8
     places higher than that of its left neighbour?) and 8 x 8 pixels of it."""
-    picture = Image.fromarray(square)
-    grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX))
-    thumb = np.asarray(picture.resize((THUMB, THUMB), Image.Resampling.BOX))
+    image = Image.fromarray(square)
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX))
+    thumb = np.asarray(image.resize((THUMB, THUMB), Image.Resampling.BOX))
     return digest(square) + np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes() + thumb.tobytes()
 
 
@@ -77,20 +73,20 @@ class ContactSheet:
         """Domain after domain; pairs stand side by side."""
         rows: list[list[np.ndarray]] = []
         for _, kept in sorted(self.kept.items()):
-            pictures = [pictures for _, _, pictures in sorted(kept, reverse=True, key=lambda item: item[0])]
-            across = 12 // len(pictures[0])
+            pairs = [pair for _, _, pair in sorted(kept, reverse=True, key=lambda item: item[0])]
+            across = 12 // len(pairs[0])
             rows += [
-                list(itertools.chain.from_iterable(pictures[start : start + across]))
-                for start in range(0, len(pictures), across)
+                list(itertools.chain.from_iterable(pairs[start : start + across]))
+                for start in range(0, len(pairs), across)
             ]
         side = rows[0][0].shape[0]
         return images.grid(rows, scale=2 if side <= 64 else 1)
 
 
-def _shown(picture: np.ndarray) -> np.ndarray:
-    if len(picture) <= SHEET_SIDE:
-        return np.array(picture)
-    return np.asarray(Image.fromarray(picture).resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.BOX))
+def _shown(square: np.ndarray) -> np.ndarray:
+    if len(square) <= SHEET_SIDE:
+        return np.array(square)
+    return np.asarray(Image.fromarray(square).resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.BOX))
 
 
 @dataclasses.dataclass
@@ -131,34 +127,31 @@ def survey(uri: str, content_hash: str, *, with_marks: bool = True) -> Survey:
         raise InputError(f"{uri}: {writing.NOT_ALONE}")
     found = Survey()
     total = sum(card.splits.values())
-    with cli.ray_session(), Progress(total=total, unit="row", description="read") as progress:
+    with Progress(total=total, unit="row", description="read") as progress:
         for split in (split for split, count in card.splits.items() if count):
-            columns = ["id", "domain", "image", "target", *(["landmarks"] if split == "train" else [])]
-            options = {"training": split == "train", "with_marks": with_marks}
-            blocks = reading.read_split(uri, split, columns=columns).map_batches(
-                survey_block, batch_size=None, batch_format="numpy", fn_kwargs=options
-            )
-            for block in blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-                for part, rows in zip(block["survey"].to_pylist(), block["rows"].to_pylist(), strict=True):
-                    found.merge(pickle.loads(part))
-                    progress.update(rows)
+            columns = [*reading.COLUMNS, *(["landmarks"] if split == "train" else [])]
+            there = reading.open_split(uri, split, columns=columns)
+            look = functools.partial(survey_piece, split=there, with_marks=with_marks)
+            for part, num_rows in workers.mapped(look, there.pieces, len(there.pieces)):
+                found.merge(part)
+                progress.update(num_rows)
     return found
 
 
-def survey_block(batch: dict[str, np.ndarray], *, training: bool, with_marks: bool) -> pyarrow.Table:
-    """One block's survey, pickled, and its number of rows."""
-    part = Survey()
-    pictures: dict[str, Any] = {name: batch[name] for name in ("image", "target") if name in batch}
-    ids, domains = [str(name) for name in batch["id"]], np.asarray(batch["domain"])
-    if training:
-        part.totals.add(pictures["image"], list(batch["landmarks"]))
+def survey_piece(piece: reading.Piece, *, split: reading.Split, with_marks: bool) -> tuple[Survey, int]:
+    """A piece's survey, and its number of rows. Landmarks are among the columns of training rows only."""
+    part, rows = Survey(), split.read(piece)
+    columns = {name: reading.pixels_of(rows, name) for name in ("image", "target") if name in rows.column_names}
+    domains = rows["domain"].to_numpy()
+    if "landmarks" in rows.column_names:
+        part.totals.add(columns["image"], rows["landmarks"].to_pylist())
     for domain in np.unique(domains).tolist():
-        for name, values in pictures.items():
-            part.sums[domain, name] = values[domains == domain].sum(axis=0, dtype=np.int64)
+        for name, pixels in columns.items():
+            part.sums[domain, name] = pixels[domains == domain].sum(axis=0, dtype=np.int64)
             part.counts[domain, name] = int((domains == domain).sum())
-    for row, (name, domain) in enumerate(zip(ids, domains.tolist(), strict=True)):
-        shown: Sequence[np.ndarray] = [values[row] for values in pictures.values()]
+    for row, (name, domain) in enumerate(zip(rows["id"].to_pylist(), domains.tolist(), strict=True)):
+        shown = [pixels[row] for pixels in columns.values()]
         part.sheet.add(name, domain, shown[0], shown[1] if len(shown) > 1 else None)
         if with_marks:
-            part.marks[name] = tuple(mark(picture) for picture in shown)
-    return pyarrow.table({"survey": [pickle.dumps(part)], "rows": [len(ids)]})
+            part.marks[name] = tuple(mark(square) for square in shown)
+    return part, len(rows)

@@ -1,4 +1,4 @@
-"""What the sources of images share: options, decoding with Ray Data, splits by name, progress.
+"""What the sources of images share: options, checks, splits by name, duplicates.
 
 A source is a module with an `Options` dataclass and `draft(options) -> Draft`. `draft` does every check that is
 cheap and reads no image; `Draft.make` does the work.
@@ -34,6 +34,9 @@ class Common:
     """How images are stored: raw (needs no decoding) and png are exact, jpeg takes about half the room."""
     overwrite: bool = False
     """Replace another data set at --output."""
+    num_workers: int | None = None
+    """0: this process alone, without Ray; more: so many tasks at a time on Ray. By itself: this process, and Ray for
+    what would take it long."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,9 @@ class Draft:
 
 
 def check_common(options: Common) -> None:
-    """Raises InputError for a size that no network takes."""
+    """Raises InputError for a size that no network takes, or fewer workers than none."""
+    if options.num_workers is not None and options.num_workers < 0:
+        raise InputError(f"--num-workers is {options.num_workers}; it must be 0 or more")
     if not images.MIN_SIDE <= options.image_size <= 1024:
         raise InputError(f"--image-size is {options.image_size}; it must lie between {images.MIN_SIDE} and 1024")
 
@@ -123,7 +128,7 @@ def fingerprint(*parts: Any) -> str:
 
 def prepared_by(command: str, options: Common) -> dict[str, Any]:
     """The command and every option that decides the rows; which files are read, `fingerprint` tells."""
-    elsewhere = ("output", "source", "overwrite", "append", "domain", "pairs")
+    elsewhere = ("output", "source", "overwrite", "num_workers", "append", "domain", "pairs")
     values = {key: value for key, value in dataclasses.asdict(options).items() if key not in elsewhere}
     return {"command": command, **values}
 

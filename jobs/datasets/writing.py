@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.dataset
 import pyarrow.parquet
 from jaxtyping import UInt8
 from PIL import Image
@@ -203,8 +202,8 @@ class _ShardWriter:
     def add(self, row: Row) -> bytes:
         """Take a row; returns what identifies its content."""
         side = self.card.image_size
-        for picture in (row.image, row.target):
-            assert picture is None or (picture.shape == (side, side, 3) and picture.dtype == np.uint8), row.id
+        for pixels in (row.image, row.target):
+            assert pixels is None or (pixels.shape == (side, side, 3) and pixels.dtype == np.uint8), row.id
         assert (row.target is not None) == self.card.has_targets, row.id
         image = encode(row.image, self.card.encoding)
         target = None if row.target is None else encode(row.target, self.card.encoding)
@@ -272,9 +271,9 @@ class Totals:
         self.color, self.pixels = np.zeros(3, np.int64), 0
         self.landmarks, self.landmark_rows = np.zeros(0, np.int64), 0
 
-    def add(self, pictures: UInt8[np.ndarray, "b s s 3"], landmarks: Sequence[Sequence[float] | None]) -> None:
-        self.color = self.color + pictures.sum(axis=(0, 1, 2), dtype=np.int64)
-        self.pixels += pictures.size // 3
+    def add(self, pixels: UInt8[np.ndarray, "b s s 3"], landmarks: Sequence[Sequence[float] | None]) -> None:
+        self.color = self.color + pixels.sum(axis=(0, 1, 2), dtype=np.int64)
+        self.pixels += pixels.size // 3
         for points in landmarks:
             if points is not None:
                 values = np.round(np.asarray(points, np.float32) / self.LANDMARK_UNIT).astype(np.int64)

@@ -1,9 +1,11 @@
 """An evaluation as its driver sees it: measurements gathered, metrics.json and the files beside it."""
 
 import dataclasses
+import functools
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 from ddpm_core import config as configs
 from ddpm_core import provenance, storage
+from jobs.common import workers
 from jobs.common.progress import Progress
 from jobs.datasets import cache, reading
 from jobs.evaluation import baselines, summary, worker
@@ -19,7 +22,7 @@ from jobs.evaluation.results import FORMAT, FORMAT_VERSION
 from jobs.evaluation.summary import Measured, Summary
 from jobs.evaluation.worker import Found
 from jobs.reports.metric_table import METHODS
-from jobs.translation.batch import Batch, actor_pool, dataset_rows
+from jobs.translation.batch import dataset_rows
 from jobs.translation.options import GuidanceNets
 
 Key = tuple[str, str, int, str]
@@ -33,15 +36,10 @@ def fit_color_maps(job: EvaluationJob) -> dict[str, np.ndarray]:
     """domain → the colour map fitted on every training pair; {} where pairs are not true ones."""
     if job.card.pairing != "paired" or not job.has_train:
         return {}
-    options = {"domains": job.card.domains, "wanted": job.domains}
-    if job.args.num_workers == 0:
-        batches = worker.batches_here(job.args.data, job.card, "train")
-        parts = [worker.color_moments(batch, **options)["moments"] for batch in batches]
-    else:
-        rows = reading.read_split(job.args.data, "train")
-        rows = rows.map_batches(worker.color_moments, batch_size=256, fn_kwargs=options)
-        parts = [batch["moments"] for batch in rows.iter_batches(batch_size=None, batch_format="numpy")]
-    moments = np.concatenate(parts).sum(axis=0)
+    there = reading.open_split(job.args.data, "train", rows_in_piece=256)
+    moments_of = functools.partial(worker.color_moments, split=there, wanted=job.domains)
+    parts = workers.mapped(moments_of, there.pieces, len(there.pieces), num_workers=job.args.num_workers)
+    moments = np.sum(list(parts), axis=0)
     return {domain: baselines.solve_color_map(moments[i]) for i, domain in enumerate(job.domains)}
 
 
@@ -59,44 +57,22 @@ def look(job: EvaluationJob) -> tuple[dict[Key, Found], int]:
         "pairing": job.card.pairing,
         "color_maps": fit_color_maps(job),
     }
-    batches: Iterator[Batch]
     num_rows = sum(len(wishes) for plan in job.plans.values() for wishes in plan.values())
-    if job.args.num_workers == 0:
-        # A thread for every other core: on two busy cores a second thread made the feature net four times slower.
-        threads = min(torch.get_num_threads(), max((os.cpu_count() or 1) // 2, 1))
-        actor, num_workers = worker.Measure(**make, num_threads=threads), 1
-        batches = map(actor, rows_here(job))
-    else:
-        batches, num_workers = over_ray(job, make, num_rows)
+    # A thread for every other core: on two busy cores a second thread made the feature net four times slower.
+    threads = min(torch.get_num_threads(), max((os.cpu_count() or 1) // 2, 1))
+    num_batches = math.ceil(num_rows / job.args.batch_size)
+    pool = workers.pool(num_batches, job.args.num_workers, threads_here=threads)
+    source = dataset_rows(
+        job.args.data, job.card, job.plans, batch_size=job.args.batch_size, keep_truth=job.card.has_targets
+    )
     found: dict[Key, Found] = {}
     with Progress(total=num_rows, unit="image", description="evaluate") as progress:
-        for batch in batches:
+        for batch in source.through(worker.Measure, pool, **make):
             found.update(worker.opened(batch))
             progress.update(len(batch["id"]))
     if len(found) != num_rows:
         raise RuntimeError(f"{num_rows} images were to be looked at, {len(found)} came back")
-    return found, num_workers
-
-
-def rows_here(job: EvaluationJob) -> Iterator[Batch]:
-    for split, plan in job.plans.items():
-        yield from worker.rows_here(
-            job.args.data, job.card, split, plan, batch_size=job.args.batch_size, keep_truth=job.card.has_targets
-        )
-
-
-def over_ray(job: EvaluationJob, make: dict[str, Any], num_rows: int) -> tuple[Iterator[Batch], int]:
-    """The batches as the cluster gives them back, and the number of its actors."""
-    size = job.args.batch_size
-    rows = [
-        dataset_rows(job.args.data, job.card, split, plan, batch_size=size, keep_truth=job.card.has_targets)
-        for split, plan in job.plans.items()
-    ]
-    pool = actor_pool(num_rows, size, job.args.num_workers)
-    pool["fn_constructor_kwargs"] |= make
-    measured = rows[0].union(*rows[1:]).map_batches(worker.Measure, **pool)
-    batches = measured.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy")
-    return iter(batches), pool["compute"].max_size
+    return found, pool.size
 
 
 # -- what it comes to ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import pickle
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,10 @@ from jaxtyping import UInt8
 
 from ddpm_core import nets, storage
 from ddpm_core.nets import Net
-from jobs.datasets import cache
-from jobs.datasets.format import DatasetCard
+from jobs.datasets import reading
 from jobs.evaluation import baselines
 from jobs.evaluation.metrics import INCEPTION, MIN_SSIM_SIDE, feature_net, perceptual, psnr, ssim
-from jobs.translation.batch import Batch, Plan, Translate, expand_rows
+from jobs.translation.batch import Batch, Translate
 
 MEASURE, SHOW, SAMPLE, SHOW_SAMPLE, REAL, TRAIN = "measure", "show", "sample", "show-sample", "real", "train"
 NAMED = ("auto", INCEPTION)
@@ -59,7 +58,7 @@ def load_judge(name: str, uri: str, domains: tuple[str, ...]) -> Net:
 
 
 class Measure:
-    """Ray Data actor, and in one process a function of batches."""
+    """A worker of a pool: rows become what was measured of them."""
 
     def __init__(
         self,
@@ -171,39 +170,6 @@ def _put(name: str, values: np.ndarray, rows: np.ndarray, found: list[Found]) ->
         found[row][name] = value
 
 
-# -- the rows -----------------------------------------------------------------------------------------------------
-
-
-def rows_here(
-    uri: str, card: DatasetCard, split: str, plan: Plan, *, batch_size: int, keep_truth: bool
-) -> Iterator[Batch]:
-    """The rows of `translating.dataset_rows`, read by this process."""
-    rows = cache.load(uri, split, content_hash=card.content_hash)
-    wanted = [i for i, name in enumerate(rows.ids) if name in plan]
-    for first in range(0, len(wanted), batch_size):
-        yield expand_rows(
-            _batch(rows, wanted[first : first + batch_size]),
-            plan=plan,
-            domains=list(card.domains),
-            paired=card.pairing == "paired",
-            image_size=card.image_size,
-            keep_truth=keep_truth,
-        )
-
-
-def batches_here(uri: str, card: DatasetCard, split: str, *, batch_size: int = 256) -> Iterator[Batch]:
-    """Every row of a split, read by this process."""
-    rows = cache.load(uri, split, content_hash=card.content_hash)
-    for first in range(0, len(rows), batch_size):
-        yield _batch(rows, range(first, min(first + batch_size, len(rows))))
-
-
-def _batch(rows: cache.SplitArrays, indices: Sequence[int]) -> Batch:
-    targets = {"target": rows.targets(indices)} if rows.has_targets else {}
-    ids = np.array([rows.ids[i] for i in indices])
-    return {"id": ids, "domain": rows.domain[np.asarray(indices)], "image": rows.images(indices), **targets}
-
-
 def opened(batch: Batch) -> Iterator[tuple[tuple[str, str, int, str], Found]]:
     """(to, id, seed, purpose) and what was found, of each row of what `Measure` gives back."""
     for i, found in enumerate(batch["found"]):
@@ -214,12 +180,12 @@ def opened(batch: Batch) -> Iterator[tuple[tuple[str, str, int, str], Found]]:
 # -- the colour map -----------------------------------------------------------------------------------------------
 
 
-def color_moments(batch: Batch, *, domains: tuple[str, ...], wanted: tuple[str, ...]) -> Batch:
-    """Of a batch of pairs, what `metrics.solve_color_map` needs to turn them into each wanted side: one row."""
-    found = []
+def color_moments(piece: reading.Piece, *, split: reading.Split, wanted: tuple[str, ...]) -> np.ndarray:
+    """Of a piece's pairs, what `baselines.solve_color_map` needs to turn them into each wanted side."""
+    rows, found = split.read(piece), []
+    image, target = (reading.pixels_of(rows, name) for name in ("image", "target"))
+    sides = np.asarray(split.card.domains)[rows["domain"].to_numpy()]
     for domain in wanted:
-        swap = (np.asarray(domains)[batch["domain"]] == domain)[:, None, None, None]
-        sources = np.where(swap, batch["target"], batch["image"])
-        targets = np.where(swap, batch["image"], batch["target"])
-        found.append(baselines.color_moments(sources, targets))
-    return {"moments": np.stack(found)[None]}
+        swap = (sides == domain)[:, None, None, None]
+        found.append(baselines.color_moments(np.where(swap, target, image), np.where(swap, image, target)))
+    return np.stack(found)

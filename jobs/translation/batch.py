@@ -1,4 +1,4 @@
-"""Translating many images with Ray Data: what `jobs.translate` and `jobs.evaluate` share, and what travels.
+"""Translating many images, on Ray or in this process: what `jobs.translate` and `jobs.evaluate` share.
 
 A row on its way: `id`, `output` (path below the output, "" to keep the image in the row), `to` (domain),
 `seed`, `image` (uint8 s s 3, the source), `error` ("" while all is well), `note` (what was done to the source that
@@ -8,19 +8,16 @@ its owner should know, mostly "").
 import concurrent.futures
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import ray
-import ray.data
 import torch
 
 from ddpm_core import checkpoint, faces, images, storage
-from ddpm_core import config as configs
-from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
+from jobs.common import workers
 from jobs.datasets import reading
 from jobs.datasets.format import DatasetCard
 from jobs.translation import options
@@ -32,14 +29,10 @@ Plan = Mapping[str, list[tuple[str, int, str]]]
 
 READ_THREADS = 8
 """Images read at once by one task: hides a bucket's latency."""
-MAX_BLOCKS = 4096
-"""Ray Data's bookkeeping grows with blocks; beyond this many they get larger instead."""
-CPUS_PER_ACTOR = 0.5
-"""Logical CPUs of one actor on a cluster without GPUs; what is left lets Ray Data's reading tasks be placed."""
 
 
 class Translate:
-    """Ray Data actor: rows with a source image become rows with the result, or with the result written."""
+    """A worker of a pool: rows with a source image become rows with the result, or with the result written."""
 
     def __init__(
         self,
@@ -74,54 +67,22 @@ class Translate:
         return {name: column for name, column in batch.items() if name != "image"}
 
 
-def actor_pool(num_rows: int, batch_size: int, num_workers: int | None) -> dict[str, Any]:
-    """`map_batches` arguments for a pool of `Translate` on the cluster at hand: a GPU each where there are any.
+class Source(NamedTuple):
+    """Where rows come from: `read` makes the batches of each task."""
 
-    Raises:
-        InputError: more workers than GPUs.
-    """
-    there = ray.cluster_resources()
-    gpus, cpus = int(there.get("GPU", 0)), max(int(there.get("CPU", 1)), 1)
-    batches = max(math.ceil(num_rows / batch_size), 1)
-    if gpus:
-        if num_workers is not None and num_workers > gpus:
-            raise InputError(f"--num-workers {num_workers}: the cluster has {gpus} GPUs, one for each; give fewer")
-        size, threads = min(num_workers or gpus, batches), 2
-        resources = {"num_gpus": 1.0, "num_cpus": 1.0}
-    else:
-        # One thread an actor: convolutions this small gain less from a second thread than a second actor gives.
-        size, threads = min(num_workers or cpus, batches), 1
-        resources = {"num_cpus": min(CPUS_PER_ACTOR, cpus / 2 / size)}
-    return {
-        "batch_size": batch_size,
-        "compute": ray.data.ActorPoolStrategy(size=size),
-        "fn_constructor_kwargs": {"num_threads": threads},
-        **resources,
-    }
+    tasks: list[Any]
+    read: Callable[[Any], list[Batch]]
 
+    def batches(self) -> Iterator[Batch]:
+        """Every batch, by this process."""
+        for batches in workers.mapped(self.read, self.tasks, len(self.tasks), num_workers=0):
+            yield from batches
 
-def translate_rows(
-    rows: ray.data.Dataset,
-    *,
-    num_rows: int,
-    checkpoint_uri: str,
-    ema: float | None,
-    sampling: SamplingConfig,
-    guides: GuidanceNets,
-    output: str | None,
-    batch_size: int,
-    num_workers: int | None,
-) -> ray.data.Dataset:
-    """`rows` through a pool of `Translate`."""
-    pool = actor_pool(num_rows, batch_size, num_workers)
-    pool["fn_constructor_kwargs"] |= {
-        "checkpoint_uri": checkpoint_uri,
-        "ema": ema,
-        "sampling": configs.to_dict(sampling),
-        "guides": configs.to_dict(guides),
-        "output": output,
-    }
-    return rows.map_batches(Translate, **pool)
+    def through(
+        self, worker: Callable[..., Callable[[Batch], Batch]], pool: workers.Pool, **make: Any
+    ) -> Iterator[Batch]:
+        """Every batch through a worker of the pool."""
+        return workers.piped(self.read, self.tasks, len(self.tasks), worker, make, pool)
 
 
 # -- sources: files -----------------------------------------------------------------------------------------------
@@ -136,31 +97,35 @@ def file_rows(
     to: str,
     seed: int,
     batch_size: int,
-) -> ray.data.Dataset:
-    """Rows of the images `items` (id = path below `root`, output), read and prepared on the workers.
+) -> Source:
+    """Rows of the images `items` (id = path below `root`, output).
 
     `template`: landmarks that faces are aligned to, () to take images as they are.
     """
-    blocks = min(max(math.ceil(len(items) / batch_size), 1), MAX_BLOCKS)
+    tasks = [
+        {name: np.array([item[name] for item in items[start : start + batch_size]]) for name in ("id", "output")}
+        for start in range(0, len(items), batch_size)
+    ]
     read = functools.partial(read_images, root=root, image_size=image_size, template=template, to=to, seed=seed)
-    return ray.data.from_items(items, override_num_blocks=blocks).map_batches(read, batch_size=batch_size)
+    return Source(tasks, read)
 
 
 def read_images(
     batch: Batch, *, root: str, image_size: int, to: str, seed: int, template: tuple[float, ...] = ()
-) -> Batch:
+) -> list[Batch]:
     """Each file read and prepared as training did it; what cannot be read gets its reason in `error`."""
     with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as threads:
         one = functools.partial(read_image, root=root, image_size=image_size, template=template)
-        read = list(threads.map(one, batch["id"]))
-    return {
+        read = list(threads.map(one, batch["id"].tolist()))
+    rows = {
         **batch,
         "to": np.array([to] * len(read)),
         "seed": np.full(len(read), seed, np.int64),
-        "image": np.stack([picture for picture, _, _ in read]),
+        "image": np.stack([image for image, _, _ in read]),
         "error": np.array([error for _, error, _ in read], dtype=object),
         "note": np.array([note for _, _, note in read], dtype=object),
     }
+    return [rows]
 
 
 def read_image(name: str, *, root: str, image_size: int, template: tuple[float, ...]) -> tuple[np.ndarray, str, str]:
@@ -193,20 +158,45 @@ def _black(image_size: int) -> np.ndarray:
 
 
 def dataset_rows(
-    uri: str, card: DatasetCard, split: str, plan: Plan, *, batch_size: int, keep_truth: bool = False
-) -> ray.data.Dataset:
-    """The rows of a data set that `plan` names, once for each result wanted of them, with the side to start from."""
-    expand = functools.partial(
-        expand_rows,
-        plan=dict(plan),
-        domains=list(card.domains),
-        paired=card.pairing == "paired",
-        image_size=card.image_size,
+    uri: str, card: DatasetCard, plans: Mapping[str, Plan], *, batch_size: int, keep_truth: bool = False
+) -> Source:
+    """The rows of each split that its plan names, once for each result wanted of them, with the side to start from.
+
+    Raises:
+        InputError: a split's files are missing or damaged.
+    """
+    splits, tasks = {}, []
+    for name, plan in plans.items():
+        # A task of rows enough for a few whole batches, however few of them the plan names.
+        rows = math.ceil(4 * batch_size * card.splits.get(name, 0) / max(len(plan), 1))
+        splits[name] = reading.open_split(uri, name, rows_in_piece=rows)
+        tasks += [(name, piece) for piece in splits[name].pieces]
+    read = functools.partial(read_rows, splits=splits, plans=plans, batch_size=batch_size, keep_truth=keep_truth)
+    return Source(tasks, read)
+
+
+def read_rows(
+    task: tuple[str, reading.Piece],
+    *,
+    splits: Mapping[str, reading.Split],
+    plans: Mapping[str, Plan],
+    batch_size: int,
+    keep_truth: bool,
+) -> list[Batch]:
+    """See `dataset_rows`: the batches of one (split, piece)."""
+    split, plan = splits[task[0]], plans[task[0]]
+    table = split.read(task[1], wanted=plan)
+    columns = {name: reading.pixels_of(table, name) for name in ("image", "target") if name in table.column_names}
+    rows = expand_rows(
+        {"id": np.array(table["id"].to_pylist()), "domain": table["domain"].to_numpy(), **columns},
+        plan=plan,
+        domains=list(split.card.domains),
+        paired=split.card.pairing == "paired",
+        image_size=split.card.image_size,
         keep_truth=keep_truth,
     )
-    rows = reading.read_split(uri, split).map_batches(expand)
-    # A block is one actor's task: as read they would be far too large to share out.
-    return rows.repartition(target_num_rows_per_block=batch_size)
+    starts = range(0, len(rows["id"]), batch_size)
+    return [{name: column[start : start + batch_size] for name, column in rows.items()} for start in starts]
 
 
 def expand_rows(
@@ -219,7 +209,7 @@ def expand_rows(
     swapped = [paired and domains[int(batch["domain"][row])] == to for row, to, _, _ in chosen]
     empty = np.zeros((0, image_size, image_size, 3), np.uint8)
 
-    def pictures(from_target: Iterable[bool]) -> np.ndarray:
+    def squares(from_target: Iterable[bool]) -> np.ndarray:
         picked = [batch["target" if t else "image"][c[0]] for c, t in zip(chosen, from_target, strict=True)]
         return np.stack(picked).astype(np.uint8) if picked else empty
 
@@ -228,10 +218,10 @@ def expand_rows(
         "output": np.array([c[3] for c in chosen], dtype=object),
         "to": np.array([c[1] for c in chosen], dtype=object),
         "seed": np.array([c[2] for c in chosen], dtype=np.int64),
-        "image": pictures(swapped),
+        "image": squares(swapped),
         "error": np.array([""] * len(chosen), dtype=object),
         "note": np.array([""] * len(chosen), dtype=object),
     }
     if keep_truth:
-        rows["truth"] = pictures([not s for s in swapped])
+        rows["truth"] = squares([not s for s in swapped])
     return rows

@@ -1,26 +1,47 @@
-"""A translation as its driver sees it: sources through the cluster, the manifest, the end."""
+"""A translation as its driver sees it: sources through the network, the manifest, the end."""
 
 import collections
+import contextlib
 import json
+import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ddpm_core import config as configs
 from ddpm_core import images, provenance, storage
 from ddpm_core.errors import InputError
 from jobs.common import cli
+from jobs.common.progress import Progress
+from jobs.translation.plan import TranslationJob, remaining
 
 if TYPE_CHECKING:
-    import ray.data
-
+    from jobs.translation.batch import Batch, Source
     from jobs.translation.manifest import Manifest
-from jobs.translation.plan import TranslationJob
 
 NUM_PREVIEWS = 8
 """Images shown in preview.png."""
+
+
+def run(job: TranslationJob) -> int:
+    """Do what is left to do of a job; the exit code.
+
+    Raises:
+        InputError: as `open_output` and `translate`.
+    """
+    manifest = open_output(job)
+    todo = remaining(job, manifest)
+    if not todo:
+        print(f"nothing to do, {counted(len(job.sources))} translated already: {job.args.output}")
+        return finish(job, manifest)
+    done = len(job.sources) - len(todo)
+    print(f"{counted(len(todo))} to translate" + (f", {done:,} are done already" if done else ""))
+    with contextlib.nullcontext() if job.args.num_workers == 0 else cli.ray_session():
+        translate(job, manifest, todo)
+    write_preview(job, manifest)
+    return finish(job, manifest)
 
 
 def open_output(job: TranslationJob) -> "Manifest":
@@ -54,26 +75,31 @@ def open_output(job: TranslationJob) -> "Manifest":
 
 
 def translate(job: TranslationJob, manifest: "Manifest", todo: list[dict[str, Any]]) -> None:
-    """Run `todo` through the cluster, noting each batch as it comes back."""
-    from jobs.common.progress import Progress
-    from jobs.translation.batch import translate_rows
+    """Run `todo` through the network's copies, noting each batch as it comes back. Ray must run unless there are none.
 
-    results = translate_rows(
-        source_rows(job, todo),
-        num_rows=len(todo),
+    Raises:
+        InputError: more copies than GPUs, a damaged data set, or the store refuses.
+    """
+    import torch
+
+    from jobs.common import workers
+    from jobs.translation.batch import Translate
+
+    args, facts, bad = job.args, {source["id"]: source for source in todo}, 0
+    num_batches = math.ceil(len(todo) / args.batch_size)
+    results = source_rows(job, todo).through(
+        Translate,
+        workers.pool(num_batches, args.num_workers, threads_here=torch.get_num_threads()),
         checkpoint_uri=job.loaded.path,
         ema=job.loaded.ema,
-        sampling=job.sampling,
-        guides=job.guides,
-        output=job.args.output,
-        batch_size=job.args.batch_size,
-        num_workers=job.args.num_workers,
+        sampling=configs.to_dict(job.sampling),
+        guides=configs.to_dict(job.guides),
+        output=args.output,
     )
-    facts = {source["id"]: source for source in todo}
-    bad = 0
     try:
         with Progress(total=len(todo), unit="image", description="translate") as progress:
-            for rows in noted(results, facts):
+            for batch in results:
+                rows = noted(batch, facts)
                 manifest.add(rows)
                 bad += sum(row["status"] != "ok" for row in rows)
                 progress.update(len(rows), f"{bad} set aside" if bad else "")
@@ -84,41 +110,39 @@ def translate(job: TranslationJob, manifest: "Manifest", todo: list[dict[str, An
         raise RuntimeError(f"{len(missing)} images came back without a result, the first: {missing[0]}")
 
 
-def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> "ray.data.Dataset":
-    """The images to translate as Ray Data rows."""
+def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> "Source":
+    """The images to translate."""
     from jobs.translation.batch import dataset_rows, file_rows
 
-    args, size = job.args, job.loaded.config.image_size
-    if job.card is None:
-        items = [{"id": source["id"], "output": source["output"]} for source in todo]
-        return file_rows(
-            items,
-            args.input,
-            image_size=size,
-            template=job.template,
-            to=args.domain,
-            seed=args.seed,
-            batch_size=args.batch_size,
-        )
-    plan = {source["id"]: [(args.domain, args.seed, source["output"])] for source in todo}
-    return dataset_rows(args.input, job.card, args.split, plan, batch_size=args.batch_size)
+    args = job.args
+    if job.card is not None:
+        plan = {source["id"]: [(args.domain, args.seed, source["output"])] for source in todo}
+        return dataset_rows(args.input, job.card, {args.split: plan}, batch_size=args.batch_size)
+    return file_rows(
+        todo,
+        args.input,
+        image_size=job.loaded.config.image_size,
+        template=job.template,
+        to=args.domain,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
 
 
-def noted(results: "ray.data.Dataset", facts: dict[str, dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Manifest rows, as the batches come back."""
-    for batch in results.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
-        yield [
-            {
-                "id": str(name),
-                "output": facts[str(name)]["output"],
-                "status": "rejected" if error else "ok",
-                "error": str(error),
-                "note": str(note),
-                "size": facts[str(name)]["size"],
-                "mtime_ns": facts[str(name)]["mtime_ns"],
-            }
-            for name, error, note in zip(batch["id"], batch["error"], batch["note"], strict=True)
-        ]
+def noted(batch: "Batch", facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A batch's rows of the manifest."""
+    return [
+        {
+            "id": str(name),
+            "output": facts[str(name)]["output"],
+            "status": "rejected" if error else "ok",
+            "error": str(error),
+            "note": str(note),
+            "size": facts[str(name)]["size"],
+            "mtime_ns": facts[str(name)]["mtime_ns"],
+        }
+        for name, error, note in zip(batch["id"], batch["error"], batch["note"], strict=True)
+    ]
 
 
 def write_preview(job: TranslationJob, manifest: "Manifest") -> None:
@@ -129,7 +153,11 @@ def write_preview(job: TranslationJob, manifest: "Manifest") -> None:
     if not good:
         return
     todo = [{**source, "output": manifest.rows[source["id"]]["output"]} for source in good]
-    rows = {row["id"]: row["image"] for row in source_rows(job, todo).take_all()}
+    rows = {
+        str(name): image
+        for batch in source_rows(job, todo).batches()
+        for name, image in zip(batch["id"], batch["image"], strict=True)
+    }
     shown = []
     for source in todo:
         result = images.decode(storage.read_bytes(storage.join(job.args.output, source["output"])))

@@ -40,7 +40,8 @@ class TranslateArgs:
     batch_size: int = 16
     """Images the network sees at once; memory and speed, not results."""
     num_workers: int | None = None
-    """Copies of the network; by default one for each GPU, or for each CPU where there is none."""
+    """Copies of the network; by default one for each GPU, or for each CPU where there is none. 0: this process alone,
+    without Ray."""
     split: str = "test"
     """Of a data set, the rows to translate."""
     align: faces.Align = "auto"
@@ -81,7 +82,7 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         input=storage.absolute(args.input, flag="--input"),
         output=storage.absolute(args.output, flag="--output"),
     )
-    check_least({"--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 1)})
+    check_least({"--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 0)})
     if inside(args.output, args.input):
         raise InputError(
             f"--output {args.output} lies in the input; results would be taken for images: write elsewhere"

@@ -21,6 +21,7 @@ from jobs.evaluation.metrics import MIN_KID_IMAGES, cosine, flipped, kid, psnr
 from jobs.evaluation.plan import EvaluateArgs, make_plans, spread
 from jobs.evaluation.worker import Judges
 from jobs.translation import listing
+from jobs.translation.batch import dataset_rows
 from jobs.tuning import search_space as spaces
 from jobs.tuning import study
 
@@ -82,11 +83,11 @@ class Bench:
             for name, uri in vars(look.judges).items()
             if uri is not None
         }
-        batches = worker.rows_here(
-            look.data, self.card, look.split, plan, batch_size=256, keep_truth=self.card.has_targets
+        source = dataset_rows(
+            look.data, self.card, {look.split: plan}, batch_size=256, keep_truth=self.card.has_targets
         )
-        wanted = [batch for batch in batches if len(batch["id"])]
-        columns = {name: np.concatenate([batch[name] for batch in wanted]) for name in wanted[0]}
+        batches = list(source.batches())
+        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         real = columns["output"].astype(str) == worker.REAL
         paired = self.card.pairing == "paired"
         self.sides = [*dict.fromkeys(columns["to"][~real].astype(str))]

@@ -25,11 +25,10 @@ from jaxtyping import Int
 
 from ddpm_core import checkpoint, storage
 from ddpm_core.errors import InputError
-from jobs.common import cli
 from jobs.common.progress import Progress
 from jobs.datasets import decode, matching
 from jobs.datasets.archive import Archive
-from jobs.datasets.decode import Picture, Pixels
+from jobs.datasets.decode import File, Pixels
 from jobs.datasets.format import SPLITS, DatasetCard, IndexRow, Row
 from jobs.datasets.source import (
     Draft,
@@ -121,9 +120,9 @@ def draft(options: Options) -> Draft:
     }
     column = _attribute(attributes, options.domain_attribute)
     _check_landmarks(others[LANDMARKS])
-    pictures, picture_sizes = _pictures(source, sizes)
+    photos, photo_sizes = _photos(source, sizes)
     there = rows_there(options)
-    faces, rejected, notes = _faces(attributes, column, others, pictures, options, there)
+    faces, rejected, notes = _faces(attributes, column, others, photos, options, there)
     card = DatasetCard(
         name="celeba",
         licence=LICENCE,
@@ -134,7 +133,7 @@ def draft(options: Options) -> Draft:
         pairing=options.pairing,
         attribute_names=attributes.columns,
         prepared_by=prepared_by("celeba", dataclasses.replace(options, identity_encoder=encoder)),
-        source_hash=fingerprint(sizes, picture_sizes),
+        source_hash=fingerprint(sizes, photo_sizes),
     )
     return Draft(card=card, make=lambda scratch: _make(faces, rejected, notes, column, options, there, scratch))
 
@@ -246,8 +245,8 @@ def _attribute(table: Table, name: str) -> int:
         raise InputError(f"{table.uri}: column {name!r} holds {sorted(sides - {-1, 1})[0]}; it must hold -1 and 1")
     values = np.stack(list(table.rows.values())) if table.rows else np.zeros((0, len(table.columns)))
     for row, other in np.argwhere(np.abs(values) > 1)[:1].tolist():
-        picture, value = list(table.rows)[row], int(values[row, other])
-        raise InputError(f"{table.uri}: {picture} has {value} as {table.columns[other]}; it must be -1 or 1")
+        name, value = list(table.rows)[row], int(values[row, other])
+        raise InputError(f"{table.uri}: {name} has {value} as {table.columns[other]}; it must be -1 or 1")
     return column
 
 
@@ -267,7 +266,7 @@ def _check_landmarks(table: Table | None) -> None:
 # --------------------------------------------------------------------------------------------- images
 
 
-def _pictures(source: str, sizes: Mapping[str, int]) -> tuple[dict[str, str], dict[str, int]]:
+def _photos(source: str, sizes: Mapping[str, int]) -> tuple[dict[str, str], dict[str, int]]:
     """URI of each image by its name without ending, and sizes where an archive holds them."""
     files = image_files(sizes)
     for folder in (IMAGES, IMAGES_PNG):
@@ -289,12 +288,12 @@ def _faces(
     attributes: Table,
     column: int,
     others: Mapping[str, Table | None],
-    pictures: Mapping[str, str],
+    photos: Mapping[str, str],
     options: Options,
     there: Mapping[str, IndexRow],
 ) -> tuple[list[Face], list[tuple[str, str]], list[str]]:
     """Images that are there, with what is known of them, sorted by name; those without a split; notes."""
-    names = [name for name in attributes.rows if _stem(name) in pictures]
+    names = [name for name in attributes.rows if _stem(name) in photos]
     if not names:
         raise InputError(
             f"--source {options.source}: none of the {len(attributes.rows):,} images that {attributes.uri} lists "
@@ -322,7 +321,7 @@ def _faces(
         faces.append(
             Face(
                 name=name,
-                uri=pictures[_stem(name)],
+                uri=photos[_stem(name)],
                 domain=int(attributes.rows[name][column] > 0),
                 split=splits[name],
                 attributes=attributes.rows[name].astype(np.int8),
@@ -420,7 +419,6 @@ def correlation(attributes: Int[np.ndarray, "n a"], domain: Int[np.ndarray, " n"
 # ------------------------------------------------------------------------------------------------- rows
 
 
-@cli.ray_session()  # one for all steps: each start costs seconds
 def _make(
     faces: Sequence[Face],
     unsplit: Sequence[tuple[str, str]],
@@ -430,9 +428,9 @@ def _make(
     there: Mapping[str, IndexRow],
     scratch: Path,
 ) -> Made:
-    pictures = [Picture(name=face.name, uri=face.uri) for face in faces]
+    files = [File(face.name, face.uri) for face in faces]
     pixels, rejected = decode.decode_images(
-        pictures, size=options.image_size, halves=False, scratch=scratch, encoding=options.encoding
+        files, size=options.image_size, halves=False, scratch=scratch, encoding=options.encoding
     )
     names = [face.name for face in faces]
     copies, dropped, word = weed(

@@ -13,7 +13,7 @@ from typing import Literal
 from ddpm_core import storage
 from ddpm_core.errors import InputError
 from jobs.datasets import decode
-from jobs.datasets.decode import Picture
+from jobs.datasets.decode import File
 from jobs.datasets.format import DatasetCard
 from jobs.datasets.source import (
     Draft,
@@ -93,9 +93,9 @@ def _make(items: Sequence[Item], options: Options, scratch: Path) -> Made:
     there = rows_there(options)
     kept = {posixpath.splitext(name)[0]: row.split for name, row in there.items()}
     splits, note = folders.assign_splits({"": items}, kept)
-    pictures = [Picture(name=item.file, uri=item.uri) for item in items]
+    files = [File(item.file, item.uri) for item in items]
     pixels, rejected = decode.decode_images(
-        pictures, size=options.image_size, halves=True, scratch=scratch, encoding=options.encoding
+        files, size=options.image_size, halves=True, scratch=scratch, encoding=options.encoding
     )
     left, notes = options.left, [note]
     if left == "auto":

@@ -22,7 +22,7 @@ import tyro
 from ddpm_core import faces, storage
 from ddpm_core.errors import InputError
 from jobs.datasets import decode, duplicates
-from jobs.datasets.decode import Picture, Pixels
+from jobs.datasets.decode import File, Pixels
 from jobs.datasets.format import SPLITS, DatasetCard, IndexRow, Row, find_card
 from jobs.datasets.source import (
     Draft,
@@ -347,9 +347,8 @@ def _make(
         domains = {domain: [item for item in of if (domain, item.file) in splits] for domain, of in domains.items()}
     flat = [(domain, item) for domain, items in domains.items() for item in items]
     names = [f"{domain}/{item.file}" for domain, item in flat]
-    pictures = [Picture(name=name, uri=item.uri) for name, (_, item) in zip(names, flat, strict=True)]
     pixels, rejected = decode.decode_images(
-        pictures,
+        [File(name, item.uri) for name, (_, item) in zip(names, flat, strict=True)],
         size=options.image_size,
         halves=False,
         scratch=scratch,

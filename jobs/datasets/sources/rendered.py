@@ -9,18 +9,17 @@ is the index.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow
-import ray.data
 from jaxtyping import UInt8
 
 from ddpm_core.errors import InputError
-from jobs.common import cli
+from jobs.common import workers
 from jobs.common.progress import Progress
 from jobs.datasets import decode, source
 from jobs.datasets.format import SPLITS, DatasetCard, Row
@@ -40,6 +39,8 @@ DOMAINS: dict[Scene, tuple[str, ...]] = {
 NAMES: dict[Scene, tuple[str, ...]] = {"portraits": rendered_portraits.NAMES, "landscapes": rendered_landscapes.NAMES}
 LEVELS = 101
 """Values of a parameter: 0 to 100."""
+IMAGES_PER_TASK = 64
+"""Rows that one task draws."""
 MIN_SIZE, MAX_SIZE = 32, SIDE
 MAX_INDEX = 10**8
 """Ids have eight digits, so that they sort as numbers do."""
@@ -83,6 +84,7 @@ def draft(options: Options) -> source.Draft:
 
 
 def check(options: Options) -> None:
+    source.check_common(options)
     if options.source is not None:
         raise InputError("--source is given, and rendered draws its images itself; leave --source out")
     if not MIN_SIZE <= options.image_size <= MAX_SIZE:
@@ -176,29 +178,20 @@ def _make(options: Options, scratch: Path) -> source.Made:
 
 
 def draw_all(task: Task, count: int, scratch: Path) -> decode.Pixels:
-    """Every image, by Ray Data over all its CPUs; parts are the domains of `Task.domains`."""
+    """Every image; parts are the domains of `Task.domains`."""
     pixels = decode.Pixels((count, 2 if task.paired else 1, task.size, task.size, 3), scratch)
-    with cli.ray_session(), Progress(total=count, unit="row", description="draw") as progress:
-        blocks = -(-count // decode.IMAGES_PER_TASK)
-        drawn = ray.data.range(count, override_num_blocks=blocks).map_batches(
-            draw_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"task": task}
-        )
-        for batch in drawn.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            for line in batch.to_pylist():
-                pixels[line["id"]] = line["pixels"]
-            progress.update(len(batch))
+    numbers = [range(count)[start : start + IMAGES_PER_TASK] for start in range(0, count, IMAGES_PER_TASK)]
+    with Progress(total=count, unit="row", description="draw") as progress:
+        for some, drawn in workers.mapped(functools.partial(draw_task, task=task), numbers, len(numbers)):
+            for number, content in zip(some, drawn, strict=True):
+                pixels[number] = content
+            progress.update(len(drawn))
     return pixels
 
 
-def draw_batch(batch: pyarrow.Table, task: Task) -> pyarrow.Table:
-    """One task's images: the bytes of each row's domains, one after another."""
-    numbers = batch.column("id").to_pylist()
-    return pyarrow.table(
-        {
-            "id": batch.column("id"),
-            "pixels": pyarrow.array([_bytes(task, number) for number in numbers], pyarrow.binary()),
-        }
-    )
+def draw_task(numbers: range, task: Task) -> tuple[range, list[bytes]]:
+    """The bytes of each row's domains, one after another."""
+    return numbers, [_bytes(task, number) for number in numbers]
 
 
 def _bytes(task: Task, number: int) -> bytes:

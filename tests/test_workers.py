@@ -1,0 +1,145 @@
+"""One function over many tasks: this process and Ray give the same, and Ray starts only where there is much to do."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_append import fill
+from test_matching import write_encoder
+from test_prepare import CelebA, made, refused, run
+from test_translate import command, manifest, put
+
+from ddpm_core.errors import InputError
+from jobs import translate
+from jobs.common import cli, workers
+from jobs.datasets import decode, matching
+from jobs.datasets.sources import rendered
+
+
+@pytest.fixture
+def on_ray(ray_cluster: None) -> Iterator[None]:
+    """Ray's workers do not import tests: functions of this file travel to them whole."""
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def square(number: int) -> tuple[int, int, int]:
+    """(number, its square, who computed it)"""
+    if number < 0:
+        raise InputError(f"{number} is negative; give another") if number == -1 else KeyError(number)
+    return number, number**2, os.getpid()
+
+
+class Adder:
+    """A worker with a state: counts what it has seen."""
+
+    def __init__(self, *, start: int, num_threads: int) -> None:
+        self.seen = start
+
+    def __call__(self, batch: np.ndarray) -> tuple[list[int], int]:
+        self.seen += len(batch)
+        return batch.tolist(), self.seen
+
+
+def pairs(number: int) -> list[np.ndarray]:
+    return [np.arange(2) + 10 * number, np.arange(2) + 10 * number + 2]
+
+
+def test_this_process_keeps_the_order_and_works_side_by_side() -> None:
+    def slow(number: int) -> int:
+        time.sleep(0.2)
+        return number
+
+    begun = time.monotonic()
+    assert list(workers.mapped(slow, range(20), 20, num_workers=0)) == list(range(20))
+    assert time.monotonic() - begun < 20 * 0.2 or os.cpu_count() == 1
+
+
+def test_ray_gives_the_same_in_any_order(on_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "WINDOW_BYTES", 20)  # few tasks at a time
+    found = sorted(workers.mapped(square, range(30), 30, num_workers=2))
+    assert [each[:2] for each in found] == [(number, number**2) for number in range(30)]
+    assert os.getpid() not in {pid for _, _, pid in found}
+
+
+def test_ray_takes_over_what_would_take_long(on_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "RAY_PAYS_S", -1.0)
+    found = list(workers.mapped(square, range(30), 30))
+    assert sorted(number for number, _, _ in found) == list(range(30))
+    here = {number for number, _, pid in found if pid == os.getpid()}
+    assert here == set(range(len(here)))  # it began here
+    assert 0 < len(here) < 10
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_errors_come_out_as_they_were(on_ray: None, num_workers: int) -> None:
+    with pytest.raises(InputError, match=r"^-1 is negative; give another$"):
+        list(workers.mapped(square, [3, -1], 2, num_workers=num_workers))
+    with pytest.raises(Exception, match="-2") as caught:
+        list(workers.mapped(square, [3, -2], 2, num_workers=num_workers))
+    assert cli.input_error(caught.value) is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_worker_is_made_once_a_place(on_ray: None, num_workers: int) -> None:
+    pool = workers.pool(6, num_workers, threads_here=1)
+    assert pool.size == max(num_workers, 1)
+    found = list(workers.piped(pairs, range(3), 3, Adder, {"start": 100}, pool))
+    assert sorted(batch for batch, _ in found) == [[a, a + 1] for a in (0, 2, 10, 12, 20, 22)]
+    counts = [seen - 100 for _, seen in found]
+    assert counts == [2, 4, 6, 8, 10, 12] if num_workers == 0 else max(counts) < 12 or min(counts) == 2
+
+
+def test_fewer_workers_than_none_are_refused(tmp_path: Path) -> None:
+    assert "--num-workers is -1" in refused("rendered", "--output", tmp_path / "out", "--num-workers", -1)
+
+
+def test_a_small_folder_is_prepared_without_ray(tmp_path: Path) -> None:
+    fill(tmp_path / "in", range(3))
+    code = "import sys; from jobs import prepare; print(prepare.main(sys.argv[1:]), 'ray' in sys.modules)"
+    argv = ["folders", "--source", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--image-size", "16"]
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["0 False"], done.stderr
+
+
+def test_prepare_gives_the_same_bytes_on_ray(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding, matching and embedding; drawing; and what an append reads."""
+    for module in (decode, matching, rendered):
+        monkeypatch.setattr(module, "IMAGES_PER_TASK", 16)
+    source = CelebA(tmp_path / "in")
+    source.text("list_eval_partition.txt", source.partition())
+    (source.folder / "img_align_celeba/000007.jpg").write_text("text")
+    encoder = write_encoder(tmp_path / "encoder", 32)
+    for way in (0, 2):
+        out, common = tmp_path / f"{way}", ("--image-size", 32, "--num-workers", way)
+        flags = ("--source", source.folder, "--identity-encoder", encoder, *common)
+        assert run("celeba", *flags, "--output", out / "celeba") == cli.SET_ASIDE
+        assert run("rendered", "--count", 20, *common, "--output", out / "rendered") == cli.DONE
+        assert run("rendered", "--first", 20, "--count", 3, *common, "--output", out / "rendered", "--append") == 0
+    for name in ("celeba", "rendered"):
+        assert made(tmp_path / "0" / name) == made(tmp_path / "2" / name)
+
+
+def test_translate_gives_the_same_bytes_on_ray(ray_cluster: None, tmp_path: Path, checkpoint_folder: str) -> None:
+    for number in range(10):
+        put(tmp_path / "in" / f"{number % 2}" / f"{number}.png", number)
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"no image")
+    outputs = {way: tmp_path / f"out{way}" for way in (0, 2)}
+    for way, output in outputs.items():
+        argv = command(checkpoint_folder, tmp_path / "in", output, "--num-workers", str(way))
+        assert translate.main(argv) == cli.SET_ASIDE
+    here, on_ray = ({path.name: path.read_bytes() for path in out.rglob("*.png")} for out in outputs.values())
+    assert here == on_ray
+    assert len(here) == 11  # with the preview
+    assert manifest(outputs[0]) == manifest(outputs[2])
