@@ -3,14 +3,13 @@
 Beside them lie the weights of the EMA's other lengths, `ema-0.050.safetensors`; `config.json` says under `training`
 which were kept (`optim.ema_sigma_rels`) and which of them became `model.safetensors` (`ema_sigma_rel`).
 
-Nothing here unpickles anything. Whoever reads from a bucket passes `read`, which returns a file's bytes by its
-path and raises FileNotFoundError where there is none; the default reads local files.
+Nothing here unpickles anything. Paths are local or s3:// URIs, as `ddpm_core.storage` reads them.
 """
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors
@@ -18,12 +17,12 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ddpm_core import config as configs
+from ddpm_core import storage
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
 from ddpm_core.gan import Generator
 from ddpm_core.unet import UNet
 
-Read = Callable[[str], bytes]
 FORMAT, ENCODER_FORMAT = "ddpm-translate", "ddpm-translate-encoder"
 FORMATS = {FORMAT: "a ddpm-translate checkpoint's", ENCODER_FORMAT: "an encoder's"}
 """What a `config.json` may be of, in words."""
@@ -40,10 +39,8 @@ class Checkpoint:
     """The checkpoint's own folder (a run resolves to its best one)."""
     ema: float | None = None
     """The length of the EMA whose weights these are, where a run or the caller chose it."""
-
-
-def read_local(path: str) -> bytes:
-    return Path(path).read_bytes()
+    fingerprint: str = ""
+    """Hash of the file of weights, which tells it from another one at the same place."""
 
 
 def build(config: ModelConfig) -> UNet | Generator:
@@ -76,7 +73,7 @@ def ema_file(sigma_rel: float) -> str:
     return f"ema-{sigma_rel:.3f}.safetensors"
 
 
-def resolve(path: str, *, read: Read = read_local) -> tuple[str, dict[str, Any]]:
+def resolve(path: str) -> tuple[str, dict[str, Any]]:
     """The checkpoint folder meant by `path` and its run's `best.json` ({} for a bare checkpoint).
 
     Raises:
@@ -84,10 +81,10 @@ def resolve(path: str, *, read: Read = read_local) -> tuple[str, dict[str, Any]]
     """
     path = path.rstrip("/")
     try:
-        best = json.loads(read(f"{path}/best.json"))
+        best = storage.read_json(f"{path}/best.json")
     except FileNotFoundError:
         best = {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except storage.NOT_JSON as error:
         raise InputError(
             f"{path}/best.json is damaged ({error}); name a folder under {path}/checkpoints instead"
         ) from None
@@ -100,30 +97,30 @@ def resolve(path: str, *, read: Read = read_local) -> tuple[str, dict[str, Any]]
     return path, {}
 
 
-def read_config(path: str, *, read: Read = read_local) -> ModelConfig:
+def read_config(path: str) -> ModelConfig:
     """The configuration in a checkpoint folder.
 
     Raises:
         InputError: there is none, it is damaged, or it is of another version.
     """
     nothing = "no checkpoint here (no best.json, no config.json); give a run's folder or one of its checkpoints"
-    meta = read_meta(path, read, FORMAT, configs.FORMAT_VERSION, nothing=nothing)
+    meta = read_meta(path, FORMAT, configs.FORMAT_VERSION, nothing=nothing)
     config = configs.from_dict(ModelConfig, meta, where=f"{path}/config.json")
     configs.check(config)
     return config
 
 
-def read_meta(path: str, read: Read, wanted: str, version: int, *, nothing: str) -> dict[str, Any]:
+def read_meta(path: str, wanted: str, version: int, *, nothing: str) -> dict[str, Any]:
     """The fields of the `config.json` of a checkpoint or an encoder, without its format and version.
 
     Raises:
         InputError: there is none (`nothing` says so), it is damaged, or of another format or version.
     """
     try:
-        meta = json.loads(read(f"{path}/config.json"))
+        meta = storage.read_json(f"{path}/config.json")
     except FileNotFoundError:
         raise InputError(f"{path}: {nothing}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except storage.NOT_JSON as error:
         raise InputError(f"{path}/config.json is damaged: {error}") from None
     found = meta.pop("format", None) if isinstance(meta, dict) else None
     if found == FORMAT != wanted and meta.get("method") in configs.ENCODERS:
@@ -143,7 +140,7 @@ def read_meta(path: str, read: Read, wanted: str, version: int, *, nothing: str)
     return meta
 
 
-def load(path: str, *, ema: float | None = None, read: Read = read_local) -> Checkpoint:
+def load(path: str, *, ema: float | None = None) -> Checkpoint:
     """A checkpoint folder, or a run (its best checkpoint), as a network in eval mode on the CPU.
 
     A run's or a sweep's `best.json` overrides the sampling defaults. `ema` picks the weights averaged over another
@@ -153,8 +150,8 @@ def load(path: str, *, ema: float | None = None, read: Read = read_local) -> Che
         InputError: nothing there, damaged files, another version, weights that do not fit the configuration, no
             weights of that `ema`.
     """
-    folder, best = resolve(path, read=read)
-    config = read_config(folder, read=read)
+    folder, best = resolve(path)
+    config = read_config(folder)
     if config.method in configs.ENCODERS:
         raise InputError(f"{path} is an encoder's run; it translates no images")
     chosen = {f.name: best[f.name] for f in dataclasses.fields(config.sampling) if best.get(f.name) is not None}
@@ -166,18 +163,20 @@ def load(path: str, *, ema: float | None = None, read: Read = read_local) -> Che
     ema = best.get("ema_sigma_rel") if ema is None else ema
     file = weights_file(folder, config, ema)
     model = build(config)
-    load_weights(model, folder, file, read)
-    return Checkpoint(model=model.eval().requires_grad_(False), config=config, path=folder, ema=ema)
+    fingerprint = load_weights(model, folder, file)
+    model.eval().requires_grad_(False)
+    return Checkpoint(model=model, config=config, path=folder, ema=ema, fingerprint=fingerprint)
 
 
-def load_weights(network: nn.Module, folder: str, file: str, read: Read) -> None:
-    """Fill a network from a safetensors file.
+def load_weights(network: nn.Module, folder: str, file: str) -> str:
+    """Fill a network from a safetensors file; returns the file's fingerprint.
 
     Raises:
         InputError: the file is missing or damaged, or holds another network's weights.
     """
     try:
-        network.load_state_dict(safetensors.torch.load(read(f"{folder}/{file}")))
+        content = storage.read_bytes(f"{folder}/{file}")
+        network.load_state_dict(safetensors.torch.load(content))
     except FileNotFoundError:
         raise InputError(
             f"{folder}: {file} is missing; the folder is incomplete (a run has no best checkpoint before its first "
@@ -188,6 +187,7 @@ def load_weights(network: nn.Module, folder: str, file: str, read: Read) -> None
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise InputError(f"{folder}: the weights do not fit config.json: {first[0].strip()}") from None
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def weights_file(folder: str, config: ModelConfig, ema: float | None) -> str:

@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from ddpm_core import config as configs
 from ddpm_core.checkpoint import (
     ENCODER_FORMAT,
-    Read,
     ema_file,
     load_weights,
-    read_local,
     read_meta,
     resolve,
     serialised,
@@ -101,6 +99,9 @@ def _is_box(x0: float, y0: float, x1: float, y1: float) -> bool:
 class IdentityEncoder(nn.Module):
     """Images to unit vectors that are near for the same person and far for different people."""
 
+    fingerprint = ""
+    """Hash of the file of weights it was loaded from."""
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         _check_kind(config, "identity")
@@ -118,6 +119,9 @@ class IdentityEncoder(nn.Module):
 
 class AttributeClassifier(nn.Module):
     """Images to one logit an attribute; the sigmoid is the probability that it is there."""
+
+    fingerprint = ""
+    """Hash of the file of weights it was loaded from."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -411,35 +415,35 @@ Load it with `ddpm_core.encoders.load_encoder(folder)`.
 """
 
 
-def load_identity_encoder(path: str, *, read: Read = read_local) -> IdentityEncoder:
+def load_identity_encoder(path: str) -> IdentityEncoder:
     """`load_encoder`, where an identity encoder is needed."""
-    encoder = load_encoder(path, read=read)
+    encoder = load_encoder(path)
     if not isinstance(encoder, IdentityEncoder):
         raise InputError(f"{path} is an attribute classifier; give an identity encoder")
     return encoder
 
 
-def load_attribute_classifier(path: str, *, read: Read = read_local) -> AttributeClassifier:
+def load_attribute_classifier(path: str) -> AttributeClassifier:
     """`load_encoder`, where an attribute classifier is needed."""
-    encoder = load_encoder(path, read=read)
+    encoder = load_encoder(path)
     if not isinstance(encoder, AttributeClassifier):
         raise InputError(f"{path} is an identity encoder; give an attribute classifier")
     return encoder
 
 
-def load_encoder(path: str, *, read: Read = read_local) -> Encoder:
+def load_encoder(path: str) -> Encoder:
     """An encoder's folder, or a run (its best checkpoint), as a network in eval mode on the CPU, its weights fixed.
 
     Raises:
         InputError: nothing there, damaged files, another format or version, weights that do not fit the configuration.
     """
-    path, _ = resolve(path, read=read)
+    path, _ = resolve(path)
     nothing = "no encoder here (no best.json, no config.json); give a run's folder or one of its checkpoints"
-    meta = read_meta(path, read, ENCODER_FORMAT, FORMAT_VERSION, nothing=nothing)
+    meta = read_meta(path, ENCODER_FORMAT, FORMAT_VERSION, nothing=nothing)
     if "kind" not in meta:
         raise InputError(f"{path}/config.json names no kind; it must be identity or attributes")
     config = configs.from_dict(EncoderConfig, meta, where=f"{path}/config.json")
     check(config)
     encoder = IdentityEncoder(config) if config.kind == "identity" else AttributeClassifier(config)
-    load_weights(encoder, path, "model.safetensors", read)
+    encoder.fingerprint = load_weights(encoder, path, "model.safetensors")
     return encoder.eval().requires_grad_(False)

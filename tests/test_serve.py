@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,11 @@ from pathlib import Path
 import click
 import httpx
 import numpy as np
-import pyarrow.fs
 import pytest
 from conftest import ROOT, S3Server, free_port
 from PIL import Image
 
-from ddpm_core import checkpoint, images
+from ddpm_core import checkpoint, images, storage
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
@@ -84,7 +84,7 @@ def test_a_wrong_checkpoint_is_one_line(tmp_path: Path) -> None:
         app.build_app({"checkpoint": str(tmp_path / "nowhere")})
     assert "\n" not in caught.value.message
     assert caught.value.exit_code == 2
-    with pytest.raises(click.ClickException, match="gs://x/y is not supported; give a folder or s3://bucket/prefix"):
+    with pytest.raises(click.ClickException, match="checkpoint gs://x/y: scheme gs:// is not supported"):
         app.build_app({"checkpoint": "gs://x/y"})
 
 
@@ -97,25 +97,61 @@ def test_serve_run_ends_with_that_line_and_no_traceback(tmp_path: Path) -> None:
     assert done.stderr.strip().splitlines()[-1].startswith(f"Error: {tmp_path}: no checkpoint here")
 
 
-def test_relative_paths_mean_the_folder_serve_run_was_started_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert app.absolute("runs/demo") == str(tmp_path / "runs/demo")
-    assert app.absolute("s3://bucket/run/") == "s3://bucket/run"
+ODD_KEY = "a run/%20 #1%"
+"""A key whose spaces, % and # mean themselves."""
 
 
-def test_a_checkpoint_in_a_bucket(s3: S3Server, checkpoint_folder: str) -> None:
-    uri = f"{s3.uri}/serve/run"
-    filesystem, prefix = pyarrow.fs.FileSystem.from_uri(uri)
+@pytest.fixture(scope="module")
+def run_in_a_bucket(s3: S3Server, checkpoint_folder: str) -> str:
+    uri = f"{s3.uri}/serve/{ODD_KEY}"
+    copy(checkpoint_folder, uri)
+    return uri
+
+
+def copy(checkpoint_folder: str, run: str) -> None:
+    """A run whose best checkpoint this is."""
     for path in Path(checkpoint_folder).iterdir():
-        with filesystem.open_output_stream(f"{prefix}/{path.name}") as stream:
-            stream.write(path.read_bytes())
-    assert app.load(uri).config == checkpoint.load(checkpoint_folder).config
-    for wrong, message in ((f"{uri}/nothing", "no checkpoint here"), ("s3://no-such-bucket/run", "no-such-bucket/run")):
-        with pytest.raises(InputError, match=message) as caught:
-            app.load(wrong)
-        assert "\n" not in str(caught.value)
+        storage.write_bytes(f"{run}/checkpoints/1/{path.name}", path.read_bytes())
+    storage.write_bytes(f"{run}/best.json", b'{"checkpoint": "checkpoints/1"}')
+
+
+def test_relative_paths_mean_the_folder_serve_run_was_started_in(
+    tmp_path: Path, checkpoint_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy(checkpoint_folder, str(tmp_path / ODD_KEY))
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(app.build_app({"checkpoint": ODD_KEY}), app.ray.serve.Application)
+
+
+def test_what_a_bucket_does_not_give_is_one_line(run_in_a_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(app.build_app({"checkpoint": run_in_a_bucket}), app.ray.serve.Application)
+    nothing = run_in_a_bucket.replace("%20", " ")
+    with pytest.raises(click.ClickException, match="no checkpoint here") as caught:
+        app.build_app({"checkpoint": nothing})
+    assert caught.value.message.startswith(nothing)
+    with pytest.raises(click.ClickException, match=r"^s3://no-such-bucket/run"):
+        app.build_app({"checkpoint": "s3://no-such-bucket/run"})
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    with pytest.raises(click.ClickException, match="access denied; check AWS_ACCESS_KEY_ID") as caught:
+        app.build_app({"checkpoint": run_in_a_bucket})
+    assert "\n" not in caught.value.message
+
+
+def test_a_server_that_went_away_is_waited_for_and_then_given_up_with_one_line(
+    own_s3: S3Server, prefix: str, checkpoint_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy(checkpoint_folder, prefix)
+    app.build_app({"checkpoint": prefix})
+    monkeypatch.setattr(storage, "OUTAGE_S", 2.0)
+    own_s3.kill()
+    try:
+        begun = time.monotonic()
+        with pytest.raises(click.ClickException, match="S3 server cannot be reached; check AWS_ENDPOINT_URL") as caught:
+            app.build_app({"checkpoint": prefix})
+        assert "\n" not in caught.value.message
+        assert 0.5 < time.monotonic() - begun < 30
+    finally:
+        own_s3.start()
 
 
 class Recorder:
@@ -182,12 +218,12 @@ def test_a_body_without_length_is_refused_where_it_grows_too_large() -> None:
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster: None, checkpoint_folder: str) -> Iterator[str]:
+def endpoint(ray_cluster: None, run_in_a_bucket: str) -> Iterator[str]:
     import ray.serve
 
     port = free_port()
     ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
-    args = {"checkpoint": checkpoint_folder, "device": "cpu", "precision": "fp32", "max_batch_size": "4"}
+    args = {"checkpoint": run_in_a_bucket, "device": "cpu", "precision": "fp32", "max_batch_size": "4"}
     ray.serve.run(app.build_app({**args, "batch_wait_ms": "200", "max_body_mb": "2"}))
     yield f"http://127.0.0.1:{port}"
     ray.serve.shutdown()

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32, Int, Int8, Int64, UInt8
 
-from ddpm_core import storage
 from jobs.common import workers
 from jobs.datasets import source
 
@@ -190,7 +189,7 @@ def load_encoder(uri: str) -> "IdentityEncoder":
     """
     from ddpm_core import encoders  # not at the top: every worker that decodes images would load it
 
-    return encoders.load_identity_encoder(uri, read=storage.read_bytes)
+    return encoders.load_identity_encoder(uri)
 
 
 # --------------------------------------------------------------------------------------------- quality

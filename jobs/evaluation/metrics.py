@@ -30,7 +30,6 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import poly_kernel
 
 from ddpm_core import nets
-from ddpm_core.checkpoint import Read, read_local
 from ddpm_core.errors import InputError
 from ddpm_core.identity import perceptual_distance
 from ddpm_core.nets import Net
@@ -58,14 +57,14 @@ Pictures = UInt8[np.ndarray, "b h w 3"]
 Values = Float[np.ndarray, "b"]
 
 
-def feature_net(uri: str = "auto", *, read: Read = read_local) -> Net:
+def feature_net(uri: str = "auto") -> Net:
     """`nets.feature_net`, and "inception": the net of the published FID, from torchmetrics and torch-fidelity.
 
     Raises:
         InputError: no such net, or its weights are not there and cannot be fetched.
     """
     if uri != INCEPTION:
-        return nets.feature_net(uri, read=read)
+        return nets.feature_net(uri)
     try:
         module = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
     except ModuleNotFoundError:

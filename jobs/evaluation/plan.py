@@ -225,7 +225,7 @@ def same_net(kind: str, uri: str, there: str, judge: Net, domains: tuple[str, ..
     places = set()
     for each in (uri, there):
         try:
-            places.add(checkpoint.resolve(each, read=storage.read_bytes)[0])
+            places.add(checkpoint.resolve(each)[0])
         except InputError:
             places.add(each.rstrip("/"))
     if len(places) == 1:

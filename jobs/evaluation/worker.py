@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from ddpm_core import nets, storage
+from ddpm_core import nets
 from ddpm_core.nets import Net
 from jobs.datasets import reading
 from jobs.evaluation import baselines
@@ -53,8 +53,8 @@ def load_judge(name: str, uri: str, domains: tuple[str, ...]) -> Net:
         InputError: no such net.
     """
     if name == "classifier":
-        return nets.classifier(uri, domains, read=storage.read_bytes)
-    return {"features": feature_net, "identity": nets.identity_net}[name](uri, read=storage.read_bytes)
+        return nets.classifier(uri, domains)
+    return {"features": feature_net, "identity": nets.identity_net}[name](uri)
 
 
 class Measure:

@@ -165,11 +165,11 @@ def _judged(
     flipped, identity, found = nobody, nobody, nobody
     if figure.classifier:
         domains = tuple(note["model"]["domains"])
-        judge = nets.classifier(results.uri(figure.classifier), domains, read=storage.read_bytes)
+        judge = nets.classifier(results.uri(figure.classifier), domains)
         said = _features(judge, made).argmax(axis=1)
         flipped = [bool(index == domains.index(note["options"]["domain"])) for index in said]
     if figure.identity:
-        judge = nets.identity_net(results.uri(figure.identity), read=storage.read_bytes)
+        judge = nets.identity_net(results.uri(figure.identity))
         likeness = _features(judge, made) @ _features(judge, sources).T
         identity = [float(value) for value in likeness.diagonal()]
         if len(made) > 1:  # alone, every image is its own nearest

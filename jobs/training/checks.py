@@ -225,7 +225,7 @@ def check_added_losses(options: TrainOptions) -> None:
     if options.identity_encoder is not None:
         if not any(weights.values()):
             raise InputError("--identity-encoder has no effect without --identity-weight or --perceptual-weight")
-        encoders.load_identity_encoder(options.identity_encoder, read=storage.read_bytes)
+        encoders.load_identity_encoder(options.identity_encoder)
 
 
 def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
@@ -235,7 +235,7 @@ def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
         InputError: it holds another run, or something else.
     """
     try:
-        there = checkpoint.read_config(run, read=storage.read_bytes)
+        there = checkpoint.read_config(run)
     except InputError:
         if storage.exists(storage.join(run, "config.json")):
             raise

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_core import checkpoint, conditioning, diffusion, encoders, gan, identity, losses, precision, schedule, storage
+from ddpm_core import checkpoint, conditioning, diffusion, encoders, gan, identity, losses, precision, schedule
 from ddpm_core import config as configs
 from ddpm_core.config import DiffusionConfig, ModelConfig
 from ddpm_core.unet import UNet
@@ -102,7 +102,7 @@ class Diffusion:
         self.dtype = precision.resolve(options.precision, device)
         self.weights = {"identity": options.identity_weight, "perceptual": options.perceptual_weight}
         if options.identity_encoder is not None:
-            self.encoder = encoders.load_identity_encoder(options.identity_encoder, read=storage.read_bytes).to(device)
+            self.encoder = encoders.load_identity_encoder(options.identity_encoder).to(device)
 
     def _optimizer(self) -> torch.optim.AdamW:
         return torch.optim.AdamW(

@@ -47,7 +47,7 @@ class Translate:
         """`sampling`, `guides`: fields of SamplingConfig and of Guides. `output`: where results go, None to keep them
         in `result`."""
         torch.set_num_threads(num_threads)
-        loaded = checkpoint.load(checkpoint_uri, ema=ema, read=storage.read_bytes)
+        loaded = checkpoint.load(checkpoint_uri, ema=ema)
         self.translator = options.translator(loaded, GuidanceNets(**guides))
         self.sampling, self.output = sampling, output
 

@@ -1,7 +1,6 @@
 """What the commands that put a checkpoint to use have in common: their options, and the checks before Ray starts."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -76,14 +75,13 @@ def open_guidance_nets(guides: GuidanceNets) -> tuple[GuidanceNets, dict[str, An
                 raise InputError(f"--{name}-scale has no effect without --{name}-guidance; leave it out, or give both")
             continue
         uri = storage.absolute(uri, flag=f"--{name}-guidance")
-        folder, _ = checkpoint.resolve(uri, read=storage.read_bytes)
-        reader = Fingerprinted()
+        folder, _ = checkpoint.resolve(uri)
         try:
-            load(folder, read=reader)
+            fingerprint = load(folder).fingerprint
         except InputError as error:
             raise InputError(f"--{name}-guidance: {error}") from None
         given = {**given, f"{name}_guidance": folder}
-        options |= {f"{name}_guidance": reader.fingerprint, f"{name}_scale": scale}
+        options |= {f"{name}_guidance": fingerprint, f"{name}_scale": scale}
     return GuidanceNets(**given), options
 
 
@@ -97,26 +95,9 @@ def translator(loaded: Checkpoint, guides: GuidanceNets, *, device: str | None =
     nets: dict[str, Any] = {}
     for name, load in LOADERS.items():
         if (uri := getattr(guides, f"{name}_guidance")) is not None:
-            nets[fields[name]] = load(uri, read=storage.read_bytes)
+            nets[fields[name]] = load(uri)
             nets[f"{name}_scale"] = getattr(guides, f"{name}_scale")
     return Translator(loaded, device=device, **nets)
-
-
-class Fingerprinted:
-    """Reads a checkpoint's files and remembers what tells its weights from others."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=8)
-
-    def __call__(self, path: str) -> bytes:
-        content = storage.read_bytes(path)
-        if path.endswith(".safetensors"):
-            self._digest.update(content)
-        return content
-
-    @property
-    def fingerprint(self) -> str:
-        return self._digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +105,6 @@ class Opened:
     """A checkpoint, checked against what a command wants of it."""
 
     loaded: Checkpoint
-    fingerprint: str
-    """Hash of its weights, which tells it from another one at the same place."""
     domains: tuple[str, ...]
     """The sides to produce."""
     sampling: SamplingConfig
@@ -144,16 +123,15 @@ def open_checkpoint(
     Raises:
         InputError: no usable checkpoint, or it cannot do what is wanted, in one line.
     """
-    reader = Fingerprinted()
-    loaded = checkpoint.load(uri, ema=ema, read=reader)
+    loaded = checkpoint.load(uri, ema=ema)
     guides, led = open_guidance_nets(guides)
     ready = translator(loaded, guides, device="cpu")
     domains = (domain,) if domain else loaded.config.target_domains or loaded.config.domains
     for name in domains:
         ready.domain_index(name)
     sampling = ready.options(**vars(overrides))
-    options = {"checkpoint": reader.fingerprint, **configs.to_dict(sampling), **led}
-    return Opened(loaded, reader.fingerprint, tuple(domains), sampling, guides, options)
+    options = {"checkpoint": loaded.fingerprint, **configs.to_dict(sampling), **led}
+    return Opened(loaded, tuple(domains), sampling, guides, options)
 
 
 def check_least(flags: dict[str, tuple[int | None, int]]) -> None:

@@ -99,7 +99,7 @@ class Sweep:
             checkpoint_uri, run = self._train()
         else:
             checkpoint_uri, run = str(self.job.args.checkpoint), None
-        loaded = checkpoint.load(checkpoint_uri, read=storage.read_bytes) if self.job.num_points else None
+        loaded = checkpoint.load(checkpoint_uri) if self.job.num_points else None
         point: dict[str, Any] = {}
         if loaded is not None:
             self.state = "sampling"
@@ -353,7 +353,7 @@ class Sweep:
 
     def _promote(self, checkpoint_uri: str, point: Mapping[str, Any], *, complete: bool) -> None:
         """Point best.json at the best so far; `point`: how it is sampled, {} as it says itself."""
-        folder, best = checkpoint.resolve(checkpoint_uri, read=storage.read_bytes)
+        folder, best = checkpoint.resolve(checkpoint_uri)
         if self.best_trial is not None:
             best = run_folder.read_best(self.job.run_of(self.best_trial))
         told: dict[str, Any] = {"checkpoint": folder.removeprefix(f"{self.output}/"), "metric": best.get("metric")}

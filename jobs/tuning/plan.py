@@ -173,7 +173,7 @@ def plan_sweep(args: SweepArgs) -> SweepJob:
         if args.num_trials is not None or training:
             flag = "--num-trials" if args.num_trials is not None else f"--space {next(iter(training))}"
             raise InputError(f"{flag} with --checkpoint: nothing is trained then; leave one of them out")
-        loaded = checkpoint.load(args.checkpoint, read=storage.read_bytes)
+        loaded = checkpoint.load(args.checkpoint)
         if loaded.config.method != "diffusion":
             raise InputError(f"--checkpoint {args.checkpoint}: {loaded.config.method} does not sample; nothing to tune")
         if not args.num_points:

@@ -12,7 +12,7 @@ import numpy as np
 import ray.tune
 import torch
 
-from ddpm_core import checkpoint, nets, storage
+from ddpm_core import checkpoint, nets
 from ddpm_core.translator import Translator
 from jobs.common import intervals
 from jobs.datasets.format import read_card
@@ -70,7 +70,7 @@ class Bench:
         self.look, self.passes = look, 0
         self.card = read_card(look.data)
         self.translators: dict[float | None, Translator] = {}
-        config = checkpoint.read_config(look.checkpoint, read=storage.read_bytes)
+        config = checkpoint.read_config(look.checkpoint)
         self.own = config.training.get("ema_sigma_rel")
         domains = (look.domain,) if look.domain else config.target_domains or config.domains
         args = EvaluateArgs(
@@ -102,7 +102,7 @@ class Bench:
         if ema == self.own:  # None stands for it: one copy
             ema = None
         if ema not in self.translators:
-            loaded = checkpoint.load(self.look.checkpoint, ema=ema, read=storage.read_bytes)
+            loaded = checkpoint.load(self.look.checkpoint, ema=ema)
             found = Translator(loaded)
             found.model.register_forward_hook(self._count)
             self.translators[ema] = found

@@ -82,7 +82,7 @@ def _losses_again(run: str, dataset: str, split: str, use_gpu: bool) -> np.ndarr
     from jobs.training.validation import Validation
 
     best = run_folder.read_best(run)
-    config = checkpoint.read_config(run, read=storage.read_bytes)
+    config = checkpoint.read_config(run)
     options = configs.from_dict(TrainOptions, config.training)
     device = torch.device("cuda" if use_gpu and torch.cuda.is_available() else "cpu")
     method = objective(config, options, device)

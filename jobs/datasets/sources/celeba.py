@@ -159,7 +159,7 @@ def _encoder(options: Options) -> str | None:
         matching.load_encoder(uri)
     except InputError as error:
         raise InputError(f"--identity-encoder {error}") from None
-    folder, _ = checkpoint.resolve(uri, read=storage.read_bytes)
+    folder, _ = checkpoint.resolve(uri)
     files = ("config.json", "model.safetensors")
     return fingerprint(*(storage.read_bytes(storage.join(folder, file)) for file in files))
 
