@@ -29,6 +29,8 @@ Weighting = Literal["uniform", "snr", "min_snr"]
 Sampler = Literal["ddpm", "ddim", "dpm_solver"]
 Spacing = Literal["trailing", "leading", "linspace"]
 Start = Literal["noise", "sdedit", "ddib"]
+Precision = Literal["auto", "fp32", "bf16"]
+Pairing = Literal["paired", "matched", "unpaired", "self"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

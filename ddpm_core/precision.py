@@ -5,7 +5,7 @@ Norms, losses, EMA and sampler arithmetic stay in float32 either way.
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from ddpm_core.errors import InputError
 
 T = TypeVar("T")
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 def resolve(precision: str, device: torch.device) -> torch.dtype:

@@ -53,7 +53,7 @@ def test_nothing_is_traced_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_start_is_told_by_its_parts() -> None:
     times = {"command": 100.0, "imports": 101.1, "Ray": 105.0, "workers": 111.04}
     assert profiling.spans(times) == {"imports": 1.1, "Ray": 3.9, "workers": 6.04}
-    assert profiling.told(profiling.spans(times)) == "first step after 11.0 s: imports 1.1, Ray 3.9, workers 6.0"
+    assert profiling.summary(profiling.spans(times)) == "first step after 11.0 s: imports 1.1, Ray 3.9, workers 6.0"
 
 
 def test_the_start_begins_with_the_process() -> None:

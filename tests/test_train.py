@@ -29,7 +29,7 @@ from jobs import train, translate
 from jobs.common import cli
 from jobs.datasets import cache, writing
 from jobs.datasets.format import DatasetCard, Row, read_card
-from jobs.training import checks, loop, methods, validation
+from jobs.training import checks, loop, methods, validation, worker_state
 from jobs.training.batches import (
     Batch,
     HostBatch,
@@ -47,7 +47,7 @@ from jobs.training.run_folder import Run, describe, latest_checkpoint, read_best
 
 CPU = torch.device("cpu")
 
-SMOKE = ["--preset", "smoke", "--precision", "fp32", "--validate", "inline"]
+SMOKE = ["--preset", "smoke", "--precision", "fp32"]
 HERE = ["--num-workers", "0"]  # in this process: what is not about Ray needs none
 LENGTHS = ["--optim.ema-sigma-rels", "0.05", "0.1"]
 
@@ -181,26 +181,6 @@ def test_a_sharded_network_computes_what_a_whole_one_does_and_resumes_it(two_epo
         assert_alike(two_epochs, output)
 
 
-@pytest.mark.slow
-def test_validation_aside_finds_what_the_workers_find(two_epochs, dataset_folder, tmp_path):
-    """By a task on a spare CPU, while training goes on."""
-    flags = [*SMOKE[:-1], "aside", *LENGTHS, "--data", dataset_folder, "--output", str(tmp_path / "run")]
-    assert train.main(flags) == 0
-    found, inline = (
-        {row["step"]: row for row in metrics_of(folder) if row["split"] == "val"}
-        for folder in (tmp_path / "run", two_epochs)
-    )
-    assert found.keys() == inline.keys()
-    for step, row in inline.items():
-        row.pop("split")
-        assert {name: found[step][name] for name in row} == pytest.approx(row, rel=1e-5)
-    best, other = (json.loads((folder / "best.json").read_text()) for folder in (tmp_path / "run", two_epochs))
-    assert best | {"metric": 0} == other | {"metric": 0}
-    for name, tensor in weights(two_epochs).items():  # of the length of the EMA that was found best, whenever
-        assert torch.equal(tensor, weights(tmp_path / "run")[name]), name
-    assert len(list((tmp_path / "run/samples").iterdir())) == 2
-
-
 def test_milestones_are_kept(dataset_folder, tmp_path):
     flags = ["--epochs", "7", "--keep-every-epochs", "3", "--validate-every-epochs", "7"]
     assert run(dataset_folder, tmp_path / "run", *HERE, *flags) == 0
@@ -278,34 +258,36 @@ def test_a_run_whose_losses_explode_stops_and_names_the_last_good_checkpoint(dat
 
 def test_when_workers_take_a_checkpoint(monkeypatch):
     clock, leaving = [100.0], [None]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(loop.ray.train, "get_preemption_info", lambda: leaving[0])
-    signals = loop.WorkerConsensus(1, save_every_s=60.0, comparable=True)
+    monkeypatch.setattr(worker_state.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(worker_state.ray.train, "get_preemption_info", lambda: leaving[0])
+    consensus = worker_state.WorkerConsensus(1, save_every_s=60.0, comparable=True)
     good, bad = {"loss": torch.tensor(0.5)}, {"loss": torch.tensor(float("nan"))}
 
     def after(seconds: float, losses=good, *, storing: bool = False) -> int:
         clock[0] += seconds
-        return signals.agree(losses, storing=storing)
+        return consensus.agree(losses, storing=storing)
 
     assert after(1) == 0
-    assert after(3) == loop.ASK
-    assert after(57) & loop.SAVE  # a minute after the start
-    assert not after(59) & loop.SAVE
-    assert not after(2, storing=True) & loop.SAVE  # the last one is still on its way
-    assert after(0.1) & loop.SAVE
+    assert after(3) == worker_state.ASK
+    assert after(57) & worker_state.SAVE  # a minute after the start
+    assert not after(59) & worker_state.SAVE
+    assert not after(2, storing=True) & worker_state.SAVE  # the last one is still on its way
+    assert after(0.1) & worker_state.SAVE
     leaving[0] = object()  # a node is about to go
-    assert after(4) == loop.ASK
-    assert [after(0.1) & loop.SAVE for _ in range(3)] == [loop.SAVE] * 3  # as often as they can be stored
-    assert not after(0.1, bad) & loop.STOP  # known one step later
-    assert after(0.1) & loop.STOP
+    assert after(4) == worker_state.ASK
+    assert [after(0.1) & worker_state.SAVE for _ in range(3)] == [
+        worker_state.SAVE
+    ] * 3  # as often as they can be stored
+    assert not after(0.1, bad) & worker_state.STOP  # known one step later
+    assert after(0.1) & worker_state.STOP
 
 
 def test_a_run_has_diverged_when_its_losses_stay_far_above_the_first_ones():
     def stopped_at(losses: list[float], *, comparable: bool = True) -> int | None:
-        signals = loop.WorkerConsensus(1, save_every_s=1e9, comparable=comparable)
-        signals.asked_s = math.inf
+        consensus = worker_state.WorkerConsensus(1, save_every_s=1e9, comparable=comparable)
+        consensus.asked_s = math.inf
         for step, loss in enumerate(losses):
-            if signals.agree({"loss": torch.tensor(loss)}, storing=False) & loop.STOP:
+            if consensus.agree({"loss": torch.tensor(loss)}, storing=False) & worker_state.STOP:
                 return step
         return None
 
@@ -377,7 +359,7 @@ def test_a_checkpoint_that_was_lost_is_not_promoted_and_costs_none_before_it(tmp
     folder.save(2, ema.state_dict(), {}, strict=True)
     folder.stored(strict=True)
     folder.save(3, ema.state_dict(), {}, strict=True)
-    promote(2, 0.6)  # known late: it was found aside
+    promote(2, 0.6)
     promote(3, 0.4)
     with pytest.raises(InputError, match="no space left"):
         folder.stored(strict=True)
@@ -411,22 +393,6 @@ def test_of_two_commands_for_one_run_the_earlier_ends(tmp_path):
     with pytest.raises(InputError, match="was removed or moved while it was trained"):
         second.flush()
     assert not tmp_path.exists()
-
-
-def test_a_validation_that_was_under_way_aside_is_made_up_for(dataset_folder, tmp_path):
-    """The checkpoint of a later step was stored, the validation of an earlier one was not done."""
-    flags = [*HERE, "--keep-every-epochs", "1"]
-    assert run(dataset_folder, tmp_path / "run", *flags) == 0
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
-    best = (tmp_path / "run/best.json").read_text()
-    (tmp_path / "run/metrics.jsonl").write_text("".join([lines[0], *lines[2:]]))
-    (tmp_path / "run/best.json").unlink()
-    assert run(dataset_folder, tmp_path / "run", *flags) == 0
-    found = sorted(metrics_of(tmp_path / "run"), key=lambda row: (row["step"], row["split"]))
-    for row, before in zip(found, map(json.loads, lines), strict=True):
-        assert row.pop("split") == before.pop("split")
-        assert row == pytest.approx(before, rel=1e-6)
-    assert json.loads((tmp_path / "run/best.json").read_text())["checkpoint"] == json.loads(best)["checkpoint"]
 
 
 def test_runs_that_are_damaged_old_or_too_long_are_told_apart(dataset_folder, tmp_path):
@@ -863,7 +829,6 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
             ["--method", "cyclegan", "--parallel", "fsdp"],
             "--parallel fsdp: cyclegan trains with ddp only; leave it out",
         ),
-        (["--num-workers", "0", "--validate", "aside"], "--validate aside: with --num-workers 0 there is this process"),
         (["--parallel", "fsdp"], "--parallel fsdp shares a network among workers; --num-workers 1 has no two"),
         (["--optim.weight-decay", "-1"], "--optim.weight-decay is -1.0; it must be 0 or more"),
         (["--keep-every-epochs", "-1"], "--keep-every-epochs is -1; it must be 0 or more"),
@@ -981,8 +946,6 @@ def test_more_workers_than_the_cluster_has_are_refused_with_the_arithmetic(ray_c
         run(dataset_folder, tmp_path / "run", "--num-workers", "16")
     with pytest.raises(InputError, match="needs 1 GPUs, the cluster has 0"):
         run(dataset_folder, tmp_path / "run", "--use-gpu")
-    with pytest.raises(InputError, match="room for one process more than the 4 workers; the cluster has 4 CPUs"):
-        run(dataset_folder, tmp_path / "run", "--num-workers", "4", "--validate", "aside")
 
 
 def test_a_folder_with_something_else_is_not_overwritten(dataset_folder, tmp_path):

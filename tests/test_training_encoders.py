@@ -301,7 +301,7 @@ def test_validation_depends_on_no_batch(crowd_folder, method, noise_aware):
         validate = Validation(rows, config, options, objective, CPU, Share(rank=0, world=1))
         found.append(validate(EMA(objective.network, sigma_rels=(0.1,)).tracks))
     first, second = found
-    assert first.picture is None
+    assert first.image is None
     assert first.row == pytest.approx(second.row, rel=1e-5)
     assert ("rank_1" if method == "identity" else "accuracy") in first.row
     assert sum(name.startswith("loss_band_") for name in first.row) == 4 * noise_aware

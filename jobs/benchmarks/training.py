@@ -200,7 +200,6 @@ def command(data: str, run: str, options: Options, *, num_workers: int, epochs: 
         "epochs": epochs,
         "global-batch-size": options.batch_size * num_workers,
         "validate-every-epochs": 10**6,
-        "validate": "inline",
         "sampling.num-steps": 1,
         "unet.model-channels": width,
         "unet.condition-channels": width,
@@ -369,7 +368,7 @@ def start(options: Options, folder: Path) -> dict[str, Any]:
             found[kind].append(job_start(argv, cache=folder / f"cache-{number}"))
     for kind, spans in found.items():
         medians = {name: statistics.median(each[name] for each in spans) for name in spans[0]}
-        print(f"{kind}: {profiling.told(medians, end='worker' if kind == BARE_RAY else 'first step')}", flush=True)
+        print(f"{kind}: {profiling.summary(medians, end='worker' if kind == BARE_RAY else 'first step')}", flush=True)
     return found
 
 

@@ -145,6 +145,8 @@ def ray_session(*, start: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "3600")
     # Ray's core warns of Ray Data's own actors at every start, past Python's logging, at the level of errors.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if "RAY_ADDRESS" not in os.environ:  # a Ray of our own, whose workers would starve beside other work: Ray's is 15
+        os.environ.setdefault("RAY_worker_niceness", "0")
     warnings.filterwarnings("ignore", module=r"ray\..*")
     import ray
     import ray.data

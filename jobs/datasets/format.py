@@ -28,14 +28,13 @@ import pyarrow
 from jaxtyping import UInt8
 
 from ddpm_core import storage
-from ddpm_core.config import from_dict
+from ddpm_core.config import Pairing, from_dict
 from ddpm_core.errors import InputError
 
 FORMAT_VERSION = 2
 """Version of the layout above; raised when an older reader would misread a newer data set."""
 
 Encoding = Literal["raw", "png", "jpeg"]
-Pairing = Literal["paired", "matched", "unpaired", "self"]
 
 MAKE_AGAIN = "make the data set again with python -m jobs.prepare"
 """The remedy for a data set that cannot be read."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from ddpm_core import checkpoint, encoders, gan, storage
 from ddpm_core import config as configs
-from ddpm_core.config import DataCard, Method, ModelConfig
+from ddpm_core.config import DataCard, ModelConfig
 from ddpm_core.errors import InputError
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.training import profiling, run_folder
 from jobs.training.encoders import informed, resolved
+from jobs.training.methods import has_effect
 from jobs.training.options import TrainArgs, TrainOptions
 from jobs.training.presets import PRESETS
 
@@ -109,8 +110,6 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
         raise InputError(f"{args.data} has one domain, {config.domains[0]!r}; translation needs two")
     if not 0 <= options.optim.weight_decay < math.inf:
         raise InputError(f"--optim.weight-decay is {options.optim.weight_decay}; it must be 0 or more")
-    if not workers and args.validate == "aside":
-        raise InputError("--validate aside: with --num-workers 0 there is this process alone; leave it out")
     if workers < 2 and args.parallel == "fsdp" and options.method == "diffusion":
         raise InputError(f"--parallel fsdp shares a network among workers; --num-workers {args.num_workers} has no two")
     check_method(card, args)
@@ -187,27 +186,8 @@ def check_method(card: DatasetCard, args: TrainArgs) -> None:
     preset = PRESETS[args.preset].options  # what it says of other methods is not the user's doing
     given = {name for name, _, _ in differences(configs.to_dict(preset), configs.to_dict(options))}
     for name in sorted(given):
-        if options.encoder.noise_aware and name in CHAIN:
-            continue
-        if any(name.startswith(prefix) and method not in methods for prefix, methods in LOOKED_AT_BY.items()):
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} has no effect with --method {method}; leave it out")
-
-
-LOOKED_AT_BY: dict[str, tuple[Method, ...]] = {
-    "gan.": configs.GANS,
-    "encoder.": configs.ENCODERS,
-    **dict.fromkeys(("encoder.embedding_channels", "encoder.scale", "encoder.margin"), ("identity",)),
-    **dict.fromkeys(("encoder.attributes", "encoder.noise_aware"), ("attributes",)),
-    **dict.fromkeys(("optim.weight_decay", "optim.grad_clip"), ("diffusion", *configs.ENCODERS)),
-    **dict.fromkeys(("target_domain", "pairing"), ("diffusion", *configs.GANS)),
-    **dict.fromkeys(("unet.", "diffusion.", "sampling.", "accumulate"), ("diffusion",)),
-    **dict.fromkeys(("gradient_checkpointing", "compile"), ("diffusion",)),
-    **dict.fromkeys(("identity_encoder", "identity_weight", "perceptual_weight"), ("diffusion",)),
-}
-"""The methods that look at options, by how the options' dotted names start."""
-CHAIN = ("diffusion.num_timesteps", "diffusion.schedule", "diffusion.zero_terminal_snr")
-"""What a noise-aware classifier has in common with the model it guides."""
+        if not has_effect(name, options):
+            raise InputError(f"--{name.replace('_', '-')} has no effect with --method {method}; leave it out")
 
 
 def check_added_losses(options: TrainOptions) -> None:

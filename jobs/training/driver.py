@@ -72,13 +72,12 @@ def fit(
     import ray.train.torch
 
     from jobs.datasets import cache
-    from jobs.training import distributed
+    from jobs.training import gloo
     from jobs.training.loop import train_loop
 
-    local, aside = not args.workers[1], None
+    local = not args.workers[1]
     if not local:
         check_cluster(args)
-        aside = resources_aside(args)
         if spread:
             cache.spread(dataset, ("train", "val"), resource="GPU" if args.use_gpu else "CPU")
     profiling.note(times, "data")
@@ -102,12 +101,11 @@ def fit(
             "keep_every_epochs": args.keep_every_epochs,
             "parallel": args.parallel,
             "mlflow": args.mlflow,
-            "aside": aside,
             "times": times,
             "profile": args.profile,
             "callbacks": [*callbacks] if local else [],  # in this process Ray Train calls none
         },
-        torch_config=distributed.Torch(timeout_s=HANGS_S),
+        torch_config=gloo.Torch(timeout_s=HANGS_S),
         scaling_config=ray.train.ScalingConfig(
             num_workers=args.workers[0] if len({*args.workers}) == 1 else args.workers,
             use_gpu=args.use_gpu,
@@ -149,26 +147,6 @@ def fit(
 
 def resources_per_worker(args: TrainArgs) -> dict[str, float]:
     return {"CPU": args.cpus_per_worker, **({"GPU": 1} if args.use_gpu else {})}
-
-
-def resources_aside(args: TrainArgs) -> dict[str, float] | None:
-    """What a task that validates while training goes on takes, as ray.remote's options; None to validate inline.
-
-    Raises:
-        InputError: --validate aside, and the cluster has nothing to spare.
-    """
-    import ray
-
-    worker, there = resources_per_worker(args), ray.cluster_resources()
-    spare = all(there.get(name, 0) >= each * (args.workers[1] + 1) for name, each in worker.items())
-    if args.validate == "aside" and not spare:
-        raise InputError(
-            f"--validate aside needs room for one process more than the {args.workers[1]} workers; the cluster has "
-            f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs: give fewer workers, or --validate inline"
-        )
-    if args.validate == "inline" or not spare:
-        return None
-    return {"num_cpus": worker["CPU"], "num_gpus": worker.get("GPU", 0)}
 
 
 class NoRoomError(InputError):

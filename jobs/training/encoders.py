@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddpm_core import config as configs
 from ddpm_core import diffusion, encoders, precision, schedule
-from ddpm_core.config import EncoderOptions, ModelConfig, domain_attributes
+from ddpm_core.config import EncoderOptions, Method, ModelConfig, domain_attributes
 from ddpm_core.errors import InputError
 from jobs.datasets import cache
 from jobs.datasets.cache import Labels
@@ -23,9 +23,18 @@ ALL = ("all",)
 """`--encoder.attributes all`."""
 
 
+BOTH = ("encoder.", "optim.weight_decay", "optim.grad_clip")
+CHAIN = ("diffusion.num_timesteps", "diffusion.schedule", "diffusion.zero_terminal_snr")
+"""What a noise-aware classifier has in common with the model that it guides."""
+
+
 class Encoder:
     """An identity encoder or an attribute classifier under AdamW."""
 
+    looks_at: ClassVar[dict[Method, tuple[str, ...]]] = {
+        "identity": (*BOTH, "encoder.embedding_channels", "encoder.scale", "encoder.margin"),
+        "attributes": (*BOTH, "encoder.attributes", "encoder.noise_aware"),
+    }
     comparable = True
 
     def __init__(self, config: ModelConfig, options: TrainOptions, device: torch.device) -> None:

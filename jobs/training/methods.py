@@ -11,7 +11,6 @@ Losses are named; `loss` is the one that validation measures too:
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import ray.train.torch
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -19,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_core import checkpoint, conditioning, diffusion, encoders, gan, identity, losses, precision, schedule
 from ddpm_core import config as configs
-from ddpm_core.config import DiffusionConfig, ModelConfig
+from ddpm_core.config import DiffusionConfig, Method, ModelConfig
 from ddpm_core.unet import UNet
 from jobs.training import distributed
 from jobs.training.batches import Batch
-from jobs.training.encoders import Encoder
+from jobs.training.encoders import CHAIN, Encoder
 from jobs.training.options import Parallel, TrainOptions
 
 GAN_LOSS = {"pix2pix": "l1", "cyclegan": "cycle"}
@@ -87,6 +86,11 @@ def only_loss(measured: Tensor) -> dict[str, Tensor]:
 class Diffusion:
     """The conditional diffusion model under AdamW; `identity` and `perceptual` are losses that may be added."""
 
+    looks_at = (
+        *("unet.", "diffusion.", "sampling.", "accumulate", "gradient_checkpointing", "compile"),
+        *("target_domain", "pairing", "optim.weight_decay", "optim.grad_clip"),
+        *("identity_encoder", "identity_weight", "perceptual_weight"),
+    )
     comparable, num_measured = True, 1
     validated, files = staticmethod(only_loss), staticmethod(checkpoint.files)
 
@@ -124,6 +128,8 @@ class Diffusion:
             self.optimizer = self._optimizer()  # of this worker's parts
             distributed.load_optimizer(self.optimizer, whole)
         elif distributed.world_size() > 1:
+            import ray.train.torch  # the driver, which asks what options are looked at, needs none of it
+
             self.model = ray.train.torch.prepare_model(
                 self.network, parallel_strategy_kwargs={"gradient_as_bucket_view": True, "broadcast_buffers": False}
             )
@@ -213,6 +219,7 @@ class Diffusion:
 class GAN:
     """pix2pix or CycleGAN: `ddpm_core.gan.GANTrainer`, which averages over workers by itself."""
 
+    looks_at = ("gan.", "target_domain", "pairing")
     num_measured = 1
     validated, files = staticmethod(only_loss), staticmethod(checkpoint.files)
 
@@ -239,3 +246,22 @@ class GAN:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trainer.load_state_dict(state)
+
+
+LOOKS_AT: dict[Method, tuple[str, ...]] = {
+    "diffusion": Diffusion.looks_at,
+    **dict.fromkeys(configs.GANS, GAN.looks_at),
+    **Encoder.looks_at,
+}
+"""Options that not every method looks at, by how their dotted names begin."""
+
+
+def has_effect(name: str, options: TrainOptions) -> bool:
+    """Whether the method of `options` looks at the option of this dotted name; the longest beginning decides."""
+    if options.encoder.noise_aware and name in CHAIN:
+        return True
+    by_length: dict[int, set[Method]] = {}
+    for method, beginnings in LOOKS_AT.items():
+        for beginning in filter(name.startswith, beginnings):
+            by_length.setdefault(len(beginning), set()).add(method)
+    return not by_length or options.method in by_length[max(by_length)]

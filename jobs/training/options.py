@@ -11,12 +11,12 @@ from ddpm_core.config import (
     EncoderOptions,
     GANConfig,
     Method,
+    Pairing,
+    Precision,
     SamplingConfig,
     UNetConfig,
 )
 from ddpm_core.errors import InputError
-from ddpm_core.precision import Precision
-from jobs.datasets.format import Pairing
 
 Parallel = Literal["ddp", "fsdp"]
 """Workers with a copy of the network each, or with a part of it each."""
@@ -124,9 +124,6 @@ class TrainArgs:
     """Keep the checkpoints of every so many epochs beside the best and the last one; 0 keeps none."""
     parallel: Parallel = "ddp"
     """How workers share the network: each a copy, or, for networks that do not fit, each a part of it (FSDP2)."""
-    validate: Literal["auto", "inline", "aside"] = "auto"
-    """Who validates: the workers between two steps (inline) or a further GPU or CPU while they go on (aside); auto
-    takes one that is spare."""
     max_failures: int = 3
     """How often in a row workers may be lost without a further checkpoint before giving up; each time training goes on
     from the last one."""

@@ -92,7 +92,7 @@ def spans(times: Times) -> dict[str, float]:
     return {name: round(times[name] - times[before], 3) for before, name in itertools.pairwise(names)}
 
 
-def told(seconds: dict[str, float], *, end: str = "first step") -> str:
+def summary(seconds: dict[str, float], *, end: str = "first step") -> str:
     """One line, such as `first step after 12.3 s: imports 1.1, Ray 3.9, data 0.4, workers 6.0, first step 0.9`."""
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     return f"{end} after {sum(seconds.values()):.1f} s: {parts}"

@@ -81,8 +81,16 @@ def read_environment(uri: str) -> dict[str, Any]:
 
 
 class Run:
-    """The folder of a run, as rank 0 writes it: checkpoints and metrics; what else is told of them goes to `tracking`,
-    which only rank 0 has."""
+    """The folder of a run, as rank 0 writes it: checkpoints and metrics; other stores of figures are `tracking`'s.
+
+    Checkpoints are stored here, not by `ray.train.report(checkpoint=…)`, because Ray 2.60's
+    - reports are a barrier of all workers that its controller lets pass once or twice a second;
+    - storage has no commit: a checkpoint that was uploaded shortly before a crash is on the disk but not in Ray's
+      snapshot, and half of one looks like a whole one; ours is whole once its config.json is there, written last;
+    - snapshot can be read by the very version of Ray alone that wrote it: a run would end with an upgrade;
+    - metrics exist only with a checkpoint, and which to keep cannot follow a validation, a failed upload (in between
+      validations two may be lost) or another command that has taken the run over.
+    """
 
     def __init__(
         self,
@@ -109,8 +117,6 @@ class Run:
         self.underway: list[concurrent.futures.Future[None]] = []
         self.num_lost = 0
         self.last = 0
-        self.awaited: set[int] = set()
-        """Steps whose validation is not done: their checkpoints may yet be the best."""
 
     def resume(self, step: int) -> None:
         """Take up the metrics of the steps that are kept; what came after the checkpoint is computed again."""
@@ -124,24 +130,23 @@ class Run:
                     f"{self.uri}/metrics.jsonl is damaged ({error}); mend or delete it, and the same command goes on"
                 ) from None
 
-    def unvalidated(self, validates: Callable[[int], bool], *, before: int) -> list[int]:
-        """Steps whose checkpoints wait for a validation that was under way aside when the workers were lost."""
-        steps = [step for step in checkpoint_steps(self.uri) if step < before and validates(step)]
-        return [step for step in steps if self.validation(step) is None and is_complete(self.uri, folder_of(step))]
-
     def validation(self, step: int) -> dict[str, Any] | None:
         """The row of the validation after `step`, if there was one."""
         return next((row for row in self.metrics if row["step"] == step and row["split"] == "val"), None)
 
-    def log(self, row: dict[str, Any], *, picture: bytes | None = None) -> None:
-        """`picture`: PNG of the fixed images."""
+    def log(self, row: dict[str, Any], *, image: bytes | None = None) -> None:
+        """`image`: PNG of the fixed images."""
         self.metrics.append(row)
-        if picture is not None:
-            storage.write_bytes(storage.join(self.uri, "samples", f"step-{row['step']:08d}.png"), picture)
+        if image is not None:
+            storage.write_bytes(storage.join(self.uri, "samples", f"step-{row['step']:08d}.png"), image)
         if self.tracking:
             self.tracking.log(row)
-            if picture is not None:
-                self.tracking.picture("samples", picture, row["step"])
+            if image is not None:
+                self.tracking.image("samples", image, row["step"])
+
+    def step(self, step: int, images_per_s: float) -> None:
+        if self.tracking:
+            self.tracking.step(step, images_per_s)
 
     def flush(self) -> None:
         """Put the metrics so far where others see them.
@@ -156,11 +161,11 @@ class Run:
             self.tracking.flush()
         self.validated = max((row["step"] for row in self.metrics if row["split"] == "val"), default=0)
 
-    def told(self) -> dict[str, Any]:
-        """What the driver shows of it."""
+    def status(self) -> dict[str, Any]:
+        """For `StatusBoard.post`."""
         warnings = list(self.tracking.warnings) if self.tracking else []
-        told = {"validated": self.validated, "checkpoint": self.checkpoint, "warnings": warnings}
-        return {**told, "started": self.started}
+        fields = {"validated": self.validated, "checkpoint": self.checkpoint, "started": self.started}
+        return {**fields, "warnings": warnings}
 
     def close(self, status: str) -> None:
         """Store what `tracking` still has; `status` as its `close` takes it."""
@@ -184,8 +189,7 @@ class Run:
         config = dataclasses.replace(self.config, training={**self.config.training, "ema_sigma_rel": sigma_rel})
         # Serialised here, since the next step changes the weights; config.json is last: then it is complete.
         files = {"train_state/state.pt": buffer.getvalue(), **self.files(weights[sigma_rel], config, others=others)}
-        keep = {step, *self.awaited}
-        self._later(self._store, step, files, keep)
+        self._later(self._store, step, files)
 
     def _sigma_rel(self, weights: Mapping[float, Any]) -> float:
         """The length of the EMA that was the best in the last validation."""
@@ -194,8 +198,7 @@ class Run:
     def promote(self, row: dict[str, Any], *, of_epochs: int) -> None:
         """Point `best.json` at the checkpoint of a validation if it is the best so far (the last, where losses do not
         compare); `of_epochs`: how long the run is, noted once it is whole."""
-        self.awaited.discard(row["step"])
-        self._later(self._promote, row, of_epochs, {self.last, *self.awaited})
+        self._later(self._promote, row, of_epochs, self.last)
 
     @property
     def storing(self) -> bool:
@@ -222,7 +225,7 @@ class Run:
     def _later(self, deed: Callable[..., None], *args: Any) -> None:
         self.underway.append(self.storage.submit(deed, *args))
 
-    def _store(self, step: int, files: dict[str, bytes], keep: set[int]) -> None:
+    def _store(self, step: int, files: dict[str, bytes]) -> None:
         self._check_ours()
         folder = storage.join(self.uri, folder_of(step))
         try:
@@ -235,9 +238,9 @@ class Run:
         self.checkpoint = step
         if self.tracking:
             self.tracking.checkpoint(step)
-        self._tidy(keep)
+        self._tidy(step)
 
-    def _promote(self, row: dict[str, Any], of_epochs: int, keep: set[int]) -> None:
+    def _promote(self, row: dict[str, Any], of_epochs: int, last: int) -> None:
         self._check_ours()
         if not is_complete(self.uri, folder_of(row["step"])):
             return  # it could not be stored, which `stored` tells
@@ -253,13 +256,12 @@ class Run:
         if row["epoch"] == of_epochs:
             best["epochs"] = of_epochs
         storage.write_bytes(storage.join(self.uri, "best.json"), json.dumps(best, indent=2).encode())
-        self._tidy(keep)
+        self._tidy(last)
 
-    def _tidy(self, keep: set[int]) -> None:
-        """Drop checkpoints that are neither the best nor to be kept, nor the last that is whole: of those to be kept
-        some may have been lost."""
-        kept = {folder_of(step) for step in keep} | {read_best(self.uri).get("checkpoint")}
-        kept.add(folder_of(latest_checkpoint(self.uri)[0]))
+    def _tidy(self, last: int) -> None:
+        """Drop checkpoints that are neither the best, nor the `last`, nor the last that is whole: that of step `last`
+        may have been lost."""
+        kept = {read_best(self.uri).get("checkpoint"), folder_of(last), folder_of(latest_checkpoint(self.uri)[0])}
         for step in checkpoint_steps(self.uri):
             milestone = self.keep_every_steps and step % self.keep_every_steps == 0
             if folder_of(step) not in kept and not milestone:

@@ -91,10 +91,9 @@ class Tracking:
 
     def log(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl."""
-        if row["split"] == "train":  # one of validation done aside comes when training is further
-            for key, name in OF_ROW.items():
-                self._set(name, row.get(key))
-            self._set("ddpm_train_step", row["step"])
+        for key, name in OF_ROW.items():
+            self._set(name, row.get(key))
+        self._set("ddpm_train_step", row["step"])
         self._set("ddpm_train_loss", row.get("loss"), split=row["split"])
         self._put("row", row)
 
@@ -103,8 +102,8 @@ class Tracking:
         self._set("ddpm_train_checkpoint_step", step)
         self._set("ddpm_train_checkpoint_timestamp_seconds", time.time())
 
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        self._put("picture", name, png, step)
+    def image(self, name: str, png: bytes, step: int) -> None:
+        self._put("image", name, png, step)
 
     def flush(self) -> None:
         """Have all so far put where others see it; does not wait for it."""
@@ -177,7 +176,7 @@ class Events:
             if isinstance(value, float):
                 self._write(summary.scalar(f"{row['split']}/{name}", value), row["step"])
 
-    def picture(self, name: str, png: bytes, step: int) -> None:
+    def image(self, name: str, png: bytes, step: int) -> None:
         from tensorboardX import summary
 
         with Image.open(io.BytesIO(png)) as image:
@@ -237,7 +236,7 @@ class Mlflow:
         self.client: Any = None
         self.run_id = ""
         self.last: dict[str, int] = {}
-        self.pictured = -1
+        self.image_step = -1
 
     def row(self, row: dict[str, Any]) -> None:
         client, split = self._connected(), row["split"]
@@ -254,9 +253,9 @@ class Mlflow:
         client.log_batch(self.run_id, metrics=metrics)
         self.last[split] = row["step"]
 
-    def picture(self, name: str, png: bytes, step: int) -> None:
+    def image(self, name: str, png: bytes, step: int) -> None:
         client = self._connected()
-        if step > self.pictured:
+        if step > self.image_step:
             with Image.open(io.BytesIO(png)) as image:
                 client.log_image(self.run_id, image.convert("RGB"), key=name, step=step)
 
@@ -275,7 +274,7 @@ class Mlflow:
                 )
                 for split in ("train", "val")
             }
-            self.pictured = self.last["val"]
+            self.image_step = self.last["val"]
             self.client = client
         return self.client
 

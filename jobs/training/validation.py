@@ -1,12 +1,11 @@
 """Validation that does not bounce: the EMA weights on fixed rows with fixed noise and timesteps, and fixed images.
 
-Either the training workers share the work between two steps, or a task on a spare GPU or CPU does it while they go on.
+The training workers share the work between two steps.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,34 +15,26 @@ from torch import Tensor, nn
 from ddpm_core import config as configs
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import ModelConfig
-from ddpm_core.ema import EMA
 from ddpm_core.translator import Translator
-from jobs.datasets import cache
 from jobs.datasets.cache import SplitArrays
 from jobs.reports.grids import labelled_grid
-from jobs.training import distributed
 from jobs.training.batches import Sampler, Share, evenly, stratified_timesteps, training_rows
-from jobs.training.methods import Objective, objective
+from jobs.training.methods import Objective
 from jobs.training.options import TrainOptions
 
 NUM_BANDS = 4
 """Validation is also reported for each quarter of the chain, the least noisy first."""
 NUM_IMAGES = 6
 """Fixed images that are translated at each validation, to be looked at."""
-PATIENCE_S = 600.0
-"""How long a task that validates is waited for when the next one is due; then rank 0 does it itself."""
-
-Weights = dict[float, dict[str, Tensor]]
-"""State dicts of the EMA's tracks by their length."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a validation found."""
+class ValidationResult:
+    """The outcome of one validation."""
 
     row: dict[str, float]
     """Of metrics.jsonl."""
-    picture: bytes | None
+    image: bytes | None
     """PNG of the fixed images: source, translated and, where there is one, the counterpart; None if nothing is
     translated."""
 
@@ -74,7 +65,7 @@ class Validation:
         self.mine = share if not together else Share(rank=0, world=1)
 
     @torch.no_grad()
-    def __call__(self, tracks: Mapping[float, nn.Module]) -> Found:
+    def __call__(self, tracks: Mapping[float, nn.Module]) -> ValidationResult:
         """The best length of the EMA, its mean loss, the half-width of the 95 % interval and, where there is
         noise, the mean in each quarter of the chain; the mean loss of every length, and what else was measured."""
         by_track = self.measure(tracks)
@@ -91,7 +82,7 @@ class Validation:
         if self.config.method == "diffusion" or self.config.encoder.noise_aware:
             bands = self.ts * NUM_BANDS // self.config.diffusion.num_timesteps
             row |= {f"loss_band_{band}": float(values[bands == band].mean()) for band in sorted({*bands.tolist()})}
-        return Found(row, self.pictures(tracks[best]))
+        return ValidationResult(row, self.fixed_images(tracks[best]))
 
     def measure(self, tracks: Mapping[float, nn.Module]) -> dict[float, dict[str, np.ndarray]]:
         """For each length of the EMA `loss` of each row, (n,) float64, and what else the objective tells of each; the
@@ -105,11 +96,11 @@ class Validation:
             for track, network in enumerate(tracks.values()):
                 measured = self.method.validation_loss(network, batch).reshape(len(index), -1)
                 values[track, torch.as_tensor(index, device=self.device)] = measured
-        found = [self.method.validated(measured) for measured in self._of_all(values)]
-        of_each = [{name: each.double().cpu().numpy() for name, each in values.items()} for values in found]
+        by_track = [self.method.validated(measured) for measured in self._sum_over_workers(values)]
+        of_each = [{name: each.double().cpu().numpy() for name, each in values.items()} for values in by_track]
         return dict(zip(tracks, of_each, strict=True))
 
-    def pictures(self, network: nn.Module) -> bytes | None:
+    def fixed_images(self, network: nn.Module) -> bytes | None:
         """Fixed rows translated: a PNG with a row of images for each, source first; None of an encoder."""
         if self.config.method in configs.ENCODERS:
             return None
@@ -129,84 +120,14 @@ class Validation:
         for domain in sorted({*domains.tolist()}):
             mine = np.flatnonzero(domains == domain)[self.mine.rank :: self.mine.world]
             if len(mine):
-                pictures = translate(sources[mine], self.config.domains[domain])
-                made[torch.as_tensor(mine, device=self.device)] = torch.as_tensor(pictures, device=self.device)
-        columns = {"source": sources, "translated": self._of_all(made).cpu().numpy()}
+                translated = translate(sources[mine], self.config.domains[domain])
+                made[torch.as_tensor(mine, device=self.device)] = torch.as_tensor(translated, device=self.device)
+        columns = {"source": sources, "translated": self._sum_over_workers(made).cpu().numpy()}
         if self.sampler.data.has_targets and not self.sampler.mismatched and not self.sampler.itself:
             columns["counterpart"] = truths
         return labelled_grid([*columns], [list(row) for row in zip(*columns.values(), strict=True)])
 
-    def _of_all(self, values: Tensor) -> Tensor:
+    def _sum_over_workers(self, values: Tensor) -> Tensor:
         if self.mine.world > 1:
             torch.distributed.all_reduce(values)
         return values
-
-
-class SyncValidation:
-    """Validation by the training workers, who wait for it."""
-
-    def __init__(self, validation: Validation) -> None:
-        self.validation = validation
-        self.found: list[tuple[dict[str, Any], Found]] = []
-
-    def start(self, facts: dict[str, Any], ema: EMA) -> None:
-        """Validate; `facts` (step, epoch ...) come back with what was found. All workers must come here."""
-        self.found.append((facts, self.validation(ema.tracks)))
-
-    def take(self, *, wait: bool = False) -> list[tuple[dict[str, Any], Found]]:
-        """What is done by now, each once."""
-        found, self.found = self.found, []
-        return found
-
-
-class AsyncValidation:
-    """Validation by a Ray task, while training goes on; otherwise as `Inline`, the results being rank 0's."""
-
-    def __init__(self, job: dict[str, Any], *, rank: int) -> None:
-        self.resources, self.rank = job["aside"], rank
-        self.job = {name: job[name] for name in ("data", "config", "options")}
-        self.device = torch.device("cuda" if self.resources["num_gpus"] else "cpu")
-        self.running: tuple[dict[str, Any], Any, Any] | None = None
-        self.found: list[tuple[dict[str, Any], Found]] = []
-
-    def start(self, facts: dict[str, Any], ema: EMA) -> None:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        weights = distributed.gathered(ema.state_dict())
-        if self.rank:
-            return
-        self.found = self.take(wait=True)
-        free, needed = ray.available_resources(), self.resources
-        if free.get("CPU", 0) < needed["num_cpus"] or free.get("GPU", 0) < needed["num_gpus"]:
-            # The node that was to spare is gone or at work for us; the task would wait for it for ever.
-            self.found.append((facts, validate(self.job, weights, self.device)))
-            return
-        held = ray.put({length: {k: v.cpu() for k, v in state.items()} for length, state in weights.items()})
-        outside = PlacementGroupSchedulingStrategy(placement_group=None)  # the workers' own has no room
-        task = ray.remote(**self.resources, max_retries=2, scheduling_strategy=outside)(validate)
-        self.running = facts, held, task.remote(self.job, held, self.device)
-
-    def take(self, *, wait: bool = False) -> list[tuple[dict[str, Any], Found]]:
-        import ray
-
-        found, self.found = self.found, []
-        if self.running is None or not (wait or ray.wait([self.running[2]], timeout=0)[0]):
-            return found
-        (facts, held, task), self.running = self.running, None
-        try:
-            return [*found, (facts, ray.get(task, timeout=PATIENCE_S))]
-        except ray.exceptions.RayError:  # its node is gone, or never came; where it is our mistake, this raises it
-            ray.cancel(task, force=True)
-            return [*found, (facts, validate(self.job, ray.get(held), self.device))]
-
-
-def validate(job: dict[str, Any], weights: Weights, device: torch.device) -> Found:
-    """The whole validation by this process alone, of weights that came from elsewhere."""
-    config = configs.from_dict(ModelConfig, job["config"])
-    options = configs.from_dict(TrainOptions, job["options"])
-    method = objective(config, options, device)
-    ema = EMA(method.network, sigma_rels=options.optim.ema_sigma_rels)
-    ema.load_state_dict(weights)
-    data = cache.load(job["data"], "val", content_hash=config.data.content_hash)
-    return Validation(data, config, options, method, device, Share(rank=0, world=1))(ema.tracks)

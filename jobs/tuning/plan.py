@@ -239,7 +239,6 @@ def train_args(args: SweepArgs, run: str, options: TrainOptions) -> TrainArgs:
         cpus_per_worker=args.cpus_per_worker,
         wait_for_nodes_s=args.wait_for_nodes_s,
         max_failures=args.max_failures,
-        validate="inline",  # what ASHA decides by must come in order
         options=options,
     )
 
