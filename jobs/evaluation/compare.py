@@ -5,7 +5,6 @@ interval is so wide (Bonferroni) that all of them hold together with 95 %.
 """
 
 import dataclasses
-import html
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -79,18 +78,16 @@ def as_text(a: Evaluation, b: Evaluation, rows: list[Difference], left_out: list
 
 def write(output: str, a: Evaluation, b: Evaluation, rows: list[Difference], left_out: list[str], level: float) -> None:
     """report.html, then compare.json."""
-    from jobs.reports.html import document
-
-    head = "".join(f"<th>{html.escape(each)}</th>" for each in HEAD)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in _cells(row))}</tr>" for row in rows)
-    reasons = "".join(f'<p class="note">Left out, {html.escape(reason)}</p>' for reason in left_out)
-    where = "".join(f'<p class="where">{name}: {html.escape(side.uri)}</p>' for name, side in (("A", a), ("B", b)))
-    parts = [
-        f"<header><h1>Two evaluations on {html.escape(a.metrics['data']['name'])}</h1>{where}</header>",
-        f'<section><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'{reasons}<p class="note">{_footnote(rows, level)}</p></section>',
-    ]
-    page = document("Two evaluations", parts)
+    page = render(
+        "comparison",
+        title="Two evaluations",
+        heading=f"Two evaluations on {a.metrics['data']['name']}",
+        refresh_s=None,
+        facts=[],
+        where=[f"A: {a.uri}", f"B: {b.uri}"],
+        table=Table(HEAD, [Line(head, cells) for head, *cells in map(_cells, rows)]),
+        notes=[*(f"Left out, {reason}" for reason in left_out), _footnote(rows, level)],
+    )
     storage.write_bytes(storage.join(output, "report.html"), page.encode())
     content = {
         "format": FORMAT,

@@ -1,6 +1,5 @@
 """Charts of curves against images seen, for light and dark pages."""
 
-import html
 import io
 import math
 import statistics
@@ -21,13 +20,11 @@ BANDS = ("#9ecae9", "#5b9bd5", "#2f6fde", "#173f8f")
 BANDS_DARK = ("#d3e6fb", "#8fc1f5", "#4f94ea", "#2f6fde")
 
 
-def chart(draw: Any, alt: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> str:
-    """The chart drawn twice, for light and for dark pages. `draw` gets matplotlib's axes; `height`: inches at a width
-    of 6.4."""
-    light, dark = (data_uri(render(draw, theme, height=height, grid=grid)) for theme in ("light", "dark"))
-    alt = html.escape(alt)
-    dark_source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-    return f'<picture>{dark_source}<img src="{light}" alt="{alt}"></picture>'
+def chart(draw: Any, caption: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> dict[str, str]:
+    """The chart drawn twice, for light and for dark pages: the two addresses and the caption. `draw` gets matplotlib's
+    axes; `height`: inches at a width of 6.4."""
+    drawn = {theme: data_uri(render(draw, theme, height=height, grid=grid)) for theme in ("light", "dark")}
+    return {**drawn, "caption": caption}
 
 
 def render(draw: Any, theme: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> bytes:

@@ -2,9 +2,8 @@
 
 import contextlib
 import functools
-import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,21 +15,18 @@ from jobs.common.progress import duration
 from jobs.reports import metric_table
 from jobs.reports.charts import MAX_LINES, chart, draw_lines, draw_losses
 from jobs.reports.grids import FILM_ROWS, FILM_STEPS, film_strip
-from jobs.reports.html import document, figure, table
+from jobs.reports.html import CREDITS, REFRESH_S, Cell, Line, Table, image, render
 from jobs.reports.metric_table import METRICS, base
 
 PARTS = ("adversarial", "discriminator", "identity", "perceptual")
 """Training losses beside `loss`, as `jobs.training.methods` names them."""
-REFRESH_S = 30
-"""How often a browser loads the page of a running run again."""
-CREDITS = {"licence": "Licence of the images", "credit": "Credit", "source": "Source"}
 SPEEDS = {
     "learning_rate": ("Learning rate", "learning rate"),
     "images_per_s": ("Images a second, all workers together", "images a second"),
 }
 """Of the rows of training: what the page and the axis say."""
 NOTES = (
-    "Intervals are of 95 %: over images by the bootstrap (of shares, Wilson's), of KID over 200 random halves of the "
+    "Intervals are of 95 %: over images by the bootstrap (of shares, Wilson's), of KID over 200 random subsets of the "
     "images. What a net measures compares only with figures of the same net, KID and the Fréchet distance also only "
     "with those of as many images. The linear colour map is the best affine map from a pixel's colour to its "
     "counterpart's, fitted on all training pairs. Flip rate: the share of images that the classifier puts on the "
@@ -69,23 +65,39 @@ def build(run: Mapping[str, Any], evaluation: Mapping[str, Any], images: Sequenc
     status = run.get("status") or {}
     config = run.get("config") or evaluation.get("model") or {}
     rows = run.get("rows") or []
-    parts = [
-        _headline(config, run, evaluation),
-        _status(status, run),
-        *(_verdicts(name, domain) for name, domain in evaluation.get("domains", {}).items()),
-        *(f"<section>{figure(caption, png)}</section>" for caption, png in images),
-        *(
-            f"<section>{figure(caption, png, kind)}</section>"
-            for kind, (caption, png) in run.get("samples", {}).items()
-        ),
-        _metrics_tables(evaluation),
-        _curves(rows, config.get("method", "diffusion")),
-        _details(config, run, evaluation),
-    ]
+    data = {**(config.get("data") or {}), **(evaluation.get("data") or {})}
+    asked = ("split", "seed", "sampling", "guides", "nets", "compute")
+    running = status.get("state") == "running"
     title = _title(config, evaluation)
-    if running := status.get("state") == "running":
-        title = f"{status['step'] / status['total']:.0%} · {title}"
-    return document(title, parts, head=f'<meta http-equiv="refresh" content="{REFRESH_S}">\n' if running else "")
+    curves = _curves(rows, config.get("method", "diffusion"))
+    return render(
+        "run",
+        title=f"{status['step'] / status['total']:.0%} · {title}" if running else title,
+        heading=title,
+        refresh_s=REFRESH_S if running else None,
+        facts=_facts(config, run, evaluation),
+        where=[evaluation.get("checkpoint") or run.get("uri") or ""],
+        status=_status(status, run) if status else None,
+        domains=evaluation.get("domains", {}),
+        images=[image(*each) for each in [*images, *run.get("samples", [])]],
+        tables=[
+            _metrics_table(f"{group}: to {name}", domain["methods"], metrics)
+            for name, domain in evaluation.get("domains", {}).items()
+            for group, metrics in _grouped(domain["methods"]).items()
+        ],
+        measured_with=_measured_with(evaluation),
+        curves=[chart(draw, caption) for caption, draw in curves.items()],
+        curves_note=_curves_note(rows, config.get("method", "diffusion")),
+        credits=[(label, data[key]) for key, label in CREDITS.items() if data.get(key)],
+        blocks={
+            "Model and training options": {
+                key: value for key, value in config.items() if key not in ("format", "format_version")
+            },
+            "Options of the evaluation": {key: evaluation[key] for key in asked if key in evaluation},
+            "Environment of the training": run.get("environment"),
+            "Environment of the evaluation": evaluation.get("environment"),
+        },
+    )
 
 
 def _read_run(uri: str) -> dict[str, Any]:
@@ -98,26 +110,23 @@ def _read_run(uri: str) -> dict[str, Any]:
     return found
 
 
-def _samples(uri: str) -> dict[str, tuple[str, bytes]]:
-    """The latest grid of the run's fixed images, and how the first of them came to be: captions and PNGs."""
+def _samples(uri: str) -> list[tuple[str, bytes, str]]:
+    """The latest grid of the run's fixed images, and how the first of them came to be: captions, PNGs and kinds."""
     names = [name for name in storage.list_files(storage.join(uri, "samples")) if SAMPLE.fullmatch(name)]
     if not names:
-        return {}
+        return []
     chosen = [names[round(i)] for i in np.linspace(0, len(names) - 1, min(len(names), FILM_STEPS))]
     grids = {int(name[5:13]): storage.read_bytes(storage.join(uri, "samples", name)) for name in chosen}
     last = max(grids)
-    found = {
-        "latest": (
-            f"Validation images after {last:,} steps: the same ones every time, from the same noise.",
-            grids[last],
-        )
-    }
+    caption = f"Validation images after {last:,} steps: the same ones every time, from the same noise."
+    found = [(caption, grids[last], "latest")]
     if len(grids) > 1:
-        found["film"] = (f"The first {FILM_ROWS} of them as training went on, by step.", film_strip(grids))
+        found.append((f"The first {FILM_ROWS} of them as training went on, by step.", film_strip(grids), "film"))
     return found
 
 
 SAMPLE = re.compile(r"step-\d{8}\.png")
+Draw = Callable[[Any], None]
 
 
 # -- sections -----------------------------------------------------------------------------------------------------
@@ -134,7 +143,8 @@ def _title(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     return f"{name}: {arrow}" if arrow else str(name)
 
 
-def _headline(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+def _facts(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
+    """What stands below the title."""
     environment = evaluation.get("environment") or run.get("environment") or {}
     facts = []
     if config.get("image_size"):
@@ -152,12 +162,7 @@ def _headline(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Map
         facts.append(f"{sampling['sampler']}, {sampling['num_steps']} steps, guidance {sampling['guidance_scale']:g}")
     if date := environment.get("date"):
         facts.append(str(date)[:10])
-    where = evaluation.get("checkpoint") or run.get("uri") or ""
-    return (
-        f"<header><h1>{html.escape(_title(config, evaluation))}</h1>"
-        f'<p class="facts">{" · ".join(html.escape(fact) for fact in facts)}</p>'
-        f'<p class="where">{html.escape(str(where))}</p></header>'
-    )
+    return facts
 
 
 STATES = {
@@ -170,10 +175,8 @@ STATES = {
 }
 
 
-def _status(status: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+def _status(status: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """How far the run is, or how it ended."""
-    if not status:
-        return ""
     kind, word = STATES[status["state"]]
     step, total, running = status["step"], status["total"], status["state"] == "running"
     facts = {"Step": f"{step:,} of {total:,}" if step < total else f"{step:,}"}
@@ -187,7 +190,6 @@ def _status(status: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     if status.get("loss") is not None:
         facts["Training loss"] = f"{status['loss']:.4g}"
     facts |= _best_checkpoint(run) | _times(status, run)
-    items = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
     lines = [status.get("message") or "", *(status.get("warnings") or [])]
     if status["state"] in ("interrupted", "failed"):
         lines.append("The same command goes on from the last checkpoint.")
@@ -196,9 +198,16 @@ def _status(status: Mapping[str, Any], run: Mapping[str, Any]) -> str:
             f"As of {_clock(status['at'])}. Written anew at each validation and every five minutes: a page older than "
             "that is of a run that was killed; the same command goes on with it."
         )
-    notes = "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines if line)
-    bar = f'<progress value="{step}" max="{total}" aria-label="steps done"></progress>' if step < total else ""
-    return f'<section class="status"><h2 class="{kind}">{word}</h2>{bar}<dl class="tiles">{items}</dl>{notes}</section>'
+    unfinished = step < total
+    return {
+        "kind": kind,
+        "word": word,
+        "unfinished": unfinished,
+        "done": step,
+        "total": total,
+        "facts": facts,
+        "notes": lines,
+    }
 
 
 def _best_checkpoint(run: Mapping[str, Any]) -> dict[str, str]:
@@ -233,37 +242,11 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _verdicts(name: str, domain: Mapping[str, Any]) -> str:
-    sign = {True: ("good", "✓"), False: ("bad", "✗"), None: ("even", "≈")}
-    items = []
-    for verdict in domain.get("verdicts", []):
-        kind, mark = sign[verdict["better"]]
-        items.append(
-            f'<li class="{kind}"><span class="mark">{mark}</span>'
-            f"<div><b>{html.escape(verdict['text'])}</b><br><span>{html.escape(verdict['figures'])}</span></div></li>"
-        )
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in domain.get("notes", []))
-    count = domain.get("num_images", 0)
-    return (
-        f"<section><h2>To {html.escape(name)}, {count:,} held-out images</h2>"
-        f'<p class="headline">{html.escape(domain.get("headline", ""))}</p>'
-        f'<ul class="verdicts">{"".join(items)}</ul>{notes}</section>'
-    )
-
-
-def _metrics_tables(evaluation: Mapping[str, Any]) -> str:
-    domains = evaluation.get("domains", {})
-    if not domains:
-        return ""
-    tables = "".join(
-        _metrics_table(f"{title}: to {name}", domain, metrics)
-        for name, domain in domains.items()
-        for title, metrics in _grouped(domain["methods"]).items()
-    )
+def _measured_with(evaluation: Mapping[str, Any]) -> str:
+    """How intervals are made, the nets that judged, and what an image cost."""
     nets = evaluation.get("nets") or {"features": {"name": evaluation.get("feature_net", "")}}
     names = [f"{NETS.get(kind, kind)}: {net['name']}." for kind, net in nets.items() if net]
-    facts = [NOTES, *names, _cost(evaluation.get("compute") or {})]
-    return f'<section><h2>Measurements</h2>{tables}<p class="note">{html.escape(" ".join(facts).strip())}</p></section>'
+    return " ".join([NOTES, *names, _cost(evaluation.get("compute") or {})]).strip()
 
 
 def _cost(compute: Mapping[str, Any]) -> str:
@@ -284,25 +267,18 @@ def _grouped(methods: Mapping[str, Any]) -> dict[str, list[str]]:
     return found
 
 
-def _metrics_table(caption: str, domain: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    methods = domain["methods"]
-    head = "".join(f"<th>{html.escape(metric_table.column(metric))}</th>" for metric in metrics)
+def _metrics_table(caption: str, methods: Mapping[str, Any], metrics: Sequence[str]) -> Table:
     best = {metric: _best(metric, methods) for metric in metrics}
-    body = ""
-    for key, method in methods.items():
-        if not any(metric in method["metrics"] for metric in metrics):
-            continue
-        cells = ""
-        for metric in metrics:
-            value = method["metrics"].get(metric)
-            mark = ' class="best"' if value is not None and key == best[metric] else ""
-            cells += f"<td{mark}>{_interval(value, metric_table.of(metric).digits)}</td>"
-        row = ' class="ours"' if key == "model" else ""
-        body += f"<tr{row}><th>{html.escape(method['name'])}</th>{cells}</tr>"
-    return (
-        f'<div class="scroll"><table><caption>{html.escape(caption)}</caption>'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    lines = [
+        Line(
+            method["name"],
+            [_interval(method["metrics"].get(metric), metric, best=key == best[metric]) for metric in metrics],
+            kind="ours" if key == "model" else "",
+        )
+        for key, method in methods.items()
+        if any(metric in method["metrics"] for metric in metrics)
+    ]
+    return Table(["", *map(metric_table.column, metrics)], lines, caption=caption)
 
 
 def _best(metric: str, methods: Mapping[str, Any]) -> str | None:
@@ -322,28 +298,30 @@ def _best(metric: str, methods: Mapping[str, Any]) -> str | None:
     return choose(means, key=means.__getitem__)
 
 
-def _interval(value: Mapping[str, float] | None, digits: int) -> str:
+def _interval(value: Mapping[str, float] | None, metric: str, *, best: bool) -> Cell:
     if value is None:
-        return "–"
-    return f"{value['mean']:.{digits}f} <small>{value['low']:.{digits}f} … {value['high']:.{digits}f}</small>"
+        return Cell()
+    mean, low, high = (f"{value[key]:.{metric_table.of(metric).digits}f}" for key in ("mean", "low", "high"))
+    return Cell(mean, f"{low} … {high}", kind="best" if best else "")
 
 
-def _curves(rows: Sequence[Mapping[str, Any]], method: str) -> str:
+def _curves(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Draw]:
+    """Caption → what draws it on matplotlib's axes."""
     val = [row for row in rows if row.get("split") == "val"]
     train = [row for row in rows if row.get("split") == "train"]
-    charts = []
+    charts: dict[str, Draw] = {}
     if method in configs.ENCODERS:  # training minimises one thing, validation measures another
         if len(train) > 1:
-            charts.append(("Loss that training minimises", lambda ax: draw_losses(ax, train, [])))
+            charts["Loss that training minimises"] = lambda ax: draw_losses(ax, train, [])
         if len(val) > 1:
-            charts.append(("Validation loss with its 95 % band", lambda ax: draw_losses(ax, [], val)))
+            charts["Validation loss with its 95 % band"] = lambda ax: draw_losses(ax, [], val)
     elif len(val) + len(train) > 1:
-        charts.append(("Loss: training, and validation with its 95 % band", lambda ax: draw_losses(ax, train, val)))
+        charts["Loss: training, and validation with its 95 % band"] = lambda ax: draw_losses(ax, train, val)
     bands, lengths = _named(val, "loss_band_"), _named(val, "loss_ema_")
     if bands and len(val) > 1:
-        charts.append(("Validation loss by quarter of the noise chain", lambda ax: draw_lines(ax, val, bands)))
+        charts["Validation loss by quarter of the noise chain"] = lambda ax: draw_lines(ax, val, bands)
     if len(lengths) > 1 and len(val) > 1:
-        charts.append(("Validation loss by length of the weights' average", lambda ax: draw_lines(ax, val, lengths)))
+        charts["Validation loss by length of the weights' average"] = lambda ax: draw_lines(ax, val, lengths)
     others = {
         key: key.replace("_", " ")
         for key in dict.fromkeys(key for row in val for key, value in row.items() if isinstance(value, float))
@@ -352,24 +330,23 @@ def _curves(rows: Sequence[Mapping[str, Any]], method: str) -> str:
     if len(others) > MAX_LINES:  # of each of many attributes: the mean alone is drawn
         others = {key: name for key, name in others.items() if not key.startswith("accuracy_")}
     if others and len(val) > 1:
-        alt = "What else was measured of the validation images"
-        charts.append((alt, lambda ax: draw_lines(ax, val, others, unit="mean")))
+        charts["What else was measured of the validation images"] = lambda ax: draw_lines(ax, val, others, unit="mean")
     parts = {f"loss_{name}": name for name in PARTS}
     parts = {key: name for key, name in parts.items() if any(key in row for row in train)}
     if parts and len(train) > 1:
-        charts.append(("The other training losses", lambda ax: draw_lines(ax, train, parts)))
+        charts["The other training losses"] = lambda ax: draw_lines(ax, train, parts)
     for key, (alt, unit) in SPEEDS.items():
         if sum(key in row for row in train) > 1:
-            charts.append((alt, functools.partial(draw_lines, rows=train, labels={key: ""}, unit=unit)))
-    if not charts:
-        return ""
-    noise = ", timesteps and noise" if bands else ""
+            charts[alt] = functools.partial(draw_lines, rows=train, labels={key: ""}, unit=unit)
+    return charts
+
+
+def _curves_note(rows: Sequence[Mapping[str, Any]], method: str) -> str:
+    noise = ", timesteps and noise" if _named(rows, "loss_band_") else ""
     other = " It is not what training minimises: compare it with itself only." if method in configs.ENCODERS else ""
-    figures = "".join(f"<figure>{chart(draw, alt)}<figcaption>{alt}</figcaption></figure>" for alt, draw in charts)
     return (
-        f'<section><h2>Training</h2><div class="charts">{figures}</div>'
-        f'<p class="note">Validation uses the EMA weights, and the same images{noise} every time, so '
-        f"the curve moves only when the network does.{other}</p></section>"
+        f"Validation uses the EMA weights, and the same images{noise} every time, so the curve moves only when the "
+        f"network does.{other}"
     )
 
 
@@ -380,29 +357,3 @@ def _named(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, str]:
         return {key: f"{float(key.removeprefix(prefix)):.1%} of the run" for key in keys}
     ends = {keys[0]: " (least noisy)", keys[-1]: " (noisiest)"} if keys else {}
     return {key: f"t in quarter {i + 1}{ends.get(key, '')}" for i, key in enumerate(keys)}
-
-
-def _details(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
-    data = {**(config.get("data") or {}), **(evaluation.get("data") or {})}
-    credits = "".join(
-        f"<dt>{label}</dt><dd>{html.escape(str(data[key]))}</dd>" for key, label in CREDITS.items() if data.get(key)
-    )
-    shown = {key: value for key, value in config.items() if key not in ("format", "format_version")}
-    asked = {
-        key: evaluation[key] for key in ("split", "seed", "sampling", "guides", "nets", "compute") if key in evaluation
-    }
-    blocks = {
-        "Model and training options": shown,
-        "Options of the evaluation": asked,
-        "Environment of the training": run.get("environment"),
-        "Environment of the evaluation": evaluation.get("environment"),
-    }
-    folds = "".join(
-        f'<details><summary>{title}</summary><div class="scroll">{table(values)}</div></details>'
-        for title, values in blocks.items()
-        if values
-    )
-    if not credits and not folds:
-        return ""
-    credit_list = f"<dl>{credits}</dl>" if credits else ""
-    return f"<section><h2>Where it comes from</h2>{credit_list}{folds}</section>"

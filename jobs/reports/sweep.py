@@ -8,18 +8,17 @@ gain    how far it is ahead on fresh noise and images; what the lead was more th
 
 import collections
 import functools
-import html
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
 from ddpm_core import storage
 from jobs.common.intervals import Interval, significant
 from jobs.common.progress import duration
-from jobs.reports import charts, metric_table, report
-from jobs.reports.html import document, figure, flat
-from jobs.reports.metric_table import OBJECTIVES, heading
+from jobs.reports import charts, metric_table
+from jobs.reports.html import CREDITS, REFRESH_S, Cell, Line, Table, image, render
+from jobs.reports.metric_table import OBJECTIVES
 from jobs.reports.sweep_charts import (
     LOST,
     TRIALS,
@@ -52,11 +51,12 @@ STATES = {
     "failed": ("bad", "Failed"),
 }
 ENDED = ("", "finished", "interrupted", "failed")
-OUTCOMES = {"better": ("good", "✓"), "worse": ("bad", "✗"), "even": ("even", "≈")}
+OUTCOMES = {"better": "good", "worse": "bad", "even": "even"}
+"""What a comparison came to → its colour."""
 SEARCHES = {"tpe": "Sobol, then TPE", "random": "random search"}
 LEARNING_RATE = "optim.learning_rate"
-MAX_ROWS, MAX_PARETO = 14, 4
-"""A longer table is folded; as many pairs of objectives are drawn."""
+MAX_PARETO = 4
+"""As many pairs of objectives are drawn."""
 
 
 PAIRS = (
@@ -90,27 +90,44 @@ def build(sweep: Row, results: Row, images: Sequence[tuple[str, bytes]] = ()) ->
     """The page; any part of the results may be missing."""
     sweep, results = ({**empty, **given(found)} for empty, found in ((SWEEP, sweep), (RESULTS, results)))
     trials, points, best = results["trials"], results["points"], results.get("best_trial")
-    title = f"{sweep['data'].get('name', 'translation')}: sweep from {sweep.get('preset', 'a checkpoint')}"
-    parts = [
-        _header(title, sweep, results),
-        _status(sweep, results),
-        _section("What came of it" + " so far" * is_live(results), _trained(sweep, results), _sampled(sweep, results)),
-        _history(trials, best),
-        _slices(sweep["space"], trials, best),
-        _importance(results["importance"]),
-        _curves(sweep["space"], trials, best),
-        _pareto(points),
-        _section("Images", *(figure(caption, png, "film") for caption, png in images)),
-        _section("Trials", _trial_table(list(sweep["space"]), trials, best)),
-        _section("Points of sampling", _point_table(list(sweep["sampling_space"]), points), _failures(points)),
-        _origin(sweep),
-    ]
-    head = ""
-    if is_live(results):
-        done, total = _progress(sweep, results)
-        title = f"{done / max(total, 1):.0%} · {title}"
-        head = f'<meta http-equiv="refresh" content="{report.REFRESH_S}">\n'
-    return document(title, parts, head=head, css=CSS)
+    heading = f"{sweep['data'].get('name', 'translation')}: sweep from {sweep.get('preset', 'a checkpoint')}"
+    done, total = _progress(sweep, results)
+    failures = _failures(points)
+    return render(
+        "sweep",
+        title=f"{done / max(total, 1):.0%} · {heading}" if is_live(results) else heading,
+        heading=heading,
+        refresh_s=REFRESH_S if is_live(results) else None,
+        facts=_facts(sweep, results),
+        where=[sweep["uri"]],
+        status=_status(sweep, results) if results["state"] else None,
+        trained=_trained(sweep, results),
+        sampled=_sampled(sweep, results),
+        rule=sweep["rule"],
+        history=_history(trials, best),
+        slices=_slices(sweep["space"], trials, best),
+        importance=_importance(results["importance"]),
+        shares=_shares(results["importance"]),
+        ped_anova=PED_ANOVA,
+        colored_by=_rate_or_name(colored_by(sweep["space"])),
+        curves=_curves(sweep["space"], trials, best),
+        tradeoffs=_tradeoffs(points),
+        images=[image(caption, png, "film") for caption, png in images],
+        trials=_trial_table(list(sweep["space"]), trials, best),
+        points=_point_table(list(sweep["sampling_space"]), points),
+        failures=[(_cut(error), count) for error, count in failures.most_common(8)],
+        num_failed=f"{failures.total()} of {len(points)} points failed:",
+        origin=_origin(sweep),
+        command=sweep.get("command"),
+        blocks={
+            "Options of training that were searched": {key: allowed_text(each) for key, each in sweep["space"].items()},
+            "Options of sampling that were searched": {
+                key: allowed_text(each) for key, each in sweep["sampling_space"].items()
+            },
+            "Options that all trials share": sweep["options"],
+            "Environment": sweep["environment"],
+        },
+    )
 
 
 def is_live(results: Row) -> bool:
@@ -127,7 +144,8 @@ def _ended(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["state"] != "running"]
 
 
-def _header(title: str, sweep: Row, results: Row) -> str:
+def _facts(sweep: Row, results: Row) -> list[str]:
+    """What stands below the title."""
     facts: list[str] = []
     if trials := sweep.get("num_trials"):
         facts.append(f"{trials:,} trials" + (f" of {sweep['epochs']:,} epochs" if sweep.get("epochs") else ""))
@@ -140,16 +158,11 @@ def _header(title: str, sweep: Row, results: Row) -> str:
     elif trials:
         facts.append("no early stopping")
     facts.append(str(sweep["environment"].get("date") or results.get("at", ""))[:10])
-    return (
-        f'<header><h1>{html.escape(title)}</h1><p class="facts">{html.escape(" · ".join(filter(None, facts)))}</p>'
-        f'<p class="where">{html.escape(sweep["uri"])}</p></header>'
-    )
+    return [fact for fact in facts if fact]
 
 
-def _status(sweep: Row, results: Row) -> str:
+def _status(sweep: Row, results: Row) -> dict[str, Any]:
     """How far the sweep is, or how it ended."""
-    if not results["state"]:
-        return ""
     kind, word = STATES[results["state"]]
     (done, total), trials, points = _progress(sweep, results), _ended(results["trials"]), _ended(results["points"])
     counts = collections.Counter(row["state"] for row in trials)
@@ -163,14 +176,19 @@ def _status(sweep: Row, results: Row) -> str:
         "Time in points": duration(sum(row.get("seconds") or 0 for row in points)) if points else "",
         "Time left": duration(results["left_s"]) if is_live(results) and results.get("left_s") is not None else "",
     }
-    items = "".join(f"<div><dt>{key}</dt><dd>{html.escape(text)}</dd></div>" for key, text in facts.items() if text)
     lines = [results["message"]]
     if at := results.get("at"):
         lines.append(f"As of {datetime.fromisoformat(at).strftime('%Y-%m-%d %H:%M:%S UTC')}.")
-    bar = f'<progress value="{done}" max="{total}" aria-label="trials and points done"></progress>'
-    bar = bar if done < total and results["state"] != "finished" else ""
-    notes = "".join(_note(line) for line in lines if line)
-    return f'<section class="status"><h2 class="{kind}">{word}</h2>{bar}<dl class="tiles">{items}</dl>{notes}</section>'
+    unfinished = done < total and results["state"] != "finished"
+    return {
+        "kind": kind,
+        "word": word,
+        "unfinished": unfinished,
+        "done": done,
+        "total": total,
+        "facts": facts,
+        "notes": lines,
+    }
 
 
 def _of(done: int, total: int) -> str:
@@ -180,27 +198,31 @@ def _of(done: int, total: int) -> str:
 # -- luck and gain ------------------------------------------------------------------------------------------------
 
 
-def _trained(sweep: Row, results: Row) -> str:
+def _trained(sweep: Row, results: Row) -> dict[str, Any] | None:
+    """The winner beside the hand choice."""
     trials, again = results["trials"], results["again"].get("training") or {}
     if (winner := next((row for row in trials if row["number"] == results.get("best_trial")), None)) is None:
-        return ""
+        return None
     hand = next((row for row in trials if row.get("hand")), winner)
     columns = {"winner": winner} if hand is winner else {"winner": winner, "hand": hand}
     fresh = {key: interval(value) for key, value in (again.get("fresh") or {}).items()}
-    rows = _chosen_rows(sweep["space"], [row["values"] for row in columns.values()])
-    rows.append(_th("validation loss in the search") + _cells(value_text(row.get("loss")) for row in columns.values()))
+    lines = _option_lines(sweep["space"], [row["values"] for row in columns.values()])
+    lines.append(Line("validation loss in the search", [value_text(row.get("loss")) for row in columns.values()]))
     if fresh:
-        rows.append(_th("loss on fresh noise") + "".join(_td(fresh.get(key)) for key in columns))
+        lines.append(Line("loss on fresh noise", [_cell(fresh.get(key)) for key in columns]))
     among = f"the best of {sum(loss_of(row) is not None for row in trials)} trials"
+    outcome, text, figures = gain_in_loss(again) or ("even", "", "")
     if winner.get("hand"):
-        card = _card("even", f"The search found nothing better: the hand choice itself is {among}.")
-    elif (told := gain_in_loss(again)) is not None:
-        card = _card(*told)
-    else:
+        outcome, text, figures = "even", f"The search found nothing better: the hand choice itself is {among}.", ""
+    elif not text:
         yet = " yet" * is_live(results)
-        card = _card("even", f"Not measured again{yet}: it is {among}, and how much of that is luck is not known.")
+        text = f"Not measured again{yet}: it is {among}, and how much of that is luck is not known."
     head = ["", f"winner, trial {winner['number']}", "hand choice"][: len(columns) + 1]
-    return f"<h3>Training</h3>{_table('chosen', head, rows)}{card}{_note(FRESH) if fresh else ''}"
+    return {
+        "table": Table(head, lines, kind="chosen"),
+        "card": (OUTCOMES[outcome], text, [figures]),
+        "note": FRESH if fresh else "",
+    }
 
 
 def gain_in_loss(again: Row) -> Card | None:
@@ -223,7 +245,7 @@ def gain_in_loss(again: Row) -> Card | None:
         gain = Interval(*(-value / hand.mean for value in (gap.mean, gap.high, gap.low)))
         told = f"Seen in the search it was {_loss(seen['winner'])} against {_loss(seen['hand'])}, "
         told += f"{_relative(-lead)}: {luck(lead, gain)}. "
-    return outcome, text, told + _pictures(again)
+    return outcome, text, told + _measured_on(again)
 
 
 def judged(gap: Interval, *, lower: bool) -> Literal["better", "worse", "even"]:
@@ -248,46 +270,48 @@ def luck(lead: float, gain: Interval) -> str:
     return f"about {percent_text(1 - gain.mean / lead)} of the lead was luck ({span})"
 
 
-def _sampled(sweep: Row, results: Row) -> str:
+def _sampled(sweep: Row, results: Row) -> dict[str, Any] | None:
+    """The chosen point beside the hand choice."""
     points, again = results["points"], results["again"].get("sampling") or {}
     there: dict[str, Row] = {key: next((row for row in points if row.get(key)), {}) for key in ("chosen", "hand")}
     values = {key: (again.get("values") or {}).get(key) or row.get("values") or {} for key, row in there.items()}
     if not values["chosen"]:
-        return ""
-    head = ["", "chosen", "hand choice"]
-    options = _table("chosen", head, _chosen_rows(sweep["sampling_space"], list(values.values())))
-    if there["chosen"].get("hand"):
-        options += _card("even", "The hand choice itself is the chosen point.")
-    measured, rows, counts = again.get("objectives") or {}, [], collections.Counter[str]()
+        return None
+    measured, lines, counts = again.get("objectives") or {}, [], collections.Counter[str]()
     for name in measured or objectives_of(points):
         seen = {key: (row.get("objectives") or {}).get(name) for key, row in there.items()}
         cells, outcome = _compared(name, {"seen": seen, **given(measured.get(name) or {})})
-        rows.append(_th(_heading(name)) + "".join(cells[: len(cells) if measured else 2]))
+        lines.append(Line(_heading(name), cells[: len(cells) if measured else 2]))
         counts[outcome] += 1
     head = ["", "chosen, seen", "hand, seen"]
     note = f"Not measured again{' yet' * is_live(results)}: how much of this is luck is not known."
     if measured:
         head += ["chosen, again", "hand, again", "difference", "chosen is", "luck"]
         note = (
-            f"Of {len(rows)} objectives the chosen sampling is better in {counts['better']}, worse in "
+            f"Of {len(lines)} objectives the chosen sampling is better in {counts['better']}, worse in "
             f"{counts['worse']}, and in {counts['even']} as good or no more different than chance. Seen: in the "
-            f"search, which chose by these very figures. {_pictures(again)}"
+            f"search, which chose by these very figures. {_measured_on(again)}"
         )
-    rule = f'<p class="headline">{html.escape(sweep["rule"])}</p>'
-    return f"<h3>Sampling</h3>{rule}{options}{_table('compared', head, rows)}{_note(note)}"
+    options = _option_lines(sweep["sampling_space"], list(values.values()))
+    return {
+        "options": Table(["", "chosen", "hand choice"], options, kind="chosen"),
+        "by_hand": bool(there["chosen"].get("hand")),
+        "table": Table(head, lines, kind="dense"),
+        "note": note,
+    }
 
 
-def _compared(name: str, measured: Row) -> tuple[list[str], str]:
-    """Cells of an objective's row, and the outcome."""
+def _compared(name: str, measured: Row) -> tuple[list[Cell], str]:
+    """Cells of an objective's line, and the outcome."""
     digits, sign = metric_table.of(name).digits, -1 if metric_table.lower_is_better(name) else 1
     chosen, hand, gap = (interval(measured.get(key)) for key in ("chosen", "hand", "difference"))
     seen = [measured["seen"].get(key) for key in ("chosen", "hand")]
     if gap is None and chosen and hand and chosen.low == chosen.high and hand.low == hand.high:
         gap = Interval(*[chosen.mean - hand.mean] * 3)  # counted, not estimated
-    cells = [*(_td(interval(value), digits) for value in seen), _td(chosen, digits), _td(hand, digits)]
-    cells.append(_td(gap, digits, sign="+"))
+    cells = [_cell(each, digits) for each in (*map(interval, seen), chosen, hand)]
+    cells.append(_cell(gap, digits, sign="+"))
     if gap is None:
-        return [*cells, "<td>–</td>", "<td>–</td>"], "not known"
+        return [*cells, Cell(), Cell()], "not known"
     outcome = judged(gap, lower=sign < 0)
     if gap.low == gap.high:
         word, part = outcome.replace("even", "the same"), "–"
@@ -296,76 +320,80 @@ def _compared(name: str, measured: Row) -> tuple[list[str], str]:
         low, high = sorted((sign * gap.low, sign * gap.high))
         lead = None if None in seen else sign * (seen[0] - seen[1])
         part = "–" if lead is None else luck(lead, Interval(sign * gap.mean, low, high))
-    return [*cells, f'<td class="{OUTCOMES[outcome][0]}"><b>{word}</b></td>', f'<td class="words">{part}</td>'], outcome
+    return [*cells, Cell(word, kind=OUTCOMES[outcome]), Cell(part, kind="words")], outcome
 
 
-def _chosen_rows(space: Row, columns: Sequence[Row]) -> list[str]:
-    """A row for each option that was searched."""
+def _option_lines(space: Row, columns: Sequence[Row]) -> list[Line]:
+    """A line for each option that was searched."""
     names = [name for name in space if any(name in values for values in columns)]
-    return [_th(name) + _cells(_value(values, name) for values in columns) for name in names]
+    return [Line(name, [_value(values, name) for values in columns]) for name in names]
 
 
 # -- charts -------------------------------------------------------------------------------------------------------
 
 
-def _history(trials: Sequence[Row], best: int | None) -> str:
+Charts = list[dict[str, str]]
+
+
+def _history(trials: Sequence[Row], best: int | None) -> Charts:
     if all(loss_of(trial) is None for trial in trials):
-        return ""
+        return []
     text = (
         "The lowest validation loss of each trial, in the order they began, and the best so far of the complete ones."
     )
     if any(trial["state"] in LOST for trial in trials):
         text += " What diverged or failed is marked at the top edge."
-    draw = functools.partial(draw_history, trials=trials, best=best)
-    return _section("Optimisation history", _figure(draw, text))
+    return [charts.chart(functools.partial(draw_history, trials=trials, best=best), text)]
 
 
-def _slices(space: Row, trials: Sequence[Row], best: int | None) -> str:
+def _slices(space: Row, trials: Sequence[Row], best: int | None) -> Charts:
     there = {name for trial in trials if loss_of(trial) is not None for name in trial["values"]}
-    figures = "".join(
-        _figure(functools.partial(draw_slice, trials=trials, name=name, allowed=allowed, best=best), name)
+    return [
+        charts.chart(functools.partial(draw_slice, trials=trials, name=name, allowed=allowed, best=best), name)
         for name, allowed in space.items()
         if name in there
-    )
-    return _section("Option by option", f'<div class="charts">{figures}</div>' if figures else "")
+    ]
 
 
-def _importance(importance: Row) -> str:
-    body = ""
-    if shares := given(importance.get("training") or {}):
-        draw = functools.partial(draw_importance, shares=shares)
-        text = "Training: importance for the validation loss."
-        body += _figure(draw, text, height=0.4 * len(shares) + 0.9, grid="x")
-    if objectives := {name: given(shares) for name, shares in (importance.get("sampling") or {}).items() if shares}:
-        total = sum(map(collections.Counter, objectives.values()), collections.Counter[str]())
-        rows = [
-            _th(name) + "".join(_share(shares.get(name)) for shares in objectives.values())
-            for name, _ in total.most_common()
-        ]
-        body += _table("shares", ["Sampling: importance for", *map(_heading, objectives)], rows)
-    return _section("What matters", body + _note(PED_ANOVA) if body else "")
+def _importance(importance: Row) -> Charts:
+    if not (shares := given(importance.get("training") or {})):
+        return []
+    draw = functools.partial(draw_importance, shares=shares)
+    text = "Training: importance for the validation loss."
+    return [charts.chart(draw, text, height=0.4 * len(shares) + 0.9, grid="x")]
 
 
-def _share(share: float | None) -> str:
-    if share is None:
-        return "<td>–</td>"
-    return f'<td>{percent_text(share)}<i style="width:{min(max(share, 0.0), 1.0):.1%}"></i></td>'
+def _shares(importance: Row) -> Table | None:
+    """How much each option of sampling matters for each objective."""
+    objectives = {name: given(shares) for name, shares in (importance.get("sampling") or {}).items() if shares}
+    if not objectives:
+        return None
+    total = sum(map(collections.Counter, objectives.values()), collections.Counter[str]())
+    lines = [Line(name, [_share(of.get(name)) for of in objectives.values()]) for name, _ in total.most_common()]
+    return Table(["Sampling: importance for", *map(_heading, objectives)], lines, kind="dense shares")
 
 
-def _curves(space: Row, trials: Sequence[Row], best: int | None) -> str:
+def _share(share: float | None) -> Cell:
+    return Cell() if share is None else Cell(percent_text(share), share=min(max(share, 0.0), 1.0))
+
+
+def _curves(space: Row, trials: Sequence[Row], best: int | None) -> Charts:
     name = colored_by(space)
     drawn = [trial for trial in trials if curve_of(trial) and is_number(trial["values"].get(name))]
     if name is None or not drawn:
-        return ""
+        return []
     log = bool(space[name].get("log")) and all(trial["values"][name] > 0 for trial in drawn)
-    what = "learning rate" if name == LEARNING_RATE else name
     text = (
-        "Validation loss by epoch, a line a trial. Validation uses the same images, noise and timesteps each time, "
-        f"and the averaged weights: where a line bounces, that is the doing of the {what} and not of the measure. "
-        "Lines that end early were stopped or lost."
+        "Validation loss by epoch, a line a trial. Validation uses the same images, noise and timesteps each time, and "
+        f"the averaged weights: where a line bounces, that is the doing of the {_rate_or_name(name)} and not of the "
+        "measure. Lines that end early were stopped or lost."
     )
     draw = functools.partial(draw_curves, trials=drawn, name=name, log=log, best=best)
-    return _section(f"Training by {what}", _figure(draw, text, height=4.4))
+    return [charts.chart(draw, text, height=4.4)]
+
+
+def _rate_or_name(name: str | None) -> str:
+    return "learning rate" if name == LEARNING_RATE else name or ""
 
 
 def colored_by(space: Row) -> str | None:
@@ -374,15 +402,15 @@ def colored_by(space: Row) -> str | None:
     return LEARNING_RATE if LEARNING_RATE in ranges else next(iter(ranges), None)
 
 
-def _pareto(points: Sequence[Row]) -> str:
-    figures = "".join(
-        _figure(
-            functools.partial(draw_pareto, points=points, x=x, y=y), f"{heading(y)} against {heading(x)}", height=4.2
+def _tradeoffs(points: Sequence[Row]) -> Charts:
+    return [
+        charts.chart(
+            functools.partial(draw_pareto, points=points, x=x, y=y),
+            f"{metric_table.heading(y)} against {metric_table.heading(x)}",
+            height=4.2,
         )
         for x, y in pairs_of(objectives_of(points))
-    )
-    note = _note("On the front is what no other point beats in all objectives together; a chart shows two of them.")
-    return _section("Trade-offs of sampling", f'<div class="charts">{figures}</div>{note}' if figures else "")
+    ]
 
 
 def objectives_of(points: Iterable[Row]) -> list[str]:
@@ -401,61 +429,43 @@ def pairs_of(objectives: Sequence[str]) -> list[tuple[str, str]]:
 # -- tables -------------------------------------------------------------------------------------------------------
 
 
-def _trial_table(names: Sequence[str], trials: Sequence[Row], best: int | None) -> str:
-    rows = {}
+def _trial_table(names: Sequence[str], trials: Sequence[Row], best: int | None) -> Table:
+    lines = []
     for trial in trials:
-        marks = {"winner": trial["number"] == best, "hand choice": trial.get("hand")}
-        head = _th(str(trial["number"]), marks, f"{trial['run']}/report.html" if trial.get("run") else "")
-        cells = [TRIALS[trial["state"]][0], *(_value(trial["values"], name) for name in names)]
-        cells += [value_text(trial.get(key)) for key in ("loss", "epochs", "steps")] + [_time(trial)]
-        error = f'<td class="error">{html.escape(_cut(trial.get("error") or ""))}</td>'
-        rows[head + _cells(cells) + error] = marks["winner"]
-    columns = ["trial", "state", *names, "validation loss", "epochs", "steps", "time", "error"]
-    return _folded(f"Table of {len(rows)} trials", columns, rows)
+        won = trial["number"] == best
+        cells: list[Cell | str] = [TRIALS[trial["state"]][0], *(_value(trial["values"], name) for name in names)]
+        cells += [value_text(trial.get(key)) for key in ("loss", "epochs", "steps")]
+        cells += [_time(trial), Cell(_cut(trial.get("error") or ""), kind="error")]
+        marks = ["winner"] * won + ["hand choice"] * bool(trial.get("hand"))
+        href = f"{trial['run']}/report.html" if trial.get("run") else ""
+        lines.append(Line(str(trial["number"]), cells, kind="ours" if won else "", marks=marks, href=href))
+    return Table(["trial", "state", *names, "validation loss", "epochs", "steps", "time", "error"], lines, kind="dense")
 
 
-def _point_table(names: Sequence[str], points: Sequence[Row]) -> str:
+def _point_table(names: Sequence[str], points: Sequence[Row]) -> Table:
     """The front; the chosen one and the hand choice wherever they are."""
-    rows, objectives = {}, objectives_of(points)
+    lines, objectives = [], objectives_of(points)
     for point in points:
-        marks = {"chosen": point.get("chosen"), "hand choice": point.get("hand")}
-        if point.get("front") or any(marks.values()):
+        chosen, hand = bool(point.get("chosen")), bool(point.get("hand"))
+        if point.get("front") or chosen or hand:
             measured = point.get("objectives") or {}
-            cells = _cells(_value(point["values"], name) for name in names)
-            cells += "".join(_td(interval(measured.get(name)), metric_table.of(name).digits) for name in objectives)
-            head = _th(str(point["number"]), {**marks, "not on the front": not point.get("front")})
-            rows[head + cells + _cells([_time(point)])] = bool(point.get("chosen"))
-    columns = ["point", *names, *map(_heading, objectives), "time"]
-    return _folded(f"Table of {len(rows)} points: the front, the chosen one and the hand choice", columns, rows)
+            cells: list[Cell | str] = [_value(point["values"], name) for name in names]
+            cells += [_cell(interval(measured.get(name)), metric_table.of(name).digits) for name in objectives]
+            marks = ["chosen"] * chosen + ["hand choice"] * hand + ["not on the front"] * (not point.get("front"))
+            lines.append(Line(str(point["number"]), [*cells, _time(point)], kind="ours" if chosen else "", marks=marks))
+    return Table(["point", *names, *map(_heading, objectives), "time"], lines, kind="dense")
 
 
-def _failures(points: Sequence[Row]) -> str:
-    failed = collections.Counter(
-        point.get("error") or "no reason told" for point in points if point["state"] == "failed"
-    )
-    items = "".join(f"<li>{count} × {html.escape(_cut(error))}</li>" for error, count in failed.most_common(8))
-    return f"{_note(f'{failed.total()} of {len(points)} points failed:')}<ul>{items}</ul>" if items else ""
+def _failures(points: Sequence[Row]) -> collections.Counter[str]:
+    return collections.Counter(point.get("error") or "no reason told" for point in points if point["state"] == "failed")
 
 
-def _origin(sweep: Row) -> str:
+def _origin(sweep: Row) -> list[tuple[str, Any]]:
     data = sweep["data"]
-    facts = {label: data.get(key) for key, label in report.CREDITS.items()}
+    facts = {label: data.get(key) for key, label in CREDITS.items()}
     facts |= {"Pairing": data.get("pairing"), "Content hash": data.get("content_hash")}
     facts |= {"Checkpoint": sweep.get("checkpoint"), "Seed": sweep.get("seed")}
-    items = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>" for key, value in given(facts).items())
-    blocks = {
-        "Options of training that were searched": {key: allowed_text(each) for key, each in sweep["space"].items()},
-        "Options of sampling that were searched": {
-            key: allowed_text(each) for key, each in sweep["sampling_space"].items()
-        },
-        "Options that all trials share": sweep["options"],
-        "Environment": sweep["environment"],
-    }
-    folds = f"<pre>{html.escape(sweep['command'])}</pre>" if sweep.get("command") else ""
-    for title, values in blocks.items():
-        if rows := [_th(name) + _cells([text]) for name, text in flat(values)]:
-            folds += f"<details><summary>{title}</summary>{_table('options', [], rows)}</details>"
-    return _section("Where it comes from", f"<dl>{items}</dl>" if items else "", folds)
+    return list(given(facts).items())
 
 
 def allowed_text(allowed: Row) -> str:
@@ -498,7 +508,7 @@ def _span(gap: Interval) -> str:
     return f"{mean}, {low} to {high}"
 
 
-def _pictures(again: Row) -> str:
+def _measured_on(again: Row) -> str:
     count = again.get("num_images")
     return f"Measured again on {count:,} images of {again.get('split') or 'the data'}." if count else ""
 
@@ -511,79 +521,12 @@ def _cut(error: str) -> str:
     return error if len(error) <= 300 else f"{error[:300]} …"
 
 
-def _td(value: Interval | None, digits: int | None = None, sign: str = "") -> str:
+def _cell(value: Interval | None, digits: int | None = None, sign: str = "") -> Cell:
     """A mean with its interval, where it has one."""
     if value is None:
-        return "<td>–</td>"
+        return Cell()
     mean, low, high = (
         number_text(each) if digits is None else f"{each:{sign}.{digits}f}".replace("-", "−")
         for each in (value.mean, value.low, value.high)
     )
-    return f"<td>{mean}" + (f"<small>{low} … {high}</small>" if value.low < value.high else "") + "</td>"
-
-
-def _th(text: str, marks: Mapping[str, Any] | None = None, href: str = "") -> str:
-    """The head of a row; `marks`: words beside it, and whether they hold."""
-    text = html.escape(text)
-    text = f'<a href="{html.escape(href)}">{text}</a>' if href else text
-    return f"<th>{text}{''.join(f' <small>{word}</small>' for word, holds in (marks or {}).items() if holds)}</th>"
-
-
-def _cells(texts: Iterable[str]) -> str:
-    return "".join(f"<td>{html.escape(text)}</td>" for text in texts)
-
-
-def _table(kind: str, head: Sequence[str], rows: Sequence[str], ours: Sequence[str] = ()) -> str:
-    """`rows`: the cells of each; `ours`: those that stand out."""
-    columns = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join(f'<tr class="ours">{row}</tr>' if row in ours else f"<tr>{row}</tr>" for row in rows)
-    top = f"<thead><tr>{columns}</tr></thead>" if head else ""
-    return f'<div class="scroll"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
-
-
-def _folded(title: str, head: Sequence[str], rows: Mapping[str, bool]) -> str:
-    """A long table, folded; `rows`: the cells of each, and whether it stands out."""
-    table = _table("rows", head, list(rows), [row for row, ours in rows.items() if ours])
-    return f"<details><summary>{title}</summary>{table}</details>" if len(rows) > MAX_ROWS else table * bool(rows)
-
-
-def _card(outcome: str, text: str, figures: str = "") -> str:
-    kind, mark = OUTCOMES[outcome]
-    return (
-        f'<ul class="verdicts"><li class="{kind}"><span class="mark" aria-hidden="true">{mark}</span>'
-        f"<div><b>{html.escape(text)}</b><br><span>{html.escape(figures)}</span></div></li></ul>"
-    )
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
-
-
-def _section(title: str, *bodies: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{''.join(bodies)}</section>" if any(bodies) else ""
-
-
-def _figure(draw: Callable[[Any], None], caption: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> str:
-    picture = charts.chart(draw, caption, height=height, grid=grid)
-    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-CSS = """
-h3 { font-size: 16px; margin: 26px 0 10px; } h2 + h3 { margin-top: 0; }
-section > .verdicts { margin: 16px 0 0; grid-template-columns: 1fr; }
-section > figure picture img { display: block; margin: 0 auto; width: 760px; }
-section > figure + figure { margin-top: 18px; }
-th small { color: var(--soft); margin-left: 4px; } td small { font-weight: 400; }
-.compared, .shares { margin-top: 20px; }
-.compared td, .compared th, .rows td, .rows th { padding: 7px 8px; } .compared small { display: block; margin: 0; }
-.compared thead th, .rows thead th, .shares thead th { white-space: normal; vertical-align: bottom; }
-td.words, td.error, td.good, td.bad, td.even { white-space: normal; text-align: left; overflow-wrap: anywhere; }
-.compared td.words { min-width: 130px; color: var(--soft); } .rows td.error { min-width: 200px; font-size: 13px; }
-main { max-width: 1120px; } .compared td.good, .compared td.bad, .compared td.even { min-width: 110px; }
-.rows tbody th { white-space: nowrap; } .shares td { width: 17%; }
-.shares i { display: block; height: 5px; margin: 3px 0 0 auto; border-radius: 3px; background: var(--accent); }
-.note + ul { margin: 6px 0 0; padding-left: 20px; font-size: 14px; overflow-wrap: anywhere; }
-a { color: var(--accent); }
-pre { font: 12px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 0 0 14px;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
+    return Cell(mean, f"{low} … {high}" if value.low < value.high else "")

@@ -4,15 +4,14 @@ Every figure is a PNG that stands by itself (`plots/`), and HTML for the page, d
 """
 
 import dataclasses
-import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from ddpm_core import storage
 from jobs.reports import charts, grids, metric_table
-from jobs.reports import html as html_page
+from jobs.reports.html import image
 from jobs.reports.metric_table import METHODS
 from jobs.suite import stress
 from jobs.suite.plan import Figure, Measured, Section
@@ -24,6 +23,8 @@ REFERENCES = {name: METHODS[name] for name in ("copy", "linear", "truth")}
 NUM_SHOWN = 6
 """Images side by side."""
 Draw = Callable[[Any], None]
+Found = tuple[bytes, dict[str, Any]] | str
+"""A PNG and what the page shows, or why there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Drawn:
     """A figure."""
 
     png: bytes
-    html: str
+    shown: Mapping[str, Any]
+    """What the page shows, by what it is: chart, image or stress."""
 
 
 def draw(results: Results, section: Section, figure: Figure) -> Drawn | str:
@@ -60,16 +62,15 @@ def domain_of(results: Results, rows: Sequence[Measured], figure: Figure) -> str
     return next((name for row in rows for each in results.evaluations(row) for name in each.metrics["domains"]), "")
 
 
-def _charted(drawer: Draw, caption: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> tuple[bytes, str]:
-    picture = charts.chart(drawer, caption, height=height, grid=grid)
-    page = f'<figure><div class="scroll">{picture}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
-    return charts.render(drawer, "paper", height=height, grid=grid), page
+def _charted(drawer: Draw, caption: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> Found:
+    chart = charts.chart(drawer, caption, height=height, grid=grid)
+    return charts.render(drawer, "paper", height=height, grid=grid), {"chart": chart}
 
 
 # -- images -----------------------------------------------------------------------------------------------------
 
 
-def pictures(results: Results, section: Section, figure: Figure) -> tuple[bytes, str] | str:
+def pictures(results: Results, section: Section, figure: Figure) -> Found:
     """The same sources through several rows: source | row | row | … | truth. Of each row the first training seed."""
     rows = shown_rows(section, figure)
     domain = domain_of(results, rows, figure)
@@ -91,8 +92,9 @@ def pictures(results: Results, section: Section, figure: Figure) -> tuple[bytes,
     png = grids.labelled_grid(columns, table)
     left_out = [row.name for row in rows if row.name not in found]
     caption = f"{figure.title}. {len(ids)} held-out images to {domain}, spread over the set and not chosen"
-    caption += f"; without {', '.join(left_out)}, which {'was' if len(left_out) == 1 else 'were'} not measured."
-    return png, html_page.figure(caption if left_out else caption.partition("; without")[0] + ".", png, "film")
+    if left_out:
+        caption += f"; without {', '.join(left_out)}, which {'was' if len(left_out) == 1 else 'were'} not measured"
+    return png, {"image": image(f"{caption}.", png, "film")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _scaled(cell: Cell, metric: str) -> tuple[float, float, float, list[float]]:
     return by * at.mean, by * at.low, by * at.high, [by * seed for seed in cell.seeds]
 
 
-def bars(results: Results, section: Section, figure: Figure) -> tuple[bytes, str] | str:
+def bars(results: Results, section: Section, figure: Figure) -> Found:
     """A row a line: mean and interval, each training seed as a small dot, and what needs no network below them."""
     rows = shown_rows(section, figure)
     domain = domain_of(results, rows, figure)
@@ -166,7 +168,7 @@ def _lines(text: str, width: int = 28) -> str:
     return "\n".join(grids.broken(text, width, len))
 
 
-def tradeoff(results: Results, section: Section, figure: Figure) -> tuple[bytes, str] | str:
+def tradeoff(results: Results, section: Section, figure: Figure) -> Found:
     """One thing against another, a line for each group."""
     rows = shown_rows(section, figure)
     groups = figure.groups or ("",) * len(rows)
@@ -226,7 +228,7 @@ def _no_ticks() -> Any:
     return matplotlib.ticker.NullLocator()
 
 
-def curves(results: Results, section: Section, figure: Figure) -> tuple[bytes, str] | str:
+def curves(results: Results, section: Section, figure: Figure) -> Found:
     """The validation loss of several runs on one axis; the seeds of one training in one colour."""
     found = {key: [line for line in results.curves(key) if line.get("split") == "val"] for key in figure.runs}
     there = {key: lines for key, lines in found.items() if len(lines) > 1}

@@ -8,7 +8,6 @@ report.html  written last: where it is, everything is
 """
 
 import dataclasses
-import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,13 +18,14 @@ from jobs.common.intervals import Interval
 from jobs.common.progress import duration
 from jobs.evaluation.summary import FEW_RIGHT
 from jobs.reports import metric_table
-from jobs.reports.html import document, flat
+from jobs.reports.html import Cell, Line, Table, render
 from jobs.suite import charts, stress
 from jobs.suite import plan as suite_plan
 from jobs.suite import results as tables
 from jobs.suite.charts import REFERENCES, Drawn
 from jobs.suite.plan import Measured, Plan, Section
-from jobs.suite.results import Cell, Results, Verdict
+from jobs.suite.results import Cell as Measurement
+from jobs.suite.results import Results, Verdict
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-table", 1
 MAX_ROWS = 14
@@ -105,51 +105,47 @@ def page(
     environment: Mapping[str, Any],
 ) -> str:
     plan = results.plan
-    parts = [
-        _headline(results, environment),
-        _summary(plan, verdicts),
-        *(
-            _section(results, section, [each for each in verdicts if each.section == section.key], figures[section.key])
-            for section in plan.sections
-        ),
-        _origin(results, environment),
-    ]
-    return document(f"{plan.name}: {plan.size}", parts, css=CSS)
+    cards = [_card(verdict) for verdict in verdicts]
+    return render(
+        "suite",
+        title=f"{plan.name}: {plan.size}",
+        heading=f"{plan.name}: what holds and what does not",
+        refresh_s=None,
+        facts=_facts(results, environment),
+        where=[results.output],
+        counted=counted(verdicts),
+        verdicts=cards,
+        sections=[
+            _section(results, each, [card for card in cards if card["section"] == each.key], figures[each.key])
+            for each in plan.sections
+        ],
+        origin=_origin(results),
+        note=NOTE,
+        environment=environment,
+    )
 
 
-def _headline(results: Results, environment: Mapping[str, Any]) -> str:
+def _facts(results: Results, environment: Mapping[str, Any]) -> list[str]:
+    """What stands below the title."""
     plan, records = results.plan, results.records
     done = {key for key, record in records.items() if record.get("state") == "done"}
     spent_s = sum(records[key].get("seconds") or 0.0 for key in done)
-    facts = [suite_plan.counted(plan.commands, done), f"{duration(spent_s)} of computing in all"]
+    facts = [f"size {plan.size}", suite_plan.counted(plan.commands, done), f"{duration(spent_s)} of computing in all"]
     facts.append(str(environment["date"])[:10])
     if commit := environment.get("git_commit"):
         facts.append(f"commit {commit[:10]}")
-    told = " · ".join(html.escape(fact) for fact in facts if fact)
-    return (
-        f"<header><h1>{html.escape(plan.name)}: what holds and what does not</h1>"
-        f'<p class="facts">size {html.escape(plan.size)} · {told}</p>'
-        f'<p class="where">{html.escape(results.output)}</p></header>'
-    )
+    return [fact for fact in facts if fact]
 
 
-def _summary(plan: Plan, verdicts: Sequence[Verdict]) -> str:
-    """One line a claim."""
-    links = "".join(
-        f'<a href="#{html.escape(section.key)}">{html.escape(section.title)}</a>' for section in plan.sections
-    )
-    contents = f'<nav aria-label="Sections">{links}</nav>'
-    if not verdicts:
-        return f"<section>{contents}</section>"
-    lines = ""
-    for verdict in verdicts:
-        kind, mark = MARKS[verdict.outcome]
-        lines += (
-            f'<li class="{kind}"><span class="mark" aria-hidden="true">{mark}</span>'
-            f'<a href="#{html.escape(verdict.section)}">'
-            f"{html.escape(verdict.claim.text)}</a><span>{html.escape(verdict.outcome)}</span></li>"
-        )
-    return f'<section><h2>{counted(verdicts)}</h2><ul class="claims">{lines}</ul>{contents}</section>'
+def _card(verdict: Verdict) -> dict[str, Any]:
+    kind, sign = MARKS[verdict.outcome]
+    lines = [verdict.figures]
+    if verdict.outcome == "holds" and not verdict.together:
+        lines.append("At 95 % by itself; not at the level of all claims together.")
+    if verdict.claim.reason and verdict.outcome in ("does not hold", "not clear"):
+        lines.append(f"Likely reason: {verdict.claim.reason}")
+    facts = {"section": verdict.section, "claim": verdict.claim.text, "outcome": verdict.outcome}
+    return {**facts, "kind": kind, "sign": sign, "lines": lines}
 
 
 def counted(verdicts: Sequence[Verdict]) -> str:
@@ -162,77 +158,46 @@ def counted(verdicts: Sequence[Verdict]) -> str:
     return f"{len(verdicts)} claim{'s' * (len(verdicts) != 1)}: {', '.join(parts)}"
 
 
-def _section(results: Results, section: Section, verdicts: Sequence[Verdict], figures: Sequence[Drawn | str]) -> str:
-    drawn = "".join(
-        each.html
-        if isinstance(each, Drawn)
-        else f'<p class="note">{html.escape(figure.title)}: {html.escape(each)}.</p>'
-        for figure, each in zip(section.figures, figures, strict=True)
-    )
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in section.notes)
-    missing = "".join(
-        f"<li><code>{html.escape(key)}</code>: {html.escape(why)}</li>"
-        for key, why in tables.missing(results, section).items()
-    )
-    missing = f'<div class="missing bad"><b>Not measured</b><ul>{missing}</ul></div>' if missing else ""
-    answers = "".join(map(_answer, verdicts))
-    return (
-        f'<section id="{html.escape(section.key)}"><h2>{html.escape(section.title)}</h2>'
-        f'<p class="headline">{html.escape(section.question)}</p>'
-        + (f'<ul class="verdicts answers">{answers}</ul>' if answers else "")
-        + f"{missing}{_tables(results, section)}{drawn}{notes}{_commands(results, section)}</section>"
-    )
-
-
-def _answer(verdict: Verdict) -> str:
-    kind, mark = MARKS[verdict.outcome]
-    lines = [f"<span>{html.escape(verdict.figures)}</span>"]
-    if verdict.outcome == "holds" and not verdict.together:
-        lines.append("<span>At 95 % by itself; not at the level of all claims together.</span>")
-    if verdict.claim.reason and verdict.outcome in ("does not hold", "not clear"):
-        lines.append(f"<span>Likely reason: {html.escape(verdict.claim.reason)}</span>")
-    return (
-        f'<li class="{kind}"><span class="mark" aria-hidden="true">{mark}</span>'
-        f"<div><b>{html.escape(verdict.claim.text)}: {verdict.outcome}</b><br>{'<br>'.join(lines)}</div></li>"
-    )
+def _section(
+    results: Results, section: Section, cards: Sequence[Mapping[str, Any]], figures: Sequence[Drawn | str]
+) -> dict[str, Any]:
+    shown = [each.shown if isinstance(each, Drawn) else each for each in figures]
+    found = tables.groups(results, section).items()
+    return {
+        "key": section.key,
+        "title": section.title,
+        "question": section.question,
+        "verdicts": cards,
+        "missing": tables.missing(results, section),
+        "folded": len(section.rows) if len(section.rows) > MAX_ROWS else 0,
+        "tables": [
+            (_table(results, section, name, domain, rows), _judges(results, rows[0], domain))
+            for (name, _), domains in found
+            for domain, rows in domains
+        ],
+        "figures": [(figure.title, each) for figure, each in zip(section.figures, shown, strict=True)],
+        "notes": section.notes,
+        "commands": _commands(results, section),
+    }
 
 
 # -- tables -------------------------------------------------------------------------------------------------------
 
 
-def _tables(results: Results, section: Section) -> str:
-    found = "".join(
-        _table(results, section, name, domain, rows)
-        for (name, _), domains in tables.groups(results, section).items()
-        for domain, rows in domains
-    )
-    if not found:
-        return ""
-    found += '<p class="note">Coloured: clearly better than every other row (95 %).</p>'
-    if len(section.rows) > MAX_ROWS:
-        return f"<details><summary>Table of {len(section.rows)} rows</summary>{found}</details>"
-    return found
-
-
-def _table(results: Results, section: Section, data: str, domain: str, rows: Sequence[Measured]) -> str:
+def _table(results: Results, section: Section, data: str, domain: str, rows: Sequence[Measured]) -> Table:
     metrics = [key for key in section.metrics if any(results.cell(row, domain, key) is not None for row in rows)]
     best = {metric: results.best(rows, domain, metric) for metric in metrics}
-    body = ""
+    lines = []
     for row in rows:
-        cells = "".join(_td(results.cell(row, domain, key), key, best=best[key] == row) for key in metrics)
-        body += f"<tr><th>{html.escape(row.name)}{_seeds(results, row)}</th>{cells}{_costs(results, row)}</tr>"
-    for method, name in REFERENCES.items():
+        cells = [_cell(results.cell(row, domain, key), key, best=best[key] == row) for key in metrics]
+        lines.append(Line(row.name, [*cells, *_costs(results, row)], marks=[_seeds(results, row)]))
+    for method, words in REFERENCES.items():
         references = [results.cell(rows[0], domain, metric, method) for metric in metrics]
         if any(references):
-            cells = "".join(_td(cell, metric) for metric, cell in zip(metrics, references, strict=True))
-            body += f'<tr class="reference"><th>{name}</th>{cells}<td></td><td></td></tr>'
-    head = "".join(f"<th>{html.escape(metric_table.column(metric))}</th>" for metric in metrics)
-    head += "<th>training</th><th>sampling</th>"
-    return (
-        f'<div class="scroll"><table class="suite"><caption>{html.escape(data)}, to {html.escape(domain)}: '
-        f"{_sizes(results, rows, domain)}</caption><thead><tr><th></th>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>{_judges(results, rows[0], domain)}"
-    )
+            cells = [_cell(cell, metric) for metric, cell in zip(metrics, references, strict=True)]
+            lines.append(Line(words, [*cells, "", ""], kind="reference"))
+    head = ["", *map(metric_table.column, metrics), "training", "sampling"]
+    return Table(head, lines, kind="dense suite", caption=f"{data}, to {domain}: {_sizes(results, rows, domain)}")
 
 
 def _judges(results: Results, row: Measured, domain: str) -> str:
@@ -246,33 +211,31 @@ def _judges(results: Results, row: Measured, domain: str) -> str:
     if not told:
         return ""
     doubt = found.get("classifier_accuracy", {}).get("mean", 1.0) < FEW_RIGHT
-    text = f"On images of which the answer is known {', '.join(told)}{': flips are judged badly' if doubt else ''}."
-    return f'<p class="note">{html.escape(text)}</p>'
+    return f"On images of which the answer is known {', '.join(told)}{': flips are judged badly' if doubt else ''}."
 
 
-def _td(cell: Cell | None, metric: str, *, best: bool = False) -> str:
+def _cell(cell: Measurement | None, metric: str, *, best: bool = False) -> Cell:
     if cell is None:
-        return "<td>–</td>"
+        return Cell()
     mean = tables.number(cell.interval.mean, metric, cell.interval, unit=metric_table.of(metric).rate)
-    spread = tables.spread_text(cell.interval, metric)
-    mark = ' class="best"' if best else ""
-    return f"<td{mark}>{mean}<small>{spread}</small></td>"
+    return Cell(mean, tables.spread_text(cell.interval, metric), kind="best" if best else "")
 
 
 def _seeds(results: Results, row: Measured) -> str:
     there, wanted = len(results.evaluations(row)), len(row.evaluations)
-    if there == wanted > 1:
-        return f"<small>{there} training seeds</small>"
-    return f"<small>{there} of {wanted} training seeds</small>" if there < wanted else "<small>1 training seed</small>"
+    if there < wanted:
+        return f"{there} of {wanted} training seeds"
+    return f"{there} training seeds" if there > 1 else "1 training seed"
 
 
-def _costs(results: Results, row: Measured) -> str:
+def _costs(results: Results, row: Measured) -> list[Cell]:
     cost = results.cost(row)
-    train = "–" if cost.train_s is None else duration(cost.train_s)
-    seen = "" if cost.images_seen is None else f"<small>{_thousands(cost.images_seen)} images</small>"
-    steps = "–" if cost.nfe is None else f"{cost.nfe:g} NFE"
-    speed = "" if cost.images_per_s is None else f"<small>{cost.images_per_s:.3g} a second</small>"
-    return f"<td>{train}{seen}</td><td>{steps}{speed}</td>"
+    seen = "" if cost.images_seen is None else f"{_thousands(cost.images_seen)} images"
+    speed = "" if cost.images_per_s is None else f"{cost.images_per_s:.3g} a second"
+    return [
+        Cell("–" if cost.train_s is None else duration(cost.train_s), seen),
+        Cell("–" if cost.nfe is None else f"{cost.nfe:g} NFE", speed),
+    ]
 
 
 def _thousands(count: float) -> str:
@@ -295,22 +258,20 @@ def _sizes(results: Results, rows: Sequence[Measured], domain: str) -> str:
 # -- where it comes from ------------------------------------------------------------------------------------------
 
 
-def _commands(results: Results, section: Section) -> str:
-    """What gives each row and figure again, as a user would type it; what an earlier one has is not told twice."""
-    told: set[str] = set()
-    blocks = ""
+def _commands(results: Results, section: Section) -> dict[str, list[str]]:
+    """What gives each row and figure again, as a user would type it; each command stands once."""
+    shown: set[str] = set()
+    found = {}
     behind = [(row.name, row.evaluations) for row in section.rows]
     behind += [(figure.title, (*figure.translations, *figure.runs)) for figure in section.figures]
     for name, keys in behind:
-        lines = []
-        for key in _needed(results, keys):
-            if key not in told:
-                command = results.commands[key]
-                lines.append(suite_plan.command_line(command.module, suite_plan.argv(command, results.output)))
-                told.add(key)
-        if lines:
-            blocks += f"<h4>{html.escape(name)}</h4><pre>{html.escape(chr(10).join(lines))}</pre>"
-    return f"<details><summary>Commands that give each row again</summary>{blocks}</details>" if blocks else ""
+        commands = [results.commands[key] for key in _needed(results, keys) if key not in shown]
+        shown |= {command.key for command in commands}
+        if commands:
+            found[name] = [
+                suite_plan.command_line(each.module, suite_plan.argv(each, results.output)) for each in commands
+            ]
+    return found
 
 
 def _needed(results: Results, keys: Iterable[str]) -> list[str]:
@@ -322,8 +283,8 @@ def _needed(results: Results, keys: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _origin(results: Results, environment: Mapping[str, Any]) -> str:
-    """Data with licences, nets, seeds, environment, and how the intervals are made."""
+def _origin(results: Results) -> list[tuple[str, str]]:
+    """Data with licences, nets and seeds."""
     there = {
         key: found
         for section in results.plan.sections
@@ -333,31 +294,19 @@ def _origin(results: Results, environment: Mapping[str, Any]) -> str:
     }
     data = {each.source: each.metrics["data"] for each in there.values()}
     nets = {
-        (role, net["name"], net["fingerprint"]): None
+        (f"{role} net", f"{net['name']} ({net['fingerprint']})"): None
         for each in there.values()
         for role, net in (each.metrics.get("nets") or {}).items()
         if net
     }
     seeds = sorted({each.metrics["seed"] for each in there.values()})
-    items = "".join(
-        f"<dt>{html.escape(str(card['name']))}</dt><dd>{html.escape(_credit(card))}</dd>" for card in data.values()
-    )
-    items += "".join(f"<dt>{role} net</dt><dd>{html.escape(name)} ({mark})</dd>" for role, name, mark in nets)
-    items += f"<dt>seed of sampling</dt><dd>{', '.join(map(str, seeds))}</dd>" if seeds else ""
-    return (
-        f'<section><h2>Where it comes from</h2><dl>{items}</dl><p class="note">{NOTE}</p>'
-        f"<details><summary>Environment of this report</summary>{_options(environment)}</details></section>"
-    )
+    sampling = [("seed of sampling", ", ".join(map(str, seeds)))] if seeds else []
+    return [*((str(card["name"]), _credit(card)) for card in data.values()), *nets, *sampling]
 
 
 def _credit(card: Mapping[str, Any]) -> str:
     parts = [card.get("licence"), card.get("source"), card.get("pairing") and f"{card['pairing']} images"]
     return "; ".join(str(part) for part in [*parts, f"content hash {card['content_hash']}"] if part)
-
-
-def _options(values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in flat(values))
-    return f'<div class="scroll"><table class="options">{rows}</table></div>'
 
 
 NOTE = (
@@ -367,36 +316,3 @@ NOTE = (
     "95 % of cases (Bonferroni); where nothing is said a claim that holds does so at that level too. Two samplings of "
     "the same networks are compared seed by seed."
 )
-
-CSS = """
-.claims { list-style: none; margin: 0 0 16px; padding: 0; display: grid; gap: 6px; }
-.claims li { display: grid; grid-template-columns: 20px 1fr max-content; gap: 10px; align-items: baseline;
-  padding: 7px 12px; border-radius: 8px; font-size: 15px; }
-.claims a { color: inherit; text-decoration: none; } .claims a:hover { text-decoration: underline; }
-.claims span { color: var(--soft); font-size: 13px; } .claims .mark { font-size: 16px; font-weight: 700; }
-.claims .good .mark { color: var(--good); } .claims .bad .mark { color: var(--bad); }
-.claims .even .mark { color: var(--even); }
-nav { display: flex; flex-wrap: wrap; gap: 6px 16px; font-size: 14px; } nav a { color: var(--accent); }
-.answers { margin-bottom: 20px; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); }
-main { max-width: 1120px; } table.suite { margin-bottom: 6px; }
-table.suite th, table.suite td { padding: 7px 8px; } table.suite th { vertical-align: bottom; }
-table.suite thead th { white-space: normal; min-width: 84px; }
-table.suite tbody th { min-width: 130px; max-width: 220px; position: sticky; left: 0; background: var(--card); }
-table.suite small { display: block; margin: 0; color: var(--soft); font-weight: 400; }
-table.suite td.best { font-weight: 600; }
-.reference th, .reference td { color: var(--soft); }
-section > figure { margin: 22px 0 0; } section > figure picture img { display: block; margin: 0 auto; width: 760px; }
-@media (max-width: 700px) { main { padding: 24px 10px 60px; } section { padding: 16px 12px; }
-  section > figure picture img { max-width: none; width: 560px; } }
-.missing { border-radius: 8px; padding: 12px 14px; font-size: 14px; margin: 0 0 18px; }
-.missing ul, details ul { margin: 6px 0 0; padding-left: 20px; overflow-wrap: anywhere; }
-h3 { font-size: 16px; margin: 22px 0 8px; overflow-wrap: anywhere; } h4 { font-size: 14px; margin: 12px 0 4px; }
-h4.good, h4.bad, h4.even { background: none; } h4.good { color: var(--good); } h4.bad { color: var(--bad); }
-pre { font: 12px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 0; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-section details { margin-top: 14px; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); gap: 22px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 14px; }
-.cards figcaption { font-size: 13px; margin-top: 4px; overflow-wrap: anywhere; }
-.cards img { width: calc(50% - 3px); margin-right: 3px; border-radius: 4px; image-rendering: pixelated; }
-"""

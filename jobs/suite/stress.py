@@ -10,7 +10,6 @@ A translation is a success where the image was flipped and found; a judge that i
 """
 
 import dataclasses
-import html
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from ddpm_core.nets import Net
 from jobs.datasets import cache
 from jobs.datasets.format import find_card
 from jobs.reports import grids
-from jobs.reports.html import data_uri
+from jobs.reports.html import image
 from jobs.suite.plan import Figure, Section
 from jobs.suite.results import Results
 
@@ -75,7 +74,7 @@ class Folder:
     """Name → why it was set aside."""
 
 
-def draw(results: Results, section: Section, figure: Figure) -> tuple[bytes, str] | str:
+def draw(results: Results, section: Section, figure: Figure) -> tuple[bytes, dict[str, Any]] | str:
     """Successes and failures side by side, of each folder."""
     found = {key: measured(results, figure, key) for key in figure.translations}
     folders = [folder for folder in found.values() if folder is not None]
@@ -85,8 +84,8 @@ def draw(results: Results, section: Section, figure: Figure) -> tuple[bytes, str
     rows = [row for folder in folders for row in _grid_rows(folder)]
     side = max(picture.shape[0] for row in rows for picture in row)
     png = grids.labelled_grid(["source", "result"] * 3, _in_threes(rows, side))
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in [_legend(figure), *absent])
-    return png, f"<h3>{html.escape(figure.title)}</h3>" + "".join(map(_shown, folders)) + notes
+    shown = {"title": figure.title, "folders": [*map(_shown, folders)], "notes": [_legend(figure), *absent]}
+    return png, {"stress": shown}
 
 
 def measured(results: Results, figure: Figure, key: str) -> Folder | None:
@@ -230,24 +229,18 @@ def _padded(picture: Picture, side: int) -> Picture:
     )
 
 
-def _shown(folder: Folder) -> str:
-    """A folder's images as cards, successes beside failures."""
-    groups = {True: ("good", "Success"), False: ("bad", "Failure"), None: ("even", "Nobody judged")}
-    columns = ""
-    for success, (kind, word) in groups.items():
-        cards = [_card(each) for each in folder.snapshots if each.success is success]
-        if cards:
-            columns += (
-                f'<div class="stress"><h4 class="{kind}">{word}: {len(cards)} of {len(folder.snapshots)}</h4>'
-                f'<div class="cards">{"".join(cards)}</div></div>'
-            )
-    aside = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in folder.rejected.items())
-    aside = f"<details><summary>{len(folder.rejected)} set aside</summary><ul>{aside}</ul></details>" if aside else ""
-    title = f"<h4><code>{html.escape(folder.key)}</code>, to {html.escape(folder.to)}</h4>"
-    return f'{title}<div class="sides">{columns}</div>{aside}'
+def _shown(folder: Folder) -> dict[str, Any]:
+    """A folder's images, successes beside failures."""
+    words = {True: ("good", "Success"), False: ("bad", "Failure"), None: ("even", "Nobody judged")}
+    groups = [
+        (kind, word, [_photo(each) for each in folder.snapshots if each.success is success])
+        for success, (kind, word) in words.items()
+    ]
+    count = len(folder.snapshots)
+    return {"key": folder.key, "to": folder.to, "count": count, "groups": groups, "rejected": folder.rejected}
 
 
-def _card(each: Snapshot) -> str:
+def _photo(each: Snapshot) -> dict[str, Any]:
     said = []
     if each.flipped is not None:
         said.append("flipped" if each.flipped else "not flipped")
@@ -258,13 +251,8 @@ def _card(each: Snapshot) -> str:
         said.append(f"{'out of' if each.far else 'in'} distribution ({100 * each.distance:.0f} %)")
     if each.note:
         said.append(each.note)
-    pictures = "".join(
-        f'<img src="{data_uri(images.encode_png(picture))}" width="{picture.shape[1]}" '
-        f'height="{picture.shape[0]}" alt="{word} {html.escape(each.name)}">'
-        for word, picture in (("source", each.source), ("result of", each.result))
-    )
-    name = html.escape(each.name)
-    return f"<figure>{pictures}<figcaption><b>{name}</b><br>{html.escape('; '.join(said))}</figcaption></figure>"
+    source, result = (image("", images.encode_png(of)) for of in (each.source, each.result))
+    return {"name": each.name, "said": "; ".join(said), "source": source, "result": result}
 
 
 def _legend(figure: Figure) -> str:
