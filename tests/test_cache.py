@@ -70,7 +70,7 @@ def test_a_image_is_kept_once_though_it_is_the_counterpart_of_others(cache: Path
 def test_several_tables_in_any_order(cache: Path, dataset: str) -> None:
     expected = np.stack([row.image for row in rows(30)])
     filling = datasets_cache._Filling(format.read_card(dataset), "train")
-    assert filling.start(wait=False)
+    assert filling.start()
     (table,) = reading.read_tables(dataset, "train", columns=datasets_cache.COLUMNS)
     for start in (20, 0, 10):
         filling.add(table.slice(start, 10))
@@ -85,7 +85,7 @@ def test_rows_that_are_missing_or_come_twice_are_told(cache: Path, dataset: str)
     (table,) = reading.read_tables(dataset, "train", columns=datasets_cache.COLUMNS)
     for wrong in (table.slice(1), pyarrow.concat_tables([table.slice(1), table.slice(1, 1)])):
         with datasets_cache._Filling(format.read_card(dataset), "train") as filling:
-            assert filling.start(wait=True)
+            assert filling.start()
             filling.add(wrong)
             with pytest.raises(InputError, match=r"29 different rows in split train, dataset.json says 30"):
                 filling.finish()
@@ -152,63 +152,49 @@ def nodes_cache() -> Path:
     return folder
 
 
-@pytest.fixture(params=["small", "large"])
-def threshold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether what the tests spread counts as small: each node reads it for itself."""
-    monkeypatch.setattr(datasets_cache, "SMALL_BYTES", 2**20 if request.param == "small" else 0)
-    return request.param
-
-
 def test_the_nodes_that_lack_a_split_are_filled(
-    ray_cluster: None, nodes_cache: Path, dataset: str, threshold: str, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, nodes_cache: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def made() -> dict[str, int]:
         return {entry.parent.name: entry.stat().st_mtime_ns for entry in nodes_cache.glob("*/rows.parquet")}
 
+    import ray
+
     datasets_cache.load(dataset, "val")
     (val,) = made().items()
-    read_here: list[str] = []
-    read_tables = reading.read_tables
-    monkeypatch.setattr(
-        reading, "read_tables", lambda *args, **more: read_here.append(args[1]) or read_tables(*args, **more)
-    )
-    datasets_cache.spread(dataset, ("train", "val"), resource="CPU")
-    assert read_here == (["train"] if threshold == "small" else [])
-    filled = made()
-    assert len(filled) == 2
-    assert val in filled.items()
-    monkeypatch.setattr(datasets_cache, "Filler", None)  # no actor is started where nothing is missing
-    datasets_cache.spread(dataset, ("train", "val"), resource="CPU")
-    read = datasets_cache.load(dataset, "train")
-    np.testing.assert_array_equal(read.images(range(30)), np.stack([row.image for row in rows(30)]))
-    np.testing.assert_array_equal(read.targets(range(30)), np.stack([row.target for row in rows(30)]))
-    assert made() == filled
-    assert len(read_here) <= 1
+    here = ray.get_runtime_context().get_node_id()
+    for node in ("another", here):  # as one that asks for others, and as the node itself
+        with monkeypatch.context() as patch:
+            patch.setattr(type(ray.get_runtime_context()), "get_node_id", lambda _, node=node: node)
+            datasets_cache.spread(dataset, ("train", "val"), resource="CPU")
+        filled = made()
+        assert len(filled) == 2
+        assert val in filled.items()
+        datasets_cache.spread(dataset, ("train", "val"), resource="CPU")
+        assert made() == filled
+        read = datasets_cache.load(dataset, "train")
+        np.testing.assert_array_equal(read.images(range(30)), np.stack([row.image for row in rows(30)]))
+        np.testing.assert_array_equal(read.targets(range(30)), np.stack([row.target for row in rows(30)]))
+        (train,) = (entry for entry in nodes_cache.iterdir() if entry.name.endswith("-train"))
+        shutil.rmtree(train)
 
 
 def test_a_shard_damaged_behind_its_footer_is_named(
-    ray_cluster: None, nodes_cache: Path, dataset: str, threshold: str
+    ray_cluster: None, nodes_cache: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import ray
+
     shard = Path(dataset) / "train" / "part-00000.parquet"
     content = bytearray(shard.read_bytes())
     content[4:-2000] = bytes(len(content) - 2004)
     shard.write_bytes(content)
-    for read in (
-        lambda: datasets_cache.load(dataset, "train"),
-        lambda: datasets_cache.spread(dataset, ("train",), resource="CPU"),
-    ):
-        with pytest.raises(InputError, match=r"train/part-00000\.parquet is damaged .*make the data set again"):
-            read()
-        assert not list(nodes_cache.glob("*/rows.parquet"))
-
-
-def test_who_fills_for_others_never_waits(cache: Path, dataset: str) -> None:
-    """Two jobs, each with a node that the other waits for, would wait for ever."""
-    filling = datasets_cache._Filling(format.read_card(dataset), "train")
-    with open(filling.folder.with_suffix(".lock"), "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        assert not filling.start(wait=False)
-    assert filling.start(wait=False)
+    named = r"train/part-00000\.parquet is damaged .*make the data set again"
+    with pytest.raises(InputError, match=named):
+        datasets_cache.spread(dataset, ("train",), resource="CPU")
+    monkeypatch.setattr(type(ray.get_runtime_context()), "get_node_id", lambda _: "another")
+    with pytest.raises(InputError, match=named):
+        datasets_cache.spread(dataset, ("train",), resource="CPU")
+    assert not list(nodes_cache.glob("*/rows.parquet"))
 
 
 def test_room_is_made_by_what_was_longest_unused(
@@ -251,7 +237,7 @@ def test_what_the_disk_refuses_is_told_with_the_remedy(
     remedy = r"decoded images cannot be kept there \({}\); set DDPM_TRANSLATE_CACHE to a folder of your own"
     (table,) = reading.read_tables(dataset, "train", columns=datasets_cache.COLUMNS)
     with datasets_cache._Filling(format.read_card(dataset), "train") as filling:
-        assert filling.start(wait=True)
+        assert filling.start()
         filling.images = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - closed by finish
         with pytest.raises(InputError, match=remedy.format("No space left on device")):
             filling.add(table)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from jobs.datasets.format import find_card, read_card
 from jobs.prepare import main as prepare_main
 
 
-def picture(number: int) -> bytes:
+def png(number: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -35,12 +36,13 @@ def picture(number: int) -> bytes:
 
 def fill(uri: str, count: int) -> None:
     for number in range(count):
-        storage.write_bytes(f"{uri}/{'ab'[number % 2]}/{number:05d}.png", picture(number))
+        storage.write_bytes(f"{uri}/{'ab'[number % 2]}/{number:05d}.png", png(number))
 
 
-def prepare(source: str, output: str) -> Any:
+def prepare(source: str, output: str, num_workers: int = 2) -> Any:
     """`jobs.prepare folders` as a process of its own."""
     arguments = ["folders", "--source", source, "--output", output, "--image-size", "16"]
+    arguments += ["--num-workers", str(num_workers)]
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.prepare", *arguments],
         cwd=ROOT,
@@ -58,6 +60,7 @@ def told(process: Any, timeout_s: float = 120) -> tuple[int, str]:
     return process.returncode, lines[0] if lines else ""
 
 
+@pytest.mark.slow
 def test_read_and_write_wait_for_a_server_that_comes_back(own_s3: S3Server, prefix: str) -> None:
     storage.write_bytes(f"{prefix}/a.txt", b"a")
     own_s3.kill()
@@ -75,6 +78,7 @@ def test_read_and_write_wait_for_a_server_that_comes_back(own_s3: S3Server, pref
     assert storage.file_sizes(prefix) == {"a.txt": 1, "b.txt": 1}
 
 
+@pytest.mark.slow
 def test_a_large_object_is_written_in_parts_and_whole_or_not_at_all(own_s3: S3Server, prefix: str) -> None:
     content = np.random.default_rng(0).integers(0, 256, 70_000_000, np.uint8).tobytes()
     back = threading.Timer(0.2, lambda: (own_s3.kill(), time.sleep(1), own_s3.start()))
@@ -99,6 +103,7 @@ def test_a_large_object_is_written_in_parts_and_whole_or_not_at_all(own_s3: S3Se
     assert storage.read_bytes(f"{prefix}/big") == content
 
 
+@pytest.mark.slow
 def test_a_server_gone_for_good_ends_in_one_line(
     own_s3: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +126,7 @@ def test_a_server_gone_for_good_ends_in_one_line(
         own_s3.start()
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_given_up_too(own_s3: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "OUTAGE_S", 1.0)
     monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 1.0)
@@ -141,32 +147,38 @@ def test_a_server_that_hangs_is_given_up_too(own_s3: S3Server, prefix: str, monk
         own_s3.start()
 
 
-def test_an_object_that_goes_while_it_is_read(prefix: str) -> None:
-    storage.write_bytes(f"{prefix}/a.txt", bytes(1000))  # less than the server's answer would not hold it
-    fs, path = storage.filesystem(f"{prefix}/a.txt")
+@pytest.fixture
+def shared(s3: S3Server) -> str:
+    """A prefix on the session's server, for tests that leave it alive."""
+    return f"{s3.uri}/{uuid.uuid4().hex}"
+
+
+def test_an_object_that_goes_while_it_is_read(shared: str) -> None:
+    storage.write_bytes(f"{shared}/a.txt", bytes(1000))  # less than the server's answer would not hold it
+    fs, path = storage.filesystem(f"{shared}/a.txt")
     stream = fs.open_input_file(path)
-    storage.delete_file(f"{prefix}/a.txt")
+    storage.delete_file(f"{shared}/a.txt")
     with pytest.raises(FileNotFoundError):
-        storage.with_retries(f"{prefix}/a.txt", stream.read)
+        storage.with_retries(f"{shared}/a.txt", stream.read)
 
 
-def test_a_name_that_pyarrow_cannot_use(prefix: str) -> None:
+def test_a_name_that_pyarrow_cannot_use(shared: str) -> None:
     with pytest.raises(InputError, match=r"a//b\.png: a name that cannot be used \(Empty path component"):
-        storage.read_bytes(f"{prefix}/a//b.png")
+        storage.read_bytes(f"{shared}/a//b.png")
 
 
-def test_bucket_root_and_prefix_that_is_a_file_too(own_s3: S3Server, prefix: str) -> None:
-    storage.write_bytes(f"{prefix}/both", b"file")
-    storage.write_bytes(f"{prefix}/both/inner.txt", b"inner")
-    assert storage.file_sizes(prefix) == {"both": 4, "both/inner.txt": 5}
-    assert storage.file_sizes(f"{prefix}/both") == {"inner.txt": 5}
-    assert storage.read_bytes(f"{prefix}/both") == b"file"
-    name = prefix.removeprefix(f"{own_s3.uri}/")
-    assert {file for file in storage.list_files(own_s3.uri) if file.startswith(name)} == {
+def test_bucket_root_and_prefix_that_is_a_file_too(s3: S3Server, shared: str) -> None:
+    storage.write_bytes(f"{shared}/both", b"file")
+    storage.write_bytes(f"{shared}/both/inner.txt", b"inner")
+    assert storage.file_sizes(shared) == {"both": 4, "both/inner.txt": 5}
+    assert storage.file_sizes(f"{shared}/both") == {"inner.txt": 5}
+    assert storage.read_bytes(f"{shared}/both") == b"file"
+    name = shared.removeprefix(f"{s3.uri}/")
+    assert {file for file in storage.list_files(s3.uri) if file.startswith(name)} == {
         f"{name}/both",
         f"{name}/both/inner.txt",
     }
-    assert storage.list_files(f"{prefix}/nothing") == []
+    assert storage.list_files(f"{shared}/nothing") == []
 
 
 @pytest.mark.parametrize(
@@ -195,12 +207,12 @@ def many(own_s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[st
         for name, value in own_s3.env.items():
             patch.setenv(name, value)
         for number in range(2000):
-            name, content = f"{'ab'[number % 2]}/{number:05d}.png", picture(number)
+            name, content = f"{'ab'[number % 2]}/{number:05d}.png", png(number)
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
             storage.write_bytes(f"{uri}/{name}", content)
         assert len(storage.list_files(uri)) == 2000
-    assert told(prepare(str(folder), str(folder / "../many-out"))) == (0, "")
+    assert told(prepare(str(folder), str(folder / "../many-out"), num_workers=0)) == (0, "")
     return uri, read_card(str(folder / "../many-out")).content_hash
 
 
@@ -209,7 +221,7 @@ def wait_for_decoding(process: Any) -> None:
     until = time.monotonic() + 100
     while time.monotonic() < until:
         assert process.poll() is None, process.communicate()
-        if any("decode_batch" in name for name in _process_names(process.pid)):
+        if any("decode_task" in name for name in _process_names(process.pid)):
             return
         time.sleep(0.05)
     raise AssertionError("no decoding")
@@ -263,9 +275,7 @@ def test_credentials_that_are_revoked_in_the_middle(
     assert find_card(prefix) is None
 
 
-def test_an_object_deleted_between_listing_and_reading(
-    ray_cluster: None, s3: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_object_deleted_between_listing_and_reading(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"{s3.uri}/vanishing/in"
     fill(uri, 10)
     check = storage.check_writable
@@ -283,14 +293,14 @@ def test_an_object_deleted_between_listing_and_reading(
     assert (line["picture"], line["reason"]) == ("a/00004.png", "the file is gone")
 
 
-def test_a_whole_bucket_with_names_of_every_kind(ray_cluster: None, s3: S3Server, tmp_path: Path) -> None:
+def test_a_whole_bucket_with_names_of_every_kind(s3: S3Server, tmp_path: Path) -> None:
     names = ["a/my photo #1.png", "a/50% + ü.png", "b/who?&me=1.png", "b/日本.png", "a/x/y.png"]
     creator = pyarrow.fs.S3FileSystem(
         endpoint_override=s3.env["AWS_ENDPOINT_URL"], region="us-east-1", allow_bucket_creation=True
     )
     creator.create_dir("whole")
     for number, name in enumerate(names):
-        storage.write_bytes(f"s3://whole/{name}", picture(number))
+        storage.write_bytes(f"s3://whole/{name}", png(number))
     assert prepare_main(["folders", "--source", "s3://whole", "--output", str(tmp_path / "out")]) == 0
     card = read_card(str(tmp_path / "out"))
     assert set(reading.read_index(str(tmp_path / "out"), card)) == set(names)

@@ -54,7 +54,7 @@ class Options:
     """Folder or s3:// prefix for data.json."""
     source: str | None = None
     """Folder of JPEG files to take instead of pieces of the Earth."""
-    num_pictures: int = 1000
+    num_images: int = 1000
     """Images in the set."""
     image_sizes: tuple[int, ...] = (64, 128)
     """Sides of the squares that training wants, in pixels."""
@@ -88,15 +88,15 @@ def run(options: Options) -> int:
 
 def check(options: Options) -> None:
     for flag, value in (
-        ("--num-pictures", options.num_pictures),
+        ("--num-images", options.num_images),
         ("--batch-size", options.batch_size),
         ("--rounds", options.rounds),
         ("--image-sizes", min(options.image_sizes, default=0)),
     ):
         if value < 1:
             raise InputError(f"{flag} is {value}; it must be 1 or more")
-    if options.batch_size > options.num_pictures:
-        raise InputError(f"--batch-size {options.batch_size} is more than --num-images {options.num_pictures}")
+    if options.batch_size > options.num_images:
+        raise InputError(f"--batch-size {options.batch_size} is more than --num-images {options.num_images}")
     if options.s3 is not None:
         storage.check_writable(storage.absolute(options.s3, flag="--s3"), flag="--s3")
 
@@ -105,16 +105,16 @@ def jpeg_files(options: Options, folder: Path) -> list[Path]:
     """The files that every way starts from."""
     if options.source is not None:
         found = sorted(path for path in Path(options.source).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-        if len(found) < options.num_pictures:
+        if len(found) < options.num_images:
             raise InputError(f"--source {options.source} holds {len(found)} JPEG files; --num-images wants more")
-        return found[: options.num_pictures]
+        return found[: options.num_images]
     from jobs.datasets.sources import earth
 
     world = images.decode((earth.maps_folder() / "day.avif").read_bytes())
     folder.mkdir()
     random = np.random.default_rng(0)
     files = []
-    for number in range(options.num_pictures):
+    for number in range(options.num_images):
         left, top = int(random.integers(world.width - WIDTH)), int(random.integers(world.height - HEIGHT))
         files.append(folder / f"{number:06d}.jpg")
         world.crop((left, top, left + WIDTH, top + HEIGHT)).save(files[-1], quality=QUALITY)
@@ -140,8 +140,8 @@ def measure(files: list[Path], size: int, options: Options, folder: Path) -> lis
         {
             "image_size": size,
             "way": name,
-            "cpu_us_a_picture": statistics.median(seconds) * 1e6,
-            "pictures_per_cpu_s": 1 / statistics.median(seconds),
+            "cpu_us_an_image": statistics.median(seconds) * 1e6,
+            "images_per_cpu_s": 1 / statistics.median(seconds),
             "times_less_than_usual": usual / statistics.median(seconds),
             "all_cpu_us": [1e6 * each for each in seconds],
         }
@@ -151,7 +151,7 @@ def measure(files: list[Path], size: int, options: Options, folder: Path) -> lis
     print("| way | CPU-us an image | images per CPU-second | x DataLoader with Pillow |\n|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['way']} | {row['cpu_us_a_picture']:.1f} | {row['pictures_per_cpu_s']:,.0f} "
+            f"| {row['way']} | {row['cpu_us_an_image']:.1f} | {row['images_per_cpu_s']:,.0f} "
             f"| {row['times_less_than_usual']:.1f} |"
         )
     return rows
@@ -290,8 +290,8 @@ def peers(files: list[Path], size: int, batch_size: int, tar: Path) -> dict[str,
 
         def shards() -> Iterator[Tensor]:
             stream = wds.WebDataset(str(tar), shardshuffle=False, empty_check=False).shuffle(1000)
-            pictures = stream.to_tuple("jpg").map(lambda item: as_tensor(pillow_square(item[0], size)))
-            return iter(loader(pictures, batch_size))
+            squares = stream.to_tuple("jpg").map(lambda item: as_tensor(pillow_square(item[0], size)))
+            return iter(loader(squares, batch_size))
 
         ways["webdataset"] = shards
     except (ImportError, InputError) as error:

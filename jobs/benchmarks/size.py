@@ -59,7 +59,7 @@ class Options:
 
     output: str = "runs/benchmark/size"
     """Folder or s3:// prefix for size.json."""
-    num_pictures: tuple[int, ...] = (2_000, 20_000, 200_000)
+    num_images: tuple[int, ...] = (2_000, 20_000, 200_000)
     """Sizes; what a row costs is compared with the first."""
     image_size: int = 64
     """Side of the stored squares, in pixels."""
@@ -69,8 +69,8 @@ class Options:
 
 def run(options: Options) -> int:
     """Measure; write size.json; print a table."""
-    if not options.num_pictures or min(options.num_pictures) < 100:
-        raise InputError(f"--num-images is {list(options.num_pictures)}; each must be 100 or more")
+    if not options.num_images or min(options.num_images) < 100:
+        raise InputError(f"--num-images is {list(options.num_images)}; each must be 100 or more")
     if importlib.util.find_spec("psutil") is None:
         raise InputError("psutil is not installed; install the extra of the benchmarks: pip install -e '.[bench]'")
     output = storage.absolute(options.output, flag="--output")
@@ -79,9 +79,9 @@ def run(options: Options) -> int:
     result["rows"] = []
     print(f"| images | {' | '.join(f'{step} us' for step in (*STEPS, 'rest', 'read', 'all'))} | x first | us more |")
     print("|---" * (len(STEPS) + 6) + "|")
-    for num_pictures in options.num_pictures:
+    for num_images in options.num_images:
         with tempfile.TemporaryDirectory(prefix="ddpm-size-", dir=options.scratch) as folder:
-            row = measure(num_pictures, options.image_size, Path(folder))
+            row = measure(num_images, options.image_size, Path(folder))
         result["rows"].append(row)
         print(table_row(row, result["rows"][-2:][0], result["rows"][0]), flush=True)
         storage.write_bytes(storage.join(output, "size.json"), json.dumps(result, indent=2).encode())
@@ -97,7 +97,7 @@ def table_row(row: dict[str, Any], before: dict[str, Any], first: dict[str, Any]
     The last leaves out what every run costs once, such as the start of Ray.
     """
     costs = [*(row["us_a_row"][step] for step in (*STEPS, "rest", "read")), row["us_a_row_in_all"]]
-    cells = [f"{row['num_pictures']:,}", *(f"{cost:,.0f}" for cost in costs)]
+    cells = [f"{row['num_images']:,}", *(f"{cost:,.0f}" for cost in costs)]
     more_s, more = (row[name] - before[name] for name in ("in_all_s", "num_rows"))
     cells.append(f"{row['us_a_row_in_all'] / first['us_a_row_in_all']:.2f}")
     return f"| {' | '.join(cells)} | {f'{1e6 * more_s / more:,.0f}' if more else ''} |"
@@ -106,16 +106,16 @@ def table_row(row: dict[str, Any], before: dict[str, Any], first: dict[str, Any]
 def memory_line(row: dict[str, Any]) -> str:
     peaks = {name: f"{row[name] / MIB:,.0f} MiB" for name in row if name.endswith("_bytes")}
     return (
-        f"{row['num_pictures']:,}: driver {peaks['driver_bytes']}, with Ray {peaks['all_bytes']}, reader "
+        f"{row['num_images']:,}: driver {peaks['driver_bytes']}, with Ray {peaks['all_bytes']}, reader "
         f"{peaks['reader_bytes']}; source {peaks['source_bytes']}, scratch {peaks['scratch_bytes']}, "
         f"data set {peaks['dataset_bytes']}; {row['prepare_s']:.0f} s + {row['read_s']:.0f} s"
     )
 
 
-def measure(num_pictures: int, image_size: int, folder: Path) -> dict[str, Any]:
+def measure(num_images: int, image_size: int, folder: Path) -> dict[str, Any]:
     """One size: seconds, microseconds a row and bytes."""
     source, out = folder / "source", folder / "set"
-    make_source(source, num_pictures)
+    make_source(source, num_images)
     command = [sys.executable, "-m", "jobs.prepare", "celeba", "--source", str(source), "--output", str(out)]
     prepared = Watched([*command, "--image-size", str(image_size)], folder)
     steps = {step: seconds_of(step, prepared.stderr) for step in STEPS}
@@ -127,7 +127,7 @@ def measure(num_pictures: int, image_size: int, folder: Path) -> dict[str, Any]:
         "read": read.wall_s * num_rows / card.splits["train"],
     }
     return {
-        "num_pictures": num_pictures,
+        "num_images": num_images,
         "num_rows": num_rows,
         "notes": card.notes,
         "prepare_s": prepared.wall_s,
@@ -217,20 +217,20 @@ def nameless_bytes(pid: int) -> int:
 # ------------------------------------------------------------------------------------------------ source
 
 
-def make_source(folder: Path, num_pictures: int) -> None:
+def make_source(folder: Path, num_images: int) -> None:
     """A source in CelebA's layout, the same each time."""
-    random = np.random.default_rng(num_pictures)
+    random = np.random.default_rng(num_images)
     folder.mkdir()
-    names = [f"{number:06d}.jpg" for number in range(1, num_pictures + 1)]
-    people = np.arange(num_pictures) // IMAGES_PER_PERSON
-    share = np.arange(num_pictures) / num_pictures
+    names = [f"{number:06d}.jpg" for number in range(1, num_images + 1)]
+    people = np.arange(num_images) // IMAGES_PER_PERSON
+    share = np.arange(num_images) / num_images
     split = np.select([share < 0.8, share < 0.9], [0, 1], 2)
     split = split[people * IMAGES_PER_PERSON]  # of a person's first image
     # Traits of the person and of the image decide the attributes, the pose the landmarks.
-    traits = random.normal(size=(people[-1] + 1, 6))[people] + 0.5 * random.normal(size=(num_pictures, 6))
+    traits = random.normal(size=(people[-1] + 1, 6))[people] + 0.5 * random.normal(size=(num_images, 6))
     logits = traits @ random.normal(size=(6, NUM_ATTRIBUTES)) + random.normal(size=NUM_ATTRIBUTES) - 0.5
     attributes = np.where(logits + random.logistic(size=logits.shape) > 0, 1, -1)
-    pose = random.normal(size=(num_pictures, 3)) @ random.normal(size=(3, 10))
+    pose = random.normal(size=(num_images, 3)) @ random.normal(size=(3, 10))
     points = np.round(CENTRE + random.uniform(-25, 25, 10) + 2 * pose + random.normal(size=pose.shape)).astype(int)
     columns = ["Male", *(f"Attribute_{number}" for number in range(1, NUM_ATTRIBUTES))]
     write_table(folder / "list_attr_celeba.txt", names, attributes, columns)
@@ -240,7 +240,7 @@ def make_source(folder: Path, num_pictures: int) -> None:
     world = np.asarray(images.decode((earth.maps_folder() / "day.avif").read_bytes()))
     with zipfile.ZipFile(folder / "img_align_celeba.zip", "w", zipfile.ZIP_STORED) as archive:
         for name in names:
-            archive.writestr(f"img_align_celeba/{name}", picture(world, random))
+            archive.writestr(f"img_align_celeba/{name}", photo(world, random))
 
 
 def write_table(path: Path, names: list[str], values: np.ndarray, columns: list[str] | None = None) -> None:
@@ -251,7 +251,7 @@ def write_table(path: Path, names: list[str], values: np.ndarray, columns: list[
     path.write_text(text.getvalue())
 
 
-def picture(world: np.ndarray, random: np.random.Generator) -> bytes:
+def photo(world: np.ndarray, random: np.random.Generator) -> bytes:
     """Two pieces of the map at once, as a JPEG of 178 x 218."""
     tops = random.integers(0, world.shape[0] - HEIGHT, 2)
     lefts = random.integers(0, world.shape[1] - WIDTH, 2)

@@ -190,12 +190,14 @@ def write_rows(
     sheet: ContactSheet,
     before: writing.Before | None = None,
 ) -> DatasetCard:
-    def on_row(split: str, row: Row) -> None:
-        sheet.add(row.id, row.domain, row.image, row.target)
-        progress.update()
+    def seen(of: Iterable[Row]) -> Iterator[Row]:
+        for row in of:
+            yield row
+            sheet.add(row.id, row.domain, row.image, row.target)
+            progress.update()
 
     with Progress(total=num_rows, unit="row", description="write") as progress:
-        return writing.write_rows(output, rows, card, before=before, on_row=on_row)
+        return writing.write_rows(output, {split: seen(of) for split, of in rows.items()}, card, before)
 
 
 def finish(

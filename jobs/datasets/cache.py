@@ -4,11 +4,10 @@
                               rows.parquet   id, domain, identity, attributes and, as places in images.raw, image
                                              and target; sorted by id
 
-A split is read and decoded once a node: a large one by Ray Data for all nodes at once before training starts
-(`spread`), a small one by the node itself, and so on a node that came later (`load`). From then on, in this run and the
-next ones on the same data, rows come out of the page cache in any order, at the cost of copying them; memory holds ids
-and places only. CACHE is DDPM_TRANSLATE_CACHE or a folder for temporary files; what has not been used for a week, or
-for the longest time where room is short, is removed.
+A split is read and decoded once a node: on all of them at once before training starts (`spread`), later by a node that
+came later (`load`). From then on, in this run and the next ones on the same data, rows come out of the page cache in
+any order, at the cost of copying them; memory holds ids and places only. CACHE is DDPM_TRANSLATE_CACHE or a folder for
+temporary files; what has not been used for a week, or for the longest time where room is short, is removed.
 """
 
 import contextlib
@@ -19,9 +18,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow
@@ -29,7 +28,7 @@ import pyarrow.parquet
 from jaxtyping import UInt8
 
 from ddpm_core.errors import InputError
-from jobs.common import workers
+from jobs.common import cli
 from jobs.common.progress import Progress
 from jobs.datasets import reading
 from jobs.datasets.format import DatasetCard, read_card
@@ -40,8 +39,6 @@ ROOT = "DDPM_TRANSLATE_CACHE"
 """Environment variable that names the cache's folder."""
 UNUSED_S = 7 * 24 * 3600
 """What nobody opened for so long is removed when something new comes."""
-SMALL_BYTES = 256 * 2**20
-"""Data of no more decoded bytes are read by each node for itself, sooner than Ray Data has started."""
 MARGIN = 1.05
 """Room wanted on the disk, as a multiple of the images."""
 LABELS = ("id", "domain", "identity", "attributes")
@@ -117,10 +114,13 @@ class SplitArrays(Labels):
         return np.asarray(self._images)[self._target[np.asarray(indices, dtype=np.int64)]]
 
 
-def load(uri: str, split: str, *, content_hash: str = "") -> SplitArrays:
+def load(
+    uri: str, split: str, *, content_hash: str = "", on_rows: Callable[[int], None] = lambda count: None
+) -> SplitArrays:
     """The split, read into this node's cache first if it is not there; another process doing so is waited for.
 
     With `content_hash` the data set must be that very one: a worker that is replaced goes on with the same rows.
+    `on_rows` hears how many more rows are read.
 
     Raises:
         InputError: no such split, a damaged file, another data set by now, or no room on the disk.
@@ -132,18 +132,18 @@ def load(uri: str, split: str, *, content_hash: str = "") -> SplitArrays:
             f"{card.content_hash}); bring it back, or train on it anew with another --output"
         )
     with _Filling(card, split) as filling:
-        if filling.wait():
+        if filling.start():
             for table in reading.read_tables(uri, split, columns=COLUMNS):
                 filling.add(table)
+                on_rows(len(table))
             filling.finish()
     return SplitArrays(filling.folder)
 
 
 def spread(uri: str, splits: Sequence[str], *, resource: str) -> None:
-    """Fill the caches of all nodes that have `resource` and lack a split: read and decoded once for all of them.
+    """Fill the caches of all nodes that have `resource`, at the same time, before anything waits for them.
 
-    Small splits are read here, which tells of damage before workers start; other nodes' workers read for themselves.
-    Needs Ray running, with a CPU free.
+    Needs Ray running. A node that is lost meanwhile is passed over: who takes its place reads for itself.
 
     Raises:
         InputError: as `load`.
@@ -151,67 +151,31 @@ def spread(uri: str, splits: Sequence[str], *, resource: str) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    card = read_card(uri)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource, 0) > 0]
     here = ray.get_runtime_context().get_node_id()
-    if here in nodes and sum(_num_bytes(card, split) for split in splits) <= SMALL_BYTES:
-        for split in splits:
-            load(uri, split)
-        return
-    if nodes == [here] and all(_whole(_folder(card, split)) for split in splits):
-        return
-    fillers = [
-        ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(Filler).remote(
-            card
-        )
+    fill = ray.remote(num_cpus=0, max_retries=0)(_fill)
+    filling = [
+        fill.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(uri, splits)
         for node in nodes
+        if node != here
     ]
+    if here in nodes:
+        card = read_card(uri)
+        for split in splits:
+            with Progress(total=card.splits.get(split), unit="row", description=f"read {split}") as progress:
+                load(uri, split, on_rows=progress.update)
+    for node in filling:
+        try:
+            ray.get(node)
+        except ray.exceptions.RayTaskError as error:
+            raise cli.input_error(error) or error from None
+        except ray.exceptions.RayError:
+            continue  # the node's end, not an error of its own
+
+
+def _fill(uri: str, splits: Sequence[str]) -> None:
     for split in splits:
-        wanted = _answers({filler: filler.start.remote(split) for filler in fillers})
-        filling = [filler for filler, yes in wanted.items() if yes]
-        if not filling:
-            continue
-        there = reading.open_split(uri, split, columns=COLUMNS)
-        with Progress(total=card.splits[split], unit="row", description=f"read {split}") as progress:
-            added: dict[Any, Any] = {}
-            for table in workers.mapped(there.read, there.pieces, len(there.pieces)):
-                if added:
-                    filling = list(_answers(added))  # one table ahead: no more is held
-                shared = ray.put(table)
-                added = {filler: filler.add.remote(shared) for filler in filling}
-                progress.update(table.num_rows)
-            filling = list(_answers(added))
-        _answers({filler: filler.finish.remote() for filler in filling})
-
-
-def _answers(pending: dict[Any, Any]) -> dict[Any, Any]:
-    """What the actors answer, without those whose node was lost: who takes its place reads for itself."""
-    import ray
-
-    found = {}
-    for actor, reference in pending.items():
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            found[actor] = ray.get(reference)
-    return found
-
-
-class Filler:
-    """A node's end of `spread`: an actor that takes in one split after the other."""
-
-    def __init__(self, card: DatasetCard) -> None:
-        self.card = card
-
-    def start(self, split: str) -> bool:
-        """Whether this node needs the split. Not where another process is about to have it: never wait for that here,
-        it may be waiting for us."""
-        self.filling = _Filling(self.card, split)
-        return self.filling.start(wait=False)
-
-    def add(self, table: pyarrow.Table) -> None:
-        self.filling.add(table)
-
-    def finish(self) -> None:
-        self.filling.finish()
+        load(uri, split)
 
 
 class _Filling:
@@ -237,15 +201,11 @@ class _Filling:
             shutil.rmtree(self.aside, ignore_errors=True)
         self.lock.close()
 
-    def wait(self) -> bool:
-        return self.start(wait=True)
-
-    def start(self, *, wait: bool) -> bool:
-        """Whether it is ours to fill: neither there nor, unless we `wait` for it, being filled by somebody else."""
+    def start(self) -> bool:
+        """Whether it is ours to fill; who is filling it is waited for."""
         if _whole(self.folder):
             return False
-        if not _locked(self.lock, wait=wait):
-            return False
+        _locked(self.lock, wait=True)
         if _whole(self.folder):
             return False
         for folder in (self.folder, self.aside):  # a temporary folder's cleaner may have taken a file

@@ -10,7 +10,7 @@ import tyro
 
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
-from jobs.common import cli
+from jobs.common import cli, workers
 from jobs.datasets import assemble, reading
 from jobs.datasets.format import (
     CONTACT_SHEET,
@@ -52,7 +52,8 @@ def inspect(options: Inspect) -> int:
     storage.check_writable(output)
     for name, value in facts(uri, card, index):
         print(f"{name:<12} {value}")
-    seen = survey(uri, card.content_hash, with_marks=False)
+    with workers.session(None):
+        seen = survey(uri, card.content_hash, with_marks=False)
     columns = ["image", "target"] if card.has_targets else ["image"]
     present = [domain for domain in range(len(card.domains)) if (domain, "image") in seen.sums]
     means = [[seen.mean(domain, column) for column in columns] for domain in present]

@@ -16,8 +16,8 @@ from jobs.common import workers
 from jobs.datasets.format import MAKE_AGAIN, SCHEMA, DatasetCard, Encoding, IndexRow, Shard, read_card
 
 COLUMNS = ("id", "domain", "image", "target")
-ROWS_IN_PIECE = 1024
-"""Aim for pieces of this many rows: enough of them for every CPU, few enough to cost nothing."""
+ROWS_IN_PIECE, PIECE_BYTES = 1024, 64 * 2**20
+"""Aim for pieces of this many rows, or decoded bytes: enough of them for every CPU, few enough to cost nothing."""
 
 
 def read_index(uri: str, card: DatasetCard) -> dict[str, IndexRow]:
@@ -100,7 +100,7 @@ def _damaged(uri: str, error: Exception) -> InputError:
     return InputError(f"{uri} is damaged ({str(error).splitlines()[0]}); {MAKE_AGAIN}")
 
 
-def open_split(uri: str, split: str, *, columns: Sequence[str] = COLUMNS, rows_in_piece: int = ROWS_IN_PIECE) -> Split:
+def open_split(uri: str, split: str, *, columns: Sequence[str] = COLUMNS, rows_in_piece: int | None = None) -> Split:
     """Rows of a split, in pieces of about so many; every file's end is looked at.
 
     The column `target` is left out where the data set has none.
@@ -109,12 +109,12 @@ def open_split(uri: str, split: str, *, columns: Sequence[str] = COLUMNS, rows_i
         InputError: no such split, or a file is missing, damaged or lacks a column (file and column named).
     """
     card = read_card(uri)
-    if not card.splits.get(split):
-        there = ", ".join(name for name, count in card.splits.items() if count)
-        raise InputError(f"{uri} has no rows in split {split!r}; it has {there}")
+    check_split(uri, card, split)
     if unknown := [name for name in columns if name not in SCHEMA.names]:
         raise ValueError(f"columns {unknown} are not of the format: {SCHEMA.names}")
     columns = tuple(name for name in columns if name != "target" or card.has_targets)
+    if rows_in_piece is None:
+        rows_in_piece = min(ROWS_IN_PIECE, PIECE_BYTES // (3 * card.image_size**2 * (2 if card.has_targets else 1)))
     pieces: list[Piece] = []
     shards = [shard for shard in card.shards if shard.file.startswith(f"{split}/")]
     for shard, groups in zip(shards, check_shards(uri, shards, columns), strict=True):
@@ -124,6 +124,13 @@ def open_split(uri: str, split: str, *, columns: Sequence[str] = COLUMNS, rows_i
                 pieces.append(Piece(storage.join(uri, shard.file), tuple(range(first, end)), rows))
                 first = end
     return Split(card, columns, tuple(pieces))
+
+
+def check_split(uri: str, card: DatasetCard, split: str) -> None:
+    """Raises InputError where the data set has no rows in that split."""
+    if not card.splits.get(split):
+        there = ", ".join(name for name, count in card.splits.items() if count)
+        raise InputError(f"{uri} has no rows in split {split!r}; it has {there}")
 
 
 def read_tables(uri: str, split: str, *, columns: Sequence[str] = COLUMNS) -> Iterator[pyarrow.Table]:

@@ -6,7 +6,7 @@ import importlib.metadata
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,35 +55,24 @@ class Before:
     """Of its training rows; the new ones are added."""
 
 
-def write_dataset(
-    uri: str,
-    rows_by_split: Mapping[str, Iterable[Row]],
-    card: DatasetCard,
-    *,
-    on_row: Callable[[str, Row], None] = lambda split, row: None,
-) -> DatasetCard:
+def write_dataset(uri: str, rows_by_split: Mapping[str, Iterable[Row]], card: DatasetCard) -> DatasetCard:
     """Write the rows as a data set; dataset.json last, so that a half-written folder is not one.
 
     Raises:
         InputError, AssertionError: as `write_rows`.
     """
-    card = write_rows(uri, rows_by_split, card, on_row=on_row)
+    card = write_rows(uri, rows_by_split, card)
     write_card(uri, card)
     return card
 
 
 def write_rows(
-    uri: str,
-    rows_by_split: Mapping[str, Iterable[Row]],
-    card: DatasetCard,
-    *,
-    before: Before | None = None,
-    on_row: Callable[[str, Row], None] = lambda split, row: None,
+    uri: str, rows_by_split: Mapping[str, Iterable[Row]], card: DatasetCard, before: Before | None = None
 ) -> DatasetCard:
     """Write the shards; returns the card that tells of them, for `write_card`.
 
-    Rows of a split must come sorted by id; they are streamed, at most one shard is held in memory.
-    `on_row` sees each row once, in order. With `before` the rows are added to that data set, whose files stay.
+    Rows of a split must come sorted by id; they are streamed, at most one shard is held in memory. With `before` the
+    rows are added to that data set, whose files stay.
 
     Raises:
         InputError: an id or an identity occurs twice, there are no training rows, or somebody else writes there.
@@ -108,7 +97,6 @@ def write_rows(
             if split == "train":
                 totals.add(row.image[None], [row.landmarks])
             digest.update(split.encode() + writer.add(row))
-            on_row(split, row)
         shards += writer.close()
     if not sum(counts["train"].values()):
         raise InputError(f"{uri}: no image for training is left; give a source with more images")

@@ -8,18 +8,18 @@ import re
 import sys
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ddpm_core import config as configs
 from ddpm_core import images, provenance, storage
 from ddpm_core.errors import InputError
-from jobs.common import cli
+from jobs.common import cli, workers
 from jobs.common.progress import Progress
+from jobs.translation.batch import Batch, Source, Translate, dataset_rows, file_rows
+from jobs.translation.manifest import Manifest
 from jobs.translation.plan import TranslationJob, remaining
-
-if TYPE_CHECKING:
-    from jobs.translation.batch import Batch, Source
-    from jobs.translation.manifest import Manifest
 
 NUM_PREVIEWS = 8
 """Images shown in preview.png."""
@@ -44,14 +44,12 @@ def run(job: TranslationJob) -> int:
     return finish(job, manifest)
 
 
-def open_output(job: TranslationJob) -> "Manifest":
+def open_output(job: TranslationJob) -> Manifest:
     """What earlier runs of this command left in the output.
 
     Raises:
         InputError: it holds something else, or results of other options, or cannot be written.
     """
-    from jobs.translation.manifest import Manifest
-
     output = job.args.output
     note = storage.join(output, "run.json")
     if storage.exists(note):
@@ -74,17 +72,12 @@ def open_output(job: TranslationJob) -> "Manifest":
     return Manifest(output)
 
 
-def translate(job: TranslationJob, manifest: "Manifest", todo: list[dict[str, Any]]) -> None:
+def translate(job: TranslationJob, manifest: Manifest, todo: list[dict[str, Any]]) -> None:
     """Run `todo` through the network's copies, noting each batch as it comes back. Ray must run unless there are none.
 
     Raises:
         InputError: more copies than GPUs, a damaged data set, or the store refuses.
     """
-    import torch
-
-    from jobs.common import workers
-    from jobs.translation.batch import Translate
-
     args, facts, bad = job.args, {source["id"]: source for source in todo}, 0
     num_batches = math.ceil(len(todo) / args.batch_size)
     results = source_rows(job, todo).through(
@@ -110,10 +103,8 @@ def translate(job: TranslationJob, manifest: "Manifest", todo: list[dict[str, An
         raise RuntimeError(f"{len(missing)} images came back without a result, the first: {missing[0]}")
 
 
-def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> "Source":
+def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> Source:
     """The images to translate."""
-    from jobs.translation.batch import dataset_rows, file_rows
-
     args = job.args
     if job.card is not None:
         plan = {source["id"]: [(args.domain, args.seed, source["output"])] for source in todo}
@@ -129,7 +120,7 @@ def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> "Source":
     )
 
 
-def noted(batch: "Batch", facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def noted(batch: Batch, facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A batch's rows of the manifest."""
     return [
         {
@@ -145,7 +136,7 @@ def noted(batch: "Batch", facts: dict[str, dict[str, Any]]) -> list[dict[str, An
     ]
 
 
-def write_preview(job: TranslationJob, manifest: "Manifest") -> None:
+def write_preview(job: TranslationJob, manifest: Manifest) -> None:
     """preview.png: the first images beside their results."""
     from jobs.reports import grids
 
@@ -166,7 +157,7 @@ def write_preview(job: TranslationJob, manifest: "Manifest") -> None:
     storage.write_bytes(storage.join(job.args.output, "preview.png"), png)
 
 
-def finish(job: TranslationJob, manifest: "Manifest") -> int:
+def finish(job: TranslationJob, manifest: Manifest) -> int:
     """The manifest in one file, the reasons in plain text, run.json; the exit code."""
     output = job.args.output
     bad = [row for s in job.sources if (row := manifest.rows[s["id"]])["status"] != "ok"]

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow.fs
-import pyarrow.parquet
 
 from ddpm_core import images, storage
 from ddpm_core.config import ModelConfig
@@ -33,12 +32,12 @@ def list_images(uri: str) -> tuple[list[dict[str, Any]], int]:
         infos = fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
     files = [info for info in infos if info.type == pyarrow.fs.FileType.File]
     named = [(info.path[len(path) :].lstrip("/"), info) for info in files]
-    pictures = [
+    found = [
         {"id": name, "size": info.size, "mtime_ns": info.mtime_ns or 0}
         for name, info in named
         if "." + info.extension.lower() in images.SUFFIXES and not any(p.startswith(".") for p in name.split("/"))
     ]
-    return sorted(pictures, key=lambda picture: picture["id"]), len(files) - len(pictures)
+    return sorted(found, key=lambda each: each["id"]), len(files) - len(found)
 
 
 def output_names(ids: Iterable[str], taken: Mapping[str, str]) -> dict[str, str]:
@@ -105,15 +104,6 @@ def split_rows(uri: str, card: DatasetCard, split: str) -> list[tuple[str, int]]
     Raises:
         InputError: no such split.
     """
-    if not card.splits.get(split):
-        there = ", ".join(name for name, count in card.splits.items() if count)
-        raise InputError(f"{uri} has no rows in split {split!r}; it has {there}")
-    shards = [shard for shard in card.shards if shard.file.startswith(f"{split}/")]
-    reading.check_shards(uri, shards, ("id", "domain"))
-    rows: list[tuple[str, int]] = []
-    for shard in shards:
-        fs, path = storage.filesystem(storage.join(uri, shard.file))
-        with storage.user_errors(uri), fs.open_input_file(path) as file:
-            table = pyarrow.parquet.read_table(file, columns=["id", "domain"])
-        rows += zip(table["id"].to_pylist(), table["domain"].to_pylist(), strict=True)
-    return sorted(rows)
+    reading.check_split(uri, card, split)
+    rows = reading.read_labels(uri, card, split, ["id", "domain"])
+    return sorted(zip(rows["id"].to_pylist(), rows["domain"].to_pylist(), strict=True))

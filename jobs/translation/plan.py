@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -13,10 +13,9 @@ from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from jobs.datasets.format import DatasetCard, find_card
+from jobs.translation.listing import check_dataset, list_images, output_names, split_rows
+from jobs.translation.manifest import Manifest
 from jobs.translation.options import GuidanceNets, SamplingOverrides, check_least, open_checkpoint
-
-if TYPE_CHECKING:
-    from jobs.translation.manifest import Manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +104,6 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         sources, num_others = dataset_sources(args, card, loaded.config)
         options |= {"split": args.split, "content_hash": card.content_hash}
     else:
-        from jobs.translation.listing import list_images
-
         sources, num_others = list_images(args.input)
     if not sources:
         also = f" ({num_others:,} other files or rows are there)" if num_others else ""
@@ -128,18 +125,14 @@ def dataset_sources(
 
     A paired row has an image of either side; of the other sets, rows that are on the wanted side stay out.
     """
-    from jobs.translation.listing import check_dataset, split_rows
-
     check_dataset(args.input, card, config)
     rows = split_rows(args.input, card, args.split)
     usable = [name for name, domain in rows if card.pairing == "paired" or card.domains[domain] != args.domain]
     return [{"id": name, "size": 0, "mtime_ns": 0} for name in usable], len(rows) - len(usable)
 
 
-def remaining(job: TranslationJob, manifest: "Manifest") -> list[dict[str, Any]]:
+def remaining(job: TranslationJob, manifest: Manifest) -> list[dict[str, Any]]:
     """The sources to translate, each with its output: new, changed, set aside before, or with the result gone."""
-    from jobs.translation.listing import output_names
-
     there = set()
     for name in storage.list_files(job.args.output):
         if re.search(r"\.[0-9a-f]{8}\.tmp$", name):  # left by a kill in the middle of writing
