@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS := runs
 READY := .venv/.ready
+# Says how long a target took, whether it came to a good end or not.
+timed = @start=$$(date +%s); $(1); code=$$?; echo "make $@: $$(( $$(date +%s) - start )) s"; exit $$code
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,18 +33,20 @@ format: setup ## format the code
 	@$(BIN)/ruff format --quiet .
 
 lint: setup ## format and lint, nothing changed
-	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
-	@$(BIN)/ruff check --quiet .
+	$(call timed,{ $(BIN)/ruff format --check --quiet . || { echo "run: make format"; false; }; } && $(BIN)/ruff check --quiet .)
 
 types: setup ## mypy
-	@$(BIN)/mypy
+	$(call timed,$(BIN)/mypy)
 
-# Two Ray clusters of several nodes at a time, beside each process's own Ray, are more than two cores can do.
-OWN_CLUSTERS := tests/test_jobs_on_cluster.py tests/test_train_faults.py
+# Two processes: one with all tests that need Ray, which mostly waits, one with the rest (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+SMOKE := $(BIN)/python -m jobs.experiments --size smoke --seeds 1 --local-processes 2
 
-test: setup ## all tests, in two processes: half of the time goes into waiting; those with clusters of their own by themselves
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(OWN_CLUSTERS:%=--ignore %)
-	@$(BIN)/python -m pytest $(OWN_CLUSTERS)
+test: setup ## everything essential, each real part once (at most 6 minutes on 2 cores; longer is a bug)
+	$(call timed,$(PYTEST) -m "not slow")
+
+test-all: setup ## the rest: clusters, kills, browser, tracking servers, planted faults, smoke experiments (20 minutes)
+	$(call timed,$(PYTEST) -m slow && out=$$(mktemp -d) && $(SMOKE) --output $$out && rm -r $$out)
 
 check: lint types test ## what must be green before a commit
 
@@ -55,7 +59,7 @@ bench: ## our network and our data path beside their peers' on this machine (abo
 experiments: setup ## the mission's comparisons at the CPU size into runs/mission (under 2 hours on 2 cores; goes on where it was)
 	@$(BIN)/python -m jobs.experiments --size cpu --output $(RUNS)/mission
 
-mutants: setup ## plant faults in the numerics and see that the tests catch them (about 5 minutes)
+mutants: setup ## plant faults in the numerics and see that the tests catch them (a few minutes)
 	@$(BIN)/python tests/mutants.py
 
 chaos: setup ## kill workers, nodes, networks and storage under training, and print what came of it (about 15 minutes)
@@ -70,4 +74,4 @@ cluster-down: ## stop exactly that cluster
 clean: ## remove what the demo made (runs/earth)
 	@rm -rf $(RUNS)/earth
 
-.PHONY: help setup demo format lint types test check bench experiments mutants chaos cluster cluster-down clean
+.PHONY: help setup demo format lint types test test-all check bench experiments mutants chaos cluster cluster-down clean

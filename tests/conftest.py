@@ -1,4 +1,4 @@
-"""What the tests share: one Ray cluster a session, one S3 server a session, small real images."""
+"""What the tests share: one Ray, one S3 server and one cluster of several nodes a session, small data sets; marks."""
 
 import atexit
 import contextlib
@@ -14,13 +14,14 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jaxtyping
 import pytest
 
 os.environ.update(
     OMP_NUM_THREADS="1",  # networks this small lose by threads
+    RAY_worker_niceness="0",  # by default Ray's workers get what everybody else leaves
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
@@ -49,11 +50,57 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+RARE = {
+    "cluster": "a cluster from cluster/local.sh",
+    "nodes": "a cluster of three nodes, which are killed",
+    "own_s3": "an S3 server that is killed",
+    "page": "a browser",
+    "database": "MLflow's server",
+    "metrics_page": "Prometheus' page of a node",
+}
+"""Fixtures whose tests run in `make test-all` only."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks from the fixtures that a test uses. Of the two processes of `make test` one runs all that needs Ray, on the
+    one Ray that it starts, the other the rest, file by file: no two clusters start at a time."""
+    for item in items:
+        used = {*getattr(item, "fixturenames", ())}
+        if used & RARE.keys():
+            item.add_marker("slow")
+        if used & {"ray_cluster", "cluster", "nodes"}:
+            item.add_marker("ray")
+        on_ray = item.get_closest_marker("ray") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # the longest queue is begun first
+
+
+@contextlib.contextmanager
+def environment(**values: str | None) -> Iterator[None]:
+    """Variables of the process set for a while; None: taken away."""
+    before = {name: os.environ.get(name) for name in values}
+
+    def put(found: dict[str, str | None]) -> None:
+        for name, value in found.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+    put(values)
+    try:
+        yield
+    finally:
+        put(before)
+
+
 @pytest.fixture(scope="session")
-def ray_cluster(s3: "S3Server") -> Iterator[None]:
+def ray_cluster(s3_address: "S3Server") -> Iterator[None]:
     """One Ray for the session: four logical CPUs, so that Train workers never take all of them from Ray Data.
 
-    Started after the S3 server, so that its workers inherit AWS_*.
+    Its workers have imported torch when they are asked for, and stay when they are idle. They know the S3 server, which
+    is started for the first test that asks for it. Ray Train needs a dashboard (without one it takes its controller for
+    dead), so there is one.
     """
     import logging
 
@@ -62,22 +109,40 @@ def ray_cluster(s3: "S3Server") -> Iterator[None]:
 
     port = free_port()
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray puts unix sockets below it
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=True,
-        dashboard_port=port,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=folder,
-        runtime_env={"env_vars": {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}},
-    )
+    workers = {
+        "RAY_preload_python_modules": "torch",
+        "RAY_idle_worker_killing_time_threshold_ms": "120000",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}",
+        "PYTHONPATH": str(ROOT),
+        **s3_address.env,
+    }
+    with environment(**workers):  # not as a runtime_env: that would make new processes of those that wait
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=True,
+            dashboard_port=port,
+            object_store_memory=200 * 2**20,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=folder,
+        )
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.data.DataContext.get_current().use_datasource_v2 = False
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def nodes(s3: "S3Server") -> Iterator[Any]:
+    """Three Ray nodes of one CPU; two workers leave one node spare. A test that kills one adds another."""
+    from chaos import Nodes
+
+    with Nodes() as nodes:
+        nodes.add()
+        nodes.add()
+        yield nodes
 
 
 @pytest.fixture(scope="session")
@@ -268,18 +333,20 @@ def _is_free(port: int) -> bool:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server; AWS_* are set for the session. Write below `s3.uri` under a prefix of the test's own."""
+def s3_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """Where the S3 server will answer, once a test asks for `s3`."""
     server = S3Server(tmp_path_factory.mktemp("s3"))
-    server.start()
-    before = {name: os.environ.get(name) for name in server.env}
-    os.environ.update(server.env)
     yield server
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    server.kill()
+    if server.process is not None:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def s3(s3_address: S3Server) -> Iterator[S3Server]:
+    """A real S3 server; AWS_* are set for the session. Write below `s3.uri` under a prefix of the test's own."""
+    s3_address.start()
+    with environment(**s3_address.env):
+        yield s3_address
 
 
 @pytest.fixture(scope="module")

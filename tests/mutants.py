@@ -1,20 +1,24 @@
 """Do the tests notice? Plants one realistic fault at a time in a copy of ddpm_core and runs the tests that should fail.
 
-    python tests/mutants.py [module ...]    all, or those of the named modules; two processes, five minutes if idle
+    python tests/mutants.py [module ...]    all, or those of the named modules; as many at a time as there are cores
 
 Prints a table and exits with 1 if fewer than 95 % are caught. A fault is (module, text, faulty text); a text that is
 not found exactly once is an error, so that the list follows the code.
 """
 
-import concurrent.futures
+import contextlib
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import beartype  # noqa: F401
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = 0.95
@@ -252,21 +256,20 @@ def copy_to(folder: Path, modules: list[str]) -> list[str]:
 
 
 def passes(folder: Path, tests: list[str]) -> bool:
-    """Whether the tests in `folder` pass.
+    """Whether the tests in `folder` pass; in this process, which is good for nothing else afterwards.
 
     Raises:
         RuntimeError: they could not be run.
     """
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=120", *tests],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode not in (0, 1, 2):  # 2: a fault that is met at import
-        raise RuntimeError(result.stdout[-2000:] + result.stderr[-2000:])
-    return result.returncode == 0
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    tempfile.tempdir = str(folder)
+    with open(folder / "said", "w+") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--timeout=300", *tests])
+        if code not in (0, 1, 2):  # 2: a fault that is met at import
+            said.seek(0)
+            raise RuntimeError(said.read()[-4000:])
+    return code == 0
 
 
 def is_caught(mutant: Mutant) -> bool:
@@ -277,17 +280,24 @@ def is_caught(mutant: Mutant) -> bool:
         return not passes(folder, tests)
 
 
+def pass_without_a_fault(modules: list[str]) -> bool:
+    with tempfile.TemporaryDirectory() as name:
+        return passes(Path(name), copy_to(Path(name), modules))
+
+
 def main() -> int:
     modules = sys.argv[1:] or list(TESTS)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    torch.set_num_threads(1)
     mutants = [mutant for mutant in MUTANTS if mutant.module in modules]
     for mutant in mutants:
         faulty(mutant)
-    with tempfile.TemporaryDirectory() as name:
-        if not passes(Path(name), copy_to(Path(name), modules)):
-            raise RuntimeError("the tests fail without any fault: mend them first")
     start, survivors = time.monotonic(), []
-    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
-        for mutant, caught in zip(mutants, pool.map(is_caught, mutants), strict=True):
+    # Each in a fork of this process, which has imported what takes long, and nothing of ddpm_core.
+    with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:
+        if not pool.apply(pass_without_a_fault, (modules,)):
+            raise RuntimeError("the tests fail without any fault: mend them first")
+        for mutant, caught in zip(mutants, pool.imap(is_caught, mutants), strict=True):
             old, new = (" ".join(text.split()) for text in (mutant.old, mutant.new))
             print(
                 f"{'caught  ' if caught else 'SURVIVED'}  {mutant.module:10} {old}  →  {new or '(nothing)'}", flush=True

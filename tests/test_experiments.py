@@ -337,7 +337,7 @@ def test_a_failure_costs_what_needs_it_and_no_more(tmp_path: Path, capsys: pytes
     assert suite_plan.done(plan, str(output)).keys() == {"aside", "good"}  # the others are tried again
 
 
-@pytest.fixture(params=["local", "ray"])
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
 def starter(request: pytest.FixtureRequest) -> runner.Starter:
     """Both ways of starting commands."""
     if request.param == "local":
@@ -392,6 +392,7 @@ def ray_folder() -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_commands_share_gpus_as_they_are_told(tmp_path: Path, ray_folder: str) -> None:
     """On GPUs that only Ray believes in."""
     commands = [
@@ -444,7 +445,7 @@ def wait_until(what: Any, seconds: float = 120.0) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("where", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("where", ["local", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.ray])])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_driver_that_is_ended_takes_its_commands_with_it_and_goes_on(
     where: str, how: signal.Signals, tmp_path: Path, ray_folder: str

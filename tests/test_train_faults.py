@@ -13,7 +13,7 @@ from typing import Any
 import chaos
 import pytest
 import ray
-from chaos import NEVER, OFTEN, SMOKE, Nodes, Training, difference, struck
+from chaos import NEVER, OFTEN, SMOKE, Training, difference, struck
 from conftest import S3Server
 
 from ddpm_core import storage
@@ -71,15 +71,6 @@ def test_killed_at_random_steps_a_run_ends_with_the_same_weights(ray_cluster, da
 
 
 # ------------------------------------------------------------------------------------------------ several nodes
-
-
-@pytest.fixture(scope="module")
-def nodes(s3: S3Server) -> Iterator[Nodes]:
-    """Three Ray nodes of one CPU, beside the session's own Ray; two workers leave one node spare."""
-    with Nodes() as nodes:
-        nodes.add()
-        nodes.add()
-        yield nodes
 
 
 @pytest.fixture(scope="module")
