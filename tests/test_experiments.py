@@ -171,14 +171,14 @@ def test_a_driver_that_says_nothing_any_more_is_followed(
 
 
 def test_a_command_is_another_when_what_it_is_given_is_another() -> None:
-    def found(count: int) -> dict[str, str]:
-        data = Command(key="data", module="jobs.prepare", argv=("rendered", "--count", str(count)), cost=1)
+    def found(count: int, how: tuple[str, ...] = ()) -> dict[str, str]:
+        data = Command(key="data", module="jobs.prepare", argv=("rendered", "--count", str(count)), how=how, cost=1)
         run = Command(key="run", module="jobs.train", argv=("--data", "{data}"), cost=1)
         return suite_plan.digests(plan_of(data, run, code("other", "pass")))
 
     few, many = found(10), found(20)
     assert [key for key in few if few[key] != many[key]] == ["data", "run"]
-    assert found(10) == few
+    assert found(10, ("--num-workers", "0")) == few
 
 
 def test_another_suite_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -487,10 +487,11 @@ def test_a_driver_that_is_ended_takes_its_commands_with_it_and_goes_on(
 def test_real_commands_with_everything_on_s3(s3: S3Server) -> None:
     """Drawn, trained and translated; a second call does nothing."""
     output = f"{s3.uri}/{uuid.uuid4().hex}"
-    small = "--count 24 --image-size 32 --output {out}"
+    small = "--count 24 --image-size 32 --output {out} --num-workers 0"
     train = "--data {data/portraits} --output {out} --preset smoke --num-workers 0"
     translate = (
-        "--checkpoint {runs/a} --input {data/portraits} --split test --output {out} --domain female --num-steps 2"
+        "--checkpoint {runs/a} --input {data/portraits} --split test --output {out} --domain female --num-steps 2 "
+        "--num-workers 0"
     )
     plan = plan_of(
         Command(

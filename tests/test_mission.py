@@ -40,10 +40,12 @@ def test_every_command_is_one_that_a_user_could_type(size: str) -> None:
         elif command.module == "jobs.evaluate":
             assert cli.parse(EvaluateArgs, words, prog="jobs.evaluate").num_workers == 0
         elif command.module == "jobs.translate":
-            assert cli.parse(TranslateArgs, words, prog="jobs.translate").align in ("auto", "none")
+            args = cli.parse(TranslateArgs, words, prog="jobs.translate")
+            assert (args.align in ("auto", "none"), args.num_workers) == (True, 0)
         else:
             assert command.module == "jobs.prepare"
-            assert cli.parse(prepare.Command, words, prog="jobs.prepare").output == argv(command, "/suite")[-1]
+            args = cli.parse(prepare.Command, words, prog="jobs.prepare")
+            assert (args.output, args.num_workers) == (f"/suite/{command.key}", 0)
     assert len(distinct) > 40
 
 

@@ -17,6 +17,8 @@ from ddpm_core.errors import InputError
 from jobs.suite.plan import Claim, Command, Figure, Measured, Plan, Section
 
 Flags = tuple[str, ...]
+ALONE = ("--num-workers", "0")
+"""No command needs Ray itself: many run at a time, each in one process."""
 WEIGHTS = (1.0, 1.5, 2.5)
 """Of guidance."""
 
@@ -224,7 +226,7 @@ class _Planning:
             assert self.celeba is not None
             argv = ("celeba", "--source", self.celeba, *side)
         argv = (*argv, "--output", "{out}")
-        return self.add(Command(key=f"data/{name}", module="jobs.prepare", argv=argv, cost=40))
+        return self.add(Command(key=f"data/{name}", module="jobs.prepare", argv=argv, how=ALONE, cost=40))
 
     # -- trainings ---------------------------------------------------------------------------------------------
 
@@ -575,7 +577,7 @@ def stress(plan: _Planning) -> Section:
                 *("--guidance-scale", str(GUIDANCE)),
             )
             key = f"snapshots/{name}-{align}"
-            translations.append(plan.add(Command(key=key, module="jobs.translate", argv=argv, cost=30)))
+            translations.append(plan.add(Command(key=key, module="jobs.translate", argv=argv, how=ALONE, cost=30)))
     figures = tuple(
         Figure(
             kind="stress",
