@@ -95,31 +95,50 @@ def test_nothing_done_says_nothing(clock: Clock) -> None:
     assert log.getvalue() == ""
 
 
-def test_a_terminal_gets_a_bar() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    screen = Terminal()
-    with Progress(total=4, unit="step", description="train", stream=screen) as bar:
-        bar.update(4, "loss 0.1")
-    assert "train: 100%" in screen.getvalue()
-    assert "4/4" in screen.getvalue()
-    assert "loss 0.1" in screen.getvalue()
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
-def test_a_bar_tells_the_rate_of_something_else() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+def shown_on(screen: Terminal) -> list[str]:
+    """What was drawn, without the terminal's codes, one line after the other."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", screen.getvalue().replace("\r", "\n"))
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
     screen = Terminal()
     with Progress(total=4, unit="step", description="train", rate_unit="image", rate_scale=8, stream=screen) as bar:
         for step in range(1, 5):
             time.sleep(0.05)
             bar.at(step, "loss 0.1")
-    last = screen.getvalue().split("\r")[-1]
-    assert re.search(r"4/4 \[00:00<00:00, \d+ images a second, loss 0\.1\]", last), last
+    drawn = " ".join(shown_on(screen)[-8:])
+    assert re.search(r"train: +100% .*4 of 4 steps, [\d,.]+ images a second, 0 s left, loss 0\.1 +0:00:00", drawn), (
+        drawn
+    )
+
+
+def test_what_is_written_beside_a_bar_stays_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Terminal()
+    bar = progress.Bar("experiments", screen, total=1.0)
+    bar.show(0.25, "about 3 min left")
+    bar.write("failed: train [a]: no space left")
+    bar.close()
+    assert "failed: train [a]: no space left" in shown_on(screen)
+    assert "about 3 min left" in shown_on(screen)[-1] or "about 3 min left" in " ".join(shown_on(screen)[-6:])
+    assert screen.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    screen = Terminal()
+    bar = Progress(total=4, unit="step", description="train", stream=screen)
+    clock.now += 20
+    bar.update(2)
+    assert screen.getvalue() == "train: 2 of 4 steps, 0.1 a second, 20 s left\n"
 
 
 @pytest.mark.parametrize(

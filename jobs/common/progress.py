@@ -1,17 +1,55 @@
 """How far a long step is: a bar on a terminal, a plain line now and then in a log."""
 
+import os
 import sys
 import time
-from typing import Any, TextIO
+from typing import TextIO
 
-import tqdm
-
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-"""tqdm's, without the rate, where what is counted is not what the rate is of."""
 LINES = 60
 """A log gets a line every `every_s` at first, later whenever one part in so many of the time so far has passed."""
 LONGEST_S = 300.0
 """But a line at least so often."""
+
+
+class Bar:
+    """A bar with a text behind it; `total` None: not known."""
+
+    def __init__(self, description: str, stream: TextIO, *, total: float | None, completed: float = 0) -> None:
+        from rich import progress  # workers, who have no terminal, need none of it
+        from rich.console import Console
+
+        self.bars = progress.Progress(
+            progress.TextColumn("{task.description}:", markup=False),
+            progress.TaskProgressColumn(),
+            progress.BarColumn(bar_width=20),
+            progress.TextColumn("{task.fields[text]}", markup=False),
+            console=Console(file=stream, highlight=False),
+            refresh_per_second=5,
+            redirect_stdout=sys.stdout.isatty(),  # to be shown above the bar; what goes to a file is left alone
+            redirect_stderr=stream is sys.stderr,
+        )
+        self.bars.start()
+        self.task = self.bars.add_task(description, total=total, completed=int(completed), text="")
+
+    @property
+    def rate(self) -> float | None:
+        """Of the last half minute, once it is known."""
+        return self.bars.tasks[0].speed
+
+    def show(self, completed: float, text: str) -> None:
+        self.bars.update(self.task, completed=completed, text=text)
+
+    def write(self, line: str) -> None:
+        """A line above the bar."""
+        self.bars.console.print(line, markup=False)
+
+    def close(self) -> None:
+        self.bars.stop()
+
+
+def has_bars(stream: TextIO) -> bool:
+    """Whether it is a terminal that can draw a line anew."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
 class Progress:
@@ -41,29 +79,13 @@ class Progress:
         self.count = self.initial = initial
         self.every_s = every_s
         self.started = self.last_line = time.monotonic()
-        self.bar: Any = None
-        if self.stream.isatty():
-            self.bar = tqdm.tqdm(
-                total=total,
-                initial=initial,
-                unit=f" {unit}",
-                desc=description,
-                file=self.stream,
-                dynamic_ncols=True,
-                mininterval=0.2,
-                smoothing=0.1,
-                bar_format=BAR if rate_unit and total is not None else None,
-            )
+        self.bar = Bar(description, self.stream, total=total, completed=initial) if has_bars(self.stream) else None
 
     def update(self, num: int = 1, note: str = "") -> None:
         """`num` more are done; `note` is shown behind the figures, such as the loss."""
         self.count += num
         if self.bar is not None:
-            if self.rate_unit:  # tqdm's own is that of the last steps, once it knows it
-                rate = self._rate(self.bar.format_dict["rate"] or self._mean_rate())
-                note = f"{rate}, {note}" if note else rate
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(num)
+            self.bar.show(self.count, self._text(self.bar.rate or self._mean_rate(), note))
         elif self._passed(self.last_line) >= min(max(self.every_s, self._passed(self.started) / LINES), LONGEST_S):
             self._line(note)
 
@@ -72,17 +94,16 @@ class Progress:
         lost = max(self.count - count, 0)
         self.count -= lost
         self.initial -= lost  # they took their time: the rate stays
-        if self.bar is not None and lost:
-            self.bar.n -= lost
-            self.bar.initial -= lost
         self.update(count - self.count, note)
 
     def close(self) -> None:
-        """End the bar, or write the last line, which says how long it took."""
+        """End the bar, or write the last line; either says how long it took."""
+        took = f"took {duration(self._passed(self.started))}"
         if self.bar is not None:
+            self.bar.show(self.count, self._text(self._mean_rate(), took, left=False))
             self.bar.close()
         elif self.count > self.initial:
-            self._line(f"took {duration(self._passed(self.started))}", left=False)
+            self._line(took, left=False)
 
     def __enter__(self) -> "Progress":
         return self
@@ -101,17 +122,17 @@ class Progress:
         number = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
         return f"{number} {self.rate_unit}s a second" if self.rate_unit else f"{number} a second"
 
-    def _line(self, note: str, *, left: bool = True) -> None:
-        self.last_line = time.monotonic()
-        rate = self._mean_rate()
+    def _text(self, rate: float, note: str, *, left: bool = True) -> str:
         parts = [f"{self.count:,}" + (f" of {self.total:,}" if self.total is not None else "") + f" {self.unit}s"]
         if rate > 0:
             parts.append(self._rate(rate))
         if left and self.total is not None and rate > 0:
             parts.append(f"{duration((self.total - self.count) / rate)} left")
-        if note:
-            parts.append(note)
-        print(f"{self.description}: {', '.join(parts)}", file=self.stream, flush=True)
+        return ", ".join([*parts, note] if note else parts)
+
+    def _line(self, note: str, *, left: bool = True) -> None:
+        self.last_line = time.monotonic()
+        print(f"{self.description}: {self._text(self._mean_rate(), note, left=left)}", file=self.stream, flush=True)
 
 
 def duration(seconds: float) -> str:

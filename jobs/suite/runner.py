@@ -21,12 +21,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-import tqdm
-
 from ddpm_core import storage
 from ddpm_core.errors import InputError
 from jobs.common import cli
-from jobs.common.progress import duration
+from jobs.common.progress import Bar, duration, has_bars
 from jobs.suite.plan import (
     Command,
     Plan,
@@ -368,10 +366,7 @@ class _Progress:
         self.stream = sys.stderr if stream is None else stream
         self.since: dict[str, float] = {}
         self.last_line, self.last_count = -LINE_EVERY_S, -1
-        self.bar: Any = None
-        if self.stream.isatty():
-            shape = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
-            self.bar = tqdm.tqdm(total=1.0, desc="experiments", bar_format=shape, file=self.stream, dynamic_ncols=True)
+        self.bar = Bar("experiments", self.stream, total=1.0) if has_bars(self.stream) else None
 
     def show(self, records: dict[str, Record], running: list[str], slots: int) -> None:
         """Say how things stand, where something has changed or was not said for long."""
@@ -385,8 +380,7 @@ class _Progress:
         if len(running) > 4:
             parts.append(f"{len(running) - 4} more")
         if self.bar is not None:
-            self.bar.n = share
-            self.bar.set_postfix_str("; ".join(parts))
+            self.bar.show(share, "; ".join(parts))
             return
         quiet = now - self.last_line
         if quiet >= QUIET_S or (quiet >= LINE_EVERY_S and len(records) != self.last_count):
@@ -414,7 +408,7 @@ class _Progress:
     def say(self, line: str) -> None:
         """A line beside the bar."""
         if self.bar is not None:
-            self.bar.write(line, file=self.stream)
+            self.bar.write(line)
         else:
             print(line, file=self.stream, flush=True)
 
