@@ -14,6 +14,7 @@ import tyro
 from ddpm_core import storage
 from jobs.common import cli
 from jobs.evaluation.results import Difference, Evaluation, check_same, differences, read
+from jobs.reports.html import Line, Table, render
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-comparison", 1
 
