@@ -53,7 +53,6 @@ def free_port() -> int:
 RARE = {
     "cluster": "a cluster from cluster/local.sh",
     "nodes": "a cluster of three nodes, which are killed",
-    "own_s3": "an S3 server that is killed",
     "page": "a browser",
     "database": "MLflow's server",
     "metrics_page": "Prometheus' page of a node",

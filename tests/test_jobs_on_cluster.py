@@ -114,7 +114,6 @@ def cluster() -> Iterator[Cluster]:
     assert processes_below(temp) == []
 
 
-@pytest.mark.slow
 def test_prepare_train_translate_by_ray_job_submit(cluster: Cluster, tmp_path: Path) -> None:
     data, run, night = tmp_path / "data", tmp_path / "run", tmp_path / "night"
     cluster.run(f"python -m jobs.prepare earth --output {data} --image-size 32")
@@ -131,7 +130,6 @@ def test_prepare_train_translate_by_ray_job_submit(cluster: Cluster, tmp_path: P
     assert len(list(night.rglob("*.png"))) >= card["splits"]["test"]
 
 
-@pytest.mark.slow
 def test_the_experiments_by_ray_job_submit(cluster: Cluster, tmp_path: Path) -> None:
     """One section of the smoke size: what it trains and measures is spread over both nodes."""
     output = tmp_path / "mission"
@@ -165,7 +163,6 @@ def drivers_of(output: Path) -> list[int]:
     return found
 
 
-@pytest.mark.slow
 def test_a_sweep_by_ray_job_submit_whose_driver_is_killed_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     data, output = tmp_path / "data", tmp_path / "sweep"
     write_gradients(str(data))
@@ -198,7 +195,6 @@ def test_a_sweep_by_ray_job_submit_whose_driver_is_killed_goes_on(cluster: Clust
     assert not (output / "driver.json").exists()
 
 
-@pytest.mark.slow
 def test_the_cluster_has_two_nodes_and_asks_for_a_token(cluster: Cluster) -> None:
     code = "import ray; ray.init(log_to_driver=False); print([n['Resources']['CPU'] for n in ray.nodes()])"
     assert "[2.0, 2.0]" in cluster.run(f"python -c {shlex.quote(code)}")
@@ -208,7 +204,6 @@ def test_the_cluster_has_two_nodes_and_asks_for_a_token(cluster: Cluster) -> Non
     assert "401" in refused.stderr or "nauthorized" in refused.stderr or "authentication" in refused.stderr.lower()
 
 
-@pytest.mark.slow
 def test_a_users_mistake_is_a_failed_job_with_one_line_in_its_log(cluster: Cluster, tmp_path: Path) -> None:
     missing = tmp_path / "nothing"
     done = cluster.submit(f"python -m jobs.train --data {missing} --output {tmp_path / 'run'} --preset smoke")
@@ -222,7 +217,6 @@ def test_a_users_mistake_is_a_failed_job_with_one_line_in_its_log(cluster: Clust
     assert "runs/data is relative" in relative.stdout
 
 
-@pytest.mark.slow
 def test_up_and_down_are_idempotent_and_leave_others_alone(state: str, cluster: Cluster) -> None:
     """Beside another cluster, without tokens, over pid files whose numbers belong to somebody else."""
     bystander = subprocess.Popen(["sleep", "600"])

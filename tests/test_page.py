@@ -23,10 +23,7 @@ from ddpm_core.translator import Translator
 from serve import app
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not BROWSER or not DRIVER, reason="chromium and chromium-driver are not installed"),
-]
+pytestmark = pytest.mark.skipif(not BROWSER or not DRIVER, reason="chromium and chromium-driver are not installed")
 
 
 @pytest.fixture(scope="module")

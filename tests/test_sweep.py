@@ -67,7 +67,6 @@ def model_of(run: Path) -> ModelConfig:
 # -- a whole one ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_what_was_sampled_is_what_was_trained(swept: Path) -> None:
     rows = results(swept)["trials"]
     assert [row["number"] for row in rows] == list(range(4))
@@ -90,7 +89,6 @@ def test_what_was_sampled_is_what_was_trained(swept: Path) -> None:
     }
 
 
-@pytest.mark.slow
 def test_failures_and_lost_losses_are_results(swept: Path) -> None:
     rows = results(swept)["trials"]
     states = [row["state"] for row in rows]
@@ -110,7 +108,6 @@ def test_failures_and_lost_losses_are_results(swept: Path) -> None:
             assert row["steps"] == 2 * row["epochs"]
 
 
-@pytest.mark.slow
 def test_the_best_is_what_the_folder_stands_for(swept: Path, tmp_path: Path) -> None:
     found = results(swept)
     complete = [row for row in found["trials"] if row["state"] == "complete"]
@@ -150,7 +147,6 @@ def test_evaluate_and_the_endpoint_take_it_too(swept: Path, dataset_folder: str,
     assert (served.config, served.path, served.ema) == (loaded.config, loaded.path, loaded.ema)
 
 
-@pytest.mark.slow
 def test_the_front_is_what_no_other_point_beats(swept: Path) -> None:
     rows = [row for row in results(swept)["points"] if row["state"] == "complete"]
     losses = {row["number"]: (-row["objectives"]["psnr"], row["objectives"]["nfe"]) for row in rows}
@@ -168,7 +164,6 @@ def test_what_a_better_objective_is() -> None:
     assert lower == {"kid", "nfe"}
 
 
-@pytest.mark.slow
 def test_the_winners_are_measured_again_where_they_were_not_chosen(swept: Path) -> None:
     again = results(swept)["again"]
     training, sampling = again["training"], again["sampling"]
@@ -184,7 +179,6 @@ def test_the_winners_are_measured_again_where_they_were_not_chosen(swept: Path) 
     assert page.count("data:image/png") > 5
 
 
-@pytest.mark.slow
 def test_the_same_command_again_does_nothing(
     swept: Path, dataset_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,7 +318,6 @@ def test_the_arithmetic_is_shown() -> None:
     assert said == "6 CPUs on 2 nodes: room for 2 workers of 2 CPUs; a trial takes 2, so 1 at a time"
 
 
-@pytest.mark.slow
 def test_a_trial_that_never_fits_is_refused_at_once(ray_cluster: None, dataset_folder: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"needs \d+ CPUs, the cluster has 4"):
         sweep.main(command(dataset_folder, tmp_path / "out", "--num-workers", "3", "--cpus-per-worker", "2"))

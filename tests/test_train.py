@@ -72,7 +72,6 @@ def two_epochs(ray_cluster, dataset_folder, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.slow
 def test_a_run_leaves_what_the_design_promises(two_epochs):
     files = {str(path.relative_to(two_epochs)) for path in two_epochs.rglob("*") if path.is_file()}
     last = "checkpoints/step-00000004"
@@ -110,7 +109,6 @@ def test_a_run_leaves_what_the_design_promises(two_epochs):
     assert "CC0" in (two_epochs / last / "card.md").read_text()
 
 
-@pytest.mark.slow
 def test_every_length_of_the_ema_can_be_picked_afterwards(two_epochs):
     best = json.loads((two_epochs / "best.json").read_text())
     chosen, folder = best["ema_sigma_rel"], two_epochs / best["checkpoint"]
@@ -128,7 +126,6 @@ def test_every_length_of_the_ema_can_be_picked_afterwards(two_epochs):
         checkpoint.load(str(two_epochs), ema=0.2)
 
 
-@pytest.mark.slow
 def test_the_same_command_again_has_nothing_to_do(two_epochs, dataset_folder, capsys):
     before = (two_epochs / "metrics.jsonl").stat().st_mtime_ns
     assert run(dataset_folder, two_epochs, *LENGTHS) == 0
@@ -141,7 +138,6 @@ def test_other_options_are_refused_by_name(two_epochs, dataset_folder):
         run(dataset_folder, two_epochs, *LENGTHS, "--seed", "7")
 
 
-@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, dataset_folder, tmp_path):
     """Here in this process, there by a worker of Ray."""
     assert run(dataset_folder, tmp_path / "run", *LENGTHS, *HERE, "--epochs", "1") == 0

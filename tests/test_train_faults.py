@@ -81,7 +81,6 @@ def on_s3(s3: S3Server, dataset_folder: str) -> str:
     return f"{s3.uri}/nodes/data"
 
 
-@pytest.mark.slow
 def test_a_node_is_lost_and_the_run_ends_with_the_same_weights(nodes, on_s3, ray_cluster, tmp_path):
     output, flags = on_s3.replace("data", "lost"), ["--epochs", "200", "--num-workers", "2"]
     with training(output, on_s3, *flags, *OFTEN, env=nodes.env) as begun:
@@ -97,7 +96,6 @@ def test_a_node_is_lost_and_the_run_ends_with_the_same_weights(nodes, on_s3, ray
     nodes.add()
 
 
-@pytest.mark.slow
 def test_a_spot_node_that_must_go_costs_no_step(nodes, on_s3):
     """Checkpoints are an hour apart: what training goes on from was written because of the notice."""
     output, flags = on_s3.replace("data", "notice"), [*WITHOUT_END, "--num-workers", "2"]
@@ -137,6 +135,7 @@ def whole(dataset_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 SIXTY = ["--epochs", "60", *HERE, "--checkpoint-every-minutes", "0.0001"]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_back_soon_is_waited_for(own_s3, prefix, dataset_folder, whole):
     def away() -> None:
         own_s3.kill()
@@ -150,6 +149,7 @@ def test_a_server_that_is_back_soon_is_waited_for(own_s3, prefix, dataset_folder
     assert len(chaos.attempts_of(prefix)) == 1
 
 
+@pytest.mark.slow
 def test_a_server_gone_for_good_ends_the_run_in_one_line(own_s3, prefix, dataset_folder, whole, monkeypatch):
     monkeypatch.setattr(storage, "OUTAGE_S", 1.0)
     gone = once(prefix, 5, own_s3.kill)
@@ -162,6 +162,7 @@ def test_a_server_gone_for_good_ends_the_run_in_one_line(own_s3, prefix, dataset
     resumes(prefix, dataset_folder, whole)
 
 
+@pytest.mark.slow
 def test_credentials_revoked_end_the_run_in_one_line(own_s3, prefix, dataset_folder, whole):
     with contextlib.ExitStack() as stack:
         revoked = once(prefix, 5, lambda: stack.enter_context(own_s3.revoked()))

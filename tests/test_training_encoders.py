@@ -361,7 +361,6 @@ def test_a_classifier_of_the_domain_of_any_data_set(dataset_folder, tmp_path):
     assert (by_day < 0).sum() + (by_night > 0).sum() >= 15
 
 
-@pytest.mark.slow
 def test_two_workers_compute_what_one_does(ray_cluster, crowd_folder, tmp_path):
     """The vectors of people too, which are trained and not kept."""
     flags = ["--epochs", "2", "--optim.learning-rate", "1e-2", "--optim.warmup-steps", "1"]
