@@ -173,7 +173,7 @@ class Nodes:
         with log.open("wb") as told:
             node = subprocess.Popen([*inside(network), *command], env=env, stdout=told, stderr=told)
         self.nodes.append(node)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while b"Ray runtime started" not in log.read_bytes():
             if node.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"node {number} does not start: {log.read_text()[-2000:]}")

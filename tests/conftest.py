@@ -27,7 +27,7 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
-    RAY_TRAIN_COLLECTIVE_TIMEOUT_S="60",
+    RAY_TRAIN_COLLECTIVE_TIMEOUT_S="300",
     RAY_DATA_USE_DATASOURCE_V2="0",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_TRAIN_METRICS_ENABLED="0",
@@ -275,7 +275,7 @@ class S3Server:
             request_timeout=5,
             retry_strategy=once,
         )
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while True:
             try:
                 for bucket in (self.bucket, "health"):

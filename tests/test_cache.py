@@ -138,7 +138,7 @@ def test_one_of_many_processes_reads(cache: Path, dataset: str) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=300)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert read.value == 1
 

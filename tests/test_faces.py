@@ -429,7 +429,7 @@ def endpoint(ray_cluster: None, portraits: str) -> Iterator[str]:
 def test_the_endpoint_aligns_private_photos(endpoint: str, portraits: str, holiday: Path) -> None:
     def send(name: str, **query: Any) -> httpx.Response:
         content = (holiday / name).read_bytes()
-        return httpx.post(f"{endpoint}/v1/translate", params={"domain": "night", **query}, content=content, timeout=60)
+        return httpx.post(f"{endpoint}/v1/translate", params={"domain": "night", **query}, content=content, timeout=300)
 
     translator = Translator(checkpoint.load(portraits), device="cpu", precision="fp32")
 
@@ -452,7 +452,7 @@ def test_the_endpoint_aligns_private_photos(endpoint: str, portraits: str, holid
     assert send("sea.jpg", align="none").status_code == 200
     assert send("broken.jpg").status_code == 400
     assert "align is 'face'" in send("me.jpg", align="face").json()["error"]
-    assert httpx.get(f"{endpoint}/v1/model", timeout=60).json()["data"]["landmarks"] == list(faces.CELEBA)
+    assert httpx.get(f"{endpoint}/v1/model", timeout=300).json()["data"]["landmarks"] == list(faces.CELEBA)
 
 
 def test_prepare_aligns_portraits_of_ones_own(hopper: Image.Image, tmp_path: Path) -> None:

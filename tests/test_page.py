@@ -58,7 +58,7 @@ def page(endpoint: str) -> Iterator[webdriver.Chrome]:
     shutil.rmtree(profile, ignore_errors=True)
 
 
-def wait(condition: Callable[[], object], seconds: float = 30) -> None:
+def wait(condition: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

@@ -52,7 +52,7 @@ def prepare(source: str, output: str, num_workers: int = 2) -> Any:
     )
 
 
-def told(process: Any, timeout_s: float = 120) -> tuple[int, str]:
+def told(process: Any, timeout_s: float = 400) -> tuple[int, str]:
     """Exit code and the one line of error, of a process that has to end."""
     _, err = process.communicate(timeout=timeout_s)
     lines = [line for line in err.splitlines() if not line.startswith(("decode:", "write:", "match:"))]
@@ -121,7 +121,7 @@ def test_a_server_gone_for_good_ends_in_one_line(
         for deed in deeds:
             with pytest.raises(InputError, match=r"the S3 server cannot be reached; check AWS_ENDPOINT_URL"):
                 deed()
-        assert 1 < time.monotonic() - started < 25  # the first waits for it, the others know
+        assert 1 < time.monotonic() - started < 90  # the first waits for it, the others know
     finally:
         own_s3.start()
 
@@ -141,7 +141,7 @@ def test_a_server_that_hangs_is_given_up_too(own_s3: S3Server, prefix: str, monk
         started = time.monotonic()
         with pytest.raises(InputError, match="the S3 server cannot be reached"):
             storage.read_bytes(f"{prefix}/a.txt")
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 90
     finally:
         own_s3.kill()
         own_s3.start()
@@ -218,7 +218,7 @@ def many(own_s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[st
 
 def wait_for_decoding(process: Any) -> None:
     """Until Ray workers of this process decode images."""
-    until = time.monotonic() + 100
+    until = time.monotonic() + 400
     while time.monotonic() < until:
         assert process.poll() is None, process.communicate()
         if any("decode_task" in name for name in _process_names(process.pid)):

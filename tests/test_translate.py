@@ -504,7 +504,7 @@ def test_killed_half_way_and_started_again_equals_an_unbroken_run(tmp_path: Path
         stderr=subprocess.DEVNULL,
     )
     parts = killed / ".manifest"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (parts.exists() and any(parts.glob("*.parquet"))) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
