@@ -481,11 +481,11 @@ def test_sampling_options_are_refused_for_a_gan():
     assert translate.options(num_steps=4, sampler="ddim") == TINY.sampling
 
 
-# -- the README -----------------------------------------------------------------------------------------------------
+# -- the documents --------------------------------------------------------------------------------------------------
 
 
-def test_the_readmes_library_example_runs():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_documents_library_example_runs():
+    text = (Path(__file__).parents[1] / "docs" / "model.md").read_text()
     examples = [block.split("```")[0] for block in text.split("```python\n")[1:]]
     example = next(block for block in examples if "pairs" in block)
     pairs = [torch.rand(2, 2, 3, 32, 32, generator=seeded("pairs")) * 2 - 1]

@@ -78,6 +78,9 @@ _SMALL = (
     ),
     *("--unet.attn-resolutions", "16", "8", "--unet.head-channels", "32", "--unet.anchor-channels", "24"),
     *("--diffusion.loss-weighting", "uniform"),
+    # The demo's own sampling options were found for the demo's network.
+    *("--sampling.num-steps", "25", "--sampling.guidance-scale", "1", "--sampling.guidance-interval", "0", "1"),
+    *("--sampling.guidance-rescale", "0"),
 )
 _DARK = ("--diffusion.loss-weighting", "snr", "--diffusion.max-snr", "100")
 """Lights are small, and nights so dark that all else is hardly an error (docs/log.md)."""
