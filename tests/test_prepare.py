@@ -139,7 +139,7 @@ def test_val_and_test_tiles_are_disjoint_and_spread_over_the_continents(earth_se
 def test_shares_of_land(earth_set: Path) -> None:
     day = np.asarray(Image.open(earth.MAPS / "day.avif").convert("RGB"))
     options = earth.Options(output="x", stride=64)
-    tiles = {split: len(of) for split, of in earth.select_tiles(day, options).items()}
+    tiles = {split: len(of) for split, of in earth.select_tiles(earth.Sums.of(day), options).items()}
     assert tiles["val"] / sum(tiles.values()) == pytest.approx(0.10, abs=0.02)
     assert tiles["test"] / sum(tiles.values()) == pytest.approx(0.15, abs=0.02)
 
@@ -194,18 +194,21 @@ def test_earth_from_other_maps(tmp_path: Path) -> None:
 
 
 def test_the_same_command_again_does_nothing_and_overwriting_gives_the_same_bytes(
-    earth_set: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, time_before = made(earth_set), (earth_set / "dataset.json").stat().st_mtime_ns
-    assert run("earth", "--output", earth_set) == 0
+    flags = ("rendered", "--count", 20, "--image-size", 32, "--output", tmp_path)
+    assert run(*flags) == 0
+    before, time_before = made(tmp_path), (tmp_path / "dataset.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(*flags) == 0
     assert "already there" in capsys.readouterr().out
-    assert (earth_set / "dataset.json").stat().st_mtime_ns == time_before
-    assert run("earth", "--output", earth_set, "--overwrite") == 0
-    assert made(earth_set) == before
+    assert (tmp_path / "dataset.json").stat().st_mtime_ns == time_before
+    assert run(*flags, "--overwrite") == 0
+    assert made(tmp_path) == before
 
 
 def test_a_set_of_an_older_format_is_replaced_when_asked(tmp_path: Path) -> None:
-    command = ["earth", "--image-size", "64", "--stride", "64", "--output", str(tmp_path / "set")]
+    command = ["rendered", "--count", "20", "--image-size", "32", "--output", str(tmp_path / "set")]
     prepare.main(command)
     card = tmp_path / "set/dataset.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"format_version": 1}))
@@ -946,6 +949,6 @@ def test_dataset_json_is_the_last_thing_written(tmp_path: Path, monkeypatch: pyt
     order: list[str] = []
     write = storage.write_bytes
     monkeypatch.setattr(storage, "write_bytes", lambda uri, content: (order.append(uri), write(uri, content)))
-    assert run("earth", "--output", tmp_path, "--image-size", 128) == 0
+    assert run("rendered", "--count", 20, "--output", tmp_path, "--image-size", 32) == 0
     assert order[-1].endswith("dataset.json")
     assert json.loads((tmp_path / "environment.json").read_text())["command"]

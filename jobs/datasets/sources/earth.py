@@ -12,9 +12,10 @@ import json
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float64, UInt8
 
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
@@ -116,12 +117,13 @@ def _make(options: Options, content: dict[str, bytes]) -> source.Made:
             f"the maps are {day.shape[1]} x {day.shape[0]} and {night.shape[1]} x {night.shape[0]} pixels; "
             "both must be equirectangular, equally large and twice as wide as high"
         )
-    tiles = select_tiles(day, options)
+    sums = Sums.of(day)
+    tiles = select_tiles(sums, options)
     counts = {split: len(of) for split, of in tiles.items()}
     if not all(counts.values()):
         raise InputError(f"the maps give {counts} tiles; lower --min-land or --image-size, or give larger maps")
     rows = {split: _rows(day, night, of, options.image_size) for split, of in tiles.items()}
-    land = np.array([len(tiles["val"]), len(tiles["test"])]) / disjoint_land_tiles(day, options)
+    land = np.array([len(tiles["val"]), len(tiles["test"])]) / disjoint_land_tiles(sums, options)
     note = f"of the land that disjoint tiles cover, {land[0]:.0%} is for validation and {land[1]:.0%} for the test"
     return source.Made(rows=rows, num_rows=sum(counts.values()), notes=[note])
 
@@ -140,49 +142,49 @@ def split_of(block_row: int, block_column: int) -> str:
     return "test" if number in TEST else "val" if number in VAL else "train"
 
 
-def select_tiles(day: UInt8[np.ndarray, "h w 3"], options: Options) -> dict[str, list[tuple[int, int]]]:
+class Sums(NamedTuple):
+    """Summed-area tables of the day map, one row and column larger than it."""
+
+    land: Float64[np.ndarray, "h_1 w_1"]
+    grey: Float64[np.ndarray, "h_1 w_1"]
+    squares: Float64[np.ndarray, "h_1 w_1"]
+    """Of the grey levels."""
+
+    @classmethod
+    def of(cls, day: UInt8[np.ndarray, "h w 3"]) -> "Sums":
+        grey = day.mean(axis=-1)
+        layers = (is_land(day).astype(np.float64), grey, grey**2)
+        return cls(*(np.pad(layer.cumsum(0).cumsum(1), ((1, 0), (1, 0))) for layer in layers))
+
+    def means(self, top: int, left: int, size: int) -> list[float]:
+        """Mean of each layer over a tile."""
+        bottom, right = top + size, left + size
+        return [(of[bottom, right] - of[top, right] - of[bottom, left] + of[top, left]) / size**2 for of in self]
+
+
+def select_tiles(sums: Sums, options: Options) -> dict[str, list[tuple[int, int]]]:
     """(top, left) of each split's tiles, sorted: enough land, some contrast, not polar."""
-    size = options.image_size
+    size, (height, width) = options.image_size, (side - 1 for side in sums.land.shape)
     train_stride = options.stride if options.stride is not None else max(size // 2, 1)
-    land = _sums(is_land(day).astype(np.float64))
-    grey = day.mean(axis=-1)
-    total, squares = _sums(grey), _sums(grey**2)
     tiles: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
-    for block_row in range(day.shape[0] // BLOCK):
-        for block_column in range(day.shape[1] // BLOCK):
+    for block_row in range(height // BLOCK):
+        for block_column in range(width // BLOCK):
             split = split_of(block_row, block_column)
             steps = range(0, BLOCK - size + 1, train_stride if split == "train" else size)
             for top in (block_row * BLOCK + step for step in steps):
-                if _latitude(day, top, size) > MAX_LATITUDE:
+                if max(abs(90 - 180 * row / height) for row in (top, top + size)) > MAX_LATITUDE:
                     continue
                 for left in (block_column * BLOCK + step for step in steps):
-                    share = _tile(land, top, left, size)
-                    mean, square = _tile(total, top, left, size), _tile(squares, top, left, size)
-                    if share >= options.min_land and square - mean**2 >= MIN_CONTRAST**2:
+                    land, mean, square = sums.means(top, left, size)
+                    if land >= options.min_land and square - mean**2 >= MIN_CONTRAST**2:
                         tiles[split].append((top, left))
     return {split: sorted(of) for split, of in tiles.items()}
 
 
-def disjoint_land_tiles(day: UInt8[np.ndarray, "h w 3"], options: Options) -> int:
+def disjoint_land_tiles(sums: Sums, options: Options) -> int:
     """Tiles there would be in all if none overlapped."""
     disjoint = dataclasses.replace(options, stride=options.image_size)
-    return sum(len(of) for of in select_tiles(day, disjoint).values())
-
-
-def _latitude(day: np.ndarray, top: int, size: int) -> float:
-    """The latitude, north or south, that a tile reaches up to, in degrees."""
-    return max(abs(90 - 180 * row / day.shape[0]) for row in (top, top + size))
-
-
-def _sums(values: np.ndarray) -> np.ndarray:
-    """Summed-area table, one row and column larger than `values`."""
-    return np.pad(values.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-
-
-def _tile(sums: np.ndarray, top: int, left: int, size: int) -> float:
-    """Mean over a tile from a summed-area table."""
-    bottom, right = top + size, left + size
-    return (sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]) / size**2
+    return sum(len(of) for of in select_tiles(sums, disjoint).values())
 
 
 def _rows(day: np.ndarray, night: np.ndarray, tiles: list[tuple[int, int]], size: int) -> Iterator[Row]:
