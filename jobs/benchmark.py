@@ -1,42 +1,42 @@
 """Measure this project on this machine, beside its peers; each run interleaves what it compares.
 
 python -m jobs.benchmark network      (make bench)
-python -m jobs.benchmark data
-python -m jobs.benchmark size
-python -m jobs.benchmark train
-python -m jobs.benchmark validation
-python -m jobs.benchmark sweep
+python -m jobs.benchmark data --help
+
+network     our network beside those of denoising-diffusion-pytorch and diffusers: steps, memory, denoising loss
+data        images on their way into training, beside DataLoader with Pillow and other loaders
+size        data sets of the size of CelebA prepared, matched and read: cost a row, memory and disk
+train       jobs.train beside a plain loop: images a second, and seconds to the first step
+validation  why a validation curve bounces: raw or averaged weights, fresh or fixed draws
+sweep       jobs.sweep beside random search within a budget of training steps
 """
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+import dataclasses
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import tyro
 
-from jobs.benchmarks import data, network, size, sweep, training, validation
 from jobs.common import cli
 
-SUBJECTS: dict[Any, Callable[[Any], int]] = {
-    network.Options: network.run,
-    data.Options: data.run,
-    size.Options: size.run,
-    training.Options: training.run,
-    validation.Options: validation.run,
-    sweep.Options: sweep.run,
-}
-Command = (
-    Annotated[network.Options, tyro.conf.subcommand("network")]
-    | Annotated[data.Options, tyro.conf.subcommand("data")]
-    | Annotated[size.Options, tyro.conf.subcommand("size")]
-    | Annotated[training.Options, tyro.conf.subcommand("train")]
-    | Annotated[validation.Options, tyro.conf.subcommand("validation")]
-    | Annotated[sweep.Options, tyro.conf.subcommand("sweep")]
-)
+MODULES = {"train": "training"}
+"""Of `jobs.benchmarks`, where they are not called as their subject is: it would be `jobs.train`'s name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to measure; the options of each are listed by its own --help."""
+
+    subject: Annotated[Literal["network", "data", "size", "train", "validation", "sweep"], tyro.conf.Positional]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = cli.parse(Command, argv, prog="jobs.benchmark", description=__doc__)
-    return SUBJECTS[type(options)](options)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    subject = cli.parse(Args, argv[:1], prog="jobs.benchmark", description=__doc__).subject
+    module = importlib.import_module(f"jobs.benchmarks.{MODULES.get(subject, subject)}")  # of all of them: ten seconds
+    return module.run(cli.parse(module.Options, argv[1:], prog=f"jobs.benchmark {subject}", description=module.__doc__))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,19 @@ import sys
 
 from ddpm_core import storage
 from jobs.common import cli
-from jobs.evaluation import compare, driver
-from jobs.evaluation.plan import EvaluateArgs, finished, plan_evaluation
+from jobs.evaluation.options import EvaluateArgs
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare"]:
-        return compare.compare(argv[1:])
+        from jobs.evaluation.compare import compare
+
+        return compare(argv[1:])
     args = cli.parse(EvaluateArgs, argv, prog="jobs.evaluate", description=__doc__)
+    from jobs.evaluation import driver  # seconds, which --help and a wrong flag need not wait for
+    from jobs.evaluation.plan import finished, plan_evaluation
+
     job = plan_evaluation(args)
     report_uri = storage.join(job.args.output, "report.html")
     if finished(job):

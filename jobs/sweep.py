@@ -17,14 +17,17 @@ import sys
 from ddpm_core import storage
 from ddpm_core.errors import InputError
 from jobs.common import cli
-from jobs.common.lock import exclusive
 from jobs.training.presets import parse_from_preset
-from jobs.tuning.plan import SweepArgs, described, finished, plan_sweep, same_as_before
+from jobs.tuning.options import SweepArgs
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    job = plan_sweep(parse(argv))
+    args = parse(argv)
+    from jobs.common.lock import exclusive  # seconds, which --help and a wrong flag need not wait for
+    from jobs.tuning.plan import described, finished, plan_sweep, same_as_before
+
+    job = plan_sweep(args)
     output = job.args.output
     report_uri = storage.join(output, "report.html")
     told = described(job)

@@ -8,17 +8,19 @@ The same command again resumes. Ctrl-C or a kill loses at most the steps since t
 
 import dataclasses
 import sys
+import time
 
-from ddpm_core import checkpoint, storage
 from jobs.common import cli
-from jobs.training import checks, driver, profiling, tracking
 from jobs.training.options import TrainArgs
 from jobs.training.presets import parse_from_preset
 
 
 def main(argv: list[str] | None = None) -> int:
-    times = profiling.since_command()
+    times = {"command": time.time()}
     args = parse(sys.argv[1:] if argv is None else argv)
+    from ddpm_core import checkpoint, storage  # seconds, which --help and a wrong flag need not wait for
+    from jobs.training import checks, driver, profiling, tracking
+
     dataset, run = storage.absolute(args.data, flag="--data"), storage.absolute(args.output, flag="--output")
     args = dataclasses.replace(args, options=checks.with_absolute_encoder(args.options))
     if args.mlflow is not None:

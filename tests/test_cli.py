@@ -1,4 +1,4 @@
-"""What the command lines share: a Ray that leaves the machine to its user."""
+"""What the command lines share: help at once, a Ray that leaves the machine to its user."""
 
 import os
 import subprocess
@@ -8,6 +8,38 @@ import pytest
 from conftest import ROOT
 
 from jobs.common import cli
+
+HELP = """
+import runpy, sys
+name = sys.argv[1]
+sys.argv = [name, "--help"]
+try:
+    runpy.run_module(f"jobs.{name}", run_name="__main__")
+except SystemExit as stop:
+    assert stop.code in (0, None), stop.code
+print(*(each for each in sys.modules if each in {slow}), file=sys.stderr)
+"""
+SLOW = {"ray", "pyarrow.dataset", "pandas", "matplotlib", "scipy", "faiss", "torchmetrics", "optuna"}
+LIGHT = {"train", "sweep", "benchmark"}
+"""Commands that need not even torch for it."""
+
+
+@pytest.mark.parametrize("name", ["train", "sweep", "prepare", "evaluate", "translate", "experiments", "benchmark"])
+def test_help_loads_nothing_that_takes_seconds(name: str) -> None:
+    slow = SLOW | ({"torch", "pyarrow"} if name in LIGHT else set())
+    command = [sys.executable, "-W", "ignore", "-c", HELP.replace("{slow}", repr(slow)), name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert f"usage: python -m jobs.{name}" in done.stdout
+
+
+def test_a_benchmark_lists_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs import benchmark
+
+    with pytest.raises(SystemExit):
+        benchmark.main(["size", "--help"])
+    assert "--num-images" in capsys.readouterr().out
+
 
 NICENESS = """
 import os

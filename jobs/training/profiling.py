@@ -4,9 +4,7 @@ RUN/profile/  trace.json.gz    what the worker and its GPU did in a few steps; c
               operators.txt    the operators that took the most time
 """
 
-import contextlib
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -69,16 +67,7 @@ def operators(trace: torch.profiler.profile) -> str:
 # -- from command to first step -----------------------------------------------------------------------------------
 
 Times = dict[str, float]
-"""Seconds since the epoch at which each part of the start was done, in order; `command` is when the process began."""
-
-
-def since_command() -> Times:
-    """The first entry of the times: when this process was started, so that its imports count."""
-    age_s = 0.0
-    with contextlib.suppress(OSError, ValueError):  # elsewhere than on Linux the imports before this are not seen
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        age_s = float(Path("/proc/uptime").read_text().split()[0]) - started
-    return {"command": time.time() - age_s}
+"""Seconds since the epoch at which each part of the start was done, in order; `command` is when it began."""
 
 
 def note(times: Times, part: str) -> None:
