@@ -77,11 +77,11 @@ def film_strip(grids: Mapping[int, bytes]) -> bytes:
     last_columns, last = ungrid(grids[max(grids)])
     films = [[row[1] for row in ungrid(grids[step])[1][:FILM_ROWS]] for step in sorted(grids)]
     rows = [[row[0], *(film[i] for film in films), *row[2:]] for i, row in enumerate(last[:FILM_ROWS])]
-    rows = [[_reduced(picture) for picture in row] for row in rows]
+    rows = [[_reduced(image) for image in row] for row in rows]
     columns = [last_columns[0], *(f"{step:,}" for step in sorted(grids)), *last_columns[2:]]
     return labelled_grid(columns, rows, cell=FILM_CELL)
 
 
-def _reduced(picture: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "r r 3"]:
+def _reduced(image: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "r r 3"]:
     """By a whole factor to about FILM_CELL: the page of a run at 256 px is written and loaded often."""
-    return np.asarray(Image.fromarray(picture).reduce(max(picture.shape[0] // FILM_CELL, 1)))
+    return np.asarray(Image.fromarray(image).reduce(max(image.shape[0] // FILM_CELL, 1)))

@@ -189,7 +189,9 @@ def _status(status: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]
         facts["Time left"] = duration(status["left_s"])
     if status.get("loss") is not None:
         facts["Training loss"] = f"{status['loss']:.4g}"
-    facts |= _best_checkpoint(run) | _times(status, run)
+    if best := run.get("best"):
+        facts["Best checkpoint"] = f"{best['checkpoint']}, validation loss {best['metric']['loss']:.4g}"
+    facts |= _times(status, run)
     lines = [status.get("message") or "", *(status.get("warnings") or [])]
     if status["state"] in ("interrupted", "failed"):
         lines.append("The same command goes on from the last checkpoint.")
@@ -198,22 +200,7 @@ def _status(status: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]
             f"As of {_clock(status['at'])}. Written anew at each validation and every five minutes: a page older than "
             "that is of a run that was killed; the same command goes on with it."
         )
-    unfinished = step < total
-    return {
-        "kind": kind,
-        "word": word,
-        "unfinished": unfinished,
-        "done": step,
-        "total": total,
-        "facts": facts,
-        "notes": lines,
-    }
-
-
-def _best_checkpoint(run: Mapping[str, Any]) -> dict[str, str]:
-    if not (best := run.get("best")):
-        return {}
-    return {"Best checkpoint": f"{best['checkpoint']}, validation loss {best['metric']['loss']:.4g}"}
+    return {"kind": kind, "word": word, "done": step, "total": total, "facts": facts, "notes": lines}
 
 
 def _times(status: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, str]:
@@ -246,16 +233,13 @@ def _measured_with(evaluation: Mapping[str, Any]) -> str:
     """How intervals are made, the nets that judged, and what an image cost."""
     nets = evaluation.get("nets") or {"features": {"name": evaluation.get("feature_net", "")}}
     names = [f"{NETS.get(kind, kind)}: {net['name']}." for kind, net in nets.items() if net]
-    return " ".join([NOTES, *names, _cost(evaluation.get("compute") or {})]).strip()
-
-
-def _cost(compute: Mapping[str, Any]) -> str:
-    if not compute:
-        return ""
-    return (
-        f"An image takes {compute['nfe']:g} passes through the network; one copy of it makes "
-        f"{_number(compute['images_per_s'])} images a second ({compute['device']})."
-    )
+    cost = ""
+    if compute := evaluation.get("compute"):
+        cost = (
+            f"An image takes {compute['nfe']:g} passes through the network; one copy of it makes "
+            f"{_number(compute['images_per_s'])} images a second ({compute['device']})."
+        )
+    return " ".join([NOTES, *names, cost]).strip()
 
 
 def _grouped(methods: Mapping[str, Any]) -> dict[str, list[str]]:

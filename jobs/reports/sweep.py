@@ -16,26 +16,10 @@ from typing import Any, Literal
 from ddpm_core import storage
 from jobs.common.intervals import Interval, significant
 from jobs.common.progress import duration
-from jobs.reports import charts, metric_table
+from jobs.reports import charts, metric_table, sweep_charts
 from jobs.reports.html import CREDITS, REFRESH_S, Cell, Line, Table, image, render
 from jobs.reports.metric_table import OBJECTIVES
-from jobs.reports.sweep_charts import (
-    LOST,
-    TRIALS,
-    Row,
-    curve_of,
-    draw_curves,
-    draw_history,
-    draw_importance,
-    draw_pareto,
-    draw_slice,
-    given,
-    is_number,
-    loss_of,
-    number_text,
-    percent_text,
-    value_text,
-)
+from jobs.reports.sweep_charts import Row, curve_of, given, is_number, loss_of, number_text, percent_text, value_text
 
 Card = tuple[Literal["better", "worse", "even"], str, str]
 """How good it is, what holds, and the figures behind it."""
@@ -169,7 +153,9 @@ def _status(sweep: Row, results: Row) -> dict[str, Any]:
     losses = [loss for row in trials if (loss := loss_of(row)) is not None]
     facts = {
         "Trials": _of(len(trials), sweep.get("num_trials", 0)) if trials else "",
-        "Of them": ", ".join(f"{counts[state]} {TRIALS[state][0]}" for state in TRIALS if counts[state]),
+        "Of them": ", ".join(
+            f"{counts[state]} {sweep_charts.TRIALS[state][0]}" for state in sweep_charts.TRIALS if counts[state]
+        ),
         "Points": _of(len(points), sweep.get("num_points", 0)) if points else "",
         "Lowest validation loss": number_text(min(losses)) if losses else "",
         "Time in trials": duration(sum(row.get("seconds") or 0 for row in trials)) if trials else "",
@@ -179,16 +165,8 @@ def _status(sweep: Row, results: Row) -> dict[str, Any]:
     lines = [results["message"]]
     if at := results.get("at"):
         lines.append(f"As of {datetime.fromisoformat(at).strftime('%Y-%m-%d %H:%M:%S UTC')}.")
-    unfinished = done < total and results["state"] != "finished"
-    return {
-        "kind": kind,
-        "word": word,
-        "unfinished": unfinished,
-        "done": done,
-        "total": total,
-        "facts": facts,
-        "notes": lines,
-    }
+    done = total if results["state"] == "finished" else done
+    return {"kind": kind, "word": word, "done": done, "total": total, "facts": facts, "notes": lines}
 
 
 def _of(done: int, total: int) -> str:
@@ -341,15 +319,17 @@ def _history(trials: Sequence[Row], best: int | None) -> Charts:
     text = (
         "The lowest validation loss of each trial, in the order they began, and the best so far of the complete ones."
     )
-    if any(trial["state"] in LOST for trial in trials):
+    if any(trial["state"] in sweep_charts.LOST for trial in trials):
         text += " What diverged or failed is marked at the top edge."
-    return [charts.chart(functools.partial(draw_history, trials=trials, best=best), text)]
+    return [charts.chart(functools.partial(sweep_charts.draw_history, trials=trials, best=best), text)]
 
 
 def _slices(space: Row, trials: Sequence[Row], best: int | None) -> Charts:
     there = {name for trial in trials if loss_of(trial) is not None for name in trial["values"]}
     return [
-        charts.chart(functools.partial(draw_slice, trials=trials, name=name, allowed=allowed, best=best), name)
+        charts.chart(
+            functools.partial(sweep_charts.draw_slice, trials=trials, name=name, allowed=allowed, best=best), name
+        )
         for name, allowed in space.items()
         if name in there
     ]
@@ -358,7 +338,7 @@ def _slices(space: Row, trials: Sequence[Row], best: int | None) -> Charts:
 def _importance(importance: Row) -> Charts:
     if not (shares := given(importance.get("training") or {})):
         return []
-    draw = functools.partial(draw_importance, shares=shares)
+    draw = functools.partial(sweep_charts.draw_importance, shares=shares)
     text = "Training: importance for the validation loss."
     return [charts.chart(draw, text, height=0.4 * len(shares) + 0.9, grid="x")]
 
@@ -388,7 +368,7 @@ def _curves(space: Row, trials: Sequence[Row], best: int | None) -> Charts:
         f"the averaged weights: where a line bounces, that is the doing of the {_rate_or_name(name)} and not of the "
         "measure. Lines that end early were stopped or lost."
     )
-    draw = functools.partial(draw_curves, trials=drawn, name=name, log=log, best=best)
+    draw = functools.partial(sweep_charts.draw_curves, trials=drawn, name=name, log=log, best=best)
     return [charts.chart(draw, text, height=4.4)]
 
 
@@ -405,7 +385,7 @@ def colored_by(space: Row) -> str | None:
 def _tradeoffs(points: Sequence[Row]) -> Charts:
     return [
         charts.chart(
-            functools.partial(draw_pareto, points=points, x=x, y=y),
+            functools.partial(sweep_charts.draw_pareto, points=points, x=x, y=y),
             f"{metric_table.heading(y)} against {metric_table.heading(x)}",
             height=4.2,
         )
@@ -433,7 +413,10 @@ def _trial_table(names: Sequence[str], trials: Sequence[Row], best: int | None) 
     lines = []
     for trial in trials:
         won = trial["number"] == best
-        cells: list[Cell | str] = [TRIALS[trial["state"]][0], *(_value(trial["values"], name) for name in names)]
+        cells: list[Cell | str] = [
+            sweep_charts.TRIALS[trial["state"]][0],
+            *(_value(trial["values"], name) for name in names),
+        ]
         cells += [value_text(trial.get(key)) for key in ("loss", "epochs", "steps")]
         cells += [_time(trial), Cell(_cut(trial.get("error") or ""), kind="error")]
         marks = ["winner"] * won + ["hand choice"] * bool(trial.get("hand"))

@@ -38,7 +38,7 @@ class Drawn:
 
 def draw(results: Results, section: Section, figure: Figure) -> Drawn | str:
     """The figure, or why there is none."""
-    drawers = {"images": pictures, "tradeoff": tradeoff, "curves": curves, "bars": bars, "stress": stress.draw}
+    drawers = {"images": side_by_side, "tradeoff": tradeoff, "curves": curves, "bars": bars, "stress": stress.draw}
     found = drawers[figure.kind](results, section, figure)
     return Drawn(*found) if isinstance(found, tuple) else found
 
@@ -70,25 +70,25 @@ def _charted(drawer: Draw, caption: str, *, height: float = 3.7, grid: Literal["
 # -- images -----------------------------------------------------------------------------------------------------
 
 
-def pictures(results: Results, section: Section, figure: Figure) -> Found:
+def side_by_side(results: Results, section: Section, figure: Figure) -> Found:
     """The same sources through several rows: source | row | row | … | truth. Of each row the first training seed."""
     rows = shown_rows(section, figure)
     domain = domain_of(results, rows, figure)
     found = {row.name: grid for row in rows if (grid := _grid(results.evaluations(row), domain)) is not None}
     if not found:
         return f"no images: {results.missing(rows[0].evaluations[0])}"
-    common = set.intersection(*(set(grid.rows) for grid in found.values()))
-    first = next(iter(found.values()))
-    ids = [name for name in first.rows if name in common]
+    common = set.intersection(*(set(shown) for shown, _ in found.values()))
+    first, _ = next(iter(found.values()))
+    ids = [name for name in first if name in common]
     ids = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(len(ids), NUM_SHOWN)).round().astype(int))]
     if not ids:
         return "no images: the rows do not show the same ones"
-    last = next((grid.last for grid in found.values() if grid.last), "")
-    columns = ["source", *found, *([last] if last else [])]
-    table = []
-    for name in ids:
-        truth = [grid.rows[name][-1] for grid in found.values() if grid.last][:1]
-        table.append([first.rows[name][0], *(grid.rows[name][1] for grid in found.values()), *truth])
+    truths = [(shown, last) for shown, last in found.values() if last][:1]
+    columns = ["source", *found, *(last for _, last in truths)]
+    table = [
+        [first[name][0], *(shown[name][1] for shown, _ in found.values()), *(shown[name][-1] for shown, _ in truths)]
+        for name in ids
+    ]
     png = grids.labelled_grid(columns, table)
     left_out = [row.name for row in rows if row.name not in found]
     caption = f"{figure.title}. {len(ids)} held-out images to {domain}, spread over the set and not chosen"
@@ -97,25 +97,16 @@ def pictures(results: Results, section: Section, figure: Figure) -> Found:
     return png, {"image": image(f"{caption}.", png, "film")}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Grid:
-    rows: dict[str, list[np.ndarray]]
-    """id → source, samples, truth."""
-    last: str
-    """What the last column is: truth, proxy, or "" where it is a sample."""
-
-
-def _grid(evaluations: Sequence[Evaluation], domain: str) -> _Grid | None:
-    """The images that the first evaluation shows."""
-    for each in evaluations[:1]:
-        name = each.metrics.get("grids", {}).get(domain)
-        if name is None or domain not in each.metrics["domains"]:
-            return None
-        columns, cut = grids.ungrid(storage.read_bytes(storage.join(each.uri, name)))
-        ids = each.metrics["domains"][domain]["shown"]
-        last = columns[-1] if columns[-1] in ("truth", "proxy") else ""
-        return _Grid(dict(zip(ids, cut, strict=True)), last)
-    return None
+def _grid(evaluations: Sequence[Evaluation], domain: str) -> tuple[dict[str, list[np.ndarray]], str] | None:
+    """What the first evaluation shows: id → source, samples, truth; and what its last column is: truth, proxy, or ""
+    where that is a sample."""
+    uri, metrics = (evaluations[0].uri, evaluations[0].metrics) if evaluations else ("", {})
+    name = metrics.get("grids", {}).get(domain)
+    if name is None or domain not in metrics["domains"]:
+        return None
+    columns, cut = grids.ungrid(storage.read_bytes(storage.join(uri, name)))
+    shown = dict(zip(metrics["domains"][domain]["shown"], cut, strict=True))
+    return shown, columns[-1] if columns[-1] in ("truth", "proxy") else ""
 
 
 # -- plots --------------------------------------------------------------------------------------------------------
@@ -153,7 +144,7 @@ def bars(results: Results, section: Section, figure: Figure) -> Found:
             axes.plot([mean], [place], color=color, marker="o", markersize=7)
             if len(seeds) > 1 and name in cells:
                 axes.plot(seeds, [place + 0.22] * len(seeds), color=color, marker="o", markersize=3, linestyle="")
-        axes.set_yticks(range(len(lines)), [_lines(name) for name in lines])
+        axes.set_yticks(range(len(lines)), ["\n".join(grids.broken(name, 28, len)) for name in lines])
         axes.set_ylim(len(lines) - 0.5, -0.5)
         axes.set_xlabel(axis(figure.y))
 
@@ -161,11 +152,6 @@ def bars(results: Results, section: Section, figure: Figure) -> Found:
     dots = "; small dots are training seeds" if several else "; one training seed: the interval is over images only"
     caption = f"{figure.title}. To {domain}, with 95 % intervals{dots}."
     return _charted(drawer, caption, height=max(0.42 * len(lines) + 0.9, 1.7), grid="x")
-
-
-def _lines(text: str, width: int = 28) -> str:
-    """Broken at words."""
-    return "\n".join(grids.broken(text, width, len))
 
 
 def tradeoff(results: Results, section: Section, figure: Figure) -> Found:
@@ -213,19 +199,15 @@ def _place(results: Results, row: Measured, domain: str, x: str) -> float | None
 
 def _scale(axes: Any, xs: Sequence[float]) -> None:
     """Logarithmic where the places lie so, with the places themselves as marks."""
+    import matplotlib.ticker
+
     marks = sorted(set(xs))
     if min(marks) > 0 and max(marks) > 6 * min(marks):
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter("")
-        axes.xaxis.set_minor_locator(_no_ticks())
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.set_xticks(marks if len(marks) <= 8 else marks[:: len(marks) // 8 + 1])
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-
-
-def _no_ticks() -> Any:
-    import matplotlib.ticker
-
-    return matplotlib.ticker.NullLocator()
 
 
 def curves(results: Results, section: Section, figure: Figure) -> Found:

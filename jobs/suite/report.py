@@ -162,7 +162,6 @@ def _section(
     results: Results, section: Section, cards: Sequence[Mapping[str, Any]], figures: Sequence[Drawn | str]
 ) -> dict[str, Any]:
     shown = [each.shown if isinstance(each, Drawn) else each for each in figures]
-    found = tables.groups(results, section).items()
     return {
         "key": section.key,
         "title": section.title,
@@ -172,8 +171,7 @@ def _section(
         "folded": len(section.rows) if len(section.rows) > MAX_ROWS else 0,
         "tables": [
             (_table(results, section, name, domain, rows), _judges(results, rows[0], domain))
-            for (name, _), domains in found
-            for domain, rows in domains
+            for name, _, domain, rows in tables.groups(results, section)
         ],
         "figures": [(figure.title, each) for figure, each in zip(section.figures, shown, strict=True)],
         "notes": section.notes,

@@ -441,38 +441,38 @@ def spread_text(interval: Interval, metric: str, *, finer: int = 0) -> str:
 # -- files --------------------------------------------------------------------------------------------------------
 
 
-def groups(results: Results, section: Section) -> dict[tuple[str, str], list[tuple[str, list[Measured]]]]:
-    """(data set, its hash) → the domains measured on it, each with the section's rows that have it."""
+def groups(results: Results, section: Section) -> list[tuple[str, str, str, list[Measured]]]:
+    """(data set, its hash, domain, the section's rows that were measured there)."""
     found: dict[tuple[str, str], dict[str, list[Measured]]] = {}
     for row in section.rows:
         for domain, source in dict.fromkeys(
             (domain, each.source) for each in results.evaluations(row) for domain in each.metrics["domains"]
         ):
             found.setdefault(source, {}).setdefault(domain, []).append(row)
-    return {source: list(domains.items()) for source, domains in found.items()}
+    return [(*source, domain, rows) for source, domains in found.items() for domain, rows in domains.items()]
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
     """The table: a row of each section, data set and domain, with all the section's metrics."""
-    found = []
-    for section in results.plan.sections:
-        for (name, content_hash), domains in groups(results, section).items():
-            for domain, measured in domains:
-                for row in measured:
-                    cells = {metric: results.cell(row, domain, metric) for metric in section.metrics}
-                    found.append(
-                        {
-                            "section": section.key,
-                            "row": row.name,
-                            "data": name,
-                            "content_hash": content_hash,
-                            "domain": domain,
-                            "evaluations": list(row.evaluations),
-                            "metrics": {key: _cell(cell) for key, cell in cells.items() if cell is not None},
-                            "cost": dataclasses.asdict(results.cost(row)),
-                        }
-                    )
-    return found
+    return [
+        {
+            "section": section.key,
+            "row": row.name,
+            "data": name,
+            "content_hash": content_hash,
+            "domain": domain,
+            "evaluations": list(row.evaluations),
+            "metrics": {
+                metric: _cell(cell)
+                for metric in section.metrics
+                if (cell := results.cell(row, domain, metric)) is not None
+            },
+            "cost": dataclasses.asdict(results.cost(row)),
+        }
+        for section in results.plan.sections
+        for name, content_hash, domain, measured in groups(results, section)
+        for row in measured
+    ]
 
 
 def _cell(cell: Cell) -> dict[str, Any]:
@@ -508,14 +508,8 @@ def as_markdown(results: Results, verdicts: Sequence[Verdict]) -> str:
     """Tables of what was measured and of what became of the claims, to be kept in a document."""
     lines = []
     for section in results.plan.sections:
-        for (name, _), domains in groups(results, section).items():
-            for domain, measured in domains:
-                lines += [
-                    f"### {section.title} ({name} → {domain})",
-                    "",
-                    *_table(results, section, domain, measured),
-                    "",
-                ]
+        for name, _, domain, measured in groups(results, section):
+            lines += [f"### {section.title} ({name} → {domain})", "", *_table(results, section, domain, measured), ""]
     claims = [(verdict.section, verdict.claim.text, f"**{verdict.outcome}**", verdict.figures) for verdict in verdicts]
     return "\n".join([*lines, "### Claims", "", *_lines(("section", "claim", "", "95 %"), claims), ""])
 

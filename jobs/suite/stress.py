@@ -35,7 +35,7 @@ MAX_HELD_OUT = 512
 NUM_IN_GRID = 12
 """Images in the PNG; the page shows all."""
 
-Picture = UInt8[np.ndarray, "s s 3"]
+Pixels = UInt8[np.ndarray, "s s 3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Snapshot:
     """One image's translation; None where there was no judge."""
 
     name: str
-    source: Picture
+    source: Pixels
     """As the network saw it."""
-    result: Picture
+    result: Pixels
     note: str
     flipped: bool | None
     identity: float | None
@@ -82,7 +82,7 @@ def draw(results: Results, section: Section, figure: Figure) -> tuple[bytes, dic
         return "no images: " + (results.missing(figure.translations[0]) if figure.translations else "none are named")
     absent = [results.missing(key) for key, folder in found.items() if folder is None]
     rows = [row for folder in folders for row in _grid_rows(folder)]
-    side = max(picture.shape[0] for row in rows for picture in row)
+    side = max(image.shape[0] for row in rows for image in row)
     png = grids.labelled_grid(["source", "result"] * 3, _in_threes(rows, side))
     shown = {"title": figure.title, "folders": [*map(_shown, folders)], "notes": [_legend(figure), *absent]}
     return png, {"stress": shown}
@@ -129,7 +129,7 @@ def _measure(results: Results, figure: Figure, key: str) -> Folder:
     return Folder(key, to, tuple(sorted(snapshots, key=lambda each: -(each.identity or 0.0))), rejected)
 
 
-def _sources(note: dict[str, Any], names: Sequence[str]) -> list[Picture]:
+def _sources(note: dict[str, Any], names: Sequence[str]) -> list[Pixels]:
     """The images as the network saw them."""
     asked, config = note["command"], note["model"]
     if (card := find_card(asked["input"])) is not None:
@@ -149,10 +149,10 @@ def _sources(note: dict[str, Any], names: Sequence[str]) -> list[Picture]:
     ]
     if wrong := [error for _, error, _ in found if error]:
         raise FileNotFoundError(wrong[0])
-    return [picture for picture, _, _ in found]
+    return [image for image, _, _ in found]
 
 
-def _result(uri: str, side: int) -> Picture:
+def _result(uri: str, side: int) -> Pixels:
     return images.to_square(images.decode(storage.read_bytes(uri), name=uri), side)
 
 
@@ -198,14 +198,14 @@ def _nearest(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     return np.sqrt(squared.min(axis=1).clip(0))
 
 
-def _features(net: Net, pictures: np.ndarray) -> np.ndarray:
-    return nets.features(net.module, pictures).double().numpy()
+def _features(net: Net, batch: np.ndarray) -> np.ndarray:
+    return nets.features(net.module, batch).double().numpy()
 
 
 # -- showing ------------------------------------------------------------------------------------------------------
 
 
-def _grid_rows(folder: Folder) -> list[list[Picture]]:
+def _grid_rows(folder: Folder) -> list[list[Pixels]]:
     """The best and the worst, for the PNG."""
     shown = folder.snapshots
     if len(shown) > NUM_IN_GRID:
@@ -213,19 +213,17 @@ def _grid_rows(folder: Folder) -> list[list[Picture]]:
     return [[each.source, each.result] for each in shown]
 
 
-def _in_threes(pairs: Sequence[Sequence[Picture]], side: int) -> list[list[Picture]]:
+def _in_threes(pairs: Sequence[Sequence[Pixels]], side: int) -> list[list[Pixels]]:
     blank = np.full((side, side, 3), 255, np.uint8)
-    cells = [[_padded(picture, side) for picture in pair] for pair in pairs]
+    cells = [[_padded(image, side) for image in pair] for pair in pairs]
     cells += [[blank, blank]] * (-len(cells) % 3)
     return [[*cells[i], *cells[i + 1], *cells[i + 2]] for i in range(0, len(cells), 3)]
 
 
-def _padded(picture: Picture, side: int) -> Picture:
+def _padded(image: Pixels, side: int) -> Pixels:
     """Images of networks of different sizes in one grid."""
     return (
-        picture
-        if picture.shape[0] == side
-        else picture.repeat(side // picture.shape[0], 0).repeat(side // picture.shape[0], 1)
+        image if image.shape[0] == side else image.repeat(side // image.shape[0], 0).repeat(side // image.shape[0], 1)
     )
 
 
