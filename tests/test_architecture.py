@@ -31,7 +31,7 @@ RAY_LIBRARIES = {
     "ray.train": {"training", "tuning"},
     "ray.tune": {"tuning"},
     "optuna": {"tuning"},
-    "ray.data": {"datasets", "translation", "common"},
+    "ray.data": {"common"},
 }
 """Which packages of `jobs` use which library, benchmarks aside."""
 SOURCES = {

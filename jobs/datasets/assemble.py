@@ -214,7 +214,7 @@ def finish(
     num_rejected = write_lines(output, REJECTED, lines, card.version, before)
     write_lines(output, DUPLICATES, duplicates.lines(copies), card.version, before)
     storage.write_bytes(storage.join(output, CONTACT_SHEET), images.encode_png(sheet.draw()))
-    write_environment(output)
+    storage.write_bytes(storage.join(output, ENVIRONMENT), json.dumps(provenance.environment(), indent=2).encode())
     card = dataclasses.replace(card, num_rejected=num_rejected)
     writing.write_card(output, card, before)
     return card
@@ -251,11 +251,6 @@ def read_lines(output: str, file: str, card: DatasetCard) -> list[dict[str, Any]
     except pyarrow.ArrowInvalid as error:
         raise InputError(f"{where} is not a readable parquet file ({str(error).splitlines()[0]}); delete it") from None
     return [line for line in table.to_pylist() if line["version"] <= card.version]
-
-
-def write_environment(output: str) -> None:
-    text = json.dumps(provenance.environment(), indent=2)
-    storage.write_bytes(storage.join(output, ENVIRONMENT), text.encode())
 
 
 def summarise(output: str, card: DatasetCard, speed: str = "") -> None:
