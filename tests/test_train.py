@@ -468,7 +468,7 @@ def config_for(options: TrainOptions) -> ModelConfig:
     )
 
 
-def test_samples_are_functions_of_seed_epoch_and_id(ray_cluster, dataset_folder):
+def test_samples_are_functions_of_seed_epoch_and_id(dataset_folder):
     options = PRESETS["smoke"].options
     sampler = Sampler(loaded(dataset_folder), config_for(options), options)
     rows = np.arange(8)
@@ -524,7 +524,7 @@ def test_images_are_flipped_and_shifted_together():
     assert torch.equal(both[..., 1:], plain.flip(3)[..., :4])  # first flipped, then shifted
 
 
-def test_what_the_network_is_shown(ray_cluster, dataset_folder):
+def test_what_the_network_is_shown(dataset_folder):
     """The counterpart, any image of the other side, or the structure of x_0 itself."""
     rows_of, rows = loaded(dataset_folder), np.arange(32)
 
@@ -556,7 +556,7 @@ def test_each_epoch_visits_every_row_once_in_its_own_order():
     assert list(epoch_order(0, 1, 50)) == list(second)
 
 
-def test_both_directions_and_one(ray_cluster, dataset_folder):
+def test_both_directions_and_one(dataset_folder):
     rows_of = loaded(dataset_folder)
     rows = np.arange(len(rows_of))
     options = TrainOptions(flip=False)
@@ -569,7 +569,7 @@ def test_both_directions_and_one(ray_cluster, dataset_folder):
     assert set(Sampler(rows_of, config_for(one), one).train(rows, 0).domain.tolist()) == {1}
 
 
-def test_conditions_and_domains_are_dropped_apart_as_often_as_asked(ray_cluster, dataset_folder):
+def test_conditions_and_domains_are_dropped_apart_as_often_as_asked(dataset_folder):
     rows_of = loaded(dataset_folder)
     options = TrainOptions(diffusion=DiffusionConfig(p_uncond=0.2, p_uncond_domain=0.5))
     sampler = Sampler(rows_of, config_for(options), options)
@@ -584,7 +584,7 @@ def test_conditions_and_domains_are_dropped_apart_as_often_as_asked(ray_cluster,
     assert not (shown.dropped | shown.domain_dropped).any()
 
 
-def test_cyclegan_is_shown_no_pairs(ray_cluster, dataset_folder):
+def test_cyclegan_is_shown_no_pairs(dataset_folder):
     rows_of = loaded(dataset_folder)
     options = TrainOptions(method="cyclegan", flip=False)
     batch = Sampler(rows_of, config_for(options), options).train(np.arange(len(rows_of)), 0).to(CPU)
@@ -599,7 +599,7 @@ def test_cyclegan_is_shown_no_pairs(ray_cluster, dataset_folder):
 
 
 @pytest.mark.parametrize("method", ["diffusion", "pix2pix", "cyclegan"])
-def test_validation_gives_the_same_numbers_every_time_and_picks_the_best_length(ray_cluster, dataset_folder, method):
+def test_validation_gives_the_same_numbers_every_time_and_picks_the_best_length(dataset_folder, method):
     options = dataclasses.replace(PRESETS["smoke"].options, method=method)
     config, rows_of = config_for(options), loaded(dataset_folder, "val")
     torch.manual_seed(0)
