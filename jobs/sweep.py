@@ -1,10 +1,10 @@
-"""Tune a recipe: the learning rate by training, the guidance weight by looking at what the best network makes.
+"""Tune a recipe: the learning rate by training, the guidance weight by measuring what the best network makes.
 
     python -m jobs.sweep --data URI --output URI --preset demo --num-trials 16 --num-points 100
     ray job submit --address … --working-dir . -- python -m jobs.sweep --data s3://… --output s3://… --use-gpu
 
 Stage 1 trains: each trial is a run of jobs.train in OUTPUT/trials, stopped early by ASHA on the fixed-noise validation
-loss; the first is the preset as it is. Stage 2 looks: options of sampling on the best network's frozen checkpoint,
+loss; the first is the preset as it is. Stage 2 samples: options of sampling on the best network's frozen checkpoint,
 judged by realism, faithfulness, identity and cost at once. Both winners are then measured on fresh noise beside the
 preset's own values. OUTPUT/best.json makes the folder a --checkpoint that translates as was found best.
 
@@ -30,19 +30,19 @@ def main(argv: list[str] | None = None) -> int:
     job = plan_sweep(args)
     output = job.args.output
     report_uri = storage.join(output, "report.html")
-    told = described(job)
-    if same_as_before(job, told) and finished(job):
+    description = described(job)
+    if same_as_before(job, description) and finished(job):
         print(f"tuned already: {report_uri}")
         return cli.DONE
     storage.check_writable(output)
-    with cli.ray_session():
+    with cli.ray_session(start=job.args.num_workers > 0):
         from jobs.tuning.driver import Sweep
         from jobs.tuning.study import SweepError
 
         with exclusive(output):
-            storage.write_bytes(storage.join(output, "sweep.json"), json.dumps(told, indent=2).encode())
+            storage.write_bytes(storage.join(output, "sweep.json"), json.dumps(description, indent=2).encode())
             try:
-                Sweep(job, told).run()
+                Sweep(job, description).run()
             except SweepError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return cli.FAILED

@@ -26,9 +26,9 @@ from jobs.training.options import TrainArgs, TrainOptions
 from jobs.translation.options import SamplingOverrides
 from jobs.tuning import sampling_trial, study, terminal, training_trial
 from jobs.tuning.choice import nearest_to_ideal
-from jobs.tuning.driver import _importance, arithmetic, num_slots
 from jobs.tuning.plan import FORMAT, OBJECTIVES, described, plan_sweep, same_as_before, spaces
-from jobs.tuning.sampling_trial import Seen
+from jobs.tuning.runner import arithmetic, num_slots
+from jobs.tuning.sampling_trial import Measured
 
 
 def command(data: str, output: Path | str, *more: str) -> list[str]:
@@ -47,11 +47,15 @@ FLAGS = [
 ]
 
 
+HERE = ("--num-workers", "0")
+"""One trial after the other in this process, without Ray."""
+
+
 @pytest.fixture(scope="module")
-def swept(ray_cluster: None, dataset_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole sweep: four trainings, three points."""
+def swept(dataset_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole sweep in this process: four trainings, three sampling trials."""
     output = tmp_path_factory.mktemp("sweep") / "out"
-    argv = command(dataset_folder, output, *FLAGS, "--num-trials", "4", "--num-points", "3")
+    argv = command(dataset_folder, output, *FLAGS, *HERE, "--num-trials", "4", "--num-points", "3")
     assert sweep.main(argv) == cli.DONE
     return output
 
@@ -65,6 +69,42 @@ def model_of(run: Path) -> ModelConfig:
 
 
 # -- a whole one ----------------------------------------------------------------------------------------------------
+
+
+def test_ray_tune_and_this_process_find_the_same(ray_cluster: None, dataset_folder: str, tmp_path: Path) -> None:
+    """Two trainings and two sampling trials, each kind one after the other and two at a time by Ray Tune."""
+    flags = ["--epochs", "2", "--early-stopping", "none", "--search", "random", "--num-images", "4"]
+    flags += ["--space", "sampling.num_steps=1:3", "--num-trials", "2", "--num-points", "2", "--max-concurrent", "2"]
+    found = {}
+    for name, workers in {"here": "0", "ray": "1"}.items():
+        argv = command(dataset_folder, tmp_path / name, *flags, "--num-workers", workers)
+        assert sweep.main(argv) == cli.DONE
+        found[name] = results(tmp_path / name)
+    here, there = found["here"], found["ray"]
+    for kind in ("trials", "points"):
+        assert [row["values"] for row in here[kind]] == [row["values"] for row in there[kind]]
+        assert {row["state"] for row in (*here[kind], *there[kind])} == {"complete"}
+    for ours, theirs in zip(here["trials"], there["trials"], strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+    for ours, theirs in zip(here["points"], there["points"], strict=True):
+        assert theirs["objectives"] == pytest.approx(ours["objectives"], rel=1e-3)
+    assert here["best_trial"] == there["best_trial"]
+    fresh = [each["again"]["training"]["fresh"]["winner"]["mean"] for each in (here, there)]
+    assert fresh[0] == pytest.approx(fresh[1], rel=1e-4)
+
+
+def test_a_trial_that_lags_behind_is_stopped_and_its_report_says_so(dataset_folder: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    argv = command(dataset_folder, output, *HERE, "--epochs", "3", "--grace-epochs", "1", "--num-points", "0")
+    argv += ["--space", "optim.learning_rate=1e-8,2e-4", "--search", "random", "--num-trials", "4"]
+    assert sweep.main([*argv, "--reduction-factor", "2"]) == cli.DONE
+    rows = results(output)["trials"]
+    stopped = [row for row in rows if row["state"] == "stopped"]
+    assert stopped
+    for row in stopped:
+        assert row["values"] == {"optim.learning_rate": 1e-8}
+        assert row["epochs"] < 3
+        assert "Stopped by ASHA" in (output / row["run"] / "report.html").read_text()
 
 
 def test_what_was_sampled_is_what_was_trained(swept: Path) -> None:
@@ -129,7 +169,7 @@ def test_the_best_is_what_the_folder_stands_for(swept: Path, tmp_path: Path) -> 
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(pictures / "a.png")
     out = tmp_path / "night"
     argv = ["--checkpoint", str(swept), "--input", str(pictures), "--output", str(out), "--domain", "night"]
-    assert translate.main([*argv, "--num-workers", "1"]) == cli.DONE
+    assert translate.main([*argv, "--num-workers", "0"]) == cli.DONE
     options = json.loads((out / "run.json").read_text())["options"]
     assert {name: options[name] for name in sampling} == sampling
 
@@ -186,7 +226,7 @@ def test_the_same_command_again_does_nothing(
         return {str(path): path.stat().st_mtime_ns for path in swept.rglob("*") if path.is_file()}
 
     before = times()
-    argv = command(dataset_folder, swept, *FLAGS, "--num-trials", "4", "--num-points", "3")
+    argv = command(dataset_folder, swept, *FLAGS, *HERE, "--num-trials", "4", "--num-points", "3")
     assert sweep.main(argv) == cli.DONE
     assert "tuned already" in capsys.readouterr().out
     with pytest.raises(InputError, match="holds a sweep with search = random, this command says tpe"):
@@ -196,11 +236,11 @@ def test_the_same_command_again_does_nothing(
 
 @pytest.mark.slow
 def test_a_checkpoint_alone_can_be_tuned_and_more_points_are_only_more_points(
-    ray_cluster: None, dataset_folder: str, checkpoint_folder: str, tmp_path: Path
+    dataset_folder: str, checkpoint_folder: str, tmp_path: Path
 ) -> None:
-    output = tmp_path / "looked"
+    output = tmp_path / "sampled"
     argv = command(dataset_folder, output, "--checkpoint", checkpoint_folder, "--num-images", "4")
-    argv += ["--max-concurrent", "1", "--space", "sampling.num_steps=1:3", "--num-points"]
+    argv += [*HERE, "--space", "sampling.num_steps=1:3", "--num-points"]
     assert sweep.main([*argv, "2"]) == cli.DONE
     first = results(output)
     assert (len(first["trials"]), len(first["points"])) == (0, 2)
@@ -244,7 +284,7 @@ def test_a_checkpoint_alone_can_be_tuned_and_more_points_are_only_more_points(
         (["--domain", "dusk"], "unknown domain 'dusk'"),
         (["--prefer", "fid=2"], "--prefer fid=2"),
         (["--prefer", "kid=much"], "write kid=WEIGHT"),
-        (["--num-workers", "0"], "--num-workers is 0; it must be at least 1"),
+        (["--num-workers", "-1"], "--num-workers is -1; it must be at least 0"),
         (["--identity-net", "/nowhere/net.pt"], "--identity-net"),
         (["--checkpoint", "/nowhere"], "/nowhere"),
         (["--checkpoint", "CHECKPOINT", "--num-trials", "3"], "nothing is trained then"),
@@ -361,7 +401,7 @@ def test_trials_that_were_stopped_say_what_matters_too() -> None:
         trial.suggest_float("unet.dropout", 0.0, 0.3)
         ending = study.Ending("stopped" if number else "complete", None if number else (loss,), {"loss": loss})
         study.tell(found, trial, ending)
-    shares = _importance(found, None)
+    shares = study.importance(found, None)
     assert shares["optim.learning_rate"] > 0.8
 
 
@@ -372,8 +412,8 @@ def test_equal_objectives_do_not_count() -> None:
 def test_what_was_seen_twice_is_compared_image_by_image() -> None:
     random = np.random.default_rng(0)
     base = random.normal(20, 5, 400)
-    ours = Seen({"psnr": base + 1 + random.normal(0, 0.1, 400)}, np.full(200, 0.1), 10.0)
-    theirs = Seen({"psnr": base}, np.full(200, 0.3), 50.0)
+    ours = Measured({"psnr": base + 1 + random.normal(0, 0.1, 400)}, np.full(200, 0.1), 10.0)
+    theirs = Measured({"psnr": base}, np.full(200, 0.3), 50.0)
     found = sampling_trial.compared(ours, theirs, seed=0)
     assert found["psnr"]["difference"].mean == pytest.approx(1, abs=0.02)
     assert found["psnr"]["difference"].high - found["psnr"]["difference"].low < 0.03  # not the images' own spread

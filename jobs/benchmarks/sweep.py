@@ -143,7 +143,7 @@ def searched(data: str, folder: str, way: str, seed: int, options: Options) -> d
     of_search = "random" if way == "random" else "tpe"
     found = memory.open("training", ["minimize"], study.sampler(of_search, seed, count))
     base = train.parse([*common(data, options), "--output", here]).options
-    found.enqueue_trial(spaces.parameters(spaces.hand(base, space), space) or {})
+    found.enqueue_trial(spaces.parameters(spaces.own_values(base, space), space) or {})
     begun: dict[int, dict[str, Any]] = {}
 
     def ending(number: int, result: Mapping[str, Any] | None, lost: bool) -> Ending:

@@ -79,11 +79,14 @@ class Progress:
         self.count = self.initial = initial
         self.every_s = every_s
         self.started = self.last_line = time.monotonic()
+        self.left_s: float | None = None
         self.bar = Bar(description, self.stream, total=total, completed=initial) if has_bars(self.stream) else None
 
-    def update(self, num: int = 1, note: str = "") -> None:
-        """`num` more are done; `note` is shown behind the figures, such as the loss."""
+    def update(self, num: int = 1, note: str = "", *, left_s: float | None = None) -> None:
+        """`num` more are done; `note` is shown behind the figures, such as the loss. `left_s`: the time left, where
+        what is to come costs more or less than what is done."""
         self.count += num
+        self.left_s = left_s
         if self.bar is not None:
             self.bar.show(self.count, self._text(self.bar.rate or self._mean_rate(), note))
         elif self._passed(self.last_line) >= min(max(self.every_s, self._passed(self.started) / LINES), LONGEST_S):
@@ -127,7 +130,8 @@ class Progress:
         if rate > 0:
             parts.append(self._rate(rate))
         if left and self.total is not None and rate > 0:
-            parts.append(f"{duration((self.total - self.count) / rate)} left")
+            left_s = (self.total - self.count) / rate if self.left_s is None else self.left_s
+            parts.append(f"{duration(left_s)} left")
         return ", ".join([*parts, note] if note else parts)
 
     def _line(self, note: str, *, left: bool = True) -> None:

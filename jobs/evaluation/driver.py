@@ -1,11 +1,12 @@
 """An evaluation as its driver sees it: measurements gathered, metrics.json and the files beside it."""
 
+import collections
 import dataclasses
 import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,14 @@ from jobs.evaluation.results import FORMAT, FORMAT_VERSION
 from jobs.evaluation.summary import Measured, Summary
 from jobs.evaluation.worker import Found
 from jobs.reports.metric_table import METHODS
-from jobs.translation.batch import dataset_rows
+from jobs.translation.batch import Source, dataset_rows
 from jobs.translation.options import GuidanceNets
 
 Key = tuple[str, str, int, str]
 """(domain, id, seed, purpose) of one image."""
 
 
-# -- looking ------------------------------------------------------------------------------------------------------
+# -- measuring ----------------------------------------------------------------------------------------------------
 
 
 def fit_color_maps(job: EvaluationJob) -> dict[str, np.ndarray]:
@@ -43,36 +44,74 @@ def fit_color_maps(job: EvaluationJob) -> dict[str, np.ndarray]:
     return {domain: baselines.solve_color_map(moments[i]) for i, domain in enumerate(job.domains)}
 
 
-def look(job: EvaluationJob) -> tuple[dict[Key, Found], int]:
-    """What came of every image that the plans name, and how many copies of the network there were."""
+def measure(job: EvaluationJob) -> tuple[dict[Key, Found], int]:
+    """What is known of every image that the plans name, and how many copies of the network there were."""
     make: dict[str, Any] = {
-        "translate": {
-            "checkpoint_uri": job.checkpoint_path,
-            "ema": job.ema,
-            "sampling": configs.to_dict(job.sampling),
-            "guides": configs.to_dict(job.guides),
-        },
+        "checkpoint_uri": job.checkpoint_path,
+        "ema": job.ema,
+        "sampling": configs.to_dict(job.sampling),
+        "guides": configs.to_dict(job.guides),
         "judges": configs.to_dict(job.judges),
         "domains": job.card.domains,
         "pairing": job.card.pairing,
         "color_maps": fit_color_maps(job),
     }
-    num_rows = sum(len(wishes) for plan in job.plans.values() for wishes in plan.values())
+    purposes = [purpose for plan in job.plans.values() for wishes in plan.values() for _, _, purpose in wishes]
     # A thread for every other core: on two busy cores a second thread made the feature net four times slower.
     threads = min(torch.get_num_threads(), max((os.cpu_count() or 1) // 2, 1))
-    num_batches = math.ceil(num_rows / job.args.batch_size)
+    num_batches = math.ceil(len(purposes) / job.args.batch_size)
     pool = workers.pool(num_batches, job.args.num_workers, threads_here=threads)
-    source = dataset_rows(
+    found: dict[Key, Found] = {}
+    left = TimeLeft(purposes, pool.size)
+    with Progress(total=len(purposes), unit="image", description="evaluate") as progress:
+        for batch in rows_of(job).through(worker.Measure, pool, **make):
+            rows = dict(worker.opened(batch))
+            found.update(rows)
+            left.add(rows)
+            progress.update(len(rows), left_s=left.seconds())
+    if len(found) != len(purposes):
+        raise RuntimeError(f"{len(purposes)} images were to be measured, {len(found)} came back")
+    return found, pool.size
+
+
+def rows_of(job: EvaluationJob) -> Source:
+    """Every row that the plans name, some of each split first, which tell what the others cost."""
+    rows = dataset_rows(
         job.args.data, job.card, job.plans, batch_size=job.args.batch_size, keep_truth=job.card.has_targets
     )
-    found: dict[Key, Found] = {}
-    with Progress(total=num_rows, unit="image", description="evaluate") as progress:
-        for batch in source.through(worker.Measure, pool, **make):
-            found.update(worker.opened(batch))
-            progress.update(len(batch["id"]))
-    if len(found) != num_rows:
-        raise RuntimeError(f"{num_rows} images were to be looked at, {len(found)} came back")
-    return found, pool.size
+    first = [next(task for task in rows.tasks if task[0] == split) for split in job.plans]
+    return rows._replace(tasks=[*first, *(task for task in rows.tasks if task not in first)])
+
+
+class TimeLeft:
+    """How long an evaluation still takes. An image that is drawn costs many passes through the network, a real one a
+    single pass through the feature net: each kind is counted at its own mean."""
+
+    def __init__(self, purposes: Iterable[str], num_workers: int) -> None:
+        self.waiting = collections.Counter(map(self._kind, purposes))
+        self.num_workers = num_workers
+        self.spent_s: dict[str, list[float]] = {"drawn": [], "judged": [], "real": []}
+
+    @staticmethod
+    def _kind(purpose: str) -> str:
+        return "real" if purpose in (worker.REAL, worker.TRAIN) else "drawn"
+
+    def add(self, rows: Mapping[Key, Found]) -> None:
+        """These are done."""
+        for (*_, purpose), each in rows.items():
+            kind = self._kind(purpose)
+            self.waiting[kind] -= 1
+            self.spent_s[kind].append(each["spent_s"])
+            if kind == "drawn":
+                self.spent_s["judged"].append(each["spent_s"] - each["seconds"])
+
+    def seconds(self) -> float | None:
+        """None before one was drawn. Before a real one came, its cost is what a drawn one is judged by, or less."""
+        means = {kind: sum(spent) / len(spent) for kind, spent in self.spent_s.items() if spent}
+        real = means.get("real", means.get("judged", 0.0))
+        if "drawn" not in means and self.waiting["drawn"]:
+            return None
+        return (self.waiting["drawn"] * means.get("drawn", 0.0) + self.waiting["real"] * real) / self.num_workers
 
 
 # -- what it comes to ---------------------------------------------------------------------------------------------
@@ -143,7 +182,7 @@ def grid(job: EvaluationJob, domain: str, found: Mapping[Key, Found]) -> tuple[l
 
 def evaluate(job: EvaluationJob) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The content of metrics.json, and the files beside it."""
-    found, num_workers = look(job)
+    found, num_workers = measure(job)
     outcome: dict[str, tuple[list[str], Summary]] = {}
     domains, files, names = {}, {}, {}
     for domain in job.domains:

@@ -1,4 +1,5 @@
-"""What `jobs.evaluate` does where its images are: on Ray's workers, or in this process. Only numbers travel back.
+"""What measures images where they are, on Ray's workers or in this process; only numbers travel back. `jobs.evaluate`
+measures a network once, a sweep with one set of sampling options after the other.
 
 A row asks for one image as in `jobs.translation.batch`; its `output` says what for:
 
@@ -8,7 +9,8 @@ A row asks for one image as in `jobs.translation.batch`; its `output` says what 
     real       take the features of the image of side `to` that the data hold; train is the same of a training row
 
 It comes back as id, to, seed, purpose and `found`, a pickled dict: METHOD/METRIC float, METHOD/features d,
-METHOD/chances of each domain, METHOD/embedding of length 1, the images shown, and what it cost.
+METHOD/chances of each domain, METHOD/embedding of length 1, the images shown, and what it cost: `seconds` and
+passes (`nfe`) of the translation, `spent_s` with all that was measured.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ import functools
 import pickle
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,9 +34,9 @@ from jobs.translation.batch import Batch, Translate
 MEASURE, SHOW, SAMPLE, SHOW_SAMPLE, REAL, TRAIN = "measure", "show", "sample", "show-sample", "real", "train"
 NAMED = ("auto", INCEPTION)
 """Feature nets that are no files."""
-Pictures = UInt8[np.ndarray, "b h w 3"]
+Images = UInt8[np.ndarray, "b h w 3"]
 Found = dict[str, Any]
-"""What came of one row."""
+"""What is known of one row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,44 +61,65 @@ def load_judge(name: str, uri: str, domains: tuple[str, ...]) -> Net:
 
 
 class Measure:
-    """A worker of a pool: rows become what was measured of them."""
+    """A worker of a pool: translates images and measures the results. One network may be measured with any sampling
+    options and weights, call by call."""
 
     def __init__(
         self,
         *,
-        translate: Mapping[str, Any],
+        checkpoint_uri: str,
+        sampling: Mapping[str, Any],
         judges: Mapping[str, Any],
         domains: tuple[str, ...],
         pairing: str,
-        color_maps: Mapping[str, np.ndarray],
         num_threads: int,
+        ema: float | None = None,
+        guides: Mapping[str, Any] = MappingProxyType({}),
+        color_maps: Mapping[str, np.ndarray] = MappingProxyType({}),
+        baselines: bool = True,
     ) -> None:
-        """`translate`: arguments of Translate. `judges`: fields of Judges. `color_maps`: of each side to produce, where
-        the pairs are true."""
-        self.translate = Translate(**translate, output=None, num_threads=num_threads)
-        self.device = str(self.translate.translator.device)
+        """`judges`: fields of Judges. `color_maps`: of each side to produce, where the pairs are true. `baselines`
+        False: of the model alone, and of its images by themselves PSNR and what the nets say."""
+        self.sampling, self.ema, self.pairing = dict(sampling), ema, pairing
+        self.color_maps, self.baselines = color_maps, baselines
+        self._open = functools.partial(
+            Translate, checkpoint_uri=checkpoint_uri, output=None, num_threads=num_threads, guides=guides
+        )
+        self._translates: dict[float | None, Translate] = {}
+        self.device = str(self._translate(ema).translator.device)
         self.judges = {name: load_judge(name, uri, domains) for name, uri in judges.items() if uri is not None}
-        self.pairing, self.color_maps = pairing, color_maps
         self.passes = 0
-        self.translate.translator.model.register_forward_hook(self._count)
+
+    def _translate(self, ema: float | None) -> Translate:
+        """With the weights averaged over that length, kept from call to call."""
+        if ema not in self._translates:
+            found = self._open(ema=ema, sampling=self.sampling)
+            found.translator.model.register_forward_hook(self._count)
+            self._translates[ema] = found
+        return self._translates[ema]
 
     def _count(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         self.passes += len(output)
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: Batch, *, sampling: Mapping[str, Any] | None = None, ema: float | None = None) -> Batch:
+        """`sampling`, `ema`: other options and weights than this object's own."""
         purpose = batch["output"].astype(str)
         found: list[Found] = [{} for _ in purpose]
+        began = time.perf_counter()
         self._look(batch, np.flatnonzero(purpose == REAL), found, leave_out=("identity",))
         self._look(batch, np.flatnonzero(purpose == TRAIN), found, leave_out=("identity", "classifier"))
+        _spent(found, np.flatnonzero(np.isin(purpose, (REAL, TRAIN))), began)
         made = np.flatnonzero(~np.isin(purpose, (REAL, TRAIN)))
         if len(made):
-            results = self._results({name: column[made] for name, column in batch.items()}, [found[i] for i in made])
-            pictures = np.zeros_like(batch["image"])
-            pictures[made] = results
-            self._sampled(pictures, np.flatnonzero(np.isin(purpose, (SAMPLE, SHOW_SAMPLE))), found)
-            self._measured(batch, pictures, np.flatnonzero(np.isin(purpose, (MEASURE, SHOW))), found)
+            began = time.perf_counter()
+            drawn = {name: column[made] for name, column in batch.items()}
+            images = np.zeros_like(batch["image"])
+            images[made] = self._results(drawn, [found[i] for i in made], sampling, ema)
+            self._sampled(images, np.flatnonzero(np.isin(purpose, (SAMPLE, SHOW_SAMPLE))), found)
+            self._measured(batch, images, np.flatnonzero(np.isin(purpose, (MEASURE, SHOW))), found)
+            _spent(found, made, began)
             for i in np.flatnonzero(np.isin(purpose, (SHOW, SHOW_SAMPLE))):
-                shown = {"source": batch["image"], "result": pictures, "truth": batch.get("truth")}
+                shown = {"source": batch["image"], "result": images, "truth": batch.get("truth")}
                 found[i] |= {name: column[i] for name, column in shown.items() if column is not None}
         return {
             "id": batch["id"],
@@ -105,69 +129,91 @@ class Measure:
             "found": np.array([pickle.dumps(each) for each in found], dtype=object),
         }
 
-    def _results(self, batch: Batch, found: list[Found]) -> Pictures:
+    def results(self, batch: Batch, sampling: Mapping[str, Any] | None = None, ema: float | None = None) -> Images:
+        """The translated images."""
+        translate = self._translate(self.ema if ema is None else ema)
+        translate.sampling = self.sampling if sampling is None else dict(sampling)
+        found: Images = translate(batch)["result"]
+        return found
+
+    def _results(
+        self, batch: Batch, found: list[Found], sampling: Mapping[str, Any] | None, ema: float | None
+    ) -> Images:
         """The translated images; what they cost is noted with each."""
         self.passes, began = 0, time.perf_counter()
-        results = self.translate(batch)["result"]
+        results = self.results(batch, sampling, ema)
         seconds = time.perf_counter() - began
         for each in found:
             each |= {"nfe": self.passes / len(found), "seconds": seconds / len(found), "device": self.device}
         return results
 
+    def judge(self, name: str, images: Images) -> np.ndarray:
+        """What that net, a field of Judges, makes of each image."""
+        return nets.features(self.judges[name].module, images, device=self.device).numpy()
+
     def _look(self, batch: Batch, rows: np.ndarray, found: list[Found], *, leave_out: Iterable[str]) -> None:
         column = "truth" if self.pairing == "paired" else "image"
         self._judged("real", batch[column][rows], rows, found, leave_out=leave_out)
 
-    def _sampled(self, pictures: Pictures, rows: np.ndarray, found: list[Found]) -> None:
-        self._judged("model", pictures[rows], rows, found, leave_out=("identity", "classifier"))
+    def _sampled(self, images: Images, rows: np.ndarray, found: list[Found]) -> None:
+        self._judged("model", images[rows], rows, found, leave_out=("identity", "classifier"))
 
-    def _measured(self, batch: Batch, results: Pictures, rows: np.ndarray, found: list[Found]) -> None:
+    def _measured(self, batch: Batch, results: Images, rows: np.ndarray, found: list[Found]) -> None:
         if not len(rows):
             return
         sources, truths = batch["image"][rows], batch["truth"][rows] if "truth" in batch else None
-        methods = {"model": results[rows], "copy": sources}
-        if self.color_maps:
+        methods = {"model": results[rows]}
+        if self.baselines:
+            methods["copy"] = sources
+        if self.baselines and self.color_maps:
             maps = [self.color_maps[str(to)] for to in batch["to"][rows]]
             mapped = [baselines.apply_color_map(each, x[None]) for each, x in zip(maps, sources, strict=True)]
             methods["linear"] = np.concatenate(mapped)
-        if self.pairing == "paired":
+        if self.baselines and self.pairing == "paired":
             assert truths is not None
             methods["truth"] = truths
-        for name, pictures in methods.items():
-            self._judged(name, pictures, rows, found)
-        references: dict[str, Pictures | None] = {"": truths} if self.pairing == "paired" else {"_to_source": sources}
+        for name, images in methods.items():
+            self._judged(name, images, rows, found)
+        references: dict[str, Images | None] = {"": truths} if self.pairing == "paired" else {"_to_source": sources}
         if self.pairing == "matched":
             references["_to_proxy"] = truths
         for suffix, reference in references.items():
-            for name, pictures in methods.items():
-                if reference is None or reference is pictures:
+            for name, images in methods.items():
+                if reference is None or reference is images:
                     continue  # a copy of the source is the source
-                for metric, values in self._compared(pictures, reference).items():
+                for metric, values in self._compared(images, reference).items():
                     _put(f"{name}/{metric}{suffix}", values, rows, found)
 
-    def _compared(self, pictures: Pictures, references: Pictures) -> dict[str, np.ndarray]:
+    def _compared(self, images: Images, references: Images) -> dict[str, np.ndarray]:
         """Each image to its reference."""
-        values = {"psnr": psnr(pictures, references)}
-        if min(pictures.shape[1:3]) >= MIN_SSIM_SIDE:
-            values["ssim"] = ssim(pictures, references)
+        values = {"psnr": psnr(images, references)}
+        if not self.baselines:
+            return values
+        if min(images.shape[1:3]) >= MIN_SSIM_SIDE:
+            values["ssim"] = ssim(images, references)
         if nets.perceptual_taps(self.judges["features"]) is not None:
-            values["perceptual"] = perceptual(self.judges["features"], pictures, references)
+            values["perceptual"] = perceptual(self.judges["features"], images, references)
         return values
 
     def _judged(
-        self, method: str, pictures: Pictures, rows: np.ndarray, found: list[Found], *, leave_out: Iterable[str] = ()
+        self, method: str, images: Images, rows: np.ndarray, found: list[Found], *, leave_out: Iterable[str] = ()
     ) -> None:
         """What each net makes of the images."""
         names = {"features": "features", "classifier": "chances", "identity": "embedding"}
-        for judge, net in self.judges.items():
+        for judge in self.judges:
             if judge not in leave_out and len(rows):
-                values = nets.features(net.module, pictures, device=self.device).numpy()
-                _put(f"{method}/{names[judge]}", values, rows, found)
+                _put(f"{method}/{names[judge]}", self.judge(judge, images), rows, found)
 
 
 def _put(name: str, values: np.ndarray, rows: np.ndarray, found: list[Found]) -> None:
     for row, value in zip(rows, values, strict=True):
         found[row][name] = value
+
+
+def _spent(found: list[Found], rows: np.ndarray, began: float) -> None:
+    """Note with each of the rows what it took of the time since then."""
+    for row in rows:
+        found[row]["spent_s"] = (time.perf_counter() - began) / len(rows)
 
 
 def opened(batch: Batch) -> Iterator[tuple[tuple[str, str, int, str], Found]]:

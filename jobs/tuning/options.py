@@ -21,7 +21,7 @@ class SweepArgs:
     num_trials: int | None = None
     """Trainings, the preset's own among them; by default 16, none with --checkpoint."""
     num_points: int = 100
-    """Points of the sampling options to look at; 0 leaves that stage out."""
+    """Trials of sampling options on the best network; 0 leaves that stage out."""
     space: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=LOW:HIGH[:log]|NAME=A,B,C")] = ()
     """What to search beside the learning rate: any training option by its dotted name, and options of sampling as
     sampling.NAME (guidance_scale, guidance_low, guidance_high, guidance_rescale, num_steps, sampler, ema ...). A name
@@ -39,12 +39,12 @@ class SweepArgs:
     study: str | None = None
     """Optuna's storage: a database's URL such as sqlite:///sweep.db, by default OUTPUT/study.journal."""
     search_seed: int = 0
-    """Of the search, and of the noise that points are looked at with."""
+    """Of the search, and of the noise that sampling trials begin with."""
     num_images: int = 64
-    """Validation images of each domain that a point is looked at with; four times as many of the test split at the
-    end."""
+    """Validation images of each domain that a sampling trial is measured on; four times as many of the test split at
+    the end."""
     domain: str | None = None
-    """The side to produce when looking; by default each that the network was trained for."""
+    """The side that sampling trials produce; by default each that the network was trained for."""
     feature_net: str = "auto"
     """What realism is measured with, as for jobs.evaluate."""
     classifier: str | None = None
@@ -55,11 +55,11 @@ class SweepArgs:
     """How much an objective weighs in the choice: kid, psnr, psnr_to_source, identity_cosine, flip_rate, nfe; 1 each
     unless given, 0 leaves one out of the choice."""
     num_workers: int = 1
-    """Training processes of a trial."""
+    """Training processes of a trial. 0: one trial after the other in this process, without Ray."""
     use_gpu: bool = False
-    """One GPU for each worker, and for each point."""
+    """One GPU for each worker, and for each sampling trial."""
     cpus_per_worker: int = 1
-    """CPU cores for each worker, and for each point."""
+    """CPU cores for each worker, and for each sampling trial."""
     max_concurrent: int | None = None
     """Trials at a time; by default as many as there is room for."""
     wait_for_nodes_s: int = 0
@@ -67,5 +67,5 @@ class SweepArgs:
     max_failures: int = 3
     """How often a trial may lose its workers or its node without a further checkpoint before it counts as failed."""
     batch_size: int = 16
-    """Images the network sees at once when looking; memory and speed, not results."""
+    """Images the network sees at once in sampling trials; memory and speed, not results."""
     options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()

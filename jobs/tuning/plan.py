@@ -65,7 +65,7 @@ class SweepJob:
 
     @property
     def worker(self) -> dict[str, float]:
-        """What a worker, or a point, takes."""
+        """What a worker, or a sampling trial, takes."""
         return {"CPU": self.args.cpus_per_worker, **({"GPU": 1} if self.args.use_gpu else {})}
 
     def run_of(self, number: int) -> str:
@@ -91,7 +91,7 @@ def plan_sweep(args: SweepArgs) -> SweepJob:
         {
             "--num-trials": (args.num_trials, 1),
             "--num-points": (args.num_points, 0),
-            "--num-workers": (args.num_workers, 1),
+            "--num-workers": (args.num_workers, 0),
             "--num-images": (args.num_images, 2),
             "--max-concurrent": (args.max_concurrent, 1),
             "--grace-epochs": (args.grace_epochs, 1),
@@ -122,7 +122,7 @@ def plan_sweep(args: SweepArgs) -> SweepJob:
         config = check_space(card, dataclasses.replace(args, options=options), training)
         sampling = None if config.method != "diffusion" else sampling_space(config, given_sampling)
     check_effect(args, card, config, given_sampling)
-    check_looks(args, card, config)
+    check_sampling_trials(args, card, config)
     grace = args.grace_epochs or default_grace_epochs(options.epochs)
     if grace > options.epochs:
         raise InputError(f"--grace-epochs {grace} is more than the {options.epochs} epochs of a trial; give fewer")
@@ -208,7 +208,7 @@ def sampling_space(config: ModelConfig, given: Space) -> Space:
 
 
 def check_effect(args: SweepArgs, card: DatasetCard, config: ModelConfig, given_sampling: Space) -> None:
-    """Refuse flags that nothing would look at.
+    """Refuse flags without effect.
 
     Raises:
         InputError: naming the flag.
@@ -229,11 +229,11 @@ def check_effect(args: SweepArgs, card: DatasetCard, config: ModelConfig, given_
                 raise InputError(f"{flag} has no effect with {why}; leave it out")
     there = objectives(args, card, kid=True)
     if unknown := [name for name in preferences(args.prefer) if name not in there]:
-        raise InputError(f"--prefer {unknown[0]}: points are judged by {', '.join(there)} only; leave it out")
+        raise InputError(f"--prefer {unknown[0]}: sampling trials are judged by {', '.join(there)} only; leave it out")
 
 
 def objectives(args: SweepArgs, card: DatasetCard, *, kid: bool) -> list[str]:
-    """What points are judged by, in order; `kid`: whether there are images enough for it."""
+    """What sampling trials are judged by, in order; `kid`: whether there are images enough for it."""
     found = ["kid"] if kid else []
     found.append("psnr" if card.pairing == "paired" else "psnr_to_source")
     found += ["identity_cosine"] if args.identity_net else []
@@ -241,8 +241,8 @@ def objectives(args: SweepArgs, card: DatasetCard, *, kid: bool) -> list[str]:
     return [*found, "nfe"]
 
 
-def check_looks(args: SweepArgs, card: DatasetCard, config: ModelConfig) -> None:
-    """Refuse judges and images that points cannot be looked at with.
+def check_sampling_trials(args: SweepArgs, card: DatasetCard, config: ModelConfig) -> None:
+    """Refuse judges and images that sampling trials cannot be measured with.
 
     Raises:
         InputError: naming the flag.

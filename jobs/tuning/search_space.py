@@ -21,7 +21,7 @@ from ddpm_core.errors import InputError
 from jobs.training.options import TrainOptions
 
 SAMPLING = "sampling."
-"""How the names begin that are searched by looking at images."""
+"""How the names begin that are searched by measuring images."""
 LEARNING_RATE = "optim.learning_rate"
 REFUSED = {
     "seed": "luck is not an option to tune",
@@ -242,7 +242,7 @@ def value_of(options: Any, name: str) -> Any:
     return found
 
 
-def hand(options: TrainOptions, space: Space) -> dict[str, Any]:
+def own_values(options: TrainOptions, space: Space) -> dict[str, Any]:
     """The options' own values of what is searched."""
     found = {}
     for name, each in space.items():
@@ -253,16 +253,16 @@ def hand(options: TrainOptions, space: Space) -> dict[str, Any]:
 
 
 def sampling_values(sampling: SamplingConfig, ema: float | None) -> dict[str, Any]:
-    """A point of the sampling space: the options by the names they are searched by."""
+    """Every sampling option by the name it is searched by."""
     found = configs.to_dict(sampling)
     low, high = found.pop("guidance_interval")
     return {**found, "guidance_low": low, "guidance_high": high, "ema": ema}
 
 
-def sampling_options(point: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
+def sampling_options(values: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
     """The inverse: fields of SamplingConfig, and the length of the EMA."""
-    fields = {name: value for name, value in point.items() if name not in (*BOUNDS, "ema")}
-    return {**fields, "guidance_interval": [point["guidance_low"], point["guidance_high"]]}, point["ema"]
+    fields = {name: value for name, value in values.items() if name not in (*BOUNDS, "ema")}
+    return {**fields, "guidance_interval": [values["guidance_low"], values["guidance_high"]]}, values["ema"]
 
 
 def default_training(options: TrainOptions) -> Space:

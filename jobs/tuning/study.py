@@ -1,4 +1,4 @@
-"""A search that Ray Tune runs and Optuna remembers.
+"""A search that Optuna remembers; Ray Tune, or this process, runs its trials (`jobs.tuning.runner`).
 
 The Optuna study is the only memory: what it holds as ended is never run again, what it holds as running was cut short
 and is taken up with the same values. Ray's own snapshots are not used: they lag behind a driver that is killed, and
@@ -7,16 +7,16 @@ are bound to one version of Ray. ASHA's rungs are filled again from the study's 
 
 import contextlib
 import dataclasses
+import math
 import os
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-import ray.tune
 import ray.tune.schedulers
 import ray.tune.search
 from optuna.distributions import BaseDistribution
@@ -24,7 +24,6 @@ from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from ddpm_core import storage
 from ddpm_core.errors import InputError
@@ -36,12 +35,9 @@ State = Literal["complete", "stopped", "diverged", "failed", "running"]
 FACTS = "facts"
 """User attribute of a trial: what is known of it beside its values."""
 LOSS, EPOCH = "val_loss", "val_epoch"
-"""What training trials report to Ray Tune."""
+"""What training trials report."""
 OBJECTIVE = "objective:"
-"""How what points report to Ray Tune begins."""
-HOST = {"memory": 1}
-"""What the actor of a trial takes whose work is done by others: a byte. A share of a CPU, however small, would keep
-the last worker from a cluster that is just large enough."""
+"""How what sampling trials report begins."""
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -277,64 +273,63 @@ class ASHA(ray.tune.schedulers.ASHAScheduler):
                 self.on_trial_result(None, stub, {EPOCH: epoch, LOSS: loss})
 
 
-def run(
-    trainable: Callable[[dict[str, Any]], None],
-    search: Search,
-    *,
-    notes: str,
-    resources: Mapping[str, float],
-    scheduler: Any = None,
-    reuse_actors: bool = False,
-    max_failures: int = 3,
-) -> None:
-    """All that is left of a study's trials, over Ray Tune.
+# -- what a study's trials say ------------------------------------------------------------------------------------
 
-    `resources`: of the trial's actor. `notes`: where Ray keeps its own. `reuse_actors`: not with a scheduler, which may
-    stop a trial while it works. `max_failures`: how often a trial is begun again whose node was lost.
+
+def begun(study: optuna.Study | None) -> list[FrozenTrial]:
+    """All but those that wait; of no study none."""
+    return [] if study is None else [trial for trial in trials(study) if trial.state != TrialState.WAITING]
+
+
+def complete(study: optuna.Study, nothing: str) -> list[FrozenTrial]:
+    """The trials that came to their end.
 
     Raises:
-        SweepError: Ray Tune gave up.
+        SweepError: `nothing`, and the first error.
     """
-    left = num_left(search.study, search.total)
-    if not left:
-        return
-    tuner = ray.tune.Tuner(
-        ray.tune.with_resources(trainable, PlacementGroupFactory([dict(resources)])),
-        tune_config=ray.tune.TuneConfig(
-            search_alg=search, scheduler=scheduler, num_samples=left, reuse_actors=reuse_actors
-        ),
-        run_config=ray.tune.RunConfig(
-            name=search.study.study_name,
-            storage_path=notes,
-            verbose=0,
-            failure_config=ray.tune.FailureConfig(max_failures=max_failures),
-        ),
-    )
-    with _environment(), warnings.catch_warnings():
+    done = [trial for trial in trials(study) if facts(trial)["state"] == "complete"]
+    if not done:
+        errors = [facts(trial).get("error") for trial in trials(study)]
+        raise SweepError(f"{nothing}: {next((error for error in errors if error), 'all were stopped')}")
+    return done
+
+
+def baseline(study: optuna.Study | None) -> int | None:
+    """The trial that was given its values: the preset's, or the checkpoint's, own."""
+    there = trials(study) if study is not None else []
+    return 0 if there and "fixed_params" in there[0].system_attrs else None
+
+
+def values_of(trial: FrozenTrial, space: Space) -> dict[str, Any]:
+    """What a trial's parameters stand for."""
+    found = {}
+    for name, value in trial.params.items():
+        each = space.get(name)
+        found[name] = each.values.get(value, value) if isinstance(each, spaces.Choices) else value
+    return found
+
+
+def importance(study: optuna.Study, objective: int | None) -> dict[str, float]:
+    """Of each option for what is good (PED-ANOVA, Watanabe et al. 2023); {} where the trials do not tell.
+
+    `objective`: its place among the values of sampling trials; None for trainings, of which those that were stopped
+    tell, too.
+    """
+    sign = -1.0 if objective is not None and study.directions[objective].name == "MAXIMIZE" else 1.0
+    target = None if objective is None else lambda trial: sign * trial.values[objective]
+    if objective is None:
+        losses = {trial.number: facts(trial).get("loss") for trial in trials(study)}
+        told = [trial for trial in trials(study) if losses[trial.number] is not None]
+        study = optuna.create_study()
+        for trial in told:
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=trial.params, distributions=trial.distributions, value=losses[trial.number]
+                )
+            )
+    with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuner.fit()
-    storage.delete_folder(notes)
-    if num_left(search.study, search.total):
-        raise SweepError("Ray Tune ended before all trials had; the same command goes on")
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """Ray Tune's settings, which it reads from the environment."""
-    wanted = {
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours to answer
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what it would write of each trial, the study has
-        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "TUNE_MAX_PENDING_TRIALS_PG": "16",  # `Search.room` is what limits them
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last that a trial tells is how it ended
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator, target=target)
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+    return {}

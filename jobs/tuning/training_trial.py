@@ -1,15 +1,14 @@
-"""Trials of a sweep that train: each a run like any other, in its own folder, by Ray Train.
-
-The actor that Ray Tune starts only waits for it.
+"""Trials of a sweep that train: each a run like any other, in its own folder, by Ray Train; the actor that Ray Tune
+starts only waits for it.
 """
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import ray.tune
+import ray.train
 import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -26,18 +25,30 @@ NUM_DRAWS = 4
 """Draws of fresh noise that the best trainings are measured on again."""
 
 
-def train_trial(trial: dict[str, Any]) -> None:
-    """Ray Tune's trainable: one run of `jobs.train`. Only a lost node makes it raise: then it is begun again.
+def train_trial(trial: Mapping[str, Any], report: Callable[[dict[str, Any]], Any]) -> None:
+    """One run of `jobs.train`. Only a lost node makes it raise: then it is begun again.
 
-    `trial`: args (the fields of `train.Args` but one) and options, as plain data.
+    `trial`: args (the fields of TrainArgs but one) and options, as plain data. `report` is told of each validation, and
+    at last how the training ended: `outcome` complete, diverged or failed, `error`.
     """
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{ROOM_S:.0f}")
     with cli.ray_session(start=False):
-        ray.tune.report(trained(trial))
+        here = trial["args"]["num_workers"] == "0"
+        report(trained(trial, _Reporting(report) if here else TuneReportCallback()))
 
 
-def trained(trial: Mapping[str, Any]) -> dict[str, Any]:
-    """How a training ended: `outcome` complete, diverged or failed, `error`."""
+class _Reporting(ray.train.UserCallback):
+    """What TuneReportCallback does, where the training is in this very process."""
+
+    def __init__(self, report: Callable[[dict[str, Any]], Any]) -> None:
+        self.report = report
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self.report(metrics[0])
+
+
+def trained(trial: Mapping[str, Any], callback: ray.train.UserCallback) -> dict[str, Any]:
+    """How it ended."""
     options = configs.from_dict(TrainOptions, trial["options"])
     args = TrainArgs(**trial["args"], options=options)
     deadline = time.monotonic() + ROOM_S
@@ -45,7 +56,7 @@ def trained(trial: Mapping[str, Any]) -> dict[str, Any]:
         try:
             config = checks.configured(args, args.data)
             if not checks.finished(args.output, config, options):
-                driver.fit(args, config, args.data, args.output, {}, spread=False, callbacks=[TuneReportCallback()])
+                driver.fit(args, config, args.data, args.output, {}, spread=False, callbacks=[callback])
             return {"outcome": "complete", "error": None}
         except driver.DivergedError as error:
             return {"outcome": "diverged", "error": str(error)}
