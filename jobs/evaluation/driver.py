@@ -23,7 +23,7 @@ from jobs.evaluation.results import FORMAT, FORMAT_VERSION
 from jobs.evaluation.summary import Measured, Summary
 from jobs.evaluation.worker import Found
 from jobs.reports.metric_table import METHODS
-from jobs.translation.batch import Source, dataset_rows
+from jobs.translation.batch import dataset_rows
 from jobs.translation.options import GuidanceNets
 
 Key = tuple[str, str, int, str]
@@ -61,26 +61,20 @@ def measure(job: EvaluationJob) -> tuple[dict[Key, Found], int]:
     threads = min(torch.get_num_threads(), max((os.cpu_count() or 1) // 2, 1))
     num_batches = math.ceil(len(purposes) / job.args.batch_size)
     pool = workers.pool(num_batches, job.args.num_workers, threads_here=threads)
-    found: dict[Key, Found] = {}
-    left = TimeLeft(purposes, pool.size)
-    with Progress(total=len(purposes), unit="image", description="evaluate") as progress:
-        for batch in rows_of(job).through(worker.Measure, pool, **make):
-            rows = dict(worker.opened(batch))
-            found.update(rows)
-            left.add(rows)
-            progress.update(len(rows), left_s=left.seconds())
-    if len(found) != len(purposes):
-        raise RuntimeError(f"{len(purposes)} images were to be measured, {len(found)} came back")
-    return found, pool.size
-
-
-def rows_of(job: EvaluationJob) -> Source:
-    """Every row that the plans name, some of each split first, which tell what the others cost."""
     rows = dataset_rows(
         job.args.data, job.card, job.plans, batch_size=job.args.batch_size, keep_truth=job.card.has_targets
     )
-    first = [next(task for task in rows.tasks if task[0] == split) for split in job.plans]
-    return rows._replace(tasks=[*first, *(task for task in rows.tasks if task not in first)])
+    found: dict[Key, Found] = {}
+    left = TimeLeft(purposes, pool.size)
+    with Progress(total=len(purposes), unit="image", description="evaluate") as progress:
+        for batch in rows.through(worker.Measure, pool, **make):
+            done = dict(worker.opened(batch))
+            found.update(done)
+            left.add(done)
+            progress.update(len(done), left_s=left.seconds())
+    if len(found) != len(purposes):
+        raise RuntimeError(f"{len(purposes)} images were to be measured, {len(found)} came back")
+    return found, pool.size
 
 
 class TimeLeft:
@@ -103,10 +97,10 @@ class TimeLeft:
             self.waiting[kind] -= 1
             self.spent_s[kind].append(each["spent_s"])
             if kind == "drawn":
-                self.spent_s["judged"].append(each["spent_s"] - each["seconds"])
+                self.spent_s["judged"].append(each["judged_s"])
 
     def seconds(self) -> float | None:
-        """None before one was drawn. Before a real one came, its cost is what a drawn one is judged by, or less."""
+        """None before one was drawn. A real one costs what the nets need for a drawn one."""
         means = {kind: sum(spent) / len(spent) for kind, spent in self.spent_s.items() if spent}
         real = means.get("real", means.get("judged", 0.0))
         if "drawn" not in means and self.waiting["drawn"]:

@@ -10,7 +10,7 @@ A row asks for one image as in `jobs.translation.batch`; its `output` says what 
 
 It comes back as id, to, seed, purpose and `found`, a pickled dict: METHOD/METRIC float, METHOD/features d,
 METHOD/chances of each domain, METHOD/embedding of length 1, the images shown, and what it cost: `seconds` and
-passes (`nfe`) of the translation, `spent_s` with all that was measured.
+passes (`nfe`) of the translation, `judged_s` of what the nets say of the result, `spent_s` of all.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ class Measure:
         began = time.perf_counter()
         self._look(batch, np.flatnonzero(purpose == REAL), found, leave_out=("identity",))
         self._look(batch, np.flatnonzero(purpose == TRAIN), found, leave_out=("identity", "classifier"))
-        _spent(found, np.flatnonzero(np.isin(purpose, (REAL, TRAIN))), began)
+        _spent("spent_s", found, np.flatnonzero(np.isin(purpose, (REAL, TRAIN))), began)
         made = np.flatnonzero(~np.isin(purpose, (REAL, TRAIN)))
         if len(made):
             began = time.perf_counter()
@@ -117,7 +117,7 @@ class Measure:
             images[made] = self._results(drawn, [found[i] for i in made], sampling, ema)
             self._sampled(images, np.flatnonzero(np.isin(purpose, (SAMPLE, SHOW_SAMPLE))), found)
             self._measured(batch, images, np.flatnonzero(np.isin(purpose, (MEASURE, SHOW))), found)
-            _spent(found, made, began)
+            _spent("spent_s", found, made, began)
             for i in np.flatnonzero(np.isin(purpose, (SHOW, SHOW_SAMPLE))):
                 shown = {"source": batch["image"], "result": images, "truth": batch.get("truth")}
                 found[i] |= {name: column[i] for name, column in shown.items() if column is not None}
@@ -199,10 +199,12 @@ class Measure:
         self, method: str, images: Images, rows: np.ndarray, found: list[Found], *, leave_out: Iterable[str] = ()
     ) -> None:
         """What each net makes of the images."""
-        names = {"features": "features", "classifier": "chances", "identity": "embedding"}
+        names, began = {"features": "features", "classifier": "chances", "identity": "embedding"}, time.perf_counter()
         for judge in self.judges:
             if judge not in leave_out and len(rows):
                 _put(f"{method}/{names[judge]}", self.judge(judge, images), rows, found)
+        if method == "model":
+            _spent("judged_s", found, rows, began)
 
 
 def _put(name: str, values: np.ndarray, rows: np.ndarray, found: list[Found]) -> None:
@@ -210,10 +212,10 @@ def _put(name: str, values: np.ndarray, rows: np.ndarray, found: list[Found]) ->
         found[row][name] = value
 
 
-def _spent(found: list[Found], rows: np.ndarray, began: float) -> None:
+def _spent(name: str, found: list[Found], rows: np.ndarray, began: float) -> None:
     """Note with each of the rows what it took of the time since then."""
     for row in rows:
-        found[row]["spent_s"] = (time.perf_counter() - began) / len(rows)
+        found[row][name] = (time.perf_counter() - began) / len(rows)
 
 
 def opened(batch: Batch) -> Iterator[tuple[tuple[str, str, int, str], Found]]:

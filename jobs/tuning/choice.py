@@ -1,4 +1,4 @@
-"""Which point of a Pareto front is chosen."""
+"""Which trial of a Pareto front is chosen."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from jobs.reports.metric_table import lower_is_better
 
 
 def nearest_to_ideal(front: Sequence[Mapping[str, float]], prefer: Mapping[str, float]) -> int:
-    """Index of the point that `sweep_plan.RULE` picks."""
+    """Index of the trial that `jobs.tuning.plan.RULE` picks."""
     columns = []
     for name in front[0]:
         values = np.array([point[name] for point in front], dtype=np.float64)

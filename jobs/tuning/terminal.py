@@ -18,17 +18,17 @@ LOG_WIDTH = 160
 STYLES = {"complete": "green", "stopped": "yellow", "diverged": "red", "failed": "red", "running": "cyan"}
 STAGES = {
     "training": "stage 1, training",
-    "sampling": "stage 2, looking",
+    "sampling": "stage 2, sampling",
     "checking": "measuring the winners again",
     "finished": "finished",
     "interrupted": "interrupted; the same command goes on",
     "failed": "failed",
 }
-WORDS = {"training": "trial", "sampling": "point"}
+WORDS = {"trials": "trial", "points": "sampling trial"}
 
 
 class Table:
-    """Shows `results` as `sweeping.Sweep.results` makes them."""
+    """Shows `results` as `jobs.tuning.monitor.Monitor.results` makes them."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.console = Console(file=sys.stderr if stream is None else stream, highlight=False, soft_wrap=True)
@@ -42,7 +42,7 @@ class Table:
         self.state = ""
 
     def show(self, results: Mapping[str, Any], *, news: bool = True) -> None:
-        """`news` False: what has ended by now an earlier command has told."""
+        """`news` False: an earlier command has shown what has ended by now."""
         if self.live is not None:
             self.live.update(Group(headline(results), table(results)))
             return
@@ -53,7 +53,7 @@ class Table:
                 if news:
                     self.console.print(line(kind, row, results), markup=False)
         if results["state"] != self.state:
-            if self.state in WORDS:
+            if self.state in ("training", "sampling"):
                 self.console.print(table({**results, "state": self.state}))
             self.state = results["state"]
             self.console.print(headline(results))
@@ -66,7 +66,7 @@ class Table:
 def headline(results: Mapping[str, Any]) -> Text:
     """Stage, counts and the time left."""
     counted = []
-    for kind, word in (("trials", "trial"), ("points", "point")):
+    for kind, word in WORDS.items():
         of_state: dict[str, int] = {}
         for row in results[kind]:
             of_state[row["state"]] = of_state.get(row["state"], 0) + 1
@@ -80,8 +80,7 @@ def headline(results: Mapping[str, Any]) -> Text:
 
 def line(kind: str, row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """What a log says of a trial that has ended."""
-    word = {"trials": "trial", "points": "point"}[kind]
-    told = f"sweep: {word} {row['number']} {row['state']}: {values(row)}"
+    told = f"sweep: {WORDS[kind]} {row['number']} {row['state']}: {values(row)}"
     if kind == "trials":
         told += f"; loss {number(row.get('loss'))} after {row.get('epochs', 0)} epochs"
         best = min((each for each in results[kind] if each["state"] == "complete"), key=_loss, default=None)
@@ -96,24 +95,24 @@ def line(kind: str, row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 
 def table(results: Mapping[str, Any]) -> RichTable:
-    """The best and the latest trials, or points."""
-    looking = bool(results["points"])
-    rows = list(results["points" if looking else "trials"])
-    shown = _chosen(rows, looking)
+    """The best and the latest trials, of the second stage once there are any."""
+    sampling = bool(results["points"])
+    rows = list(results["points" if sampling else "trials"])
+    shown = _chosen(rows, sampling)
     found = RichTable(box=None, pad_edge=False)
     names = list(dict.fromkeys(name for row in rows for name in row["values"]))
     objectives = list(dict.fromkeys(name for row in rows for name in row.get("objectives") or {}))
     for title in ["", "state", *(name.rpartition(".")[2] for name in names)]:
         found.add_column(title)
-    for title in [*objectives] if looking else ["loss", "epochs"]:
+    for title in [*objectives] if sampling else ["loss", "epochs"]:
         found.add_column(title, justify="right")
     found.add_column("time", justify="right")
     for row in shown:
-        mark = "★" if row.get("chosen") or (row["number"] == results.get("best_trial") and not looking) else ""
-        hand = " (as given)" if row.get("hand") else ""
-        cells = [f"{row['number']}{mark}{hand}", row["state"]]
+        mark = "★" if row.get("chosen") or (row["number"] == results.get("best_trial") and not sampling) else ""
+        baseline = " (as given)" if row.get("hand") else ""
+        cells = [f"{row['number']}{mark}{baseline}", row["state"]]
         cells += [number(row["values"].get(name)) for name in names]
-        if looking:
+        if sampling:
             cells += [number((row.get("objectives") or {}).get(name)) for name in objectives]
         else:
             cells += [number(row.get("loss")), str(row.get("epochs", 0))]
@@ -122,9 +121,9 @@ def table(results: Mapping[str, Any]) -> RichTable:
     return found
 
 
-def _chosen(rows: Sequence[Mapping[str, Any]], looking: bool) -> list[Mapping[str, Any]]:
-    """At most NUM_SHOWN of them: the hand choice and the chosen one, what runs, the best half, the latest."""
-    best = [row for row in rows if row.get("front")] if looking else sorted(rows, key=_loss)
+def _chosen(rows: Sequence[Mapping[str, Any]], sampling: bool) -> list[Mapping[str, Any]]:
+    """At most NUM_SHOWN of them: the baseline and the chosen one, what runs, the best half, the latest."""
+    best = [row for row in rows if row.get("front")] if sampling else sorted(rows, key=_loss)
     special = [row for row in rows if row.get("hand") or row.get("chosen")]
     running = [row for row in rows if row["state"] == "running"]
     wanted = [*special, *running, *best[: NUM_SHOWN // 2], *reversed(rows)]
