@@ -294,7 +294,7 @@ def test_a_checkpoint_alone_can_be_tuned_and_more_points_are_only_more_points(
         (["--space", "flip=true,false", "--space", "sampling.eta=0:1"], "--space is given 2 times"),
         (["--grace-epochs", "1", "--early-stopping", "none"], "--grace-epochs has no effect"),
         (["--num-points", "0", "--domain", "night"], "--domain has no effect with --num-points 0"),
-        (["--prefer", "flip_rate=2"], "--prefer flip_rate: points are judged by"),
+        (["--prefer", "flip_rate=2"], "--prefer flip_rate: sampling trials are judged by"),
         (["--lerning-rate", "1"], "lerning-rate"),
     ],
 )

@@ -15,7 +15,8 @@ rank-1       share of images that are nearer to their own source than to every o
 diversity    mean distance of the features of samples of one source: 0 where all are the same
 neighbours   distance of features to the nearest training image; copied: nearer than all but 1 % of real ones lie
 
-What is of each image is float64 b; intervals are `jobs.common.intervals`'.
+What is of each image is float64 b; intervals are `jobs.common.intervals`'. torchmetrics, and scipy and matplotlib with
+it, is imported where it is used: no `--help` waits for it.
 """
 
 import dataclasses
@@ -25,9 +26,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
-from torchmetrics.image.kid import poly_kernel
 
 from ddpm_core import nets
 from ddpm_core.errors import InputError
@@ -53,7 +51,7 @@ COPIED_SHARE = 0.01
 """Of real held-out images, and so of new ones that are as unlike the training images."""
 INCEPTION = "inception"
 
-Pictures = UInt8[np.ndarray, "b h w 3"]
+Images = UInt8[np.ndarray, "b h w 3"]
 Values = Float[np.ndarray, "b"]
 
 
@@ -65,6 +63,8 @@ def feature_net(uri: str = "auto") -> Net:
     """
     if uri != INCEPTION:
         return nets.feature_net(uri)
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
     try:
         module = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
     except ModuleNotFoundError:
@@ -81,40 +81,44 @@ def feature_net(uri: str = "auto") -> Net:
 # -- each image beside its reference --------------------------------------------------------------------------
 
 
-def _tensor(pictures: Pictures) -> Tensor:
-    return torch.tensor(pictures).permute(0, 3, 1, 2).float()
+def _tensor(images: Images) -> Tensor:
+    return torch.tensor(images).permute(0, 3, 1, 2).float()
 
 
-def psnr(pictures: Pictures, references: Pictures) -> Float[np.ndarray, "b"]:
+def psnr(images: Images, references: Images) -> Float[np.ndarray, "b"]:
     """Of each image to its reference, in dB."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     values = peak_signal_noise_ratio(
-        _tensor(pictures), _tensor(references), data_range=255.0, reduction="none", dim=(1, 2, 3)
+        _tensor(images), _tensor(references), data_range=255.0, reduction="none", dim=(1, 2, 3)
     )
     return values.clamp(max=MAX_PSNR).numpy().astype(np.float64)
 
 
-def ssim(pictures: Pictures, references: Pictures, *, batch_size: int = 64) -> Float[np.ndarray, "b"]:
+def ssim(images: Images, references: Images, *, batch_size: int = 64) -> Float[np.ndarray, "b"]:
     """Of each image to its reference, 1 = identical.
 
     Raises:
         ValueError: images smaller than the window.
     """
-    if min(pictures.shape[1:3]) < MIN_SSIM_SIDE:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    if min(images.shape[1:3]) < MIN_SSIM_SIDE:
         raise ValueError(f"SSIM needs images of {MIN_SSIM_SIDE} px or more")
     parts = [
         structural_similarity_index_measure(
-            _tensor(pictures[i : i + batch_size]),
+            _tensor(images[i : i + batch_size]),
             _tensor(references[i : i + batch_size]),
             data_range=255.0,
             reduction="none",
         )
-        for i in range(0, len(pictures), batch_size)
+        for i in range(0, len(images), batch_size)
     ]
     return torch.cat([part.reshape(-1) for part in parts]).numpy().astype(np.float64)
 
 
 @torch.no_grad()
-def perceptual(net: Net, pictures: Pictures, references: Pictures, *, batch_size: int = 64) -> Values:
+def perceptual(net: Net, images: Images, references: Images, *, batch_size: int = 64) -> Values:
     """Of each image to its reference, 0 = identical; on the device where the net is.
 
     Raises:
@@ -125,12 +129,12 @@ def perceptual(net: Net, pictures: Pictures, references: Pictures, *, batch_size
         raise ValueError(f"{net.name} has no feature maps to compare")
     device = next(net.module.parameters()).device
 
-    def maps(part: Pictures) -> list[Tensor]:
+    def maps(part: Images) -> list[Tensor]:
         return taps(torch.tensor(part).permute(0, 3, 1, 2).to(device))
 
     parts = [
-        perceptual_distance(maps(pictures[i : i + batch_size]), maps(references[i : i + batch_size]))
-        for i in range(0, len(pictures), batch_size)
+        perceptual_distance(maps(images[i : i + batch_size]), maps(references[i : i + batch_size]))
+        for i in range(0, len(images), batch_size)
     ]
     return torch.cat(parts).cpu().numpy().astype(np.float64)
 
@@ -145,6 +149,8 @@ def kid(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, seed: int = 0
     Raises:
         ValueError: fewer than MIN_KID_IMAGES images on a side.
     """
+    from torchmetrics.image.kid import poly_kernel
+
     real, made = (_evenly(side, MAX_KID_IMAGES).double() for side in (real, made))  # a small difference of large sums
     size = min(len(real), len(made)) // 2
     if 2 * size < MIN_KID_IMAGES:
@@ -189,6 +195,8 @@ def frechet(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, level: fl
 
 
 def _frechet(real: Tensor, made: Tensor) -> float:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
     metric.set_dtype(torch.float64)
     metric.update(real.double(), real=True)
