@@ -44,6 +44,21 @@ def training(output: str, data: str, *flags: str, env: dict[str, str] | None = N
         begun.kill()
 
 
+def test_a_process_killed_at_random_steps_ends_with_the_same_weights(dataset_folder, tmp_path):
+    """kill -9 twice, four steps an epoch: bit for bit what an uninterrupted run gives, the losses too."""
+    output, flags = str(tmp_path / "run"), ["--epochs", "8", "--global-batch-size", "8", *HERE]
+    resumed = [0]
+    for _ in range(2):
+        with training(output, dataset_folder, *flags, *OFTEN) as begun:
+            begun.wait_for(resumed[-1] + random.randint(1, 9))
+        resumed.append(run_folder.latest_checkpoint(output)[0])
+    assert run(dataset_folder, output, *flags) == 0
+    assert [attempt["step"] for attempt in chaos.attempts_of(output)] == resumed
+    assert run(dataset_folder, str(tmp_path / "whole"), *flags) == 0
+    assert difference(output, str(tmp_path / "whole")) == 0, resumed
+    assert losses(output) == losses(str(tmp_path / "whole"))
+
+
 @pytest.mark.slow
 def test_killed_at_random_steps_a_run_ends_with_the_same_weights(ray_cluster, dataset_folder, tmp_path):
     """kill -9 of the worker at five random steps, then of the driver. Bit for bit what an uninterrupted run gives; and

@@ -51,12 +51,13 @@ class LossMeans:
         return cls(**state.pop("losses", {"totals": before.get("of_all"), "count": before.get("count", 0)}))
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        self.mine = {name: loss + self.mine.get(name, 0.0) for name, loss in losses.items()}
+        # in float64, where sums of so few float32 are exact: a checkpoint in between, which gathers, changes no digit
+        self.mine = {name: loss.double() + self.mine.get(name, 0.0) for name, loss in losses.items()}
         self.count += 1
 
     def gather(self, world: int) -> dict[str, float]:
         """Means over all steps and workers; all workers must call it."""
-        sums = (all_sum(torch.stack([*self.mine.values()]).double(), world) / world).tolist()
+        sums = (all_sum(torch.stack([*self.mine.values()]), world) / world).tolist()
         added = dict(zip(self.mine, sums, strict=True))
         self.totals = {name: total + self.totals.get(name, 0.0) for name, total in added.items()}
         self.mine = {}
