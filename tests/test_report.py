@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddpm_core import images, storage
 from jobs.reports import charts as reports_charts
-from jobs.reports import report
+from jobs.reports import metric_table, report
 from jobs.reports.grids import FILM_ROWS, HEADER, film_strip, labelled_grid, ungrid
 
 
@@ -76,6 +76,16 @@ def evaluation() -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what a page says, charts need not be drawn."""
+
+    def chart(draw: Any, caption: str, **_: Any) -> dict[str, str]:
+        return {"light": "data:image/png;base64,", "dark": "data:image/png;base64,", "caption": caption}
+
+    monkeypatch.setattr(reports_charts, "chart", chart)
+
+
 def embedded_pngs(page: str) -> list[bytes]:
     return [base64.b64decode(data) for data in re.findall(r'(?:src|srcset)="data:image/png;base64,([^"]+)"', page)]
 
@@ -100,6 +110,7 @@ def test_a_runs_report_has_curves_configuration_and_licence(run: Path) -> None:
         assert np.asarray(chart.convert("RGBA"))[..., 3].any()  # something is drawn on the transparent ground
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_else_was_measured_has_a_curve_of_its_own(tmp_path: Path) -> None:
     rows = [
         {
@@ -122,6 +133,7 @@ def test_what_else_was_measured_has_a_curve_of_its_own(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_evaluations_report_shows_verdicts_figures_and_images(run: Path, evaluation: dict[str, Any]) -> None:
     png = images.encode_png(picture(7))
     report.write_report(str(run), run_uri=str(run), evaluation=evaluation, images=[("held out & shown", png)])
@@ -165,6 +177,7 @@ def test_a_run_that_has_hardly_begun_still_has_a_report(tmp_path: Path) -> None:
     assert "mine: a ⇄ b" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_an_encoder_minimises_and_what_is_measured_of_it_are_drawn_apart(run: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     together, apart = "Loss: training, and validation", "Loss that training minimises"
@@ -271,6 +284,7 @@ def facts_of(page: str) -> dict[str, str]:
     return dict(re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", page))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_running_runs_page_says_how_far_it_is_and_loads_itself_again(run: Path) -> None:
     (run / "best.json").write_text(
         json.dumps({"checkpoint": "checkpoints/step-20", "metric": {"loss": 0.55, "step": 20}})
@@ -309,6 +323,7 @@ def test_a_run_that_has_ended_is_told_as_such(run: Path, state: str) -> None:
     assert ("Time left" in page, "Images a second</dt>" in page) == (False, False)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_fixed_images_are_shown_as_they_are_and_as_they_came_to_be(run: Path) -> None:
     for step in range(10, 110, 10):
         rows = [[picture(10), picture(step)], [picture(20), picture(step)]]
@@ -324,12 +339,14 @@ def test_the_fixed_images_are_shown_as_they_are_and_as_they_came_to_be(run: Path
     assert [int(cell[0, 0, 0]) for cell in rows[1]] == [20, 10, 30, 50, 60, 80, 100]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_evaluation_of_a_run_does_not_show_the_images_of_its_training(run: Path) -> None:
     storage.write_bytes(f"{run}/samples/step-00000010.png", labelled_grid(["source"], [[picture(1)]]))
     report.write_report(str(run), run_uri=str(run))
     assert "Validation images" not in (run / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_that_cannot_be_written_leaves_the_old_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.write_report(str(run), run_uri=str(run))
     before = (run / "report.html").read_text()
@@ -338,3 +355,19 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(run: Path, monkeypat
         report.write_report(str(run))
     assert (run / "report.html").read_text() == before
     assert not list(run.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "heading", "column", "name"),
+    [
+        ("psnr", "PSNR to the truth, dB", "PSNR to the truth, dB ↑", "PSNR"),
+        ("psnr_to_source", "PSNR to the source, dB", "PSNR to the source, dB", "PSNR to the source"),
+        ("perceptual_to_proxy", "perceptual distance to the proxy", "perceptual distance to the proxy ↓", None),
+        ("kid", "KID", "KID ↓", "KID"),
+        ("copied", "copied from training", "copied from training", "copied from training"),
+        ("colour_match", "colour match", "colour match ↑", "colour match"),
+    ],
+)
+def test_a_metric_is_called_the_same_everywhere(metric: str, heading: str, column: str, name: str | None) -> None:
+    assert (metric_table.heading(metric), metric_table.column(metric)) == (heading, column)
+    assert metric_table.name(metric) == (name or heading)

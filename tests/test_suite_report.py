@@ -262,6 +262,18 @@ def output(plan: Plan, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what a page says, charts need not be drawn."""
+
+    def chart(draw: Any, caption: str, **_: Any) -> dict[str, str]:
+        return {"light": "data:image/png;base64,", "dark": "data:image/png;base64,", "caption": caption}
+
+    monkeypatch.setattr(reports_charts, "chart", chart)
+    monkeypatch.setattr(reports_charts, "render", lambda *_, **__: b"")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_every_claim_gets_its_verdict(plan: Plan, output: Path) -> None:
     found = {verdict.claim.text: verdict.outcome for verdict in report.write(plan, str(output))}
     assert found == {each.text: outcome for outcome, group in CLAIMS.items() for each in group}
@@ -293,6 +305,7 @@ def test_a_verdicts_figures_are_those_that_were_measured(plan: Plan, output: Pat
     assert verdicts["no SSIM"].figures == "SSIM of guided was not measured"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_table_holds_every_row_and_the_csv_every_value(plan: Plan, output: Path) -> None:
     report.write(plan, str(output))
     table = json.loads((output / "table.json").read_text())
@@ -382,6 +395,7 @@ def test_the_page_is_whole_says_what_holds_and_fetches_nothing(plan: Plan, outpu
     assert "url(" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_best_is_marked_only_where_it_is_clear(plan: Plan, output: Path) -> None:
     results, rows = Results(plan, str(output)), plan.sections[0].rows[:3]
     best = {metric: row and row.name for metric in METRICS if (row := results.best(rows, "female", metric)) or True}
@@ -407,6 +421,7 @@ def test_every_figure_stands_by_itself(plan: Plan, output: Path) -> None:
         assert pixels[..., :3].std() > 5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_sources_stand_side_by_side(plan: Plan, output: Path) -> None:
     report.write(plan, str(output))
     columns, rows = grids.ungrid((output / "plots/injection-1-images.png").read_bytes())
@@ -487,6 +502,7 @@ def test_what_is_known_as_a_summary_only_is_compared_over_seeds(plan: Plan, outp
     assert "Fréchet distance: better by 10" in verdict.figures
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_seed_that_is_missing_is_said_and_the_others_count(plan: Plan, output: Path) -> None:
     (output / "evaluations/guided/seed-1/metrics.json").unlink()
     (output / "evaluations/same/seed-0/metrics.json").unlink()
@@ -509,6 +525,7 @@ def test_a_suite_that_has_hardly_begun_still_has_a_report(plan: Plan, tmp_path: 
     assert not (tmp_path / "plots").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_is_written_last(plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
     write_bytes = storage.write_bytes

@@ -525,6 +525,7 @@ def test_errors_are_escaped_summed_up_and_cut(results: dict[str, Any]) -> None:
     assert "x" * 301 not in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_user_wrote_is_escaped_everywhere(results: dict[str, Any]) -> None:
     data = {"name": HOSTILE, "licence": HOSTILE, "pairing": HOSTILE}
     results["message"] = HOSTILE

@@ -12,8 +12,8 @@ import numpy as np
 from ddpm_core import config as configs
 from ddpm_core import storage
 from jobs.common.progress import duration
-from jobs.reports import metric_table
-from jobs.reports.charts import MAX_LINES, chart, draw_lines, draw_losses
+from jobs.reports import charts, metric_table
+from jobs.reports.charts import MAX_LINES, draw_lines, draw_losses
 from jobs.reports.grids import FILM_ROWS, FILM_STEPS, film_strip
 from jobs.reports.html import CREDITS, REFRESH_S, Cell, Line, Table, image, render
 from jobs.reports.metric_table import METRICS, base
@@ -86,7 +86,7 @@ def build(run: Mapping[str, Any], evaluation: Mapping[str, Any], images: Sequenc
             for group, metrics in _grouped(domain["methods"]).items()
         ],
         measured_with=_measured_with(evaluation),
-        curves=[chart(draw, caption) for caption, draw in curves.items()],
+        curves=[charts.chart(draw, caption) for caption, draw in curves.items()],
         curves_note=_curves_note(rows, config.get("method", "diffusion")),
         credits=[(label, data[key]) for key, label in CREDITS.items() if data.get(key)],
         blocks={
@@ -293,19 +293,19 @@ def _curves(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Draw]:
     """Caption → what draws it on matplotlib's axes."""
     val = [row for row in rows if row.get("split") == "val"]
     train = [row for row in rows if row.get("split") == "train"]
-    charts: dict[str, Draw] = {}
+    drawn: dict[str, Draw] = {}
     if method in configs.ENCODERS:  # training minimises one thing, validation measures another
         if len(train) > 1:
-            charts["Loss that training minimises"] = lambda ax: draw_losses(ax, train, [])
+            drawn["Loss that training minimises"] = lambda ax: draw_losses(ax, train, [])
         if len(val) > 1:
-            charts["Validation loss with its 95 % band"] = lambda ax: draw_losses(ax, [], val)
+            drawn["Validation loss with its 95 % band"] = lambda ax: draw_losses(ax, [], val)
     elif len(val) + len(train) > 1:
-        charts["Loss: training, and validation with its 95 % band"] = lambda ax: draw_losses(ax, train, val)
+        drawn["Loss: training, and validation with its 95 % band"] = lambda ax: draw_losses(ax, train, val)
     bands, lengths = _named(val, "loss_band_"), _named(val, "loss_ema_")
     if bands and len(val) > 1:
-        charts["Validation loss by quarter of the noise chain"] = lambda ax: draw_lines(ax, val, bands)
+        drawn["Validation loss by quarter of the noise chain"] = lambda ax: draw_lines(ax, val, bands)
     if len(lengths) > 1 and len(val) > 1:
-        charts["Validation loss by length of the weights' average"] = lambda ax: draw_lines(ax, val, lengths)
+        drawn["Validation loss by length of the weights' average"] = lambda ax: draw_lines(ax, val, lengths)
     others = {
         key: key.replace("_", " ")
         for key in dict.fromkeys(key for row in val for key, value in row.items() if isinstance(value, float))
@@ -314,15 +314,15 @@ def _curves(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Draw]:
     if len(others) > MAX_LINES:  # of each of many attributes: the mean alone is drawn
         others = {key: name for key, name in others.items() if not key.startswith("accuracy_")}
     if others and len(val) > 1:
-        charts["What else was measured of the validation images"] = lambda ax: draw_lines(ax, val, others, unit="mean")
+        drawn["What else was measured of the validation images"] = lambda ax: draw_lines(ax, val, others, unit="mean")
     parts = {f"loss_{name}": name for name in PARTS}
     parts = {key: name for key, name in parts.items() if any(key in row for row in train)}
     if parts and len(train) > 1:
-        charts["The other training losses"] = lambda ax: draw_lines(ax, train, parts)
+        drawn["The other training losses"] = lambda ax: draw_lines(ax, train, parts)
     for key, (alt, unit) in SPEEDS.items():
         if sum(key in row for row in train) > 1:
-            charts[alt] = functools.partial(draw_lines, rows=train, labels={key: ""}, unit=unit)
-    return charts
+            drawn[alt] = functools.partial(draw_lines, rows=train, labels={key: ""}, unit=unit)
+    return drawn
 
 
 def _curves_note(rows: Sequence[Mapping[str, Any]], method: str) -> str:
