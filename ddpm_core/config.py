@@ -4,12 +4,15 @@
 input exactly as training did.
 """
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import math
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from ddpm_core.errors import InputError
@@ -385,6 +388,22 @@ def check_sampling(sampling: SamplingConfig, num_timesteps: int) -> None:
         raise InputError("sampling.start ddib goes there and back by DDIM; it needs sampler ddim and eta 0")
 
 
+def override_sampling(config: ModelConfig, overrides: Mapping[str, Any]) -> SamplingConfig:
+    """A checkpoint's sampling defaults with fields of `SamplingConfig` in their place; None is the default.
+
+    Raises:
+        InputError: an option that is unknown, cannot work or has no effect, by name.
+    """
+    defaults = to_dict(config.sampling)
+    given = {name: value for name, value in overrides.items() if value is not None or name not in defaults}
+    sampling = from_dict(SamplingConfig, {**defaults, **given}, where="sampling")
+    check_sampling(sampling, config.diffusion.num_timesteps)
+    if config.method != "diffusion" and sampling != config.sampling:
+        changed = [name for name in given if getattr(sampling, name) != getattr(config.sampling, name)]
+        raise InputError(f"{', '.join(changed)}: no effect on {config.method}, which does not sample; leave it out")
+    return sampling
+
+
 def domain_index(config: ModelConfig, name: str) -> int:
     """Index of the side called `name`.
 
@@ -408,6 +427,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 T = TypeVar("T")
+
+
+def optional_fields(cls: type) -> list[tuple[str, Any, str]]:
+    """Name, type (or None: not given) and docstring of each field of a dataclass.
+
+    The options that override the fields, of a command or a request, are made of these and not written again.
+    """
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {
+        ast.unparse(field.target): " ".join(ast.literal_eval(doc.value).split())
+        for field, doc in itertools.pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
+    }
+    return [(name, hint | None, docs[name]) for name, hint in typing.get_type_hints(cls).items()]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -86,15 +86,7 @@ class Translator:
         Raises:
             InputError: an option that is unknown, cannot work or has no effect, by name.
         """
-        defaults = configs.to_dict(self.config.sampling)
-        given = {name: value for name, value in overrides.items() if value is not None or name not in defaults}
-        sampling = configs.from_dict(SamplingConfig, {**defaults, **given}, where="sampling")
-        configs.check_sampling(sampling, self.config.diffusion.num_timesteps)
-        if self.config.method != "diffusion" and sampling != self.config.sampling:
-            changed = [name for name in given if getattr(sampling, name) != getattr(self.config.sampling, name)]
-            raise InputError(
-                f"{', '.join(changed)}: no effect on {self.config.method}, which does not sample; leave it out"
-            )
+        sampling = configs.override_sampling(self.config, overrides)
         nets = {"classifier": self.classifier, "identity": self.identity_encoder}
         if sampling.start == "ddib" and (led := [name for name, net in nets.items() if net is not None]):
             raise InputError(

@@ -6,7 +6,6 @@ The gateway answers while the model is busy: the page, the health check, and 429
 """
 
 import asyncio
-import dataclasses
 import http
 import json
 import os
@@ -37,7 +36,7 @@ from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 
 from . import scheduler
-from .schemas import Arguments, Options, Query, complete, explain, validate
+from .schemas import Arguments, Options, Query, SamplingQuery, complete, explain, validate
 
 RETRY_AFTER_S = 2
 """What a refused client is told to wait."""
@@ -124,7 +123,7 @@ def describe(config: ModelConfig, options: Options, done: scheduler.Done, total_
     """Response headers: licence, options used, time taken, and what `prepare` noted."""
     return {
         "X-Licence": header(config.data.licence),
-        "X-Options": json.dumps(dataclasses.asdict(options)),
+        "X-Options": json.dumps(options.arguments()),
         "X-Batch-Size": str(done.batch_size),
         "Server-Timing": f"model;dur={done.model_ms:.1f}, total;dur={total_ms:.1f}",
         "Cache-Control": "no-store",
@@ -210,7 +209,7 @@ class Gateway:
             raise later(429, "too many requests are waiting") from None
         except (ray.exceptions.RayActorError, ray.serve.exceptions.DeploymentUnavailableError):
             raise later(503, "the model is restarting") from None
-        png = await asyncio.to_thread(images.encode_png, done.picture)
+        png = await asyncio.to_thread(images.encode_png, done.image)
         total_ms = (time.perf_counter() - start) * 1000
         headers = describe(self.config, options, done, total_ms, note)
         return fastapi.Response(png, media_type="image/png", headers=headers)
@@ -224,6 +223,7 @@ class Gateway:
             "domains": list(self.config.target_domains or self.config.domains),
             "num_timesteps": self.config.diffusion.num_timesteps,
             "defaults": configs.to_dict(self.config.sampling),
+            "options": SamplingQuery.model_json_schema()["properties"],
             "licence": self.config.data.licence,
             "data": configs.to_dict(self.config.data),
             "max_body_bytes": self.max_body_bytes,

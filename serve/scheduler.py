@@ -17,7 +17,7 @@ Translate = Callable[..., np.ndarray]
 class Job:
     """One request as the model gets it."""
 
-    picture: UInt8[np.ndarray, "h w 3"]
+    image: UInt8[np.ndarray, "h w 3"]
     options: Options
 
 
@@ -25,7 +25,7 @@ class Job:
 class Done:
     """One request as the model answers it."""
 
-    picture: UInt8[np.ndarray, "h w 3"]
+    image: UInt8[np.ndarray, "h w 3"]
     model_ms: float
     """Time of the pass it was part of."""
     batch_size: int
@@ -40,9 +40,9 @@ def run(translate: Translate, jobs: Sequence[Job]) -> list[Done]:
     done: dict[int, Done] = {}
     for options, members in groups.items():
         start = time.perf_counter()
-        pictures = np.stack([jobs[index].picture for index in members])
-        results = translate(pictures, **dataclasses.asdict(options))
+        images = np.stack([jobs[index].image for index in members])
+        results = translate(images, **options.arguments())
         model_ms = (time.perf_counter() - start) * 1000
-        for index, picture in zip(members, results, strict=True):
-            done[index] = Done(picture, model_ms, len(members))
+        for index, image in zip(members, results, strict=True):
+            done[index] = Done(image, model_ms, len(members))
     return [done[index] for index in range(len(jobs))]

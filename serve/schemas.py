@@ -1,12 +1,13 @@
 """What the endpoint is given: its start-up arguments and the options of one request."""
 
 import dataclasses
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ddpm_core import config as configs
-from ddpm_core.config import ModelConfig, Sampler, SamplingConfig, Start
+from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.faces import Align
 
@@ -56,25 +57,20 @@ class Arguments(BaseModel):
         return int(self.max_body_mb * 1e6)
 
 
-class Query(BaseModel):
+_fields: dict[str, Any] = {
+    name: (Annotated[hint, Field(description=doc)], None) for name, hint, doc in configs.optional_fields(SamplingConfig)
+}
+SamplingQuery: Any = create_model("SamplingQuery", **_fields)
+"""Every sampling option; None is the checkpoint's default."""
+
+
+class Query(SamplingQuery):
     """`POST /v1/translate?...`: what is left out takes the checkpoint's default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     domain: str | None = None
     """The side to produce; may be left out where the checkpoint produces one only."""
-    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """0 ignores the image, 1 is plain, above 1 follows it harder."""
-    num_steps: Annotated[int, Field(ge=1)] | None = None
-    """Network evaluations: more are slower and finer."""
-    sampler: Sampler | None = None
-    """ddim: deterministic. ddpm: ancestral. dpm_solver: DPM-Solver++(2M), second order."""
-    domain_guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """A weight of the domain's own; guidance_scale is then the image's."""
-    start: Start | None = None
-    """noise; sdedit: the image, noised; ddib: the noise that DDIM finds for the image in its own domain."""
-    strength: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Of sdedit: share of the chain that is noised and drawn again."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Another seed draws another sample for the same image."""
     align: Align = "auto"
@@ -87,13 +83,12 @@ class Options:
     """A request's options in full: requests with equal options may share a batch."""
 
     domain: str
-    sampler: Sampler
-    num_steps: int
-    guidance_scale: float
-    domain_guidance_scale: float | None
-    start: Start
-    strength: float
     seed: int
+    sampling: SamplingConfig
+
+    def arguments(self) -> dict[str, Any]:
+        """As a `Translator` takes them, and the response's X-Options tells them."""
+        return {"domain": self.domain, "seed": self.seed, **configs.to_dict(self.sampling)}
 
 
 def complete(query: Query, config: ModelConfig) -> Options:
@@ -109,17 +104,13 @@ def complete(query: Query, config: ModelConfig) -> Options:
     if domain not in targets:
         known = f"{configs.did_you_mean(domain, targets)}: {', '.join(targets)}"
         raise InputError(f"domain {domain!r} is not produced by this checkpoint{known}")
-    num_timesteps = config.diffusion.num_timesteps
-    if query.num_steps is not None and query.num_steps > num_timesteps:
-        raise InputError(f"num_steps is {query.num_steps}; this checkpoint takes at most {num_timesteps}")
-    names = [field.name for field in dataclasses.fields(SamplingConfig) if field.name in Query.model_fields]
-    defaults = config.sampling
-    given = {name: value for name in names if (value := getattr(query, name)) not in (None, getattr(defaults, name))}
-    if given and config.method != "diffusion":
-        raise InputError(f"{', '.join(given)}: no effect on {config.method}, which does not sample; leave it out")
-    sampling = dataclasses.replace(defaults, **given)
-    configs.check_sampling(sampling, num_timesteps)
-    return Options(domain=domain, seed=query.seed, **{name: getattr(sampling, name) for name in names})
+    given = query.model_dump(include=set(SamplingQuery.model_fields))
+    try:
+        sampling = configs.override_sampling(config, given)
+    except InputError as error:  # by the query's names: num_steps, not sampling.num-steps
+        named = re.sub(r"(?:sampling|diffusion)\.([a-z-]+)", lambda name: name[1].replace("-", "_"), str(error))
+        raise InputError(named) from None
+    return Options(domain, query.seed, sampling)
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -139,10 +130,11 @@ def validate(cls: type[M], values: dict[str, Any]) -> M:
 
 def explain(problem: Any, cls: type[BaseModel]) -> str:
     """One of pydantic's problems as a line that names the field, its value and what would be right."""
-    name = ".".join(str(part) for part in problem["loc"] if part not in ("query", "body"))
+    *_, name = [part for part in problem["loc"] if isinstance(part, str)]  # not the place within a tuple
     if problem["type"] == "extra_forbidden":
         fields = cls.model_fields
         return f"unknown option {name!r}{configs.did_you_mean(name, fields)}: {', '.join(fields)}"
     if problem["type"] == "missing":
-        return f"{name} is missing; give {name}=VALUE"
+        more = "" if problem["loc"][-1] == name else ", as often as it has values"
+        return f"{name} is missing; give {name}=VALUE{more}"
     return f"{name} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"

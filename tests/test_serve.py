@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import http.client
 import io
 import json
@@ -12,6 +13,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import httpx
@@ -25,19 +27,12 @@ from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
+from jobs.common import cli
+from jobs.translation.plan import TranslateArgs
 from serve import app, scheduler
 from serve.schemas import Arguments, Options, Query, complete, validate
 
-PLAIN = Options(
-    domain="night",
-    sampler="ddim",
-    num_steps=2,
-    guidance_scale=1.0,
-    domain_guidance_scale=None,
-    start="noise",
-    strength=1.0,
-    seed=0,
-)
+PLAIN = SamplingConfig(num_steps=2, guidance_scale=1.0)
 
 
 def png(seed: int = 0, size: tuple[int, int] = (40, 24)) -> bytes:
@@ -60,23 +55,51 @@ def test_arguments_are_typed_and_unknown_ones_refused() -> None:
 
 def test_options_are_completed_from_the_checkpoint() -> None:
     config = ModelConfig(domains=("day", "night"), target_domains=("night",))
-    assert complete(Query(), config) == Options("night", "ddim", 50, 1.5, None, "noise", 1.0, 0)
-    given = {"sampler": "dpm_solver", "domain_guidance_scale": 2.0, "start": "sdedit", "strength": 0.5}
-    asked = complete(Query(**given), config)
-    assert {name: getattr(asked, name) for name in given} == given
-    with pytest.raises(InputError, match=r"strength has no effect with sampling\.start noise"):
+    assert complete(Query(), config) == Options("night", 0, SamplingConfig())
+    given: dict[str, Any] = {"sampler": "dpm_solver", "domain_guidance_scale": 2.0, "start": "sdedit", "strength": 0.5}
+    assert complete(Query(**given), config).sampling == SamplingConfig(**given)
+    with pytest.raises(InputError, match=r"^strength has no effect with start noise"):
         complete(Query(strength=0.5), config)
     gan = ModelConfig(domains=("day", "night"), target_domains=("night",), method="pix2pix")
     assert complete(Query(num_steps=50), gan) == complete(Query(), gan)  # the page sends what it was given
     with pytest.raises(InputError, match="num_steps: no effect on pix2pix"):
         complete(Query(num_steps=7), gan)
-    assert complete(Query(guidance_scale=0, num_steps=7), config).guidance_scale == 0
+    assert complete(Query(guidance_scale=0, num_steps=7), config).sampling.guidance_scale == 0
     with pytest.raises(InputError, match=r"domain is missing; add \?domain= with one of day, night"):
         complete(Query(), ModelConfig(domains=("day", "night")))
     with pytest.raises(InputError, match="'day' is not produced by this checkpoint; known are: night"):
         complete(Query(domain="day"), config)
-    with pytest.raises(InputError, match="at most 1000"):
+    with pytest.raises(InputError, match=r"^num_steps is 1001; .* must not exceed num_timesteps = 1000"):
         complete(Query(num_steps=1001), config)
+
+
+OTHER_OPTIONS: dict[str, Any] = {
+    "sampler": "ddpm",
+    "num_steps": 7,
+    "spacing": "leading",
+    "eta": 0.5,
+    "guidance_scale": 2.5,
+    "domain_guidance_scale": 2.0,
+    "guidance_interval": (0.2, 0.8),
+    "guidance_rescale": 0.5,
+    "start": "sdedit",
+    "strength": 0.5,
+}
+"""Every sampling option, and a value that is not its default."""
+
+
+def test_every_sampling_option_is_a_flag_of_translate_and_an_option_of_the_endpoint(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert [field.name for field in dataclasses.fields(SamplingConfig)] == list(OTHER_OPTIONS)
+    command = ["--checkpoint", "x", "--input", "x", "--output", "x", "--domain", "night"]
+    for name, value in OTHER_OPTIONS.items():
+        flag = [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+        assert getattr(cli.parse(TranslateArgs, [*command, *flag], prog="jobs.translate").sampling, name) == value
+        assert getattr(validate(Query, {name: value}), name) == value
+    with pytest.raises(SystemExit):
+        cli.parse(TranslateArgs, ["--help"], prog="jobs.translate")
+    assert "Of ddim: 0 deterministic, 1 ancestral." in capsys.readouterr().out
 
 
 def test_a_wrong_checkpoint_is_one_line(tmp_path: Path) -> None:
@@ -166,8 +189,8 @@ class Recorder:
 
 
 def test_only_equal_options_share_a_pass_and_order_is_kept() -> None:
-    def job(value: int, **changes: int) -> scheduler.Job:
-        options = Options(**{**PLAIN.__dict__, **changes})
+    def job(value: int, *, seed: int = 0, **changes: Any) -> scheduler.Job:
+        options = Options("night", seed, dataclasses.replace(PLAIN, **changes))
         return scheduler.Job(np.full((2, 2, 3), value, np.uint8), options)
 
     translate = Recorder()
@@ -177,10 +200,10 @@ def test_only_equal_options_share_a_pass_and_order_is_kept() -> None:
         job(30),
         job(40, seed=1),
         job(50, num_steps=5),
-        job(60, guidance_scale=2),
+        job(60, guidance_scale=2.0),
     ]
     done = scheduler.run(translate, jobs)
-    assert [int(result.picture[0, 0, 0]) for result in done] == [12, 25, 32, 42, 55, 62]
+    assert [int(result.image[0, 0, 0]) for result in done] == [12, 25, 32, 42, 55, 62]
     assert [result.batch_size for result in done] == [2, 2, 2, 1, 2, 1]
     assert sorted(translate.calls) == [
         (1, "night", 2, 0),
@@ -231,19 +254,27 @@ def endpoint(ray_cluster: None, run_in_a_bucket: str) -> Iterator[str]:
 
 def test_a_image_in_a_image_out(endpoint: str, checkpoint_folder: str) -> None:
     """The endpoint gives what the library gives for the same image, options and seed."""
-    query = {"domain": "night", "guidance_scale": 2, "num_steps": 3, "sampler": "ddpm", "seed": 5}
+    query = {
+        "domain": "night",
+        "guidance_scale": 2,
+        "num_steps": 3,
+        "sampler": "ddpm",
+        "seed": 5,
+        "guidance_rescale": 0.5,
+    }
     answer = httpx.post(f"{endpoint}/v1/translate", params=query, content=png(), timeout=300)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "image/png"
-    defaults = {"domain_guidance_scale": None, "start": "noise", "strength": 1.0}
-    assert json.loads(answer.headers["x-options"]) == {**query, **defaults}
+    assert json.loads(answer.headers["x-options"]) == {**configs.to_dict(SamplingConfig()), **query}
     assert answer.headers["x-licence"] == "unknown"
     assert "model;dur=" in answer.headers["server-timing"]
     result = np.asarray(Image.open(io.BytesIO(answer.content)))
 
     translator = Translator(checkpoint.load(checkpoint_folder), device="cpu", precision="fp32")
     source = images.to_square(images.decode(png()), 16)
-    expected = translator(source[None], "night", guidance_scale=2.0, num_steps=3, sampler="ddpm", seed=5)[0]
+    expected = translator(
+        source[None], "night", guidance_scale=2.0, num_steps=3, sampler="ddpm", seed=5, guidance_rescale=0.5
+    )[0]
     assert result.shape == (16, 16, 3)
     assert np.abs(result.astype(int) - expected.astype(int)).max() <= 1
 
@@ -273,11 +304,13 @@ def test_images_sent_together_share_a_pass_but_never_across_options(endpoint: st
         ("", png(), 422, "domain is missing; add ?domain= with one of day, night"),
         ("domain=nigth", png(), 422, "did you mean 'night'?"),
         ("domain=night&num_steps=many", png(), 422, "num_steps is 'many'"),
-        ("domain=night&num_steps=5000", png(), 422, "at most 1000"),
-        ("domain=night&strength=0", png(), 422, "strength is '0'"),
-        ("domain=night&start=sdedit&strength=0.5&eta=1", png(), 422, "unknown option 'eta'"),
-        ("domain=night&strength=0.5", png(), 422, "no effect with sampling.start noise"),
-        ("domain=night&guidance_scale=nan", png(), 422, "guidance_scale is 'nan'"),
+        ("domain=night&num_steps=5000", png(), 422, "must not exceed num_timesteps = 1000"),
+        ("domain=night&strength=0", png(), 422, "strength is 0.0; it must lie in (0, 1]"),
+        ("domain=night&sampler=ddpm&eta=1", png(), 422, "eta has no effect on the sampler ddpm"),
+        ("domain=night&guidance_interval=0.2", png(), 422, "give guidance_interval=VALUE, as often as it has values"),
+        ("domain=night&guidance_interval=0.8&guidance_interval=0.2", png(), 422, "guidance_interval is 0.8 0.2"),
+        ("domain=night&strength=0.5", png(), 422, "no effect with start noise"),
+        ("domain=night&guidance_scale=nan", png(), 422, "guidance_scale is nan; it must be 0 or more"),
         ("domain=night&guidance=2", png(), 422, "unknown option 'guidance' (did you mean 'guidance_scale'?)"),
         ("domain=night", b"x" * 2_000_001, 413, "larger than 2 MB"),
     ],
@@ -307,6 +340,12 @@ def test_the_other_addresses(endpoint: str) -> None:
     assert model["image_size"] == 16
     assert model["defaults"] == configs.to_dict(SamplingConfig(num_steps=2))
     assert model["licence"] == "unknown"
+    assert set(model["options"]) == set(OTHER_OPTIONS)
+    assert model["options"]["sampler"]["anyOf"][0]["enum"] == ["ddpm", "ddim", "dpm_solver"]
+    schema = httpx.get(f"{endpoint}/v1/openapi.json").json()["paths"]["/v1/translate"]["post"]["parameters"]
+    described = {parameter["name"]: parameter["description"] for parameter in schema}
+    assert set(described) == {*OTHER_OPTIONS, "domain", "seed", "align"}
+    assert described["eta"] == "Of ddim: 0 deterministic, 1 ancestral."
     assert httpx.get(f"{endpoint}/healthz").json() == {"status": "ok"}
     page = httpx.get(endpoint)
     assert page.headers["content-type"].startswith("text/html")

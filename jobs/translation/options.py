@@ -2,40 +2,37 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import tyro
 
 from ddpm_core import checkpoint, encoders, storage
 from ddpm_core import config as configs
 from ddpm_core.checkpoint import Checkpoint
-from ddpm_core.config import Sampler, SamplingConfig, Spacing, Start
+from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 
+T = TypeVar("T")
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+def overriding(fields_of: type) -> Callable[[type[T]], type[T]]:
+    """Make a class the dataclass of `fields_of`'s options, None where one is not given; flags keep their help."""
+
+    def made(cls: type[T]) -> type[T]:
+        fields: list[Any] = [
+            (name, Annotated[hint, tyro.conf.arg(help=doc)], None)
+            for name, hint, doc in configs.optional_fields(fields_of)
+        ]
+        own = {"__doc__": cls.__doc__, "__module__": cls.__module__}
+        return dataclasses.make_dataclass(cls.__name__, fields, namespace=own, frozen=True, kw_only=True)
+
+    return made
+
+
+@overriding(SamplingConfig)
 class SamplingOverrides:
     """How images are drawn; what is not given is the checkpoint's own."""
-
-    sampler: Sampler | None = None
-    """ddim: deterministic. ddpm: ancestral. dpm_solver: DPM-Solver++(2M), second order."""
-    num_steps: int | None = None
-    """Network evaluations for one image."""
-    spacing: Spacing | None = None
-    """Which timesteps are visited."""
-    eta: float | None = None
-    """Of ddim: 0 deterministic, 1 ancestral."""
-    guidance_scale: float | None = None
-    """1 plain, above 1 guided more strongly."""
-    domain_guidance_scale: float | None = None
-    """A weight of the domain's own; guidance-scale is then the image's."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guide only between these shares of the chain, 1 being the noisiest: LOW HIGH."""
-    guidance_rescale: float | None = None
-    """Pull the guided prediction's spread back to the plain one's, 0 not at all, 1 wholly."""
-    start: Start | None = None
-    """noise; sdedit: the source, noised; ddib: the noise that DDIM finds for the source in its own domain."""
-    strength: float | None = None
-    """Of sdedit: share of the chain that is noised and drawn again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
