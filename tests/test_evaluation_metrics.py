@@ -318,7 +318,7 @@ def test_inception_without_its_weights_is_one_clear_line(monkeypatch: pytest.Mon
     def unreachable(**options: object) -> nn.Module:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", unreachable)
+    monkeypatch.setattr(metrics, "NoTrainInceptionV3", unreachable)
     with pytest.raises(
         InputError, match=r"has no weights here and fetching them failed \(no route to host\); put weights-inception"
     ) as told:

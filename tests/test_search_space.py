@@ -134,11 +134,11 @@ def test_the_hand_choice_in_optunas_words() -> None:
     space, _ = spaces.parse(
         ["optim.learning_rate=1e-5:1e-2:log", "optim.ema_sigma_rels=0.02:0.2", "unet.injection=concat,anchor"]
     )
-    values = spaces.hand(base, space)
+    values = spaces.own_values(base, space)
     assert values == {"optim.learning_rate": 2e-4, "optim.ema_sigma_rels": 0.1, "unet.injection": ["concat"]}
     assert spaces.parameters(values, space) == {**values, "unet.injection": "concat"}
     outside, _ = spaces.parse(["optim.learning_rate=1e-3:1e-2:log"])
-    assert spaces.parameters(spaces.hand(base, outside), outside) is None
+    assert spaces.parameters(spaces.own_values(base, outside), outside) is None
 
 
 def test_suggestions_lie_in_the_space_and_a_trial_keeps_what_it_has() -> None:
@@ -184,5 +184,5 @@ def test_the_default_space_holds_what_the_checkpoint_says(sampling: SamplingConf
 def test_the_default_learning_rates_hold_the_presets() -> None:
     for name, preset in PRESETS.items():
         space = spaces.default_training(preset.options)
-        assert spaces.parameters(spaces.hand(preset.options, space), space) is not None, name
+        assert spaces.parameters(spaces.own_values(preset.options, space), space) is not None, name
     assert spaces.to_json(space) == {"optim.learning_rate": {"low": 2e-5, "high": 1e-2, "log": True, "integer": False}}

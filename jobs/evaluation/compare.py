@@ -7,14 +7,16 @@ interval is so wide (Bonferroni) that all of them hold together with 95 %.
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from ddpm_core import storage
 from jobs.common import cli
-from jobs.evaluation.results import Difference, Evaluation, check_same, differences, read
 from jobs.reports.html import Line, Table, render
+
+if TYPE_CHECKING:
+    from jobs.evaluation.results import Difference, Evaluation
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-comparison", 1
 
@@ -34,6 +36,8 @@ class Args:
 def compare(argv: list[str]) -> int:
     """The command."""
     args = cli.parse(Args, argv, prog="jobs.evaluate compare", description=__doc__)
+    from jobs.evaluation.results import check_same, differences, read  # seconds, which --help need not wait for
+
     uris = [storage.absolute(uri, flag=flag) for uri, flag in ((args.a, "A"), (args.b, "B"))]
     output = None if args.output is None else storage.absolute(args.output, flag="--output")
     a, b = (read(uri) for uri in uris)
@@ -54,21 +58,21 @@ def compare(argv: list[str]) -> int:
 HEAD = ("to", "metric", "A", "B", "A - B", "interval", "of", "")
 
 
-def _cells(row: Difference) -> tuple[str, ...]:
+def _cells(row: "Difference") -> tuple[str, ...]:
     gap = row.difference
     of = f"{row.num} {'subsets' if row.metric == 'kid' else 'images'}"
     interval = f"{gap.low:+.4g} to {gap.high:+.4g}"
     return (row.domain, row.metric, f"{row.a:.4g}", f"{row.b:.4g}", f"{gap.mean:+.4g}", interval, of, row.words)
 
 
-def _footnote(rows: list[Difference], level: float) -> str:
+def _footnote(rows: "list[Difference]", level: float) -> str:
     return (
         f"{len(rows)} comparisons: each interval is of {level:.2%}, so that all of them hold with 95 %. They are over "
         "images (KID: random subsets of them), of one training run each: another seed of the training may differ more."
     )
 
 
-def as_text(a: Evaluation, b: Evaluation, rows: list[Difference], left_out: list[str], level: float) -> list[str]:
+def as_text(a: "Evaluation", b: "Evaluation", rows: "list[Difference]", left_out: list[str], level: float) -> list[str]:
     """The comparison in lines for a terminal."""
     table = [HEAD, *map(_cells, rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(HEAD))]
@@ -77,7 +81,9 @@ def as_text(a: Evaluation, b: Evaluation, rows: list[Difference], left_out: list
     return [f"A  {a.uri}", f"B  {b.uri}", "", *lines, "", *reasons, _footnote(rows, level)]
 
 
-def write(output: str, a: Evaluation, b: Evaluation, rows: list[Difference], left_out: list[str], level: float) -> None:
+def write(
+    output: str, a: "Evaluation", b: "Evaluation", rows: "list[Difference]", left_out: list[str], level: float
+) -> None:
     """report.html, then compare.json."""
     page = render(
         "comparison",
@@ -103,6 +109,6 @@ def write(output: str, a: Evaluation, b: Evaluation, rows: list[Difference], lef
     storage.write_bytes(storage.join(output, "compare.json"), text.encode())
 
 
-def _facts(side: Evaluation) -> Mapping[str, Any]:
+def _facts(side: "Evaluation") -> Mapping[str, Any]:
     names = ("checkpoint", "options", "sampling", "nets")
     return {"uri": side.uri, **{name: side.metrics[name] for name in names}}

@@ -15,8 +15,7 @@ rank-1       share of images that are nearer to their own source than to every o
 diversity    mean distance of the features of samples of one source: 0 where all are the same
 neighbours   distance of features to the nearest training image; copied: nearer than all but 1 % of real ones lie
 
-What is of each image is float64 b; intervals are `jobs.common.intervals`'. torchmetrics, and scipy and matplotlib with
-it, is imported where it is used: no `--help` waits for it.
+What is of each image is float64 b; intervals are `jobs.common.intervals`'.
 """
 
 import dataclasses
@@ -26,6 +25,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.kid import poly_kernel
 
 from ddpm_core import nets
 from ddpm_core.errors import InputError
@@ -63,8 +65,6 @@ def feature_net(uri: str = "auto") -> Net:
     """
     if uri != INCEPTION:
         return nets.feature_net(uri)
-    from torchmetrics.image.fid import NoTrainInceptionV3
-
     try:
         module = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
     except ModuleNotFoundError:
@@ -87,8 +87,6 @@ def _tensor(images: Images) -> Tensor:
 
 def psnr(images: Images, references: Images) -> Float[np.ndarray, "b"]:
     """Of each image to its reference, in dB."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
     values = peak_signal_noise_ratio(
         _tensor(images), _tensor(references), data_range=255.0, reduction="none", dim=(1, 2, 3)
     )
@@ -101,8 +99,6 @@ def ssim(images: Images, references: Images, *, batch_size: int = 64) -> Float[n
     Raises:
         ValueError: images smaller than the window.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     if min(images.shape[1:3]) < MIN_SSIM_SIDE:
         raise ValueError(f"SSIM needs images of {MIN_SSIM_SIDE} px or more")
     parts = [
@@ -149,8 +145,6 @@ def kid(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, seed: int = 0
     Raises:
         ValueError: fewer than MIN_KID_IMAGES images on a side.
     """
-    from torchmetrics.image.kid import poly_kernel
-
     real, made = (_evenly(side, MAX_KID_IMAGES).double() for side in (real, made))  # a small difference of large sums
     size = min(len(real), len(made)) // 2
     if 2 * size < MIN_KID_IMAGES:
@@ -195,8 +189,6 @@ def frechet(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, level: fl
 
 
 def _frechet(real: Tensor, made: Tensor) -> float:
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
     metric.set_dtype(torch.float64)
     metric.update(real.double(), real=True)

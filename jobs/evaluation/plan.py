@@ -42,7 +42,7 @@ class EvaluationJob:
     options: dict[str, Any]
     """What the results depend on."""
     plans: dict[str, dict[str, list[tuple[str, int, str]]]]
-    """split → row id → (domain, seed, purpose) of each image to look at."""
+    """split → row id → (domain, seed, purpose) of each image to measure."""
     rows: dict[str, tuple[int, int]]
     """id → index of the domain, and whom it shows (NOBODY), of each row of the split."""
     ema: float | None = None
@@ -219,7 +219,7 @@ def finished(job: EvaluationJob) -> bool:
     return True
 
 
-# -- what to look at ----------------------------------------------------------------------------------------------
+# -- what to measure -----------------------------------------------------------------------------------------------
 
 
 def spread(total: int, wanted: int) -> list[int]:
@@ -237,14 +237,14 @@ def num_samples(config: configs.ModelConfig, args: EvaluateArgs) -> int:
 def make_plans(
     args: EvaluateArgs, card: DatasetCard, domains: tuple[str, ...], rows: list[tuple[str, int]], most_samples: int
 ) -> dict[str, dict[str, list[tuple[str, int, str]]]]:
-    """Which rows of which split to look at, translated to what with which seeds.
+    """Which rows of which split to measure, translated to what with which seeds.
 
     Raises:
         InputError: no row can be turned into the wanted domain.
     """
     plans: dict[str, dict[str, list[tuple[str, int, str]]]] = {args.split: {}}
-    looked_at = args.num_train and card.splits.get("train")
-    train = listing.split_rows(args.data, card, "train") if looked_at else []
+    has_train = args.num_train and card.splits.get("train")
+    train = listing.split_rows(args.data, card, "train") if has_train else []
     for domain in domains:
         # A pair can be read from either side; other sets give the images of the other sides.
         paired = card.pairing == "paired"

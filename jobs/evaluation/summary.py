@@ -181,7 +181,7 @@ def headline(found: Iterable[evaluation_metrics.Verdict]) -> str:
 
 
 def notes(found: Summary, *, pairing: str, domain: str, num_train: tuple[int, int], elsewhere: bool) -> list[str]:
-    """What a reader must know not to misread the figures. `num_train`: training images looked at, and all of them.
+    """What a reader must know not to misread the figures. `num_train`: training images measured, and all of them.
     `elsewhere`: the model was trained on other data."""
     told = []
     if pairing == "matched":
@@ -212,9 +212,9 @@ def notes(found: Summary, *, pairing: str, domain: str, num_train: tuple[int, in
             + (" That is too few to rely on it." if right.mean < FEW_RIGHT else "")
         )
     if "copied" in model:
-        looked, there = num_train
+        measured, there = num_train
         told.append(
-            f"Nearest training images: by the feature net, among {looked:,} of {there:,} images of {domain}"
+            f"Nearest training images: by the feature net, among {measured:,} of {there:,} images of {domain}"
             + " (copied: nearer to one of them than 99 % of the real held-out images are)"
             + (", which are not those that this model was trained on." if elsewhere else ".")
         )

@@ -41,7 +41,7 @@ Found = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judges:
-    """The nets that look at the images, by where they lie."""
+    """The nets that judge the images, by where they lie."""
 
     features: str = "auto"
     classifier: str | None = None
@@ -106,8 +106,8 @@ class Measure:
         purpose = batch["output"].astype(str)
         found: list[Found] = [{} for _ in purpose]
         began = time.perf_counter()
-        self._look(batch, np.flatnonzero(purpose == REAL), found, leave_out=("identity",))
-        self._look(batch, np.flatnonzero(purpose == TRAIN), found, leave_out=("identity", "classifier"))
+        self._real(batch, np.flatnonzero(purpose == REAL), found, leave_out=("identity",))
+        self._real(batch, np.flatnonzero(purpose == TRAIN), found, leave_out=("identity", "classifier"))
         _spent("spent_s", found, np.flatnonzero(np.isin(purpose, (REAL, TRAIN))), began)
         made = np.flatnonzero(~np.isin(purpose, (REAL, TRAIN)))
         if len(made):
@@ -151,7 +151,7 @@ class Measure:
         """What that net, a field of Judges, makes of each image."""
         return nets.features(self.judges[name].module, images, device=self.device).numpy()
 
-    def _look(self, batch: Batch, rows: np.ndarray, found: list[Found], *, leave_out: Iterable[str]) -> None:
+    def _real(self, batch: Batch, rows: np.ndarray, found: list[Found], *, leave_out: Iterable[str]) -> None:
         column = "truth" if self.pairing == "paired" else "image"
         self._judged("real", batch[column][rows], rows, found, leave_out=leave_out)
 

@@ -215,7 +215,7 @@ def check_effect(args: SweepArgs, card: DatasetCard, config: ModelConfig, given_
     """
     if args.early_stopping == "none" and args.grace_epochs is not None:
         raise InputError("--grace-epochs has no effect with --early-stopping none; leave it out")
-    looks = {
+    sampling = {
         "--domain": args.domain,
         "--classifier": args.classifier,
         "--identity-net": args.identity_net,
@@ -224,7 +224,7 @@ def check_effect(args: SweepArgs, card: DatasetCard, config: ModelConfig, given_
     }
     if config.method != "diffusion" or not args.num_points:
         why = "--num-points 0" if config.method == "diffusion" else f"{config.method}, which does not sample"
-        for flag, value in looks.items():
+        for flag, value in sampling.items():
             if value:
                 raise InputError(f"{flag} has no effect with {why}; leave it out")
     there = objectives(args, card, kid=True)
