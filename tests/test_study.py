@@ -17,6 +17,7 @@ from ddpm_core import storage
 from ddpm_core.errors import InputError
 from jobs.tuning import search_space as spaces
 from jobs.tuning import study
+from jobs.tuning.runner import LocalRunner
 from jobs.tuning.study import EPOCH, LOSS, Ending
 
 SPACE, _ = spaces.parse(["optim.learning_rate=1e-5:1e-2:log", "unet.injection=concat,cross_attention"])
@@ -290,3 +291,49 @@ def test_a_search_that_goes_on_leaves_no_part_of_the_range_out_either(memory: st
         rates.append((driver.search.suggest(name) or {})["optim.learning_rate"])
         driver.complete(name, 1.0)
     assert sorted(map(quarter, rates[1:])) == [0, 1, 2, 3]
+
+
+# -- in this process ------------------------------------------------------------------------------------------------
+
+
+def test_trials_run_in_this_process_and_are_stopped_where_they_lag_behind(
+    memory: study.Memory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A made-up training whose loss halves with each epoch, from how far its learning rate is off 1e-3."""
+    begun: list[int] = []
+
+    def trial(config: Mapping[str, Any], report: Callable[[dict[str, Any]], Any]) -> None:
+        print("what a training says of itself")
+        begun.append(config["number"])
+        off = abs(math.log10(config["optim.learning_rate"]) + 3)
+        for epoch in (1, 2, 3):
+            report({LOSS: off / 2**epoch, EPOCH: epoch})
+        report({LOSS: off / 8, EPOCH: 3, "outcome": "complete"})
+
+    driver = Driver(memory, total=12)
+    scheduler = study.ASHA(epochs=3, grace_epochs=1, reduction_factor=2)
+    LocalRunner().run(trial, driver.search, resources={}, scheduler=scheduler)
+    assert begun == list(range(12))
+    found = {trial.number: trial for trial in study.trials(driver.study)}
+    best_so_far = math.inf
+    for number in range(12):
+        first = found[number].intermediate_values[1]
+        state = study.facts(found[number])["state"]
+        assert state == "complete" or (state == "stopped" and first > best_so_far)
+        if first < best_so_far:  # nobody was ahead
+            assert found[number].values == [first / 4]
+        best_so_far = min(best_so_far, first)
+    assert "stopped" in {study.facts(trial)["state"] for trial in found.values()}
+    assert capsys.readouterr().out == ""
+    LocalRunner().run(trial, Driver(memory, total=12).search, resources={}, scheduler=None)
+    assert len(begun) == 12  # all have ended
+
+
+def test_what_a_trial_cannot_answer_ends_the_sweep(memory: study.Memory) -> None:
+    def trial(config: Mapping[str, Any], report: Callable[[dict[str, Any]], Any]) -> None:
+        raise KeyboardInterrupt
+
+    driver = Driver(memory, total=2)
+    with pytest.raises(KeyboardInterrupt):
+        LocalRunner().run(trial, driver.search, resources={}, scheduler=None)
+    assert study.num_left(driver.study, 2) == 2  # it is taken up again
