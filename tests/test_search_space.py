@@ -87,7 +87,7 @@ def test_sampling_options_go_to_the_other_stage() -> None:
         ("diffusion.prediction=eps,v", "different predictions do not compare"),
         ("diffusion.schedule=linear,cosine", "different chains do not compare"),
         ("method=diffusion,pix2pix", "run jobs.experiments"),
-        ("measured_by=none", "cannot be searched"),
+        ("validation_loss_config=none", "cannot be searched"),
         ("sampling.guidence_scale=1:2", "did you mean 'guidance_scale'"),
         ("sampling.guidance_interval=0:1", "unknown option"),
     ],

@@ -18,6 +18,7 @@ from ddpm_core.config import DiffusionConfig, ModelConfig
 from ddpm_core.errors import InputError
 from jobs import sweep, train, translate
 from jobs.common import cli
+from jobs.datasets.format import read_card
 from jobs.evaluation.plan import EvaluateArgs, plan_evaluation
 from jobs.reports import metric_table
 from jobs.training import checks
@@ -427,9 +428,9 @@ def test_what_was_seen_twice_is_compared_image_by_image() -> None:
 def test_trials_over_the_loss_are_measured_by_one_loss(dataset_folder: str, tmp_path: Path) -> None:
     argv = command(dataset_folder, tmp_path / "out", "--space", "diffusion.huber_delta=0.01:1:log")
     job = plan_sweep(sweep.parse(argv))
-    assert job.options.measured_by == DiffusionConfig()
+    assert job.options.validation_loss_config == DiffusionConfig()
     plain = plan_sweep(sweep.parse(command(dataset_folder, tmp_path / "out")))
-    assert plain.options.measured_by is None
+    assert plain.options.validation_loss_config is None
 
 
 @pytest.mark.slow
@@ -441,12 +442,12 @@ def test_a_smaller_delta_is_not_a_smaller_loss(dataset_folder: str, tmp_path: Pa
             base = train.parse(command(dataset_folder, "x", "--epochs", "1", "--optim.learning-rate", "1e-12")).options
             values = configs.to_dict(base)
             values["diffusion"]["huber_delta"] = delta
-            values["measured_by"] = None if measured_by is None else configs.to_dict(measured_by)
+            values["validation_loss_config"] = None if measured_by is None else configs.to_dict(measured_by)
             options = configs.from_dict(TrainOptions, values)
             run = str(tmp_path / f"{name}-{delta}")
             args = TrainArgs(data=dataset_folder, output=run, preset="smoke", num_workers="0", options=options)
             with cli.ray_session(start=False):
-                config = checks.model_config(train.data.read_card(dataset_folder), options)
+                config = checks.model_config(read_card(dataset_folder), options)
                 fit(args, config, dataset_folder, run, {})
             losses[name, delta] = training_trial.progress(run)[0][-1][1]
     assert losses["own", 0.01] < 0.2 * losses["own", 1.0]

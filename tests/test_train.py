@@ -430,12 +430,14 @@ def test_runs_that_are_damaged_old_or_too_long_are_told_apart(dataset_folder, tm
 
 
 def test_what_earlier_releases_stored_is_gone_on_from(dataset_folder, tmp_path):
-    """They stored at the ends of epochs only, and no losses."""
+    """They stored at the ends of epochs only, and no losses; an option had another name."""
     for folder in (tmp_path / "old", tmp_path / "new"):
         assert run(dataset_folder, folder, *HERE, "--epochs", "1") == 0
     path = tmp_path / "old/checkpoints/step-00000002/train_state/state.pt"
     state = torch.load(path, weights_only=True)
     torch.save({name: state[name] for name in ("model", "optimizer", "ema")}, path)
+    config = tmp_path / "old/config.json"
+    config.write_text(config.read_text().replace('"validation_loss_config"', '"measured_by"'))
     for folder in (tmp_path / "old", tmp_path / "new"):
         assert run(dataset_folder, folder, *HERE) == 0
     for row, other in zip(metrics_of(tmp_path / "old"), metrics_of(tmp_path / "new"), strict=True):

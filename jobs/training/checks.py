@@ -13,7 +13,7 @@ from jobs.datasets.format import DatasetCard, read_card
 from jobs.training import profiling, run_folder
 from jobs.training.encoders import informed, resolved
 from jobs.training.methods import has_effect
-from jobs.training.options import TrainArgs, TrainOptions
+from jobs.training.options import TrainArgs, TrainOptions, stored_options
 from jobs.training.presets import PRESETS
 
 
@@ -221,6 +221,7 @@ def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
             raise
         return False
     old, new = configs.to_dict(there), configs.to_dict(config)
+    old["training"] = stored_options(old["training"])
     for values in (old, new):
         values["training"].pop("epochs", None)  # a run may be extended
     for name, was, now in differences(old, new):

@@ -167,7 +167,7 @@ class Diffusion:
 
     def validation_loss(self, network: nn.Module, batch: Batch) -> Tensor:
         output = self._denoise(network, batch)[1]
-        return self._denoising_loss(batch, output, self.options.measured_by or self.config.diffusion)
+        return self._denoising_loss(batch, output, self.options.validation_loss_config or self.config.diffusion)
 
     def _denoise(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """x_t and what the network makes of it."""

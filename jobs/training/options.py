@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -94,9 +95,18 @@ class TrainOptions:
     """Sampling defaults that the checkpoint carries."""
     optim: OptimConfig = OptimConfig()
     """Optimisation."""
-    measured_by: Annotated[DiffusionConfig | None, tyro.conf.Suppress] = None
+    validation_loss_config: Annotated[DiffusionConfig | None, tyro.conf.Suppress] = None
     """Whose loss validation measures, where it is not `diffusion`'s own: trials of a sweep over the loss must be
     compared by one."""
+
+
+RENAMED = {"measured_by": "validation_loss_config"}
+"""Options by the names that earlier releases stored."""
+
+
+def stored_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """TrainOptions as a run or a sweep has stored them, by today's names."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

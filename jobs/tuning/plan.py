@@ -17,7 +17,7 @@ from jobs.evaluation import plan
 from jobs.evaluation.worker import Judges
 from jobs.reports.metric_table import OBJECTIVES
 from jobs.training import checks, run_folder
-from jobs.training.options import TrainArgs, TrainOptions
+from jobs.training.options import TrainArgs, TrainOptions, stored_options
 from jobs.translation import listing
 from jobs.translation.options import GuidanceNets, check_least
 from jobs.tuning import search_space as spaces
@@ -118,7 +118,7 @@ def plan_sweep(args: SweepArgs) -> SweepJob:
     else:
         training = {**spaces.default_training(options), **training}
         if any(name in spaces.OF_LOSS for name in training):
-            options = dataclasses.replace(options, measured_by=options.diffusion)
+            options = dataclasses.replace(options, validation_loss_config=options.diffusion)
         config = check_space(card, dataclasses.replace(args, options=options), training)
         sampling = None if config.method != "diffusion" else sampling_space(config, given_sampling)
     check_effect(args, card, config, given_sampling)
@@ -354,6 +354,7 @@ def same_as_before(job: SweepJob, told: Mapping[str, Any]) -> bool:
         raise InputError(f"{uri} is not this program's; give a new --output folder") from None
     if version != FORMAT_VERSION:
         raise InputError(f"{uri}: format version {version}, this program writes {FORMAT_VERSION}; give a new --output")
+    there["options"] = stored_options(there.get("options", {}))
     for name, was, now in checks.differences(there, dict(told)):
         if name not in MAY_CHANGE and not name.startswith("environment."):
             raise InputError(

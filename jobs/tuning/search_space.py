@@ -32,7 +32,7 @@ REFUSED = {
     "pairing": "trials must learn the same task; give --pairing",
     "method": "losses of different methods do not compare; run jobs.experiments",
     "identity_encoder": "give --identity-encoder",
-    "measured_by": "it is what trials are compared by",
+    "validation_loss_config": "it is what trials are compared by",
     "diffusion.num_timesteps": "losses of different chains do not compare; run jobs.experiments",
     "diffusion.schedule": "losses of different chains do not compare; run jobs.experiments",
     "diffusion.zero_terminal_snr": "losses of different chains do not compare; run jobs.experiments",

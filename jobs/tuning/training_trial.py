@@ -17,7 +17,7 @@ from ddpm_core import config as configs
 from ddpm_core.ema import EMA
 from jobs.common import cli
 from jobs.training import checks, driver, run_folder
-from jobs.training.options import TrainArgs, TrainOptions
+from jobs.training.options import TrainArgs, TrainOptions, stored_options
 
 ROOM_S = 600.0
 """How long a trial waits for room on a cluster that has shrunk or is taken by others."""
@@ -94,7 +94,7 @@ def _losses_again(run: str, dataset: str, split: str, use_gpu: bool) -> np.ndarr
 
     best = run_folder.read_best(run)
     config = checkpoint.read_config(run)
-    options = configs.from_dict(TrainOptions, config.training)
+    options = configs.from_dict(TrainOptions, stored_options(config.training))
     device = torch.device("cuda" if use_gpu and torch.cuda.is_available() else "cpu")
     method = objective(config, options, device)
     ema = EMA(method.network, sigma_rels=options.optim.ema_sigma_rels)
