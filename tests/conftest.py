@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import random
@@ -42,6 +43,11 @@ os.environ["DDPM_TRANSLATE_CACHE"] = tempfile.mkdtemp(prefix="ddpm-translate-tes
 atexit.register(shutil.rmtree, os.environ["DDPM_TRANSLATE_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
+if "DDPM_TESTS_ON_RAY" not in os.environ:  # this is the process that gives the others their work
+    os.environ["DDPM_TESTS_ON_RAY"] = tempfile.mkdtemp(prefix="ddpm-translate-tests-")
+    atexit.register(shutil.rmtree, os.environ["DDPM_TESTS_ON_RAY"], ignore_errors=True)
+ON_RAY = Path(os.environ["DDPM_TESTS_ON_RAY"], "tests")
+"""Names of the tests that need Ray, as the processes that have collected them tell the one that has not."""
 
 
 def free_port() -> int:
@@ -70,9 +76,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if used & {"ray_cluster", "cluster", "nodes"}:
             item.add_marker("ray")
-        on_ray = item.get_closest_marker("ray") is not None
-        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.path.stem))
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # the longest queue is begun first
+    ON_RAY.write_text("\n".join(item.nodeid for item in items if item.get_closest_marker("ray")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out all tests on Ray as one queue, the others file by file. (xdist's own groups do nothing with pytest 9.2,
+    whose names of tests cannot be changed.)"""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid in self.on_ray else super()._split_scope(nodeid)
+
+        @functools.cached_property
+        def on_ray(self) -> set[str]:
+            return {*ON_RAY.read_text().splitlines()}
+
+    return Scheduling(config, log)
 
 
 @contextlib.contextmanager
