@@ -4,44 +4,32 @@
     tpe            the same, every trial to its end
     random         values at random, every trial to its end
 
-Earth at 16 px, small network; searched are the learning rate over four decades, its schedule and dropout, two trials at
-a time; the first trial of each search is the preset's own choice. The searches are the sweep's own objects and the
-trainings real ones, in this process: what Ray adds to them is time, not losses. Values that two searches of a seed have
-in common are trained once. That time is measured apart, by the commands themselves: a sweep with ASHA, a random one to
-the end, and its trainings one command after the other.
+Earth at 16 px, small network; searched are the learning rate over four decades, its schedule and dropout; the first
+trial of each search is the preset's own choice. A search is `jobs.sweep --num-workers 0`, one trial after the other in
+a process of its own: what Ray adds is time, not losses. That time is measured apart: a sweep over Ray with ASHA, a
+random one to the end, and its trainings one command after the other.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import hashlib
-import heapq
 import io
 import json
 import math
-import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import ray.train
-import torch
 
 from ddpm_core import provenance, storage
 from ddpm_core.errors import InputError
-from jobs import prepare, train
+from jobs import prepare
 from jobs.common import cli, intervals
 from jobs.datasets import cache
-from jobs.training import run_folder
-from jobs.tuning import plan, study, training_trial
-from jobs.tuning import search_space as spaces
-from jobs.tuning.study import EPOCH, LOSS, Ending
 
 SPACE = ("optim.learning_rate=1e-5:1e-1:log", "optim.lr_schedule=constant,cosine", "unet.dropout=0:0.3")
 WAYS = {
@@ -70,7 +58,7 @@ class Options:
     image_size: int = 16
     """Pixels of a side."""
     num_processes: int = 2
-    """Seeds at a time."""
+    """Searches at a time."""
     commands: bool = True
     """Time the commands too."""
     max_train_images: int = 512
@@ -95,14 +83,13 @@ def run(options: Options) -> int:
         data = f"{folder}/data"
         prepare.main(["earth", "--image-size", str(options.image_size), "--output", data])
         result["commands"] = timed(data, folder, options) if options.commands else {}
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(options.num_processes, mp_context=spawn) as pool:
-            pending = [pool.submit(of_seed, data, folder, seed, options) for seed in range(options.num_seeds)]
+        with concurrent.futures.ThreadPoolExecutor(options.num_processes) as pool:
+            seeds = range(options.num_seeds)
+            pending = [pool.submit(search, data, folder, way, seed, options) for seed in seeds for way in WAYS]
             for done in pending:
-                for sweep in done.result():
-                    result["sweeps"].append(sweep)
-                    print(told(sweep), flush=True)
-    result["budget"] = max(sum(row["steps"] for row in sweep["trials"]) for sweep in of(result, "random"))
+                result["sweeps"].append(done.result())
+                print(told(result["sweeps"][-1]), flush=True)
+    result["budget"] = max(sum(row["steps"] or 0 for row in sweep["trials"]) for sweep in of(result, "random"))
     result["found"] = {way: [best_within(sweep, result["budget"]) for sweep in of(result, way)] for way in WAYS}
     result["ahead"] = {other: ahead(result["found"][OURS], result["found"][other]) for other in OTHERS}
     show(result)
@@ -129,115 +116,19 @@ def common(data: str, options: Options) -> list[str]:
 # -- what the searches find -----------------------------------------------------------------------------------------
 
 
-def of_seed(data: str, folder: str, seed: int, options: Options) -> list[dict[str, Any]]:
-    return [searched(data, f"{folder}/{seed}", way, seed, options) for way in WAYS]
+def search(data: str, folder: str, way: str, seed: int, options: Options) -> dict[str, Any]:
+    """One search: its trials in the order they began in."""
+    output = f"{folder}/{seed}-{way.replace(' ', '')}"
+    sweep(data, output, way, options, "--num-workers", "0", "--search-seed", str(seed))
+    trials = storage.read_json(f"{output}/results.json")["trials"]
+    return {"way": way, "seed": seed, "trials": trials}
 
 
-def searched(data: str, folder: str, way: str, seed: int, options: Options) -> dict[str, Any]:
-    """One search: its trials in the order they began in. Two run at a time, all epochs last equally long."""
-    torch.set_num_threads(1)
+def sweep(data: str, output: str, way: str, options: Options, *more: str) -> float:
+    """Seconds that the command takes."""
     count = options.num_stopped_trials if way == OURS else options.num_trials
-    space, _ = spaces.parse(SPACE)
-    here = f"{folder}/{way.replace(' ', '')}"
-    memory = study.Memory(_made(here), None)
-    of_search = "random" if way == "random" else "tpe"
-    found = memory.open("training", ["minimize"], study.sampler(of_search, seed, count))
-    base = train.parse([*common(data, options), "--output", here]).options
-    found.enqueue_trial(spaces.parameters(spaces.own_values(base, space), space) or {})
-    begun: dict[int, dict[str, Any]] = {}
-
-    def ending(number: int, result: Mapping[str, Any] | None, lost: bool) -> Ending:
-        row = begun[number]
-        told = [loss for _, loss in row["curve"][: row["epochs"]]]
-        row["loss"] = min(told, default=None)
-        row["state"] = "diverged" if row["diverged"] else "complete" if row["epochs"] == options.epochs else "stopped"
-        return Ending(row["state"], (row["loss"],) if row["state"] == "complete" else None)
-
-    search = study.Search(
-        found,
-        space,
-        total=count,
-        config=lambda number, values: {"number": number, "values": values},
-        ending=ending,
-        room=lambda: 2,
-        told=lambda: None,
-    )
-    grace, factor = plan.default_grace_epochs(options.epochs), plan.SweepArgs.reduction_factor
-    asha = study.ASHA(epochs=options.epochs, grace_epochs=grace, reduction_factor=factor) if way == OURS else None
-    rungs = [grace * factor**k for k in range(options.epochs)] if asha else []
-    events: list[tuple[float, int]] = []
-    now = 0.0
-    while True:
-        while isinstance(config := search.suggest(str(len(begun))), dict):
-            number = config["number"]
-            begun[number] = {**config, "curve": [], "diverged": False, "epochs": 0, "state": "running", "loss": None}
-            if asha:
-                asha.on_trial_add(None, types.SimpleNamespace(trial_id=str(number)))
-            heapq.heappush(events, (now + 1, number))
-        if not events or sum(row["epochs"] for row in begun.values()) >= options.num_trials * options.epochs:
-            break
-        now, number = heapq.heappop(events)
-        row = begun[number]
-        if row["epochs"] == len(row["curve"]):
-            until = min([*(rung for rung in rungs if rung > row["epochs"]), options.epochs])
-            name = hashlib.sha256(json.dumps(row["values"], sort_keys=True).encode()).hexdigest()[:12]
-            row |= training(data, f"{folder}/{name}", row["values"], options, until)
-        result: dict[str, Any] = {}
-        if row["epochs"] < len(row["curve"]):
-            epoch, loss = row["curve"][row["epochs"]]
-            row["epochs"] += 1
-            result = {EPOCH: epoch, LOSS: loss}
-            search.on_trial_result(str(number), result)
-        over = row["epochs"] == options.epochs or not result
-        if result and asha:
-            who = types.SimpleNamespace(trial_id=str(number))
-            over |= asha.on_trial_result(None, who, result) == "STOP"
-        if over:
-            search.on_trial_complete(str(number), result)
-        else:
-            heapq.heappush(events, (now + 1, number))
-    rows = [begun[number] for number in sorted(begun)]
-    for row in rows:
-        row["steps"] = row["epochs"] * (options.max_train_images // base.global_batch_size)
-    return {"way": way, "seed": seed, "trials": rows}
-
-
-def _made(folder: str) -> str:
-    os.makedirs(folder)
-    return folder
-
-
-class Enough(Exception):
-    """A training has come as far as it was wanted."""
-
-
-def training(data: str, run: str, values: dict[str, Any], options: Options, until: int) -> dict[str, Any]:
-    """A training up to an epoch at least, from where it was: `curve` and whether its losses were lost."""
-    if len(known := training_trial.progress(run)[0]) >= until:
-        return {"curve": known, "diverged": False}
-
-    def report(told: dict[str, Any]) -> None:
-        if told["val_epoch"] >= until < options.epochs:
-            raise Enough
-
-    given, code = ray.train.report, cli.DONE
-    ray.train.report = report
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            code = train.main([*common(data, options), "--output", run, "--num-workers", "0", *flags(values)])
-    except Exception as error:
-        if not isinstance(error, Enough) and "Enough" not in repr(error) + repr(error.__cause__):
-            raise
-        while run_folder.latest_checkpoint(run)[0] < until * (options.max_train_images // 16):
-            time.sleep(0.05)  # it is stored by a thread
-    finally:
-        ray.train.report = given
-    curve, _ = training_trial.progress(run)
-    return {"curve": curve, "diverged": code == cli.FAILED}
-
-
-def flags(values: Mapping[str, Any]) -> list[str]:
-    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    argv = [*common(data, options), "--output", output, "--num-trials", str(count), "--num-points", "0"]
+    return command("jobs.sweep", [*argv, *WAYS[way], *more, "--space", *SPACE])
 
 
 # -- what Ray adds --------------------------------------------------------------------------------------------------
@@ -246,17 +137,19 @@ def flags(values: Mapping[str, Any]) -> list[str]:
 def timed(data: str, folder: str, options: Options) -> dict[str, Any]:
     """Of each way to run trials their number and seconds: two sweeps, and trainings one command after the other."""
     found = {}
-    for way, count in {OURS: options.num_stopped_trials, "random": options.num_trials}.items():
-        output = f"{folder}/command-{way.replace(' ', '')}"
-        argv = [*common(data, options), "--output", output, "--num-trials", str(count), "--num-points", "0"]
-        seconds = command("jobs.sweep", [*argv, *WAYS[way], "--space", *SPACE])
-        found[way] = {"trials": count, "seconds": seconds}
+    for way in (OURS, "random"):
+        seconds = sweep(data, f"{folder}/command-{way.replace(' ', '')}", way, options)
+        found[way] = {"trials": options.num_stopped_trials if way == OURS else options.num_trials, "seconds": seconds}
     rows = storage.read_json(f"{folder}/command-random/results.json")["trials"]
     seconds = 0.0
     for row in rows:
         argv = [*common(data, options), "--output", f"{folder}/alone-{row['number']}", *flags(row["values"])]
         seconds += command("jobs.train", argv)
     return {**found, "one command after the other": {"trials": len(rows), "seconds": seconds}}
+
+
+def flags(values: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def command(module: str, argv: list[str]) -> float:
@@ -276,7 +169,7 @@ def best_so_far(sweep: dict[str, Any]) -> list[tuple[int, float]]:
     """(training steps spent, lowest loss of a whole training) after each trial, in their order."""
     spent, best, found = 0, math.inf, []
     for row in sweep["trials"]:
-        spent += row["steps"]
+        spent += row["steps"] or 0
         if row["state"] == "complete":
             best = min(best, row["loss"])
         found.append((spent, best))
@@ -298,7 +191,7 @@ def ahead(ours: list[float], theirs: list[float]) -> dict[str, float]:
 def told(sweep: dict[str, Any]) -> str:
     states = [row["state"] for row in sweep["trials"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    steps = sum(row["steps"] for row in sweep["trials"])
+    steps = sum(row["steps"] or 0 for row in sweep["trials"])
     return f"{sweep['way']}, seed {sweep['seed']}: {counts}; {steps:,} steps; best {best_so_far(sweep)[-1][1]:.5f}"
 
 
