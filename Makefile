@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (about a minute, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; make PYTHON=python3.12 names another")'
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,features,faces]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,faces]'
 	@$(BIN)/python -c 'import torch, ray, tyro'
 	@touch $@
 

