@@ -306,8 +306,8 @@ def test_wrong_input_is_told_before_anything_starts(
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(dataset_folder: str, tmp_path: Path) -> None:
-    def told(output: Path) -> bool:
-        job = plan_sweep(sweep.parse(command(dataset_folder, output)))
+    def told(output: Path, *flags: str) -> bool:
+        job = plan_sweep(sweep.parse(command(dataset_folder, output, *flags)))
         return same_as_before(job, described(job))
 
     run = tmp_path / "run"
@@ -324,6 +324,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(dataset_folder: str, t
     with pytest.raises(InputError, match="format version 99"):
         told(other)
     assert not told(tmp_path / "nothing")
+    job = plan_sweep(sweep.parse(command(dataset_folder, other)))
+    (other / "sweep.json").write_text(json.dumps(described(job)))
+    assert told(other)
+    assert not told(other, "--prefer", "kid=2")  # the same trials, another choice among them
 
 
 # -- room -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from ddpm_core import images, provenance, storage
 from ddpm_core.errors import InputError
-from jobs.common import cli, workers
+from jobs.common import cli, resume, workers
 from jobs.common.progress import Progress, duration
 from jobs.datasets import duplicates, reading, source, writing
 from jobs.datasets.format import (
@@ -106,10 +106,8 @@ def existing(output: str, wanted: DatasetCard, before: DatasetCard | None) -> Da
 
 def difference(there: DatasetCard, wanted: DatasetCard) -> str:
     """What tells two data sets apart, in a few words."""
-    old, new = there.prepared_by, wanted.prepared_by
-    for name in [*new, *old]:
-        if old.get(name) != new.get(name):
-            return f"{name} {old.get(name)}, asked for {new.get(name)}"
+    for name, old, new in resume.differences(there.prepared_by, wanted.prepared_by):
+        return f"{name} {old}, asked for {new}"
     return "made from other files"
 
 

@@ -9,11 +9,12 @@ from ddpm_core import config as configs
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.nets import Net
+from jobs.common import resume
 from jobs.datasets import cache
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.evaluation import worker
 from jobs.evaluation.options import EvaluateArgs
-from jobs.evaluation.results import FORMAT_VERSION
+from jobs.evaluation.results import FORMAT, FORMAT_VERSION
 from jobs.evaluation.worker import Judges
 from jobs.translation import listing
 from jobs.translation.options import GuidanceNets, check_least, open_checkpoint
@@ -198,24 +199,9 @@ def finished(job: EvaluationJob) -> bool:
         InputError: it holds another one.
     """
     uri = storage.join(job.args.output, "metrics.json")
-    try:
-        there = storage.read_json(uri)
-        earlier, version = there["options"], there["format_version"]
-    except FileNotFoundError:
+    if (there := resume.read_record(uri, FORMAT, FORMAT_VERSION)) is None:
         return False
-    except (*storage.NOT_JSON, KeyError, TypeError):
-        raise InputError(f"{uri} is not this program's; give a new --output folder") from None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{job.args.output} holds an evaluation of format version {version}, this program writes version "
-            f"{FORMAT_VERSION}, which measures more; give a new --output folder"
-        )
-    for name in dict.fromkeys([*earlier, *job.options]):
-        if earlier.get(name) != job.options.get(name):
-            raise InputError(
-                f"{job.args.output} holds an evaluation with {name} = {earlier.get(name)}, this command says "
-                f"{job.options.get(name)}; give the old value back, or a new --output folder"
-            )
+    resume.check_same(job.args.output, "an evaluation", there.get("options", {}), job.options)
     return True
 
 

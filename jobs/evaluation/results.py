@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs.common import intervals
+from jobs.common import intervals, resume
 from jobs.common.intervals import Interval
 from jobs.evaluation.metrics import difference
 from jobs.reports import metric_table
@@ -100,20 +100,10 @@ def read(uri: str) -> Evaluation:
     Raises:
         InputError: there is none, or one of another version, or a table is missing.
     """
-    try:
-        found = storage.read_json(storage.join(uri, "metrics.json"))
-        version = found["format_version"]
-    except FileNotFoundError:
-        raise InputError(
-            f"{uri}: no evaluation here (no metrics.json); give a folder that jobs.evaluate wrote"
-        ) from None
-    except (*storage.NOT_JSON, KeyError, TypeError):
-        raise InputError(f"{uri}/metrics.json is not an evaluation's; give a folder that jobs.evaluate wrote") from None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{uri} is an evaluation of format version {version}, this program reads version {FORMAT_VERSION}; "
-            "evaluate again"
-        )
+    file, remedy = storage.join(uri, "metrics.json"), "give a folder that jobs.evaluate wrote, or evaluate again"
+    found = resume.read_record(file, FORMAT, FORMAT_VERSION, what="an evaluation's", remedy=remedy)
+    if found is None:
+        raise InputError(f"{uri}: no evaluation here (no metrics.json); {remedy}")
     for name in (IMAGES, SUBSETS):
         if not storage.exists(storage.join(uri, name)):
             raise InputError(f"{uri}: {name} is missing; evaluate again")

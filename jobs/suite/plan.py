@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ddpm_core import storage
 from ddpm_core.errors import InputError
+from jobs.common import resume
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-suite", 1
 Record = dict[str, Any]
@@ -248,19 +249,14 @@ def keep(plan: Plan, output: str) -> None:
     from ddpm_core import provenance
 
     uri = storage.join(output, "plan.json")
-    try:
-        there = storage.read_json(uri)["plan"]
-        was, now = (there["name"], there["size"]), (plan.name, plan.size)
-    except FileNotFoundError:
+    there = resume.read_record(uri, FORMAT, FORMAT_VERSION, what="a plan of this project")
+    if there is None:
         storage.check_writable(output)
-    except (*storage.NOT_JSON, KeyError, TypeError):
-        raise InputError(f"{uri} is not a plan of this project; give another --output") from None
-    else:
-        if was != now:
-            raise InputError(
-                f"{output} holds the suite {was[0]} of size {was[1]}, this command says {now[0]} of size {now[1]}; "
-                "give another --output"
-            )
+    elif (was := [there.get("plan", {}).get(fact) for fact in ("name", "size")]) != [plan.name, plan.size]:
+        raise InputError(
+            f"{output} holds the suite {was[0]} of size {was[1]}, this command says {plan.name} of size {plan.size}; "
+            "give a new --output folder"
+        )
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any
 
 from ddpm_core import checkpoint, encoders, gan, storage
 from ddpm_core import config as configs
 from ddpm_core.config import DataCard, ModelConfig
 from ddpm_core.errors import InputError
+from jobs.common import resume
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.training import profiling, run_folder
 from jobs.training.encoders import informed, resolved
@@ -184,7 +183,7 @@ def check_method(card: DatasetCard, args: TrainArgs) -> None:
     if method == "pix2pix" and not card.has_targets:
         raise InputError(f"--method pix2pix learns from pairs, {card.name} has none; give --method cyclegan")
     preset = PRESETS[args.preset].options  # what it says of other methods is not the user's doing
-    given = {name for name, _, _ in differences(configs.to_dict(preset), configs.to_dict(options))}
+    given = {name for name, _, _ in resume.differences(configs.to_dict(preset), configs.to_dict(options))}
     for name in sorted(given):
         if not has_effect(name, options):
             raise InputError(f"--{name.replace('_', '-')} has no effect with --method {method}; leave it out")
@@ -222,17 +221,10 @@ def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
         return False
     old, new = configs.to_dict(there), configs.to_dict(config)
     old["training"] = stored_options(old["training"])
-    for values in (old, new):
-        values["training"].pop("epochs", None)  # a run may be extended
-    for name, was, now in differences(old, new):
-        if name.startswith("data.") and name != "data.pairing":
-            raise InputError(
-                f"{run} holds a run on other data ({name} = {was}, now {now}): another --data, or it was replaced or "
-                "appended to since; give the old data back, or another --output"
-            )
-        raise InputError(
-            f"{run} holds a run with {name} = {was}, this command says {now}; give it back, or another --output"
-        )
+    data = [{"data": {**values["data"], "pairing": None}} for values in (old, new)]
+    remedy = "another --data, or it was replaced or appended to since: give the old data back, or a new --output folder"
+    resume.check_same(run, "a run on other data", *data, remedy=remedy)
+    resume.check_same(run, "a run", old, new, may_change=["training.epochs"])  # a run may be extended
     best = run_folder.read_best(run)
     if (epochs := best.get("epochs", 0)) > options.epochs:
         raise InputError(
@@ -240,12 +232,3 @@ def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
             "another --output"
         )
     return epochs == options.epochs and run_folder.is_complete(run, best["checkpoint"])
-
-
-def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of each leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield name, old, new

@@ -15,12 +15,13 @@ import torch
 from ddpm_core import config as configs
 from ddpm_core import images, provenance, storage
 from ddpm_core.errors import InputError
-from jobs.common import cli, workers
+from jobs.common import cli, resume, workers
 from jobs.common.progress import Progress
 from jobs.translation.batch import Batch, Source, Translate, dataset_rows, file_rows
 from jobs.translation.manifest import Manifest
 from jobs.translation.plan import TranslationJob, remaining
 
+FORMAT, FORMAT_VERSION = "ddpm-translate-results", 1
 NUM_PREVIEWS = 8
 """Images shown in preview.png."""
 
@@ -52,22 +53,13 @@ def open_output(job: TranslationJob) -> Manifest:
     """
     output = job.args.output
     note = storage.join(output, "run.json")
-    if storage.exists(note):
-        try:
-            earlier = json.loads(storage.read_bytes(note))["options"]
-        except (*storage.NOT_JSON, KeyError, TypeError):
-            raise InputError(f"{note} is not this program's; give a new --output folder") from None
-        for name in dict.fromkeys([*earlier, *job.options]):
-            was, now = earlier.get(name), job.options.get(name)
-            if was != now:
-                raise InputError(
-                    f"{output} holds results with {name} = {was}, this command says {now}; "
-                    "give the old value back, or a new --output folder"
-                )
+    earlier = resume.read_record(note, FORMAT, FORMAT_VERSION)
+    if earlier is not None:
+        resume.check_same(output, "results", earlier.get("options", {}), job.options)
     elif storage.list_files(output):
         raise InputError(f"--output {output} is not empty and holds no earlier translation; give a new folder")
     storage.check_writable(output)
-    if not storage.exists(note):
+    if earlier is None:
         write_note(job, complete=False)
     return Manifest(output)
 
@@ -201,8 +193,8 @@ def write_note(job: TranslationJob, *, complete: bool, num_rejected: int = 0) ->
     total = len(job.sources)
     counts = {"images": total, "ok": total - num_rejected, "rejected": num_rejected, "ignored": job.num_others}
     note = {
-        "format": "ddpm-translate-results",
-        "format_version": 1,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
         "complete": complete,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if complete else None,
         "options": job.options,

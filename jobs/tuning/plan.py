@@ -12,6 +12,7 @@ from ddpm_core import checkpoint, provenance, storage
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
+from jobs.common import resume
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.evaluation import plan
 from jobs.evaluation.worker import Judges
@@ -342,25 +343,13 @@ def same_as_before(job: SweepJob, told: Mapping[str, Any]) -> bool:
     Raises:
         InputError: it holds another one.
     """
-    uri = storage.join(job.args.output, "sweep.json")
-    try:
-        there = storage.read_json(uri)
-        version = there["format_version"] if there["format"] == FORMAT else None
-    except FileNotFoundError:
+    there = resume.read_record(storage.join(job.args.output, "sweep.json"), FORMAT, FORMAT_VERSION)
+    if there is None:
         if storage.exists(storage.join(job.args.output, "config.json")):
-            raise InputError(f"--output {job.args.output} holds a run; give another folder") from None
+            raise InputError(f"--output {job.args.output} holds a run; give another folder")
         return False
-    except (*storage.NOT_JSON, KeyError, TypeError):
-        raise InputError(f"{uri} is not this program's; give a new --output folder") from None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{uri}: format version {version}, this program writes {FORMAT_VERSION}; give a new --output")
     there["options"] = stored_options(there.get("options", {}))
-    for name, was, now in checks.differences(there, dict(told)):
-        if name not in MAY_CHANGE and not name.startswith("environment."):
-            raise InputError(
-                f"{job.args.output} holds a sweep with {name} = {was}, this command says {now}; give it back, or "
-                "another --output"
-            )
+    resume.check_same(job.args.output, "a sweep", there, told, may_change=MAY_CHANGE)
     return bool(there["prefer"] == told["prefer"])
 
 
