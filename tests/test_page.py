@@ -1,11 +1,13 @@
 """The page, driven in a real browser: drop an image, see the translation, read what went wrong."""
 
 import base64
+import dataclasses
 import io
 import json
 import shutil
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from ddpm_core import checkpoint, images
+from ddpm_core.config import SamplingConfig
 from ddpm_core.translator import Translator
 from serve import app
 
@@ -67,6 +70,14 @@ def wait(condition: Callable[[], object], seconds: float = 300) -> None:
 
 def text(page: webdriver.Chrome, name: str) -> str:
     return page.find_element(By.ID, name).text
+
+
+def requested(page: webdriver.Chrome) -> set[str]:
+    """Every URL that the page asked for."""
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    return {
+        message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
+    }
 
 
 def pixels(page: webdriver.Chrome, canvas: str) -> np.ndarray:
@@ -118,6 +129,32 @@ def test_a_person_translates_a_image(page: webdriver.Chrome, checkpoint_folder: 
         assert np.abs(np.asarray(saved, int) - expected).max() <= 1  # the model's own pixels, not the enlarged ones
 
 
+def test_every_sampling_option_has_a_control_and_a_changed_one_reaches_the_query(
+    page: webdriver.Chrome, tmp_path: Path
+) -> None:
+    summary = page.find_element(By.CSS_SELECTOR, "#more summary")
+    assert not page.find_element(By.ID, "sampler").is_displayed()
+    summary.send_keys(Keys.ENTER)
+    for name in [field.name for field in dataclasses.fields(SamplingConfig)]:
+        control = page.find_element(By.ID, name)
+        assert control.is_displayed(), name
+        assert control.get_attribute("name") == name
+        assert control.accessible_name, name
+    for control, value in {"eta": "0.5", "guidance_interval-1": "0.75"}.items():
+        page.find_element(By.ID, control).send_keys(Keys.CONTROL, "a")
+        page.find_element(By.ID, control).send_keys(value)
+    summary.send_keys(Keys.ENTER)  # what is folded away still holds
+    page.find_element(By.ID, "file").send_keys(str(day_image(tmp_path)))
+    wait(lambda: "day.png" in text(page, "source-note"))
+    page.find_element(By.ID, "seed").send_keys(Keys.ENTER)
+    wait(lambda: text(page, "status").startswith("Done in"))
+    assert text(page, "status").endswith("with eta 0.5, guidance_interval 0,0.75.")
+    (query,) = [
+        urllib.parse.parse_qs(urllib.parse.urlsplit(url).query) for url in requested(page) if "/v1/translate" in url
+    ]
+    assert query == {"domain": ["night"], "seed": ["0"], "eta": ["0.5"], "guidance_interval": ["0", "0.75"]}
+
+
 def test_a_dropped_image_is_taken_and_what_is_wrong_is_said(page: webdriver.Chrome, tmp_path: Path) -> None:
     drop = """
       const files = new DataTransfer();
@@ -138,10 +175,7 @@ def test_a_dropped_image_is_taken_and_what_is_wrong_is_said(page: webdriver.Chro
 
 
 def test_the_page_asks_nobody_but_the_endpoint(page: webdriver.Chrome, endpoint: str) -> None:
-    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    asked = {
-        message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
-    }
+    asked = requested(page)
     assert {url for url in asked if not url.startswith((endpoint, "data:", "chrome"))} == set()
     assert f"{endpoint}/v1/model" in asked
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
