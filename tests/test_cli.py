@@ -50,6 +50,7 @@ with cli.ray_session():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_workers_of_a_ray_that_a_command_starts_are_not_niced() -> None:
     """Ray's default is 15: beside any other work they would get a twentieth of a core."""

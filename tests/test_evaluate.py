@@ -140,6 +140,7 @@ def test_true_pairs_are_measured_to_the_truth(
         evaluate.main([*argv, "--num-steps", "1"])
 
 
+@pytest.mark.slow
 def test_both_directions_and_few_images(ray_cluster: None, tmp_path: Path, checkpoint_folder: str) -> None:
     dataset, output = write_set(tmp_path / "set", "paired"), tmp_path / "out"
     assert evaluate.main(command(checkpoint_folder, dataset, output, "--num-images", "6")) == cli.DONE
@@ -155,6 +156,7 @@ def test_both_directions_and_few_images(ray_cluster: None, tmp_path: Path, check
     assert (output / "grid-night.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairing", ["matched", "unpaired"])
 def test_without_true_pairs_nothing_claims_a_truth(
     ray_cluster: None, tmp_path: Path, checkpoint_folder: str, pairing: Pairing
@@ -176,6 +178,7 @@ def test_without_true_pairs_nothing_claims_a_truth(
     assert "the truth" not in page
 
 
+@pytest.mark.slow
 def test_a_gan_takes_the_same_path_and_has_one_result(ray_cluster: None, tmp_path: Path) -> None:
     config = ModelConfig(
         image_size=SIDE,
@@ -286,6 +289,7 @@ def judges(tmp_path: Path) -> list[str]:
     return ["--classifier", sight, "--identity-net", face]
 
 
+@pytest.mark.slow
 def test_judges_are_right_where_the_answer_is_known(
     tmp_path: Path, checkpoint_folder: str, judges: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,7 +367,7 @@ def test_a_classifier_that_sees_night_everywhere_is_found_out(
     assert {"diversity", "copied"}.isdisjoint(night["methods"]["model"]["metrics"])
 
 
-@pytest.mark.parametrize(("pairing", "number"), [("paired", "2"), ("matched", "1")])
+@pytest.mark.parametrize(("pairing", "number"), [("paired", "2"), pytest.param("matched", "1", marks=pytest.mark.slow)])
 def test_any_number_of_workers_gives_the_same_figures(
     ray_cluster: None,
     tmp_path: Path,

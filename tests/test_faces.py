@@ -426,6 +426,7 @@ def endpoint(ray_cluster: None, portraits: str) -> Iterator[str]:
     ray.serve.shutdown()
 
 
+@pytest.mark.slow
 def test_the_endpoint_aligns_private_photos(endpoint: str, portraits: str, holiday: Path) -> None:
     def send(name: str, **query: Any) -> httpx.Response:
         content = (holiday / name).read_bytes()

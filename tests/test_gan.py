@@ -265,6 +265,7 @@ def one_of_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
     for method in ("pix2pix", "cyclegan"):

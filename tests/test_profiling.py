@@ -57,6 +57,7 @@ def command(dataset: str, run: Path, *more: str) -> list[str]:
     return ["--data", dataset, "--output", str(run), "--preset", "smoke", "--num-workers", "0", "--profile", *more]
 
 
+@pytest.mark.slow
 def test_a_run_tells_where_its_time_went(dataset_folder: str, tmp_path: Path) -> None:
     assert train_job.main(command(dataset_folder, tmp_path, "--epochs", "5")) == 0
     (attempt,) = json.loads((tmp_path / "environment.json").read_text())["attempts"]

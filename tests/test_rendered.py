@@ -127,6 +127,7 @@ def test_extreme_parameters_are_drawn(scene: rendered.Scene) -> None:
             assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 300
 
 
+@pytest.mark.slow
 def test_images_are_the_same_in_another_process() -> None:
     program = (
         "import hashlib; from jobs.datasets.sources.rendered import draw, parameters_of\n"
@@ -240,6 +241,7 @@ def test_landmarks_scale_with_the_image_and_are_the_same_for_both_sexes() -> Non
 # ------------------------------------------------------------------------------------------- data sets
 
 
+@pytest.mark.slow
 def test_data_set_holds_the_parameters_that_make_its_pixels(tmp_path: Path) -> None:
     assert run("--output", tmp_path / "large", "--count", 30, "--image-size", 32) == 0
     card, rows = read_card(str(tmp_path / "large")), rows_of(tmp_path / "large")

@@ -160,6 +160,7 @@ def test_what_a_bucket_does_not_give_is_one_line(run_in_a_bucket: str, monkeypat
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.slow
 def test_a_server_that_went_away_is_waited_for_and_then_given_up_with_one_line(
     own_s3: S3Server, prefix: str, checkpoint_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +357,7 @@ def test_the_other_addresses(endpoint: str) -> None:
     assert httpx.get(f"{endpoint}/v1/translate").status_code == 405
 
 
+@pytest.mark.slow
 def test_overload_is_answered_429_with_retry_after(endpoint: str, checkpoint_folder: str) -> None:
     """One image at a time, one that may wait: of twelve at once some are refused, the others served."""
     import ray.serve

@@ -571,6 +571,7 @@ def test_numbers_have_as_many_digits_as_their_interval_gives_a_meaning(
     assert suite_results.span(value, metric) == shown
 
 
+@pytest.mark.slow
 def test_what_jobs_evaluate_writes_is_read(tmp_path: Path, checkpoint_folder: str) -> None:
     """The contract between the two, on real evaluations."""
     colors = np.random.default_rng(0).integers(0, 255, (48, 3))

@@ -429,6 +429,7 @@ def test_runs_that_are_damaged_old_or_too_long_are_told_apart(dataset_folder, tm
     assert (folder / "checkpoints/step-00000004-mine/config.json").exists()
 
 
+@pytest.mark.slow
 def test_what_earlier_releases_stored_is_gone_on_from(dataset_folder, tmp_path):
     """They stored at the ends of epochs only, and no losses; an option had another name."""
     for folder in (tmp_path / "old", tmp_path / "new"):

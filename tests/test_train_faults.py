@@ -187,6 +187,7 @@ def test_credentials_revoked_end_the_run_in_one_line(own_s3, prefix, dataset_fol
     resumes(prefix, dataset_folder, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_full_disk_ends_the_run_in_one_line(dataset_folder, whole):
     with chaos.disk(40) as folder:

@@ -310,6 +310,7 @@ def test_validation_depends_on_no_batch(crowd_folder, method, noise_aware):
 # -- runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_one_that_was_not(crowd_folder, tmp_path, capsys):
     """Bit for bit; and a run is an encoder for whoever takes one."""
     flags = ["--optim.lr-schedule", "constant", "--optim.warmup-steps", "2", "--epochs"]
@@ -361,6 +362,7 @@ def test_a_classifier_of_the_domain_of_any_data_set(dataset_folder, tmp_path):
     assert (by_day < 0).sum() + (by_night > 0).sum() >= 15
 
 
+@pytest.mark.slow
 def test_two_workers_compute_what_one_does(ray_cluster, crowd_folder, tmp_path):
     """The vectors of people too, which are trained and not kept."""
     flags = ["--epochs", "2", "--optim.learning-rate", "1e-2", "--optim.warmup-steps", "1"]
