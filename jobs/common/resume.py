@@ -15,10 +15,10 @@ def read_record(
     Raises:
         InputError: it is not `what` it should be (damaged, or of another format), or it is of another version.
     """
+    if not storage.is_file(uri):  # nor where a part of the path is a file: what writes there says so
+        return None
     try:
         record = storage.read_json(uri)
-    except FileNotFoundError:
-        return None
     except storage.NOT_JSON:
         record = None
     if not isinstance(record, dict) or record.get("format", kind) != kind:
