@@ -344,12 +344,19 @@ class EfficientNetLite0(nn.Module):
         self._fc = nn.Linear(1280, 1000)
 
     def forward(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1280"]:
-        return F.relu6(self._bn1(self._conv_head(self._maps(images)[-1]))).mean(dim=(2, 3))
+        return self.perceive(images)[0]
 
     def taps(self, images: UInt8[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
         """The maps that a perceptual distance compares."""
+        return self.perceive(images)[1]
+
+    def perceive(
+        self, images: UInt8[Tensor, "b 3 h w"]
+    ) -> tuple[Float[Tensor, "b 1280"], list[Float[Tensor, "b _ _ _"]]]:
+        """The features and, from the same pass, the maps that a perceptual distance compares."""
         maps = self._maps(images)
-        return [maps[i] for i in self.TAPS]
+        features = F.relu6(self._bn1(self._conv_head(maps[-1]))).mean(dim=(2, 3))
+        return features, [maps[i] for i in self.TAPS]
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         x = F.relu6(self._bn0(self._conv_stem((_resized(images) - 127) / 128)))

@@ -22,13 +22,16 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
+from torch import Tensor
 
 from ddpm_core import nets
-from ddpm_core.nets import Net
+from ddpm_core.identity import perceptual_distance
+from ddpm_core.nets import EfficientNetLite0, Net
 from jobs.datasets import reading
 from jobs.evaluation import baselines
-from jobs.evaluation.metrics import INCEPTION, MIN_SSIM_SIDE, feature_net, perceptual, psnr, ssim
+from jobs.evaluation.metrics import INCEPTION, MIN_SSIM_SIDE, feature_net, psnr, ssim
 from jobs.translation.batch import Batch, Translate
 
 MEASURE, SHOW, SAMPLE, SHOW_SAMPLE, REAL, TRAIN = "measure", "show", "sample", "show-sample", "real", "train"
@@ -89,6 +92,8 @@ class Measure:
         self.device = str(self._translate(ema).translator.device)
         self.judges = {name: load_judge(name, uri, domains) for name, uri in judges.items() if uri is not None}
         self.passes = 0
+        self._perceived: list[tuple[Images, np.ndarray, list[Tensor]]] = []
+        """Of one batch: images, their features and maps, so that each passes through the net once."""
 
     def _translate(self, ema: float | None) -> Translate:
         """With the weights averaged over that length, kept from call to call."""
@@ -103,6 +108,7 @@ class Measure:
 
     def __call__(self, batch: Batch, *, sampling: Mapping[str, Any] | None = None, ema: float | None = None) -> Batch:
         """`sampling`, `ema`: other options and weights than this object's own."""
+        self._perceived.clear()
         purpose = batch["output"].astype(str)
         found: list[Found] = [{} for _ in purpose]
         began = time.perf_counter()
@@ -191,9 +197,26 @@ class Measure:
             return values
         if min(images.shape[1:3]) >= MIN_SSIM_SIDE:
             values["ssim"] = ssim(images, references)
-        if nets.perceptual_taps(self.judges["features"]) is not None:
-            values["perceptual"] = perceptual(self.judges["features"], images, references)
+        if self._has_maps:
+            maps = [self._perceive(each)[1] for each in (images, references)]
+            values["perceptual"] = perceptual_distance(*maps).cpu().numpy().astype(np.float64)
         return values
+
+    @property
+    def _has_maps(self) -> bool:
+        return isinstance(self.judges["features"].module, EfficientNetLite0)
+
+    @torch.no_grad()
+    def _perceive(self, images: Images) -> tuple[np.ndarray, list[Tensor]]:
+        """Features of this very array of a batch and, on the net's device, the maps of the feature net."""
+        for known, features, maps in self._perceived:
+            if known is images:
+                return features, maps
+        net = self.judges["features"].module.to(self.device)
+        assert isinstance(net, EfficientNetLite0)
+        found, maps = net.perceive(torch.tensor(images).permute(0, 3, 1, 2).to(self.device))
+        self._perceived.append((images, found.float().cpu().numpy(), maps))
+        return self._perceived[-1][1:]
 
     def _judged(
         self, method: str, images: Images, rows: np.ndarray, found: list[Found], *, leave_out: Iterable[str] = ()
@@ -202,7 +225,9 @@ class Measure:
         names, began = {"features": "features", "classifier": "chances", "identity": "embedding"}, time.perf_counter()
         for judge in self.judges:
             if judge not in leave_out and len(rows):
-                _put(f"{method}/{names[judge]}", self.judge(judge, images), rows, found)
+                once = judge == "features" and self._has_maps
+                values = self._perceive(images)[0] if once else self.judge(judge, images)
+                _put(f"{method}/{names[judge]}", values, rows, found)
         if method == "model":
             _spent("judged_s", found, rows, began)
 
