@@ -46,7 +46,7 @@ test: setup ## everything essential, each real part once (at most 6 minutes on 2
 	$(call timed,$(PYTEST) -m "not slow")
 
 test-all: setup ## the rest: clusters, kills, browser, tracking servers, planted faults, smoke experiments (20 minutes)
-	$(call timed,$(PYTEST) -m slow && out=$$(mktemp -d) && $(SMOKE) --output $$out && rm -r $$out)
+	$(call timed,$(PYTEST) -m slow && $(BIN)/python tests/mutants.py && out=$$(mktemp -d) && $(SMOKE) --output $$out && rm -r $$out)
 
 check: lint types test ## what must be green before a commit
 

@@ -1,8 +1,5 @@
 """The planted faults can still be planted, and are caught."""
 
-import subprocess
-import sys
-
 import mutants
 import pytest
 
@@ -19,9 +16,3 @@ def test_every_fault_is_found_exactly_once_and_changes_something(module):
 def test_a_text_that_is_gone_is_an_error():
     with pytest.raises(ValueError, match="0 times"):
         mutants.faulty(mutants.Mutant("losses", "no such text", ""))
-
-
-@pytest.mark.slow
-def test_the_tests_catch_them():
-    done = subprocess.run([sys.executable, mutants.__file__], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
