@@ -344,13 +344,6 @@ def delete_folder(uri: str) -> None:
         with_retries(uri, lambda: fs.delete_dir(path))
 
 
-def rename_folder(source: str, target: str) -> None:
-    """Local folders only: atomic on one file system."""
-    with user_errors(target):
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, target)
-
-
 def check_writable(uri: str, *, flag: str = "--output") -> None:
     """Fail now rather than after an hour of work.
 
