@@ -4,11 +4,15 @@ uint8   b h w 3   sRGB
 float   b 3 h w   in [-1, 1]
 """
 
+import functools
 import hashlib
 import io
+import posixpath
+import re
 import warnings
 
 import numpy as np
+import pillow_heif
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -22,11 +26,58 @@ MIN_SIDE = 8
 """Smaller images are refused: there is nothing in them to translate."""
 BACKGROUND = (255, 255, 255)
 """Transparent images are laid over this colour."""
+MAX_BYTES = 4 * MAX_PIXELS
+"""Larger files are set aside unread: the largest image needs no more, even uncompressed and with transparency."""
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif", ".bmp", ".dib"}
+    | {".heic", ".heif", ".hif", ".heics", ".heifs", ".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".qoi"}
 )
 """File endings taken for images when a folder is listed."""
+UNREADABLE = {
+    f".{ending}": f"{what}; export it as JPEG or PNG"
+    for what, endings in {
+        "a raw photo, which is not read": (
+            "dng cr2 cr3 crw nef nrw arw srf sr2 orf rw2 raf pef ptx raw rwl srw x3f 3fr fff iiq erf kdc dcr mrw mos "
+            "mef gpr"
+        ),
+        "JPEG XL, which is not read": "jxl",
+        "JPEG XR, which is not read": "jxr wdp hdp",
+        "an image in layers, which is not read": "psd psb xcf kra ora afphoto procreate",
+        "a drawing, which is not read": "svg svgz eps ai ps wmf emf",
+        "a document, which is not read": "pdf djvu",
+        "a high dynamic range image, which is not read": "exr hdr",
+        "a video, which is not read": "mp4 m4v mov avi mkv webm mpg mpeg wmv flv 3gp mts m2ts ogv",
+    }.items()
+    for ending in endings.split()
+}
+"""Endings of what stands beside images and is not read, with the reason and the remedy: set aside, not passed over."""
+MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|.{4}ftyp(?:avi[fs]|he[iv]\w|mi[af]\d|msf1)"
+    rb"|(?:II[*+]\0|MM\0[*+])|BM.{12}[\x0c(48@l|]\0{3}|\0{3}\x0cjP  \r\n|\xff\x4f\xff\x51|qoif"
+    rb"|P(?:[1-6]\s(?:\s|#[^\n]*\n)*\d+\s|[Ff]\s+\d+\s)",
+    re.DOTALL,
+)
+"""How files begin that `decode` takes: JPEG, PNG, GIF, WebP, AVIF and HEIF, TIFF, BMP, JPEG 2000, QOI, PNM and PFM."""
+
+
+def check_listed(name: str, num_bytes: int = 0) -> None:
+    """What a folder's listing tells of a file, before it is read.
+
+    Raises:
+        InputError: its ending is one of UNREADABLE, or it is larger than MAX_BYTES.
+    """
+    if reason := UNREADABLE.get(posixpath.splitext(name)[1].lower()):
+        raise InputError(f"{name}: {reason}")
+    if num_bytes > MAX_BYTES:
+        raise InputError(
+            f"{name}: {num_bytes / 1e6:,.0f} MB; at most {MAX_BYTES / 1e6:,.0f} MB are read: scale it down"
+        )
+
+
+def looks_like_image(first_bytes: bytes) -> bool:
+    """Whether a file that begins like this (32 bytes will do) is an image that `decode` may take, whatever its name."""
+    return bool(MAGIC.match(first_bytes))
 
 
 def decode(data: bytes, *, name: str = "image", square: int | None = None) -> Image.Image:
@@ -41,6 +92,7 @@ def decode(data: bytes, *, name: str = "image", square: int | None = None) -> Im
     """
     if not data:
         raise InputError(f"{name}: the file is empty")
+    _open_heif()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's bomb and EXIF warnings: checked and handled here
@@ -80,6 +132,12 @@ def decode(data: bytes, *, name: str = "image", square: int | None = None) -> Im
         MemoryError,
     ) as error:
         raise InputError(f"{name}: truncated or corrupt ({error}); copy or save it again") from None
+
+
+@functools.cache
+def _open_heif() -> None:
+    """Pillow opens HEIF from now on; of a file only its images, no thumbnails and maps of depth."""
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
 
 
 def _middle(image: Image.Image, extent: tuple[float, float], side: int) -> Image.Image:

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 CORE_MAY_IMPORT = {"torch", "numpy", "PIL", "safetensors", "jaxtyping", "ddpm_core", *sys.stdlib_module_names}
-STORAGE_MAY_IMPORT = {"pyarrow", "s3fs"}
+MORE = {"ddpm_core/storage.py": {"pyarrow", "s3fs"}, "ddpm_core/images.py": {"pillow_heif"}}
 COMMANDS = {"prepare", "train", "sweep", "evaluate", "translate", "experiments", "benchmark"}
 """Thin entry points, `python -m jobs.NAME`; nothing but tests and benchmarks imports them."""
 PACKAGES: dict[str, set[str]] = {
@@ -72,11 +72,10 @@ def package_of(module: str) -> str:
 
 
 def test_the_core_stands_on_five_libraries() -> None:
-    more = {"ddpm_core/storage.py": STORAGE_MAY_IMPORT}
     found = [
         (path, name)
         for path, name in imports("ddpm_core")
-        if name.partition(".")[0] not in CORE_MAY_IMPORT | more.get(path, set())
+        if name.partition(".")[0] not in CORE_MAY_IMPORT | MORE.get(path, set())
     ]
     assert found == []
 

@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 from PIL import Image, ImageCms
@@ -106,6 +107,37 @@ def _linear_profile(srgb: bytes) -> bytes:
 def test_phones_jpeg_with_previews_is_one_image() -> None:
     data = encoded(picture(64, 64), "MPO", save_all=True, append_images=[picture(16, 16)])
     assert images.decode(data).size == (64, 64)
+
+
+WRITTEN = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_an_image_is_known_by_its_first_bytes(kind: str) -> None:
+    pillow_heif.register_heif_opener()
+    data = encoded(picture(), kind)
+    assert images.looks_like_image(data[:32])
+    assert not images.looks_like_image(data[1:33])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"BM stands for a bitmap, says this text", b"P1 is not P2, says this text", b"MM", bytes(32), b"%PDF-1.7",
+     b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", b"<svg xmlns='http://www.w3.org/2000/svg'>", b"8BPS\0\1"],
+)  # fmt: skip
+def test_other_files_do_not_look_like_images(data: bytes) -> None:
+    assert not images.looks_like_image(data[:32])
+
+
+def test_what_a_listing_tells() -> None:
+    assert not images.SUFFIXES & images.UNREADABLE.keys()
+    images.check_listed("a/x.HEIC", 5_000_000)
+    images.check_listed("a/README")
+    for name in ("x.DNG", "x.mov", "x.pdf", "x.jxl", "a.jpg/x.CR2"):
+        with pytest.raises(InputError, match=rf"{name}: .*, which is not read; export it as JPEG or PNG"):
+            images.check_listed(name)
+    with pytest.raises(InputError, match=r"x\.jpg: 1,000 MB; at most 400 MB are read"):
+        images.check_listed("x.jpg", 10**9)
 
 
 def bomb() -> bytes:

@@ -23,8 +23,6 @@ from jobs.datasets.scan import mark
 
 IMAGES_PER_TASK = 64
 """Images that one task decodes."""
-UNREADABLE = {".heic", ".heif"}
-"""What phones write and Pillow does not read: set aside with the reason rather than passed over."""
 
 
 class File(NamedTuple):
@@ -207,6 +205,10 @@ def decode_one(
 
 def read_or_error(uri: str) -> bytes | InputError:
     """An image's bytes. What is wrong with one file sets it aside; a store that refuses stops the work."""
+    try:
+        images.check_listed(uri)
+    except InputError as error:
+        return InputError(str(error).removeprefix(f"{uri}: "))
     try:
         file, bang, member = uri.partition(".zip!")
         return archive(f"{file}.zip").read(member) if bang else storage.read_bytes(uri)

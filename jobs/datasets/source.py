@@ -109,7 +109,7 @@ def image_files(files: Iterable[str]) -> list[str]:
     return [
         file
         for file in files
-        if posixpath.splitext(file)[1].lower() in images.SUFFIXES | decode.UNREADABLE
+        if posixpath.splitext(file)[1].lower() in images.SUFFIXES | images.UNREADABLE.keys()
         and not any(part.startswith((".", "__MACOSX")) for part in file.split("/"))
     ]
 
