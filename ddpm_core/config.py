@@ -20,6 +20,9 @@ from ddpm_core.errors import InputError
 FORMAT_VERSION = 2
 """Version of `config.json`; raised when an older reader would misread a newer file."""
 
+MAX_SEED = 2**31 - 1
+"""Largest seed of commands and requests: numpy, torch and Optuna take it, and a few more above it."""
+
 Method = Literal["diffusion", "pix2pix", "cyclegan", "identity", "attributes"]
 GANS: tuple[Method, ...] = ("pix2pix", "cyclegan")
 ENCODERS: tuple[Method, ...] = ("identity", "attributes")
@@ -402,6 +405,16 @@ def override_sampling(config: ModelConfig, overrides: Mapping[str, Any]) -> Samp
         changed = [name for name in given if getattr(sampling, name) != getattr(config.sampling, name)]
         raise InputError(f"{', '.join(changed)}: no effect on {config.method}, which does not sample; leave it out")
     return sampling
+
+
+def check_seed(seed: int, *, flag: str = "--seed") -> None:
+    """Refuse seeds that not every generator takes.
+
+    Raises:
+        InputError: naming the flag, its value and the range.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"{flag} is {seed}; it must lie between 0 and {MAX_SEED}")
 
 
 def domain_index(config: ModelConfig, name: str) -> int:

@@ -10,6 +10,7 @@ answered is given up within seconds: the endpoint is wrong.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -33,6 +34,8 @@ NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 """What a damaged JSON file raises; ValueError would take in InputError."""
 AGAIN_S = (0.05, 0.2, 1.0)
 """Waits before a file that made no sense is read again."""
+DEBRIS = r"\.[0-9a-f]{16}\.tmp"
+"""What files are called while they are written: no longer than any name may be."""
 OUTAGE_S = 60.0
 """How long requests go on being repeated to a server that is down."""
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 3.0, 10.0
@@ -113,7 +116,7 @@ def _s3(bucket: str, environment: tuple[tuple[str, str], ...]) -> "pyarrow.fs.Fi
 
 
 class UnusableNameError(InputError):
-    """A key that the client refuses: one object's fault, not the store's."""
+    """A name that the store or the file system does not take: one file's fault, not the store's."""
 
 
 @contextlib.contextmanager
@@ -131,11 +134,14 @@ def user_errors(uri: str) -> Iterator[None]:
     except PermissionError as error:
         raise InputError(f"{uri}: permission denied; check the folder's owner and mode") from error
     except (NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"{uri}: a part of this path is a file, not a folder") from error
+        raise UnusableNameError(f"{uri}: a part of this path is a file, not a folder") from error
     except IsADirectoryError as error:
-        raise InputError(f"{uri} is a folder; a file is expected") from error
+        raise UnusableNameError(f"{uri} is a folder; a file is expected") from error
     except OSError as error:
         text = str(error)
+        if error.errno in _NAME_ERRORS or re.search(_NAME_REFUSED, text):
+            why = os.strerror(error.errno) if error.errno else "the store refuses the key"
+            raise UnusableNameError(f"{uri}: a name that cannot be used ({why}); rename it") from error
         if re.search(_GONE, text):
             raise FileNotFoundError(f"{uri}: {text}") from error
         for pattern, remedy in _REMEDIES:
@@ -143,13 +149,15 @@ def user_errors(uri: str) -> Iterator[None]:
                 raise InputError(f"{uri}: {remedy}") from error
         raise
     except ValueError as error:
-        if type(error).__name__ != "ArrowInvalid":
+        if type(error).__name__ != "ArrowInvalid" and "null byte" not in str(error):
             raise
         raise UnusableNameError(
             f"{uri}: a name that cannot be used ({str(error).splitlines()[0]}); rename it"
         ) from error
 
 
+_NAME_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EILSEQ})
+_NAME_REFUSED = r"(?i)key_?too_?long"
 _PASSING = (
     r"NETWORK_CONNECTION|curlCode|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|REQUEST_TIMEOUT|HTTP status 50\d"
 )
@@ -269,7 +277,7 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
         return with_retries(uri, lambda: _put(fs, path, data))
     with user_errors(uri):
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
-        aside = f"{uri}.{uuid.uuid4().hex[:8]}.tmp"
+        aside = os.path.join(os.path.dirname(uri), f".{uuid.uuid4().hex[:16]}.tmp")
         try:
             with open(aside, "wb") as file:
                 file.write(data)
@@ -330,6 +338,11 @@ def _listed(uri: str, *, folders: bool, recursive: bool) -> list[tuple[str, int]
         uri,
         lambda: [(info.path, info.size or 0) for info in fs.get_file_info(selector) if info.is_file != folders],
     )
+
+
+def is_debris(name: str) -> bool:
+    """Whether a file is what a kill in the middle of `write_bytes` leaves."""
+    return re.search(rf"(^|/){DEBRIS}$|\.[0-9a-f]{{8}}\.tmp$", name) is not None  # the second: releases before this one
 
 
 def delete_file(uri: str) -> None:

@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if append and options.overwrite:
         raise InputError("--append and --overwrite are both given; give one of them")
     draft = DRAFTS[type(options)](options)
-    return assemble.make(output, draft, append=append, overwrite=options.overwrite, num_workers=options.num_workers)
+    num_rejected = assemble.make(
+        output, draft, append=append, overwrite=options.overwrite, num_workers=options.num_workers
+    )
+    return cli.set_aside(num_rejected, ok=options.set_aside_ok)
 
 
 if __name__ == "__main__":

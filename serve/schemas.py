@@ -71,7 +71,7 @@ class Query(SamplingQuery):
 
     domain: str | None = None
     """The side to produce; may be left out where the checkpoint produces one only."""
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    seed: Annotated[int, Field(ge=0, le=configs.MAX_SEED)] = 0
     """Another seed draws another sample for the same image."""
     align: Align = "auto"
     """faces: the largest face is brought to where the training images have theirs. none: the centred square is

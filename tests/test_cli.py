@@ -33,6 +33,11 @@ def test_help_loads_nothing_that_takes_seconds(name: str) -> None:
     assert f"usage: python -m jobs.{name}" in done.stdout
 
 
+def test_set_aside_ok_changes_the_exit_code_alone() -> None:
+    codes = [cli.set_aside(num, ok=ok) for num in (0, 2) for ok in (False, True)]
+    assert codes == [cli.DONE, cli.DONE, cli.SET_ASIDE, cli.DONE]
+
+
 def test_a_benchmark_lists_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
     from jobs import benchmark
 

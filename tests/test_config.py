@@ -6,12 +6,14 @@ import json
 import pytest
 
 from ddpm_core.config import (
+    MAX_SEED,
     DiffusionConfig,
     GANConfig,
     ModelConfig,
     SamplingConfig,
     UNetConfig,
     check,
+    check_seed,
     from_dict,
     to_dict,
 )
@@ -84,3 +86,11 @@ def test_values_that_cannot_work_are_refused_by_name(changes, message):
     with pytest.raises(InputError) as error:
         check(dataclasses.replace(CONFIG, **changes))
     assert message in str(error.value)
+
+
+def test_seeds_are_what_every_generator_takes():
+    for seed in (0, MAX_SEED):
+        check_seed(seed)
+    for seed in (-1, MAX_SEED + 1, 99999999999999999999):
+        with pytest.raises(InputError, match=f"--seed is {seed}; it must lie between 0 and 2147483647"):
+            check_seed(seed)

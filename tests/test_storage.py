@@ -201,3 +201,35 @@ def test_importing_it_and_local_files_need_no_pyarrow(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "a.txt")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.stderr) == ("b'a' False\n", "")
+
+
+# -- names
+
+
+def test_a_name_may_be_as_long_as_the_file_system_takes_it(tmp_path: Path) -> None:
+    """A file is written under another name first, which must not be longer."""
+    for name in ("x" * 255, "é" * 127):
+        storage.write_bytes(str(tmp_path / name), b"1")
+        assert (tmp_path / name).read_bytes() == b"1"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 256, "é" * 128, "a\0b", "there/below"], ids=["long", "long-utf8", "nul", "below"]
+)
+def test_a_name_that_cannot_be_written_is_that_files_fault(tmp_path: Path, name: str) -> None:
+    (tmp_path / "there").write_bytes(b"a file")
+    with pytest.raises(storage.UnusableNameError) as error:
+        storage.write_bytes(f"{tmp_path}/{name}", b"1")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_what_a_kill_leaves_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = []
+    monkeypatch.setattr(storage.os, "replace", lambda aside, uri: left.append(aside))
+    storage.write_bytes(str(tmp_path / "x.png"), b"1")
+    assert storage.is_debris(left[0])
+    assert storage.is_debris(Path(left[0]).name)
+    assert storage.is_debris("a/x.png.0123abcd.tmp")  # of an earlier release
+    assert not any(map(storage.is_debris, ("x.png", "x.tmp", ".0123abcd", "0123456789abcdef.tmp")))

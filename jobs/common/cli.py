@@ -41,6 +41,11 @@ def parse(
         raise InputError(_one_line(lines, prog)) from None
 
 
+def set_aside(num: int, *, ok: bool) -> int:
+    """The exit code of batch work that set `num` images aside; `ok`: the command was given --set-aside-ok."""
+    return SET_ASIDE if num and not ok else DONE
+
+
 class _Lines:
     """A text stream that keeps what is written to it."""
 

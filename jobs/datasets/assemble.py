@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from ddpm_core import images, provenance, storage
 from ddpm_core.errors import InputError
-from jobs.common import cli, resume, workers
+from jobs.common import resume, workers
 from jobs.common.progress import Progress, duration
 from jobs.datasets import duplicates, reading, source, writing
 from jobs.datasets.format import (
@@ -45,7 +45,8 @@ def check_apart(output: str, options: source.Common) -> None:
 
 
 def make(output: str, draft: source.Draft, *, append: bool, overwrite: bool, num_workers: int | None) -> int:
-    """The draft's data set at `output`, or its rows added to the one there, unless that has them; the exit code.
+    """The draft's data set at `output`, or its rows added to the one there, unless that has them; how many images are
+    set aside in it.
 
     Raises:
         InputError: another data set is there, or the source cannot be used.
@@ -55,7 +56,7 @@ def make(output: str, draft: source.Draft, *, append: bool, overwrite: bool, num
     if there is not None:
         print(f"already there: {output}")
         summarise(output, there)
-        return cli.SET_ASIDE if there.num_rejected else cli.DONE
+        return there.num_rejected
     storage.check_writable(output)
     started = time.monotonic()
     with workers.session(num_workers), tempfile.TemporaryDirectory(prefix="ddpm-prepare-") as scratch:
@@ -64,7 +65,7 @@ def make(output: str, draft: source.Draft, *, append: bool, overwrite: bool, num
     seconds = max(time.monotonic() - started, 1e-3)
     rows = sum(card.splits.values()) - (0 if before is None else sum(before.splits.values()))
     summarise(output, card, f"{rows:,} rows in {duration(seconds)}, {rows / seconds:.3g} a second")
-    return cli.SET_ASIDE if card.num_rejected else cli.DONE
+    return card.num_rejected
 
 
 def card_at(output: str) -> DatasetCard | None:

@@ -34,6 +34,8 @@ class Common:
     """How images are stored: raw (needs no decoding) and png are exact, jpeg takes about half the room."""
     overwrite: bool = False
     """Replace another data set at --output."""
+    set_aside_ok: bool = False
+    """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
     num_workers: int | None = None
     """0: this process alone, without Ray; more: so many tasks at a time on Ray. By itself: this process, and Ray for
     what would take it long."""
@@ -128,7 +130,7 @@ def fingerprint(*parts: Any) -> str:
 
 def prepared_by(command: str, options: Common) -> dict[str, Any]:
     """The command and every option that decides the rows; which files are read, `fingerprint` tells."""
-    elsewhere = ("output", "source", "overwrite", "num_workers", "append", "domain", "pairs")
+    elsewhere = ("output", "source", "overwrite", "set_aside_ok", "num_workers", "append", "domain", "pairs")
     values = {key: value for key, value in dataclasses.asdict(options).items() if key not in elsewhere}
     return {"command": command, **values}
 

@@ -138,10 +138,11 @@ def check_alone(uri: str, before: DatasetCard | None, after: DatasetCard | None 
 def clear(uri: str, keep: DatasetCard | None = None) -> None:
     """Remove a data set, whole or half-written, dataset.json first, or all that is not of `keep`; other files stay."""
     shards = rf"({'|'.join(SPLITS)})/part-\d{{5}}\.parquet"
-    aside = r"\.[0-9a-f]{8}\.tmp"
+    aside = r"\.[0-9a-f]{8}\.tmp"  # as releases before this one left it
     others = "|".join(re.escape(name) for name in (REJECTED, DUPLICATES, CONTACT_SHEET, ENVIRONMENT))
     ours = re.compile(
         rf"({shards}|{re.escape(CARD)})({aside})?|({others}){aside}|\.write-probe-[0-9a-f]{{8}}({aside})?"
+        rf"|(({'|'.join(SPLITS)})/)?{storage.DEBRIS}"
     )
     kept = set() if keep is None else {CARD, *(shard.file for shard in keep.shards)}
     files = [file for file in storage.list_files(uri) if ours.fullmatch(file) and file not in kept]

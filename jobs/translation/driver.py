@@ -172,7 +172,7 @@ def finish(job: TranslationJob, manifest: Manifest) -> int:
             f"{len(bad):,} of {len(job.sources):,} images were set aside: {why}; the reasons are in {reasons}",
             file=sys.stderr,
         )
-    return cli.SET_ASIDE if bad else cli.DONE
+    return cli.set_aside(len(bad), ok=job.args.set_aside_ok)
 
 
 def tally(reasons: Iterable[str], most: int = 4) -> str:

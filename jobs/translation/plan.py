@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from typing import Annotated, Any
 
 import tyro
@@ -41,6 +40,8 @@ class TranslateArgs:
     num_workers: int | None = None
     """Copies of the network; by default one for each GPU, or for each CPU where there is none. 0: this process alone,
     without Ray."""
+    set_aside_ok: bool = False
+    """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
     split: str = "test"
     """Of a data set, the rows to translate."""
     align: faces.Align = "auto"
@@ -81,6 +82,7 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         input=storage.absolute(args.input, flag="--input"),
         output=storage.absolute(args.output, flag="--output"),
     )
+    configs.check_seed(args.seed)
     check_least({"--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 0)})
     if inside(args.output, args.input):
         raise InputError(
@@ -135,7 +137,7 @@ def remaining(job: TranslationJob, manifest: Manifest) -> list[dict[str, Any]]:
     """The sources to translate, each with its output: new, changed, set aside before, or with the result gone."""
     there = set()
     for name in storage.list_files(job.args.output):
-        if re.search(r"\.[0-9a-f]{8}\.tmp$", name):  # left by a kill in the middle of writing
+        if storage.is_debris(name):
             storage.delete_file(storage.join(job.args.output, name))
         else:
             there.add(name)
