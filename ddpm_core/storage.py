@@ -10,20 +10,22 @@ answered is given up within seconds: the endpoint is wrong.
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
 import os
 import posixpath
 import re
+import stat
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from ddpm_core.errors import InputError
+from ddpm_core.errors import InputError, printable
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -129,8 +131,8 @@ def user_errors(uri: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except UnicodeDecodeError as error:
-        raise InputError(f"{uri}: a file name there is not valid UTF-8; rename that file") from error
+    except UnicodeError as error:
+        raise UnusableNameError(f"{uri}: a name that is not valid UTF-8; rename it") from error
     except PermissionError as error:
         raise InputError(f"{uri}: permission denied; check the folder's owner and mode") from error
     except (NotADirectoryError, FileExistsError) as error:
@@ -311,33 +313,161 @@ def _info(uri: str) -> "pyarrow.fs.FileInfo":
     return with_retries(uri, lambda: fs.get_file_info(path))
 
 
-def list_files(uri: str, *, recursive: bool = True) -> list[str]:
-    """Paths below `uri`, relative to it, sorted. [] where there is nothing."""
-    return list(file_sizes(uri, recursive=recursive))
+class Entry(NamedTuple):
+    """A file, as its folder's listing tells of it."""
+
+    num_bytes: int
+    mtime_ns: int
+    real: str
+    """Where it lies once links are followed; "" on S3, which has none."""
 
 
-def file_sizes(uri: str, *, recursive: bool = True) -> dict[str, int]:
-    """Size in bytes of each file below `uri`, by its path relative to it, sorted. {} where there is nothing."""
-    path = filesystem(uri)[1]
-    files = _listed(uri, folders=False, recursive=recursive)
-    return dict(sorted((file[len(path) :].lstrip("/"), size) for file, size in files))
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """What lies below a folder; paths are relative to it."""
+
+    files: dict[str, Entry] = dataclasses.field(default_factory=dict)
+    """Sorted by path; a path is valid Unicode."""
+    faults: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What is there and cannot be read, with the reason and the remedy: dangling links, pipes, folders that may not be
+    entered (with a slash at the end), names that are no text (as far as they can be printed)."""
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    """Files and folders that the caller did not want."""
+    num_again: int = 0
+    """Links, not followed, to folders that are read anyway or that lie around this one."""
 
 
-def list_folders(uri: str) -> list[str]:
-    """Names of the folders directly below `uri`, sorted."""
-    return sorted(posixpath.basename(path) for path, _ in _listed(uri, folders=True, recursive=False))
+def tree(uri: str, *, recursive: bool = True, skip: Callable[[str], bool] = lambda name: False) -> Tree:
+    """What lies below `uri`; nothing where there is nothing. Links are followed, each folder is read once.
+
+    `skip` says which names of files and folders are passed over, with all below them.
+
+    Raises:
+        InputError: `uri` is a file, or may not be read.
+    """
+    if is_remote(uri):
+        return _remote_tree(uri, recursive, skip)
+    with user_errors(uri), contextlib.suppress(FileNotFoundError):
+        return _Walk(uri, recursive, skip).tree()
+    return Tree()
 
 
-def _listed(uri: str, *, folders: bool, recursive: bool) -> list[tuple[str, int]]:
-    """Path and size of each file, or path of each folder and 0, below `uri`."""
+def _remote_tree(uri: str, recursive: bool, skip: Callable[[str], bool]) -> Tree:
+    files, skipped = {}, set()
+    _, prefix = filesystem(uri)
+    for info in _remote_infos(uri, recursive):
+        path = info.path[len(prefix) :].lstrip("/")
+        parts = path.split("/")
+        unwanted = [depth for depth, part in enumerate(parts, 1) if skip(part)]
+        if unwanted:
+            skipped.add("/".join(parts[: unwanted[0]]))
+        elif info.is_file:
+            files[path] = Entry(info.size or 0, info.mtime_ns or 0, "")
+    return Tree(dict(sorted(files.items())), skipped=sorted(skipped))
+
+
+def _remote_infos(uri: str, recursive: bool) -> "list[pyarrow.fs.FileInfo]":
     import pyarrow.fs
 
     fs, path = filesystem(uri)
     selector = pyarrow.fs.FileSelector(path, recursive=recursive, allow_not_found=True)
-    return with_retries(
-        uri,
-        lambda: [(info.path, info.size or 0) for info in fs.get_file_info(selector) if info.is_file != folders],
-    )
+    return with_retries(uri, lambda: fs.get_file_info(selector))
+
+
+class _Walk:
+    """A local folder's tree. What lies there itself is read before what links lead to: nothing is found by the name
+    of a link that has one of its own."""
+
+    def __init__(self, root: str, recursive: bool, skip: Callable[[str], bool]) -> None:
+        self.root, self.recursive, self.skip = os.path.realpath(root), recursive, skip
+        self.seen: set[str] = set()
+        """Folders that were read, by where they lie."""
+        self.folders: list[tuple[str, str]] = []
+        """Those to be read: path below the root, and where it lies."""
+        self.links: list[tuple[str, str]] = []
+        self.files: dict[str, Entry] = {}
+        self.faults: dict[str, str] = {}
+        self.skipped: list[str] = []
+        self.num_again = 0
+
+    def tree(self) -> Tree:
+        """Raises OSError where the root cannot be read; below it that is a fault."""
+        self._read("", self.root)
+        while self.folders or self.links:
+            if not self.folders:
+                self.links.sort(reverse=True)
+            path, real = (self.folders or self.links).pop()
+            if real in self.seen or f"{self.root}/".startswith(f"{real.rstrip('/')}/"):
+                self.num_again += 1
+                continue
+            try:
+                self._read(path, real)
+            except OSError as error:
+                self._fault(f"{path}/", f"a folder that cannot be read ({error.strerror}); check its owner and mode")
+        skipped = [printable(path) for path in sorted(self.skipped)]
+        return Tree(dict(sorted(self.files.items())), dict(sorted(self.faults.items())), skipped, self.num_again)
+
+    def _read(self, folder: str, real: str) -> None:
+        self.seen.add(real)
+        with os.scandir(real) as entries:
+            for entry in entries:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if self.skip(entry.name):
+                    self.skipped.append(path)
+                    continue
+                try:
+                    self._take(path, entry)
+                except OSError as error:
+                    self._fault(path, _why_not(entry, error))
+
+    def _take(self, path: str, entry: "os.DirEntry[str]") -> None:
+        there, linked = entry.stat(), entry.is_symlink()
+        real = os.path.realpath(entry.path) if linked else entry.path
+        if stat.S_ISDIR(there.st_mode):
+            if self.recursive:
+                (self.links if linked else self.folders).append((path, real))
+        elif not stat.S_ISREG(there.st_mode):
+            self._fault(path, "a pipe, socket or device, not a file; remove it")
+        elif re.search(r"[\ud800-\udfff]", path):
+            self._fault(path, "its name is not valid UTF-8; rename it")
+        else:
+            self.files[path] = Entry(there.st_size, there.st_mtime_ns, real)
+
+    def _fault(self, path: str, reason: str) -> None:
+        self.faults[printable(path)] = reason
+
+
+def _why_not(entry: "os.DirEntry[str]", error: OSError) -> str:
+    """Why something in a folder cannot be looked at."""
+    if error.errno == errno.ELOOP:
+        return "a link that leads to itself; remove it"
+    if not isinstance(error, FileNotFoundError) or not entry.is_symlink():
+        return f"cannot be read ({error.strerror}); check its owner and mode"
+    target = os.readlink(entry.path)
+    if "/annex/objects/" in target:
+        return "a link of git-annex whose content is not here; git annex get brings it"
+    if re.search(r"/(\.dvc|dvc)/|/files/md5/", target):
+        return "a link of DVC whose content is not here; dvc pull brings it"
+    return f"a link whose target is not there ({printable(target)}); bring it back or remove the link"
+
+
+def list_files(uri: str, *, recursive: bool = True) -> list[str]:
+    """Paths below `uri`, relative to it, sorted; without `Tree.faults`. [] where there is nothing."""
+    return list(tree(uri, recursive=recursive).files)
+
+
+def file_sizes(uri: str, *, recursive: bool = True) -> dict[str, int]:
+    """Size in bytes of each of `list_files`."""
+    return {path: entry.num_bytes for path, entry in tree(uri, recursive=recursive).files.items()}
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly below `uri`, sorted."""
+    if is_remote(uri):
+        return sorted(posixpath.basename(info.path) for info in _remote_infos(uri, False) if not info.is_file)
+    with user_errors(uri), contextlib.suppress(FileNotFoundError), os.scandir(uri) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+    return []
 
 
 def is_debris(name: str) -> bool:

@@ -125,10 +125,100 @@ def test_folder_read_as_a_file(tmp_path: Path) -> None:
         storage.read_bytes(str(tmp_path))
 
 
-def test_file_name_that_is_no_text(tmp_path: Path) -> None:
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.jpg")).write_bytes(b"")
-    with pytest.raises(InputError, match="not valid UTF-8"):
-        storage.list_files(str(tmp_path))
+def test_a_tree_as_people_have_it(tmp_path: Path) -> None:
+    """What cannot be read is named with its remedy, and the rest is listed once."""
+    root, outside = tmp_path / "in", tmp_path / "outside"
+    for name in ("day/1.jpg", "day/sub/2.jpg", ".store/9.jpg", "@eaDir/1.jpg"):
+        storage.write_bytes(str(root / name), b"four")
+    storage.write_bytes(str(outside / "deep/3.jpg"), b"three")
+    links = {
+        "day/self": ".",
+        "day/up": "../..",
+        "day/sub/ring": "../../day",
+        "more": str(outside),
+        "again": str(outside / "deep"),
+        "hidden": ".store",
+        "day/link.jpg": "1.jpg",
+        "day/gone.jpg": "/nowhere/x\ny.jpg",
+        "day/annex.jpg": "../.git/annex/objects/a/b/c.jpg",
+        "day/dvc.jpg": "/home/me/.cache/dvc/files/md5/aa/bb",
+        "day/loop.jpg": "loop.jpg",
+    }
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    os.mkfifo(root / "day/pipe.jpg")
+    Path(os.fsdecode(os.fsencode(root) + b"/day/caf\xe9.jpg")).write_bytes(b"")
+    there = storage.tree(str(root), skip=lambda name: name[0] in ".@")
+    assert {name: entry.num_bytes for name, entry in there.files.items()} == {
+        "again/3.jpg": 5,
+        "day/1.jpg": 4,
+        "day/link.jpg": 4,
+        "day/sub/2.jpg": 4,
+        "hidden/9.jpg": 4,
+    }
+    assert there.files["day/link.jpg"].real == there.files["day/1.jpg"].real == str(root / "day/1.jpg")
+    assert there.skipped == [".store", "@eaDir"]
+    assert there.num_again == 4  # self, up, ring, and deep below more
+    assert {name: reason.split(";")[0] for name, reason in there.faults.items()} == {
+        "day/annex.jpg": "a link of git-annex whose content is not here",
+        "day/caf\\xe9.jpg": "its name is not valid UTF-8",
+        "day/dvc.jpg": "a link of DVC whose content is not here",
+        "day/gone.jpg": "a link whose target is not there (/nowhere/x\\ny.jpg)",
+        "day/loop.jpg": "a link that leads to itself",
+        "day/pipe.jpg": "a pipe, socket or device, not a file",
+    }
+    assert storage.list_files(str(root), recursive=False) == []
+    assert storage.list_folders(str(root)) == [".store", "@eaDir", "again", "day", "hidden", "more"]
+
+
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For root every folder may be: the system call is made to refuse."""
+    storage.write_bytes(str(tmp_path / "in/day/1.jpg"), b"")
+    storage.write_bytes(str(tmp_path / "in/locked/2.jpg"), b"")
+    scandir = os.scandir
+
+    def guarded(path: str) -> Any:
+        if path.endswith("/locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    there = storage.tree(str(tmp_path / "in"))
+    assert list(there.files) == ["day/1.jpg"]
+    assert there.faults == {"locked/": "a folder that cannot be read (Permission denied); check its owner and mode"}
+    with pytest.raises(InputError, match="/in/locked: permission denied; check the folder's owner and mode"):
+        storage.tree(str(tmp_path / "in/locked"))
+
+
+def test_a_path_that_is_no_text(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff")
+    for deed in (storage.exists, storage.is_file, storage.delete_file):
+        with pytest.raises(storage.UnusableNameError, match=r"/bad\\xff: a name that is not valid UTF-8; rename it$"):
+            deed(path)
+
+
+def test_what_a_remote_listing_leaves_out(s3: Any) -> None:
+    uri = f"{s3.uri}/{uuid.uuid4().hex}"
+    for name in ("day/1.jpg", "@eaDir/day/1.jpg", "day/@eaDir/2.jpg"):
+        storage.write_bytes(f"{uri}/{name}", b"four")
+    there = storage.tree(uri, skip=lambda name: name == "@eaDir")
+    assert {name: (entry.num_bytes, entry.real) for name, entry in there.files.items()} == {"day/1.jpg": (4, "")}
+    assert (there.skipped, there.faults) == (["@eaDir", "day/@eaDir"], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("caf\udce9.jpg", r"caf\xe9.jpg"),
+        ("a\nb\tc\0", r"a\nb\tc\x00"),
+        ("\ud800", r"\ud800"),
+        ("\u2028", r"\u2028"),
+        ("naïve 你好 \u3000👩‍🚀", "naïve 你好 \u3000👩‍🚀"),
+    ],
+)
+def test_messages_are_one_printable_line(text: str, shown: str) -> None:
+    assert str(InputError(text)) == shown
+    shown.encode()
 
 
 def test_wrong_secret_is_not_a_missing_file(s3: Any, use: Any) -> None:
