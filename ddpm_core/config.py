@@ -274,10 +274,11 @@ def check(config: ModelConfig) -> None:
         }
     )
     _check_unet(unet)
-    if config.method == "diffusion" and config.image_size % stride(unet):
+    if config.method == "diffusion" and (over := config.image_size % stride(unet)):
         raise InputError(
             f"image_size is {config.image_size}; with {len(unet.channel_mult)} levels and patch size "
-            f"{unet.patch_size} it must be a multiple of {stride(unet)}"
+            f"{unet.patch_size} it must be a multiple of {stride(unet)}: prepare the data with --image-size "
+            f"{config.image_size - over or stride(unet)}, or give fewer levels (--unet.channel-mult)"
         )
     shares = {
         "diffusion.p-uncond": diffusion.p_uncond,

@@ -49,7 +49,11 @@ def check(config: ModelConfig) -> None:
     Raises:
         InputError: naming the field, its value and what would be right.
     """
-    check_size(config, config.image_size, config.image_size)
+    try:
+        check_size(config, config.image_size, config.image_size)
+    except InputError as error:
+        fewer = ", or give fewer --gan.num-levels" if config.method == "pix2pix" else ""
+        raise InputError(f"{error}; prepare the data with another --image-size{fewer}") from None
     levels = config.gan.num_discriminator_levels
     if config.image_size < 3 * 2**levels:
         raise InputError(

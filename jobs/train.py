@@ -19,10 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     times = {"command": time.time()}
     args = parse(sys.argv[1:] if argv is None else argv)
     from ddpm_core import checkpoint, storage  # seconds, which --help and a wrong flag need not wait for
-    from jobs.training import checks, driver, profiling, tracking
+    from jobs.datasets.format import read_card
+    from jobs.training import checks, driver, fitting, profiling, tracking
 
     dataset, run = storage.absolute(args.data, flag="--data"), storage.absolute(args.output, flag="--output")
-    args = dataclasses.replace(args, options=checks.with_absolute_encoder(args.options))
+    card, asked = read_card(dataset), checks.with_absolute_encoder(args.options)
+    options = fitting.fitted(asked, card, dataset, preset=args.preset, given=args.given)
+    args = dataclasses.replace(args, options=options)
     if args.mlflow is not None:
         args = dataclasses.replace(args, mlflow=tracking.mlflow_uri(args.mlflow))
     config = checks.configured(args, dataset)
@@ -30,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"already trained: {run}")
         return cli.DONE
     storage.check_writable(run)
+    for line in fitting.notes(asked, options, card):
+        print(f"train: {line}", file=sys.stderr, flush=True)
     profiling.note(times, "imports")
     try:
         with cli.ray_session(start=args.workers[1] > 0):

@@ -29,7 +29,7 @@ from jobs import train, translate
 from jobs.common import cli
 from jobs.datasets import cache, writing
 from jobs.datasets.format import DatasetCard, Row, read_card
-from jobs.training import checks, loop, methods, validation, worker_state
+from jobs.training import checks, driver, fitting, loop, methods, validation, worker_state
 from jobs.training.batches import (
     Batch,
     HostBatch,
@@ -822,6 +822,10 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
             ["--global-batch-size", "3", "--num-workers", "2:4"],
             "is not an image for each of 4 workers; give 4 or more",
         ),
+        (
+            ["--num-workers", "40", "--global-batch-size", "20"],
+            "is not an image for each of 40 workers; with 32 training rows give --num-workers 32 or fewer",
+        ),
         (["--global-batch-size", "4", "--accumulate", "5"], "1 workers in 5 parts each (--accumulate); give 5 or more"),
         (["--method", "cyclegan", "--num-workers", "2:3"], "cannot be shared equally by 3 workers, as cyclegan needs"),
         (
@@ -873,7 +877,9 @@ def test_what_cannot_work_is_refused_in_one_line(dataset_folder, tmp_path, flags
     assert "\n" not in str(error.value)
 
 
-def unpaired(folder: Path, *domains: int, val: tuple[int, ...] | None = None) -> str:
+def unpaired(
+    folder: Path, *domains: int, val: tuple[int, ...] | None = None, names: tuple[str, ...] = ("day", "night")
+) -> str:
     rows, held_out = (
         [Row(id=f"{prefix}{i:02d}", domain=side, image=np.zeros((16, 16, 3), np.uint8)) for i, side in enumerate(sides)]
         for prefix, sides in (("", domains), ("v", domains if val is None else val))
@@ -884,7 +890,7 @@ def unpaired(folder: Path, *domains: int, val: tuple[int, ...] | None = None) ->
         source="x",
         image_size=16,
         encoding="raw",
-        domains=("day", "night"),
+        domains=names,
         pairing="unpaired",
     )
     writing.write_dataset(str(folder), {"train": rows, "val": held_out}, card)
@@ -910,13 +916,103 @@ def test_methods_that_do_not_suit_the_data_are_refused(tmp_path, method, domains
         ((0, 0), [], "toy has no image of night in its val split"),
         ((0, 0), ["--target-domain", "day"], "toy has no image of night in its val split"),
         ((0, 0), ["--target-domain", "night", "--pairing", "self"], "toy has no image of night in its val split"),
-        ((0, 1), ["--target-domain", "night"], "16 is more than the 10 training rows of night; give at most 10"),
+        (
+            (0, 1),
+            ["--target-domain", "night", "--global-batch-size", "16"],
+            "16 is more than the 10 training rows of night; give at most 10",
+        ),
     ],
 )
 def test_splits_with_nothing_to_make_or_to_show_are_refused(tmp_path, val, flags, message):
     dataset = unpaired(tmp_path / "set", *(0,) * 30, *(1,) * 10, val=val)
     with pytest.raises(InputError, match=message):
         run(dataset, tmp_path / "run", *flags)
+
+
+def options_on(dataset: str, preset: str, *flags: str) -> tuple[TrainOptions, list[str]]:
+    """What a command's options come to on a data set, and what is said of it."""
+    args, card = train.parse(["--data", dataset, "--output", "x", "--preset", preset, *flags]), read_card(dataset)
+    options = fitting.fitted(args.options, card, dataset, preset=preset, given=args.given)
+    checks.check_fit(card, checks.model_config(card, options), dataclasses.replace(args, options=options))
+    return options, [*fitting.notes(args.options, options, card)]
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "batch"),
+    [
+        ("smoke", [], 16),
+        ("celeba-64", [], 40),
+        ("day2night-64", ["--target-domain", "night"], 10),
+        ("day2night-64", ["--num-workers", "1:3", "--max-train-images", "7"], 7),
+        ("attribute-classifier", [], 40),
+    ],
+)
+def test_a_presets_batch_is_no_larger_than_the_data(tmp_path, preset, flags, batch):
+    dataset = unpaired(tmp_path / "set", *(0,) * 30, *(1,) * 10, val=(0, 1))
+    options, said = options_on(dataset, preset, *flags)
+    asked = PRESETS[preset].options.global_batch_size
+    assert options.global_batch_size == batch
+    assert [line for line in said if "batch" in line] == (
+        []
+        if batch == asked
+        else [f"too few training rows for the preset's batch of {asked}: --global-batch-size {batch}"]
+    )
+    with pytest.raises(InputError, match=r"256 is more than the \d+ training rows.*; give at most \d+"):
+        options_on(dataset, preset, *flags, "--global-batch-size", "256")
+
+
+def test_a_run_too_short_for_its_learning_rate_says_so(tmp_path):
+    dataset = unpaired(tmp_path / "set", *(0, 1) * 10)
+    assert options_on(dataset, "smoke")[1] == []
+    said = options_on(dataset, "celeba-64")[1]
+    assert "with --epochs 54 training ends after 54 of the 200 steps over which the learning rate rises" in said[-1]
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "domains", "expected"),
+    [
+        ("demo", [], ("Day", "Night"), "Night"),
+        (
+            "demo",
+            [],
+            ("a", "b"),
+            "which toy does not have; say what to make, with --target-domain a or --target-domain b",
+        ),
+        ("demo", [], ("x y", "b"), "with --target-domain 'x y' or --target-domain b"),
+        ("demo", ["--target-domain", "b"], ("a", "b"), "b"),
+        ("demo", ["--target-domain", "B"], ("a", "b"), "--target-domain: unknown domain 'B'"),
+        ("demo", ["--method", "attributes"], ("a", "b"), None),
+        ("smoke", [], ("a", "b"), None),
+    ],
+)
+def test_a_preset_aims_at_a_domain_that_is_there(tmp_path, preset, flags, domains, expected):
+    dataset = unpaired(tmp_path / "set", *(0, 1) * 16, names=domains)
+    if expected is None or expected in domains:
+        assert options_on(dataset, preset, *flags)[0].target_domain == expected
+        return
+    with pytest.raises(InputError) as error:
+        options_on(dataset, preset, *flags)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "there", "remedy"),
+    [
+        (["--use-gpu"], "GPU", 0, "--use-gpu: there is no GPU here that Ray knows of; leave it out to train on CPUs"),
+        (["--use-gpu", "--num-workers", "3"], "GPU", 2, "needs 3 GPUs, the cluster has 2: give --num-workers 2 or"),
+        (["--cpus-per-worker", "4"], "CPU", 2, "needs 4 CPUs, the cluster has 2: give --cpus-per-worker 2 or fewer"),
+        (
+            ["--cpus-per-worker", "2", "--num-workers", "4"],
+            "CPU",
+            5,
+            "needs 8 CPUs, the cluster has 5: give --num-workers 2",
+        ),
+        ([], "CPU", 0, "needs 1 CPUs, the cluster has 0: give --num-workers 0"),
+    ],
+)
+def test_the_remedy_for_too_small_a_cluster_helps(flags, name, there, remedy):
+    args = train.parse(["--data", "x", "--output", "y", *flags])
+    assert remedy in driver.no_room(args, name, driver.resources_per_worker(args)[name], there)
 
 
 def test_few_training_rows_are_of_every_domain(tmp_path, monkeypatch):
@@ -941,9 +1037,9 @@ def test_a_run_on_data_that_changed_is_told_apart(tmp_path):
 
 
 def test_more_workers_than_the_cluster_has_are_refused_with_the_arithmetic(ray_cluster, dataset_folder, tmp_path):
-    with pytest.raises(InputError, match="needs 16 CPUs, the cluster has 4: give fewer"):
+    with pytest.raises(InputError, match="needs 16 CPUs, the cluster has 4: give --num-workers 4 or fewer"):
         run(dataset_folder, tmp_path / "run", "--num-workers", "16")
-    with pytest.raises(InputError, match="needs 1 GPUs, the cluster has 0"):
+    with pytest.raises(InputError, match="--use-gpu: there is no GPU here that Ray knows of; leave it out"):
         run(dataset_folder, tmp_path / "run", "--use-gpu")
 
 

@@ -39,11 +39,14 @@ def configured(args: TrainArgs, dataset: str) -> ModelConfig:
 
 def model_config(card: DatasetCard, options: TrainOptions) -> ModelConfig:
     """All that defines the model: the data set's facts and the options, checked together."""
-    pairing = options.pairing or card.pairing
+    pairing, wanted = options.pairing or card.pairing, options.target_domain
+    if wanted is not None and wanted not in card.domains:
+        known = f"{configs.did_you_mean(wanted, card.domains)}: {', '.join(card.domains)}"
+        raise InputError(f"--target-domain: unknown domain {wanted!r}{known}")
     config = ModelConfig(
         image_size=card.image_size,
         domains=card.domains,
-        target_domains=() if options.target_domain is None else (options.target_domain,),
+        target_domains=() if wanted is None else (wanted,),
         method=options.method,
         shown="structure" if pairing == "self" and options.method == "diffusion" else "source",
         unet=options.unet,
@@ -95,12 +98,7 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
         raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; give one or more different lengths, such as 0.1")
     if not all(0 < each < 0.28 for each in lengths):
         raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; each must lie between 0 and 0.28")
-    if options.global_batch_size < max(workers, 1) * options.accumulate:
-        parts = f" in {options.accumulate} parts each (--accumulate)" if options.accumulate > 1 else ""
-        raise InputError(
-            f"--global-batch-size {options.global_batch_size} is not an image for each of {workers} workers{parts}; "
-            f"give {max(workers, 1) * options.accumulate} or more"
-        )
+    check_batch(card, args)
     if args.keep_every_epochs < 0:
         raise InputError(f"--keep-every-epochs is {args.keep_every_epochs}; it must be 0 or more")
     if not args.checkpoint_every_minutes > 0:
@@ -114,6 +112,32 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
     check_method(card, args)
     check_rows(card, config, args)
     check_added_losses(options)
+
+
+def num_rows(card: DatasetCard, options: TrainOptions) -> int:
+    """Training rows that serve the wanted direction, as far as the card tells."""
+    wanted = options.target_domain
+    everything = card.has_targets or wanted is None
+    rows = card.splits.get("train", 0) if everything else card.domain_counts.get("train", {}).get(wanted, 0)
+    return min(rows, rows if options.max_train_images is None else options.max_train_images)
+
+
+def check_batch(card: DatasetCard, args: TrainArgs) -> None:
+    """Refuse a batch that has not an image for every part of every worker's share.
+
+    Raises:
+        InputError: naming the flag, and what the data allow.
+    """
+    options, workers = args.options, max(args.workers[1], 1)
+    batch, least, rows = options.global_batch_size, workers * options.accumulate, num_rows(card, options)
+    if batch >= least:
+        return
+    parts = f" in {options.accumulate} parts each (--accumulate)" if options.accumulate > 1 else ""
+    needs = f"is not an image for each of {workers} workers{parts}"
+    if 0 < rows < least:
+        fewer = "lower --accumulate or --num-workers" if options.accumulate > 1 else f"--num-workers {rows} or fewer"
+        raise InputError(f"--global-batch-size {batch} {needs}; with {rows} training rows give {fewer}")
+    raise InputError(f"--global-batch-size {batch} {needs}; give {least} or more")
 
 
 def check_rows(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
@@ -137,8 +161,7 @@ def check_rows(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
                     f"{card.name} has no image of {', '.join(needed)} in its {split} split; translation needs both: "
                     "prepare it again with more images"
                 )
-    rows = card.splits["train"] if card.has_targets or wanted is None else card.domain_counts["train"][wanted]
-    rows = min(rows, options.max_train_images or rows)
+    rows = num_rows(card, options)
     if rows < options.global_batch_size:
         of = "" if card.has_targets or wanted is None else f" of {wanted}"
         raise InputError(
@@ -183,7 +206,8 @@ def check_method(card: DatasetCard, args: TrainArgs) -> None:
     if method == "pix2pix" and not card.has_targets:
         raise InputError(f"--method pix2pix learns from pairs, {card.name} has none; give --method cyclegan")
     preset = PRESETS[args.preset].options  # what it says of other methods is not the user's doing
-    given = {name for name, _, _ in resume.differences(configs.to_dict(preset), configs.to_dict(options))}
+    changed = resume.differences(configs.to_dict(preset), configs.to_dict(options))
+    given = {name for name, _, now in changed if now is not None}  # no flag says None
     for name in sorted(given):
         if not has_effect(name, options):
             raise InputError(f"--{name.replace('_', '-')} has no effect with --method {method}; leave it out")

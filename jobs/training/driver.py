@@ -36,11 +36,7 @@ def check_cluster(args: TrainArgs) -> None:
     while short := {name: each for name, each in worker.items() if ray.cluster_resources().get(name, 0) < each * least}:
         if time.monotonic() >= deadline:
             name, each = next(iter(short.items()))
-            raise NoRoomError(
-                f"--num-workers {args.num_workers} with {each} {name} each needs {each * least} {name}s, "
-                f"the cluster has {ray.cluster_resources().get(name, 0):g}: give fewer workers, "
-                "or --wait-for-nodes-s 600 to a cluster that grows"
-            )
+            raise NoRoomError(no_room(args, name, each, ray.cluster_resources().get(name, 0)))
         if not asked:
             ray.autoscaler.sdk.request_resources(bundles=[worker] * least)
             print(f"waiting up to {args.wait_for_nodes_s} s for the cluster to grow", flush=True)
@@ -143,6 +139,19 @@ def fit(
                 f"the losses were lost at step {end['diverged_at']:,} (not finite, or far above the first ones); the "
                 f"last good checkpoint is {end['last_good'] or 'none'}; train anew with a lower --optim.learning-rate"
             )
+
+
+def no_room(args: TrainArgs, name: str, each: float, there: float) -> str:
+    """The arithmetic of too few of a resource, and what helps."""
+    grows = "or --wait-for-nodes-s 600 to a cluster that grows"
+    if name == "GPU" and not there:
+        return f"--use-gpu: there is no GPU here that Ray knows of; leave it out to train on CPUs, {grows}"
+    if there < each:
+        remedy = f"--cpus-per-worker {there:.0f} or fewer" if there >= 1 else "--num-workers 0"
+    else:
+        remedy = f"--num-workers {there // each:.0f} or fewer"
+    needs = f"needs {each * args.workers[0]} {name}s, the cluster has {there:g}"
+    return f"--num-workers {args.num_workers} with {each} {name} each {needs}: give {remedy}, {grows}"
 
 
 def resources_per_worker(args: TrainArgs) -> dict[str, float]:

@@ -121,6 +121,11 @@ def resolved(card: DatasetCard, options: TrainOptions) -> EncoderOptions:
             raise InputError(
                 f"--encoder.attributes {name}{configs.did_you_mean(name, known)}: {', '.join(known) or 'none'}"
             )
+    if not sides and not wanted:
+        raise InputError(
+            f"{card.name} has one domain, {card.domains[0]!r}, which a classifier cannot learn to tell apart; give "
+            f"--encoder.attributes: {', '.join(known) or 'it has none'}"
+        )
     return dataclasses.replace(given, attributes=tuple(dict.fromkeys([*sides, *wanted])))
 
 

@@ -142,6 +142,8 @@ class TrainArgs:
     mlflow: str | None = None
     """Curves and images go there too: an MLflow server (http://…), a database (sqlite:///…) or a local folder."""
     options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
+    given: Annotated[tuple[str, ...], tyro.conf.Suppress, tyro.conf.Fixed] = ()
+    """Flags that the command names, as `--epochs`; the other options are the preset's."""
 
     @property
     def workers(self) -> tuple[int, int]:

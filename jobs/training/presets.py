@@ -165,10 +165,13 @@ T = TypeVar("T")
 
 
 def parse_from_preset(cls: type[T], argv: list[str], *, prog: str, description: str) -> T:
-    """The preset first, then the flags that change it; `cls` has data, output, preset and options, as `Args`."""
+    """The preset first, then the flags that change it; `cls` has data, output, preset, options and given, as
+    `TrainArgs`."""
     name = preset_name(argv)
     presets = "\n".join(f"  {key:<20} {preset}" for key, preset in PRESETS.items())
-    fields: Any = {"data": tyro.MISSING, "output": tyro.MISSING, "preset": name, "options": PRESETS[name].options}
+    given = {word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")}
+    fields: Any = {"data": tyro.MISSING, "output": tyro.MISSING, "preset": name, "given": tuple(sorted(given))}
+    fields["options"] = PRESETS[name].options
     return cli.parse(cls, argv, prog=prog, description=f"{description}\npresets:\n{presets}", default=cls(**fields))
 
 

@@ -69,3 +69,5 @@ class SweepArgs:
     batch_size: int = 16
     """Images the network sees at once in sampling trials; memory and speed, not results."""
     options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
+    given: Annotated[tuple[str, ...], tyro.conf.Suppress, tyro.conf.Fixed] = ()
+    """As TrainArgs'."""

@@ -17,7 +17,7 @@ from jobs.datasets.format import DatasetCard, read_card
 from jobs.evaluation import plan
 from jobs.evaluation.worker import Judges
 from jobs.reports.metric_table import OBJECTIVES
-from jobs.training import checks, run_folder
+from jobs.training import checks, fitting, run_folder
 from jobs.training.options import TrainArgs, TrainOptions, stored_options
 from jobs.translation import listing
 from jobs.translation.options import GuidanceNets, check_least
@@ -117,6 +117,7 @@ def plan_sweep(args: SweepArgs) -> SweepJob:
             raise InputError("--num-points 0 with --checkpoint: there is nothing left to do; give 1 or more")
         config, sampling = loaded.config, sampling_space(loaded.config, given_sampling)
     else:
+        options = fitting.fitted(options, card, args.data, preset=args.preset, given=args.given)
         training = {**spaces.default_training(options), **training}
         if any(name in spaces.OF_LOSS for name in training):
             options = dataclasses.replace(options, validation_loss_config=options.diffusion)
