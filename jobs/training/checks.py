@@ -116,9 +116,9 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
 
 def num_rows(card: DatasetCard, options: TrainOptions) -> int:
     """Training rows that serve the wanted direction, as far as the card tells."""
-    wanted = options.target_domain
-    everything = card.has_targets or wanted is None
-    rows = card.splits.get("train", 0) if everything else card.domain_counts.get("train", {}).get(wanted, 0)
+    wanted, rows = options.target_domain, card.splits.get("train", 0)
+    if wanted is not None and not card.has_targets:
+        rows = card.domain_counts.get("train", {}).get(wanted, 0)
     return min(rows, rows if options.max_train_images is None else options.max_train_images)
 
 
