@@ -10,6 +10,8 @@ import difflib
 import inspect
 import itertools
 import math
+import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +24,9 @@ FORMAT_VERSION = 2
 
 MAX_SEED = 2**31 - 1
 """Largest seed of commands and requests: numpy, torch and Optuna take it, and a few more above it."""
+
+MAX_DOMAINS, MAX_VALUES, MAX_BLOCKS = 10_000, 10_000, 256
+"""Most domains of a data set, values of any list, and blocks of all generators of a GAN together."""
 
 Method = Literal["diffusion", "pix2pix", "cyclegan", "identity", "attributes"]
 GANS: tuple[Method, ...] = ("pix2pix", "cyclegan")
@@ -252,28 +257,31 @@ def check(config: ModelConfig) -> None:
         InputError: naming the field, its value and what would be right.
     """
     unet, diffusion, gan = config.unet, config.diffusion, config.gan
-    _positive(
+    check_positive(
         {
-            "image_size": config.image_size,
-            "unet.model-channels": unet.model_channels,
-            "unet.num-res-blocks": unet.num_res_blocks,
-            "unet.head-channels": unet.head_channels,
-            "unet.condition-channels": unet.condition_channels,
-            "unet.condition-tokens": unet.condition_tokens,
-            "unet.patch-size": unet.patch_size,
-            "unet.anchor-radius": unet.anchor_radius,
-            **{f"unet.channel-mult[{i}]": mult for i, mult in enumerate(unet.channel_mult)},
-            "diffusion.num-timesteps": diffusion.num_timesteps,
-            "diffusion.huber-delta": diffusion.huber_delta,
-            "diffusion.max-snr": diffusion.max_snr,
-            "gan.channels": gan.channels,
-            "gan.num-levels": gan.num_levels,
-            "gan.num-res-blocks": gan.num_res_blocks,
-            "gan.num-discriminator-levels": gan.num_discriminator_levels,
-            "encoder.scale": config.encoder.scale,
+            "image_size": (config.image_size, 8192),
+            "unet.model-channels": (unet.model_channels, 8192),
+            "levels of unet.channel-mult": (len(unet.channel_mult) or 1, 12),
+            "unet.num-res-blocks": (unet.num_res_blocks, 64 // min(len(unet.channel_mult) or 1, 12)),
+            "unet.head-channels": (unet.head_channels, 8192),
+            "unet.condition-channels": (unet.condition_channels, 8192),
+            "unet.condition-tokens": (unet.condition_tokens, 8192),
+            "unet.patch-size": (unet.patch_size, 256),
+            "unet.anchor-radius": (unet.anchor_radius, math.inf),
+            **{f"unet.channel-mult[{i}]": (mult, 128) for i, mult in enumerate(unet.channel_mult)},
+            "diffusion.num-timesteps": (diffusion.num_timesteps, 1_000_000),
+            "diffusion.huber-delta": (diffusion.huber_delta, math.inf),
+            "diffusion.max-snr": (diffusion.max_snr, math.inf),
+            "gan.channels": (gan.channels, 8192),
+            "gan.num-levels": (gan.num_levels, 12),
+            "gan.num-res-blocks": (gan.num_res_blocks, 256),
+            "gan.num-discriminator-levels": (gan.num_discriminator_levels, 12),
+            "encoder.scale": (config.encoder.scale, math.inf),
         }
     )
     _check_unet(unet)
+    _check_domains(config)
+    check_landmarks(config.data.landmarks)
     if config.method == "diffusion" and (over := config.image_size % stride(unet)):
         raise InputError(
             f"image_size is {config.image_size}; with {len(unet.channel_mult)} levels and patch size "
@@ -305,12 +313,37 @@ def check(config: ModelConfig) -> None:
                 "they are in the source; predict x_0"
             )
     check_sampling(config.sampling, diffusion.num_timesteps)
-    if len(config.domains) < 1 or len(set(config.domains)) != len(config.domains):
+
+
+def _check_domains(config: ModelConfig) -> None:
+    if not 1 <= len(config.domains) <= MAX_DOMAINS:
+        raise InputError(f"domains are {len(config.domains)} names; give 1 to {MAX_DOMAINS}")
+    if len(set(config.domains)) != len(config.domains):
         raise InputError(f"domains are {list(config.domains)}; give distinct names")
+    for name in config.domains:
+        if not 0 < len(name) <= 255 or re.search(r"[\x00-\x1f\x7f-\x9f]", name):
+            raise InputError(
+                f"domains: {_shown(name)} is no name; give 1 to 255 characters, none of them a control one"
+            )
     for name in config.target_domains:
         domain_index(config, name)
     if config.method == "cyclegan" and len(config.domains) != 2:
         raise InputError(f"method is cyclegan, which knows two domains; there are {len(config.domains)}")
+    blocks = len(config.domains) * (config.gan.num_levels if config.method == "pix2pix" else config.gan.num_res_blocks)
+    if config.method in GANS and blocks > MAX_BLOCKS:
+        raise InputError(f"{len(config.domains)} domains, each with a generator of its own, are too many; give fewer")
+
+
+def check_landmarks(landmarks: Sequence[float]) -> None:
+    """Refuse what cannot be places in images: nothing is aligned to them.
+
+    Raises:
+        InputError: half a point, far outside of the image, or two points in one place.
+    """
+    points = list(zip(landmarks[::2], landmarks[1::2], strict=False))
+    apart = len(set(points)) == len(points) and len(landmarks) % 2 == 0
+    if not apart or not all(-1 <= place <= 2 for place in landmarks):
+        raise InputError(f"data.landmarks is {_shown(list(landmarks))}; give x0 y0 x1 y1 ..., shares of the side")
 
 
 def _check_last_step(diffusion: DiffusionConfig) -> None:
@@ -326,10 +359,19 @@ def _check_last_step(diffusion: DiffusionConfig) -> None:
         )
 
 
-def _positive(values: dict[str, int | float]) -> None:
-    for name, value in values.items():
-        if not value > 0 or not math.isfinite(value):
-            raise InputError(f"{name} is {value}; it must be positive and finite")
+def check_positive(values: Mapping[str, tuple[int | float, int | float]]) -> None:
+    """Refuse numbers by name that are not positive and finite, or above the most that is taken. The most is far above
+    what any network of use has: a checkpoint's `config.json` may come from anyone, and is built before it is known to
+    fit the weights.
+
+    Raises:
+        InputError: naming the field, its value and what would be right.
+    """
+    for name, (value, most) in values.items():
+        if not value > 0 or value == math.inf:
+            raise InputError(f"{name} is {_shown(value)}; it must be positive and finite")
+        if value > most:
+            raise InputError(f"{name} is {_shown(value)}; at most {most:,} can be used")
 
 
 def _check_unet(unet: UNetConfig) -> None:
@@ -345,6 +387,8 @@ def _check_unet(unet: UNetConfig) -> None:
             f"unet.injection is {list(unet.injection)}; give one or more different of "
             f"{', '.join(typing.get_args(Injection))}"
         )
+    if unet.condition_channels % 8:
+        raise InputError(f"unet.condition-channels is {unet.condition_channels}; it must be a multiple of 8")
     if "anchor" in unet.injection and not 0 < unet.anchor_channels < unet.model_channels:
         raise InputError(
             f"unet.anchor-channels is {unet.anchor_channels}; it must be positive and less than "
@@ -403,7 +447,11 @@ def override_sampling(config: ModelConfig, overrides: Mapping[str, Any]) -> Samp
     sampling = from_dict(SamplingConfig, {**defaults, **given}, where="sampling")
     check_sampling(sampling, config.diffusion.num_timesteps)
     if config.method != "diffusion" and sampling != config.sampling:
-        changed = [name for name in given if getattr(sampling, name) != getattr(config.sampling, name)]
+        changed = [
+            f"sampling.{name.replace('_', '-')}"
+            for name in given
+            if getattr(sampling, name) != getattr(config.sampling, name)
+        ]
         raise InputError(f"{', '.join(changed)}: no effect on {config.method}, which does not sample; leave it out")
     return sampling
 
@@ -425,7 +473,9 @@ def domain_index(config: ModelConfig, name: str) -> int:
         InputError: listing the sides there are.
     """
     if name not in config.domains:
-        raise InputError(f"unknown domain {name!r}{did_you_mean(name, config.domains)}: {', '.join(config.domains)}")
+        raise InputError(
+            f"unknown domain {_shown(name)}{did_you_mean(name, config.domains)}: {', '.join(config.domains)}"
+        )
     return config.domains.index(name)
 
 
@@ -436,7 +486,7 @@ def domain_attributes(domains: Sequence[str]) -> dict[str, int]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?); known are` or `; known are`, to build an error message with."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name[:100], list(known), n=1)
     return f" (did you mean {near[0]!r}?); known are" if near else "; known are"
 
 
@@ -474,7 +524,7 @@ def from_dict(cls: type[T], values: Any, *, where: str = "config") -> T:
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise InputError(f"{where}: unknown field {name!r}{did_you_mean(name, hints)}: {', '.join(hints)}")
+            raise InputError(f"{where}: unknown field {_shown(name)}{did_you_mean(name, hints)}: {', '.join(hints)}")
     return cls(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
@@ -486,23 +536,35 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _shown(value: Any) -> str:
+    """A value in a message of one line, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where=where)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in args:
-            raise InputError(f"{where} is {value!r}; it must be one of {', '.join(map(str, args))}")
+            raise InputError(f"{where} is {_shown(value)}; it must be one of {', '.join(map(str, args))}")
         return value
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise InputError(f"{where} is {value!r}; it must be a list")
+            raise InputError(f"{where} is {_shown(value)}; it must be a list")
         if args[-1] is not Ellipsis and len(value) != len(args):
-            raise InputError(f"{where} is {list(value)}; it must have {len(args)} values")
+            raise InputError(f"{where} is {_shown(list(value))}; it must have {len(args)} values")
+        if len(value) > MAX_VALUES:
+            raise InputError(f"{where} has {len(value):,} values; at most {MAX_VALUES:,} can be used")
         return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    expected = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(hint)
-    if expected and (not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool)):
-        raise InputError(f"{where} is {value!r}; it must be {hint.__name__}")
+    expected = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(hint, (origin or hint,))
+    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(f"{where} is {_shown(value)}; it must be {(origin or hint).__name__}")
+    if hint is float and not abs(value) <= sys.float_info.max:
+        raise InputError(f"{where} is {_shown(value)}; it must be a finite number")
+    if hint is str and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{where} is {_shown(value)}; it holds half a character")
     return float(value) if hint is float else value

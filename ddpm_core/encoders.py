@@ -72,11 +72,17 @@ def check(config: EncoderConfig) -> None:
     Raises:
         InputError: naming the field, its value and what would be right.
     """
-    for name, value in {"image_size": config.image_size, "embedding_channels": config.embedding_channels}.items():
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be positive")
-    if not config.widths or min(config.widths) < 1:
-        raise InputError(f"widths is {list(config.widths)}; give each stage's channels, such as 24 48 96 192")
+    if not config.widths:
+        raise InputError("widths is empty; give each stage's channels, such as 24 48 96 192")
+    configs.check_positive(
+        {
+            "image_size": (config.image_size, 8192),
+            "embedding_channels": (config.embedding_channels, 65_536),
+            "stages of widths": (len(config.widths), 12),
+            **{f"widths[{stage}]": (width, 65_536) for stage, width in enumerate(config.widths)},
+            "diffusion.num_timesteps": (config.diffusion.num_timesteps, 1_000_000),
+        }
+    )
     if len(config.crop_box) != 4 or not _is_box(*config.crop_box):
         raise InputError(f"crop_box is {list(config.crop_box)}; give x0 y0 x1 y1 in [0, 1] with x0 < x1 and y0 < y1")
     if config.kind == "identity" and (config.attributes or config.noise_aware):
@@ -85,8 +91,6 @@ def check(config: EncoderConfig) -> None:
         raise InputError("attributes is empty; give the name of each attribute that the classifier learns")
     if len(set(config.attributes)) != len(config.attributes):
         raise InputError(f"attributes is {list(config.attributes)}; give distinct names")
-    if config.diffusion.num_timesteps < 1:
-        raise InputError(f"diffusion.num_timesteps is {config.diffusion.num_timesteps}; it must be positive")
 
 
 def _is_box(x0: float, y0: float, x1: float, y1: float) -> bool:
@@ -444,6 +448,7 @@ def load_encoder(path: str) -> Encoder:
         raise InputError(f"{path}/config.json names no kind; it must be identity or attributes")
     config = configs.from_dict(EncoderConfig, meta, where=f"{path}/config.json")
     check(config)
-    encoder = IdentityEncoder(config) if config.kind == "identity" else AttributeClassifier(config)
-    encoder.fingerprint = load_weights(encoder, path, "model.safetensors")
+    network: type[Encoder] = IdentityEncoder if config.kind == "identity" else AttributeClassifier
+    encoder, fingerprint = load_weights(lambda: network(config), path, "model.safetensors")
+    encoder.fingerprint = fingerprint
     return encoder.eval().requires_grad_(False)

@@ -168,8 +168,7 @@ def invert(
     """
     if num_fixed_point_steps < 1:
         raise ValueError(f"num_fixed_point_steps is {num_fixed_point_steps}; it must be at least 1")
-    if len(timesteps) == 1 and alphas_cumprod[timesteps[0]] == 0:
-        raise InputError("sampling.num-steps is 1: one step from pure noise cannot be inverted; take at least 2")
+    check_invertible(timesteps, alphas_cumprod)
     x_t = x_0
     for t, abar, abar_prev in reversed(_steps(timesteps, alphas_cumprod)):
         x_prev = x_t
@@ -181,6 +180,12 @@ def invert(
             v = training_target("v", pred.x_0, _batch(t, x_t), pred.eps, alphas_cumprod)
             x_t = (x_prev + math.sin(d) * v) / math.cos(d)
     return x_t
+
+
+def check_invertible(timesteps: Int64[Tensor, " n"], alphas_cumprod: Float[Tensor, " T"]) -> None:
+    """Raises InputError where the only step goes from pure noise to the clean image, which has no inverse."""
+    if len(timesteps) == 1 and alphas_cumprod[timesteps[0]] == 0:
+        raise InputError("sampling.num-steps is 1: one step from pure noise cannot be inverted; take at least 2")
 
 
 def sdedit_start(
@@ -197,7 +202,16 @@ def sdedit_start(
     Raises:
         InputError: no visited timestep is that little noisy.
     """
-    num_timesteps = len(alphas_cumprod)
+    remaining = sdedit_timesteps(timesteps, strength, len(alphas_cumprod))
+    return q_sample(x_0, _batch(int(remaining[0]), x_0), noise, alphas_cumprod), remaining
+
+
+def sdedit_timesteps(timesteps: Int64[Tensor, " n"], strength: float, num_timesteps: int) -> Int64[Tensor, " m"]:
+    """Of the visited timesteps those in the last `strength` of the chain.
+
+    Raises:
+        InputError: there is none.
+    """
     remaining = timesteps[timesteps < round(strength * num_timesteps)]
     if len(remaining) == 0:
         least = (int(timesteps[-1]) + 1) / num_timesteps
@@ -205,7 +219,7 @@ def sdedit_start(
             f"sampling.strength is {strength}: none of the {len(timesteps)} steps is left; "
             f"give at least {least:g}, or more sampling.num-steps"
         )
-    return q_sample(x_0, _batch(int(remaining[0]), x_0), noise, alphas_cumprod), remaining
+    return remaining
 
 
 def _steps(timesteps: Int64[Tensor, " n"], alphas_cumprod: Float[Tensor, " T"]) -> list[tuple[int, float, float]]:

@@ -233,16 +233,17 @@ def _in_ray_worker() -> bool:
     return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
-def read_bytes(uri: str) -> bytes:
-    """A file's content. Raises FileNotFoundError where there is none, InputError where access fails."""
+def read_bytes(uri: str, *, first: int | None = None) -> bytes:
+    """A file's content, or its `first` so many bytes. Raises FileNotFoundError where there is none, InputError where
+    access fails."""
     if not is_remote(uri):
-        with user_errors(uri):
-            return Path(uri).read_bytes()
+        with user_errors(uri), open(uri, "rb") as file:
+            return file.read(first)
     fs, path = filesystem(uri)
 
     def read() -> bytes:
         with fs.open_input_file(path) as stream:
-            return stream.read()
+            return stream.read(first)
 
     return with_retries(uri, read)
 
@@ -298,6 +299,21 @@ def _put(fs: "pyarrow.fs.FileSystem", path: str, data: bytes | memoryview) -> No
     # All in one call: a stream that an exception leaves between two calls publishes what it has.
     with fs.open_output_stream(path) as stream:
         stream.write(data)
+
+
+def size(uri: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        InputError: something else is, whose reading may never end: a folder, a pipe, a device.
+    """
+    info = _info(uri)
+    if info.type.name == "NotFound":
+        raise FileNotFoundError(uri)
+    if not info.is_file:
+        raise InputError(f"{uri} is not a file")
+    return int(info.size)
 
 
 def exists(uri: str) -> bool:

@@ -1,7 +1,9 @@
 """Checkpoints: what is written is what is read, and what is wrong is said in one line."""
 
 import dataclasses
+import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -122,6 +124,150 @@ def test_damage_is_named_in_one_line(checkpoint_folder, tmp_path, name, change, 
     with pytest.raises(InputError, match=message) as error:
         checkpoint.load(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+# -- a checkpoint of anyone's
+
+
+def with_config(**fields):
+    """`config.json` with other values; `unet__num_res_blocks` is one of `unet`'s."""
+
+    def change(data):
+        config = json.loads(data)
+        for name, value in fields.items():
+            *above, last = name.split("__")
+            functools.reduce(dict.__getitem__, above, config)[last] = value
+        return json.dumps(config).encode()
+
+    return lambda data: {"config.json": change(data["config.json"])}
+
+
+def with_text(more):
+    """`config.json` with something more before its last brace."""
+    return lambda data: {"config.json": data["config.json"].rstrip()[:-1] + more.encode() + b"}"}
+
+
+def with_header(change, *, length=None):
+    """`model.safetensors` with another header."""
+
+    def files(data):
+        weights = data["model.safetensors"]
+        end = 8 + int.from_bytes(weights[:8], "little")
+        header = json.loads(weights[8:end])
+        changed = change(header)
+        text = changed if isinstance(changed, bytes) else json.dumps(header if changed is None else changed).encode()
+        return {"model.safetensors": (length or len(text)).to_bytes(8, "little") + text + weights[end:]}
+
+    return files
+
+
+def first_tensor(**fields):
+    return with_header(lambda header: next(iter(header.values())).update(fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_config(unet__num_res_blocks=100_000), "num-res-blocks is 100000; at most 32 can be used"),
+        (with_config(unet__num_res_blocks=10**30), "num-res-blocks is 1000"),
+        (with_config(unet__num_res_blocks=True), "num_res_blocks is True; it must be int"),
+        (with_config(unet__num_res_blocks="9" * 10**6), "it must be int"),
+        (with_config(unet__model_channels=1_200_000), "model-channels is 1200000; at most 8,192"),
+        (with_config(unet__model_channels=8192), "the weights do not fit config.json"),
+        (with_config(unet__channel_mult=[1] * 10**4), "levels of unet.channel-mult is 10000; at most 12"),
+        (with_config(unet__channel_mult=[1] * (10**4 + 1)), "has 10,001 values"),
+        (with_config(unet__condition_channels=30), "condition-channels is 30; it must be a multiple of 8"),
+        (with_config(unet__dropout=float("nan")), "dropout is nan; it must be a finite number"),
+        (with_config(unet__dropout=-float("inf")), "dropout is -inf; it must be a finite number"),
+        (with_config(unet__dropout=10**400), "it must be a finite number"),
+        (with_config(unet__injection=[[]]), "injection[0] is []; it must be one of"),
+        (with_config(unet=None), "unet must be an object"),
+        (with_config(diffusion__num_timesteps=1e30), "num_timesteps is 1e+30; it must be int"),
+        (with_config(diffusion__num_timesteps=10**30), "at most 1,000,000 can be used"),
+        (with_config(image_size=2**70), "image_size is 1180591620717411303424; at most 8,192"),
+        (with_config(method="pix2pix", gan__num_levels=2**40), "gan.num-levels is 1099511627776; at most 12"),
+        (with_config(method="pix2pix", domains=[str(i) for i in range(999)]), "999 domains, each with a generator"),
+        (with_config(method="cyclegan"), "the weights do not fit config.json"),
+        (with_config(domains=["\x1b[31m", "b"]), "none of them a control one"),
+        (with_config(domains=["x" * 10**6, "b"]), "is no name"),
+        (with_config(domains=["\ud800", "b"]), "it holds half a character"),
+        (with_config(training=5), "training is 5; it must be dict"),
+        (with_config(data__landmarks=[0.5] * 10), "landmarks is"),
+        (with_config(**{"x" * 10**6: 1}), "unknown field 'xxx"),
+        (with_text(', "image_size": 16'), "a name comes twice"),
+        (with_text(', "more": ' + "[" * 10**5 + "]" * 10**5), "nested too deeply"),
+        (with_text(', "more": ' + "[" * 20 + "]" * 20), "nested too deeply"),
+        (with_text(', "more": 1e400'), "unknown field"),
+        (with_text(', "more": ' + "9" * 5000), "4300 digits"),
+        (with_text(" " * 5 * 10**6), "has more than 4,194,304 bytes"),
+        (with_header(lambda header: None, length=2**63), "says that its header has 9,223,372,036,854,775,808 bytes"),
+        (with_header(lambda header: b"[" * 10**5), "its header cannot be read"),
+        (with_header(lambda header: []), "its header cannot be read"),
+        (first_tensor(shape=[2**62, 4]), "the weights do not fit config.json"),
+        (first_tensor(shape=[-32, -1]), "the weights do not fit config.json"),
+        (first_tensor(shape="ab"), "its header cannot be read"),
+        (first_tensor(dtype="I64"), "its header cannot be read"),
+        (first_tensor(data_offsets=[0, 10**12]), "is damaged"),
+        (with_header(lambda header: header.update(more=next(iter(header.values())))), "'more' is too much"),
+        (with_header(lambda header: header.pop(next(iter(header))) and None), "is missing"),
+        (lambda data: {"model.safetensors": data["model.safetensors"] + b"x" * 99}, "by its header it has"),
+        (lambda data: {"model.safetensors": data["model.safetensors"][:-4] + b"\0\0\xc0\x7f"}, "not finite numbers"),
+        (lambda data: {"model.safetensors": data["model.safetensors"][:-4] + b"\0\0\x80\xff"}, "not finite numbers"),
+    ],
+)
+def test_a_hostile_checkpoint_costs_one_line(checkpoint_folder, tmp_path, monkeypatch, change, message):
+    """No memory is taken for a network that is not that of the file of weights."""
+    taken = []
+    to_empty = torch.nn.Module.to_empty
+    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda net, **to: taken.append(net) or to_empty(net, **to))
+    there = {path.name: path.read_bytes() for path in Path(checkpoint_folder).iterdir()}
+    for name, content in {**there, **change(there)}.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        checkpoint.load(str(tmp_path))
+    assert message in str(error.value)
+    assert len(str(error.value).replace(str(tmp_path), "")) < 400
+    assert not taken or "damaged" in message or "finite" in message
+
+
+@pytest.mark.parametrize(
+    ("best", "message"),
+    [
+        ('{"checkpoint": 5}', "names no checkpoint"),
+        ('{"checkpoint": "c\\u0000"}', "a name that cannot be used"),
+        ('{"checkpoint": "\\ud800"}', "not valid UTF-8"),
+        ('{"checkpoint": "gs://bucket/x"}', "gs:// is not supported"),
+        ('{"checkpoint": "c", "num_steps": 1e30}', "num_steps is 1e+30; it must be int"),
+        ('{"checkpoint": "c", "guidance_scale": NaN}', "guidance_scale is nan; it must be a finite number"),
+        ('{"checkpoint": "c", "ema_sigma_rel": {}}', "ema_sigma_rel is {}; it must be a number"),
+        ("[" * 10**5, "nested too deeply"),
+    ],
+)
+def test_a_hostile_best_json_costs_one_line(checkpoint_folder, tmp_path, best, message):
+    shutil.copytree(checkpoint_folder, tmp_path / "c")
+    (tmp_path / "best.json").write_text(best)
+    with pytest.raises(InputError) as error:
+        checkpoint.load(str(tmp_path))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "best.json"])
+def test_what_is_no_file_is_not_waited_for(checkpoint_folder, tmp_path, name):
+    shutil.copytree(checkpoint_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} is not a file"):
+        checkpoint.load(str(tmp_path))
+
+
+def test_weights_of_half_precision_are_taken(checkpoint_folder, tmp_path):
+    shutil.copytree(checkpoint_folder, tmp_path, dirs_exist_ok=True)
+    whole = checkpoint.load(checkpoint_folder).model.state_dict()
+    half = {name: tensor.bfloat16() for name, tensor in whole.items()}
+    (tmp_path / "model.safetensors").write_bytes(checkpoint.serialised(half))
+    found = checkpoint.load(str(tmp_path)).model.state_dict()
+    assert all(torch.equal(tensor, half[name].float()) for name, tensor in found.items())
+    assert all(found[name].stride() == tensor.stride() for name, tensor in whole.items())
 
 
 def test_nothing_there(tmp_path):
