@@ -23,7 +23,7 @@ from ddpm_core.config import ModelConfig, SamplingConfig, domain_attributes
 from ddpm_core.diffusion import draw_noise, seeded
 from ddpm_core.encoders import AttributeClassifier, IdentityEncoder
 from ddpm_core.errors import InputError
-from ddpm_core.guidance import Denoiser
+from ddpm_core.guidance import Denoiser, Network
 from ddpm_core.precision import autocast, in_float32, resolve
 
 Preview = Callable[[int, UInt8[np.ndarray, "b h w 3"]], None]
@@ -65,12 +65,14 @@ class Translator:
         self.config = checkpoint.config
         self.model = checkpoint.model.to(self.device)
         self.dtype = resolve(precision, self.device)
+        self.network = self._in_precision(self.model)
+        """Every pass of the model goes through it."""
         self.alphas_cumprod = schedule.alphas_cumprod(self.config.diffusion).to(self.device)
         self.guide_scale = guide_scale
-        self.guide: nn.Module | None = None
+        self.guide: Network | None = None
         if guide is not None:
             _check_guide(checkpoint, guide)
-            self.guide = guide.model.to(self.device)
+            self.guide = self._in_precision(guide.model.to(self.device))
         self.classifier, self.classifier_scale = None, classifier_scale
         if classifier is not None:
             _check_classifier(self.config, classifier, classifier_scale)
@@ -135,12 +137,20 @@ class Translator:
             return pictures
         source_images = images.to_tensor(pictures, self.device)
         condition = structure(source_images) if self.config.shown == "structure" else source_images
-        with autocast(self.device, self.dtype):
-            if self.config.method != "diffusion":
-                return images.to_uint8(self.model(condition, _labels(target, condition)))
-            generators = [seeded(seed, images.content_hash(picture)) for picture in pictures]
-            x_0 = self._sample(source_images, condition, target, source, generators, sampling, _as_seen(callback))
-            return images.to_uint8(x_0)
+        if self.config.method != "diffusion":
+            return images.to_uint8(self.network(condition, _labels(target, condition)))
+        generators = [seeded(seed, images.content_hash(picture)) for picture in pictures]
+        x_0 = self._sample(source_images, condition, target, source, generators, sampling, _as_seen(callback))
+        return images.to_uint8(x_0)
+
+    def _in_precision(self, model: nn.Module) -> Network:
+        """`model` in the precision it is to run in; what samplers do with its output stays in float32."""
+
+        def network(*inputs: Tensor, **shown: bool) -> Tensor:
+            with autocast(self.device, self.dtype):
+                return model(*inputs, **shown)
+
+        return network
 
     def _sample(
         self,
@@ -163,7 +173,7 @@ class Translator:
         elif source is not None:
             # x_T will hold the image, so the network is shown none: the label alone makes the difference
             condition = torch.zeros_like(condition)
-            plain = self._classifier_free(self.model, condition, source, guidance_scale=1.0)
+            plain = self._classifier_free(self.network, condition, source, guidance_scale=1.0)
             x_T = samplers.invert(
                 plain, pictures, timesteps=timesteps, num_fixed_point_steps=NUM_FIXED_POINT_STEPS, **chain
             )
@@ -188,9 +198,9 @@ class Translator:
         sampling: SamplingConfig,
     ) -> Denoiser:
         """The network with all of the configured guidance."""
-        plain = self._classifier_free(self.model, condition, domain, guidance_scale=1.0)
+        plain = self._classifier_free(self.network, condition, domain, guidance_scale=1.0)
         guided = self._classifier_free(
-            self.model,
+            self.network,
             condition,
             domain,
             guidance_scale=sampling.guidance_scale,
@@ -212,10 +222,10 @@ class Translator:
         return guidance.limited(guided, plain, sampling.guidance_interval, len(self.alphas_cumprod))
 
     def _classifier_free(
-        self, model: nn.Module, condition: Float[Tensor, "b 3 h w"], domain: int, **scales: Any
+        self, network: Network, condition: Float[Tensor, "b 3 h w"], domain: int, **scales: Any
     ) -> Denoiser:
         labels, num_domains = _labels(domain, condition), len(self.config.domains)
-        return guidance.classifier_free(model, condition, labels, num_domains=num_domains, **scales)
+        return guidance.classifier_free(network, condition, labels, num_domains=num_domains, **scales)
 
     def _source_index(self, domain: str, source_domain: str | None) -> int:
         """Index of the side the images are on, by default the other of two."""

@@ -1,6 +1,6 @@
 """The endpoint: `serve run serve.app:build_app checkpoint=RUN`, then http://127.0.0.1:8000.
 
-    client ── proxy ── Gateway (HTTP, images in and out) ── Model (batches, one pass for equal options)
+    client ── proxy ── Gateway (HTTP, images in and out) ── Model (all requests share the network's passes)
 
 The gateway answers while the model is busy: the page, the health check, and 429 when too much waits.
 """
@@ -35,7 +35,7 @@ from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 
-from . import scheduler
+from .engine import Done, Engine, Full, Job, Late
 from .schemas import Arguments, Options, Query, SamplingQuery, complete, explain, validate
 
 RETRY_AFTER_S = 2
@@ -57,7 +57,7 @@ class StartError(click.ClickException):
 
 @ray.serve.deployment(graceful_shutdown_timeout_s=30)
 class Model:
-    """One copy of the network. A thin shell: the work is `scheduler.run` over a `Translator`."""
+    """One copy of the network: a thin shell around `engine.Engine`."""
 
     def __init__(self, arguments: Arguments) -> None:
         # Ray gives a worker as many threads as it reserved CPUs: on a laptop the other cores would idle.
@@ -66,18 +66,17 @@ class Model:
         self.translator = Translator(
             checkpoint.load(arguments.checkpoint), device=device, precision=arguments.precision
         )
-        self._batch.set_max_batch_size(arguments.max_batch_size)
-        self._batch.set_batch_wait_timeout_s(arguments.batch_wait_ms / 1000)
+        rows = arguments.max_batch_size
+        on_gpu = self.translator.device.type == "cuda"
+        sizes = [2**i for i in range(rows.bit_length())] if on_gpu else []  # CPUs pay for every row
+        self.engine = Engine(self.translator, max_rows=rows, max_waiting=arguments.queue_length, sizes=sizes)
 
-    async def translate(self, job: scheduler.Job) -> scheduler.Done:
-        return await self._batch(job)
-
-    @ray.serve.batch
-    async def _batch(self, jobs: list[scheduler.Job]) -> list[scheduler.Done]:
-        return await asyncio.to_thread(scheduler.run, self.translator, jobs)
+    async def translate(self, job: Job) -> Done:
+        return await self.engine.translate(job)
 
     def check_health(self) -> None:
         """A GPU that failed keeps failing: Ray then replaces this replica."""
+        assert self.engine.thread.is_alive()
         if self.translator.device.type == "cuda":
             torch.ones(1, device=self.translator.device).item()
 
@@ -119,13 +118,13 @@ def prepare(data: bytes, size: int, template: tuple[float, ...]) -> tuple[np.nda
     return images.read_square(data, size), ""
 
 
-def describe(config: ModelConfig, options: Options, done: scheduler.Done, total_ms: float, note: str) -> dict[str, str]:
+def describe(config: ModelConfig, options: Options, done: Done, total_ms: float, note: str) -> dict[str, str]:
     """Response headers: licence, options used, time taken, and what `prepare` noted."""
     return {
         "X-Licence": header(config.data.licence),
         "X-Options": json.dumps(options.arguments()),
-        "X-Batch-Size": str(done.batch_size),
-        "Server-Timing": f"model;dur={done.model_ms:.1f}, total;dur={total_ms:.1f}",
+        "X-Batch-Size": f"{done.batch_size:.1f}",
+        "Server-Timing": f"queue;dur={done.queue_ms:.1f}, model;dur={done.model_ms:.1f}, total;dur={total_ms:.1f}",
         "Cache-Control": "no-store",
         **({"X-Note": header(note)} if note else {}),
     }
@@ -204,8 +203,8 @@ class Gateway:
                 raise fastapi.HTTPException(422, str(error)) from None
         del data
         try:
-            done: scheduler.Done = await self.model.translate.remote(scheduler.Job(square, options))
-        except ray.serve.exceptions.BackPressureError:
+            done: Done = await self.model.translate.remote(Job(square, options))
+        except (ray.serve.exceptions.BackPressureError, Full, Late):
             raise later(429, "too many requests are waiting") from None
         except (ray.exceptions.RayActorError, ray.serve.exceptions.DeploymentUnavailableError):
             raise later(503, "the model is restarting") from None
@@ -251,11 +250,13 @@ def build_app(args: dict[str, Any]) -> ray.serve.Application:
     except (InputError, OSError) as error:
         raise StartError(str(error)) from None
     arguments = arguments.model_copy(update={"checkpoint": path})
-    capacity = arguments.max_ongoing_requests * arguments.num_replicas + arguments.queue_length
+    held = arguments.max_batch_size + arguments.queue_length
+    """Requests at one replica, at work or waiting; Ray's own queue only has to take those on their way there."""
+    capacity = held * arguments.num_replicas
     model = Model.options(  # type: ignore[attr-defined]
         num_replicas=arguments.num_replicas,
-        max_ongoing_requests=arguments.max_ongoing_requests,
-        max_queued_requests=arguments.queue_length,
+        max_ongoing_requests=held,
+        max_queued_requests=capacity,
         ray_actor_options={"num_cpus": arguments.num_cpus or 1, "num_gpus": arguments.replica_gpus},
     ).bind(arguments)
     # Wider than the model's queue, so that pages and health checks are answered while the model refuses.

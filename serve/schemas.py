@@ -23,10 +23,8 @@ class Arguments(BaseModel):
     """Where the model runs; auto takes the GPU of the machine where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network; auto is bf16 where the hardware has it."""
-    max_batch_size: Annotated[int, Field(ge=1, le=512)] = 8
-    """Images translated in one pass of the network."""
-    batch_wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 10.0
-    """How long the first image of a batch waits for others."""
+    max_batch_size: Annotated[int, Field(ge=1, le=512)] = 16
+    """Places in one pass of the network: an image takes one, under guidance two. They join and leave at any step."""
     num_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
     """Copies of the model, each with its own share of CPUs and GPUs."""
     num_cpus: Annotated[int, Field(ge=1)] | None = None
@@ -34,19 +32,16 @@ class Arguments(BaseModel):
     num_gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs reserved by each replica, 0.5 for two on one. Unset: 1 with device=cuda, else 0."""
     max_queued_requests: Annotated[int, Field(ge=1)] | None = None
-    """Images that may wait for a replica; more are answered 429. Unset: eight batches for each replica."""
+    """Images that may wait for a place; more are answered 429. Unset: eight passes full of them for each replica."""
     max_body_mb: Annotated[float, Field(gt=0, le=1000)] = 20.0
     """Larger request bodies are answered 413, in megabytes."""
 
     @property
-    def max_ongoing_requests(self) -> int:
-        """Requests one replica holds: a batch in work and the next one filling."""
-        return 2 * self.max_batch_size
-
-    @property
     def queue_length(self) -> int:
-        """Requests that may wait; wide enough that a burst is not refused while replicas are idle."""
-        return self.max_queued_requests or 8 * self.max_batch_size * self.num_replicas
+        """Requests that may wait at each replica."""
+        return (
+            -(-self.max_queued_requests // self.num_replicas) if self.max_queued_requests else 8 * self.max_batch_size
+        )
 
     @property
     def replica_gpus(self) -> float:
@@ -80,7 +75,7 @@ class Query(SamplingQuery):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """A request's options in full: requests with equal options may share a batch."""
+    """A request's options in full."""
 
     domain: str
     seed: int

@@ -13,11 +13,14 @@ import sys
 import tempfile
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import greenlet
 import jaxtyping
+import jaxtyping._storage
 import pytest
 
 os.environ.update(
@@ -37,6 +40,19 @@ os.environ.update(
 )  # before ray is imported
 
 jaxtyping.install_import_hook("ddpm_core", "beartype.beartype")  # the shapes in annotations are checked in tests
+
+
+class ByGreenlet:
+    """The shapes of calls under way, which jaxtyping keeps by thread: a step loop has several of them in one."""
+
+    stacks: ClassVar[weakref.WeakKeyDictionary[greenlet.greenlet, list[Any]]] = weakref.WeakKeyDictionary()
+
+    @property
+    def memo_stack(self) -> list[Any]:
+        return self.stacks.setdefault(greenlet.getcurrent(), [])
+
+
+jaxtyping._storage._shape_storage = ByGreenlet()
 
 # decoded images: not among the user's own
 os.environ["DDPM_TRANSLATE_CACHE"] = tempfile.mkdtemp(prefix="ddpm-translate-tests-")

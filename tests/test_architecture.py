@@ -12,7 +12,11 @@ import pytest
 from conftest import ROOT
 
 CORE_MAY_IMPORT = {"torch", "numpy", "PIL", "safetensors", "jaxtyping", "ddpm_core", *sys.stdlib_module_names}
-MORE = {"ddpm_core/storage.py": {"pyarrow", "s3fs"}, "ddpm_core/images.py": {"pillow_heif"}}
+MORE = {
+    "ddpm_core/storage.py": {"pyarrow", "s3fs"},
+    "ddpm_core/step_loop.py": {"greenlet"},
+    "ddpm_core/images.py": {"pillow_heif"},
+}
 COMMANDS = {"prepare", "train", "sweep", "evaluate", "translate", "experiments", "benchmark"}
 """Thin entry points, `python -m jobs.NAME`; nothing but tests and benchmarks imports them."""
 PACKAGES: dict[str, set[str]] = {
