@@ -134,7 +134,8 @@ class StepLoop:
 
     def _chosen(self) -> list[Translation]:
         """Who takes part in the next pass: in order, as far as the rows go."""
-        chosen, rows = [], 0
+        chosen: list[Translation] = []
+        rows = 0
         for each in self.translations:
             asked = len(each.asked[0])
             if chosen and rows + asked > self.max_rows:
