@@ -248,6 +248,20 @@ def read_bytes(uri: str, *, first: int | None = None) -> bytes:
     return with_retries(uri, read)
 
 
+def read_head(uri: str, num_bytes: int) -> bytes:
+    """The first bytes of a file. Raises as `read_bytes`."""
+    if not is_remote(uri):
+        with user_errors(uri), open(uri, "rb") as file:
+            return file.read(num_bytes)
+    fs, path = filesystem(uri)
+
+    def read() -> bytes:
+        with fs.open_input_file(path) as stream:
+            return stream.read(num_bytes)
+
+    return with_retries(uri, read)
+
+
 def read_json(uri: str) -> Any:
     """A JSON file's content; `read_parsed` says what it raises."""
     return read_parsed(uri, json.loads)
@@ -322,6 +336,14 @@ def exists(uri: str) -> bool:
 
 def is_file(uri: str) -> bool:
     return _info(uri).is_file
+
+
+def num_bytes(uri: str) -> int:
+    """Size of a file. Raises FileNotFoundError where there is none."""
+    info = _info(uri)
+    if not info.is_file:
+        raise FileNotFoundError(uri)
+    return info.size or 0
 
 
 def _info(uri: str) -> "pyarrow.fs.FileInfo":

@@ -277,7 +277,7 @@ def test_side_by_side_images_are_appended(tmp_path: Path) -> None:
     assert set(there) == {*(f"{number}.png" for number in range(20)), "new.png", "other night.png"}
     assert there["new.png"]["image"] == np.asarray(scene(90, 24)).tobytes()
     split = there["0.png"]["split"]
-    assert rejected(tmp_path / "set") == {"copy.png": f"the same image as 0.png in {split}"}
+    assert rejected(tmp_path / "set") == {"copy.png": f"the same image as another (0.png in {split})"}
 
 
 # -------------------------------------------------------------------------------------------- duplicates
@@ -297,7 +297,7 @@ def test_duplicates_are_reported_or_dropped(tmp_path: Path) -> None:
     assert any(note.startswith("2 duplicates (1 exact, 1 near)") for note in card.notes)
     assert folders(source, tmp_path / "drop", "--duplicates", "drop") == 3
     assert set(rows(tmp_path / "report")) - set(rows(tmp_path / "drop")) == set(lines)
-    assert rejected(tmp_path / "drop")["cat/00.png"] == "the same image as dog/test/again.png in test"
+    assert rejected(tmp_path / "drop")["cat/00.png"] == "the same image as another (dog/test/again.png in test)"
 
 
 def test_dropping_leaves_no_pair_without_its_other_half(tmp_path: Path) -> None:
@@ -345,18 +345,21 @@ def test_inspect(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         np.testing.assert_array_equal(shown, expected.reshape(16, 16, 3))
 
 
-def test_inspect_tells_the_most_frequent_reasons(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_most_frequent_reasons_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    why = "the file is empty (3), not an image, or of a kind that is not supported (1)"
     source = fill(tmp_path / "in", range(6))
     for number in range(3):
         (source / f"cat/empty{number}.png").write_bytes(b"")
     (source / "dog/text.jpg").write_text("text")
     assert folders(source, tmp_path / "set") == 3
-    monkeypatch.chdir(tmp_path)
+    told = f"4 images set aside: {why}; the reasons are in {tmp_path}/set/rejected.txt; "
+    assert capsys.readouterr().out.splitlines()[1].startswith(told)
+    reasons = (tmp_path / "set/rejected.txt").read_text().splitlines()
+    assert reasons[:2] == [f"cat/empty{number}.png\tthe file is empty" for number in range(2)]
+    assert len(reasons) == 4
     assert run("inspect", tmp_path / "set") == 0
-    assert "4 (3 the file is empty, 1 not an image, or of a kind that is not supported)" in capsys.readouterr().out
-    assert (tmp_path / "inspect-set/mean.png").exists()
+    assert f"4: {why}" in capsys.readouterr().out
+    assert (tmp_path / "set-inspect/mean.png").exists()
 
 
 def test_inspect_refusals(first: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from ddpm_core import storage
+from ddpm_core.config import Pairing
 from ddpm_core.errors import InputError
 from jobs.datasets import reading, writing
 from jobs.datasets.format import SCHEMA, SPLITS, DatasetCard, Row, missing_shards, read_card
@@ -99,6 +100,12 @@ def test_card_tells_what_was_written(dataset: Path) -> None:
     assert (there.version, there.parts) == (1, ())
     written = ("splits", "domain_counts", "mean_color", "mean_landmarks", "shards", "content_hash", "made_with")
     assert there == dataclasses.replace(card(), **{name: getattr(there, name) for name in written})
+
+
+@pytest.mark.parametrize(("pairing", "count"), [("paired", 30), ("matched", 15), ("unpaired", 15), ("self", 15)])
+def test_images_of_a_domain_are_counted(dataset: Path, pairing: Pairing, count: int) -> None:
+    there = dataclasses.replace(read_card(str(dataset)), pairing=pairing)
+    assert [there.num_images("train", domain) for domain in there.domains] == [count, count]
 
 
 def test_columns_are_the_documented_ones(dataset: Path) -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,11 +24,13 @@ from PIL import Image, ImageDraw
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
 from jobs import prepare
-from jobs.datasets import decode
+from jobs.datasets import decode, layout
 from jobs.datasets.archive import Archive
 from jobs.datasets.format import FORMAT_VERSION, SPLITS, read_card
+from jobs.datasets.layout import Item
+from jobs.datasets.listing import Listing
 from jobs.datasets.source import split_names
-from jobs.datasets.sources import earth
+from jobs.datasets.sources import earth, folders
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTRIBUTES = ("Bald", "Male", "Smiling", "Wearing_Hat", "Young")
@@ -350,6 +353,206 @@ def test_splits_do_not_depend_on_anything_but_names() -> None:
     assert set(split_names(names[:2]).values()) == {"train"}
 
 
+# ------------------------------------------------------------------------------------- folders as they come
+
+
+def listing_of(*folders: str) -> Listing:
+    """Two images in each of the folders."""
+    paths = sorted(f"{folder}/{number}.jpg" for folder in folders for number in range(2))
+    return Listing(images={path: storage.Entry(1, 0, "") for path in paths}, rejected={}, others={}, notes=[])
+
+
+@pytest.mark.parametrize(
+    ("folders", "domains"),
+    [
+        ("trainA trainB testA testB", "A:train,test B:train,test"),
+        ("trainA trainB valA valB testA testB", "A:train,val,test B:train,val,test"),
+        ("train_A train_B test_A test_B", "A:train,test B:train,test"),
+        ("A_train B-train A_test B.test", "A:train,test B:train,test"),
+        ("trainX trainY", "X:train Y:train"),
+        ("traina trainb testa testb", "a:train,test b:train,test"),
+        ("trainDay TrainNight test-day testNight", "Night:train,test day:train,test"),
+        ("horse2zebra/trainA horse2zebra/trainB horse2zebra/testA", "A:train,test B:train"),
+        ("train/trainA train/trainB test/testA test/testB", "A:train,test B:train,test"),
+        ("training_set/cats training_set/dogs test_set/cats test_set/dogs", "cats:train,test dogs:train,test"),
+        ("training_set/training_set/cats training_set/training_set/dogs test_set/test_set/cats",
+         "cats:train,test dogs:train"),
+        ("Training/cats Training/dogs dev/cats Hold-out/dogs", "cats:train,val dogs:train,test"),
+        ("train_images/cats train_images/dogs Evaluation/cats", "cats:train,val dogs:train"),
+        ("train2017/cats train2017/dogs val2017/cats", "cats:train,val dogs:train"),
+        ("train/cats train/dogs test/Cats", "Cats:train,test dogs:train"),
+        ("data/train/cats data/train/dogs data/validation/cats", "cats:train,val dogs:train"),
+        ("cats/train cats/valid dogs/TRAIN dogs/Testing", "cats:train,val dogs:train,test"),
+        ("cats/a/train_1 cats/a/test_1 dogs", "cats:train,test dogs:-"),
+        ("day/2024/test night", "day:- night:-"),
+        ("day/fold0 day/fold1 night", "day:- night:-"),
+        ("trains cars testimony", "cars:- testimony:- trains:-"),
+        ("A/train B/train AB/train A/test", "A:train,test B:train"),
+        ("A B AB", "A:- B:-"),
+        ("day night day2night", "day:- night:-"),
+        ("monet photo photo_to_monet", "monet:- photo:-"),
+        ("a b abc", "a:- abc:- b:-"),
+    ],
+)  # fmt: skip
+def test_which_folder_is_a_domain_and_which_a_split(folders: str, domains: str) -> None:
+    found = layout.domains_in("/in", listing_of(*folders.split())).domains
+    told = {
+        name: ",".join(split for split in SPLITS if split in {item.split for item in items}) or "-"
+        for name, items in found.items()
+    }
+    assert " ".join(f"{name}:{splits}" for name, splits in sorted(told.items())) == domains
+
+
+@pytest.mark.parametrize(
+    "folders",
+    ["train train1", "train test1", "trainA trainB extra", "trainA trainB testC", "trainA train", "day night test",
+     "train/day train/night extra/day", "train1 test2", "fold0 fold1 fold2", "part_1 part_2 day",
+     "train/fold0 train/fold1", "train_val/day test/day"],
+)  # fmt: skip
+def test_what_may_be_a_split_and_may_be_none_is_refused(folders: str) -> None:
+    with pytest.raises(InputError, match=r"which of the folders .* is not sure; .* --domain NAME=URI$"):
+        layout.domains_in("/in", listing_of(*folders.split()))
+
+
+@pytest.mark.parametrize(
+    ("folders", "hint"),
+    [
+        ("images/cats/train images/dogs", "only images; .*; if cats, dogs are the domains, give --source IN/images$"),
+        ("train test", "no images in sub-folders; .*; 2 lie in no domain's folder .*jobs.prepare day2night"),
+        ("test/a test/b", "all images lie in folders for val or test; training needs some"),
+        ("Day day", "the domains Day and day differ only in capitals"),
+        ("cafe\u0301 caf\u00e9", "differ only in capitals or in how accents are stored"),
+    ],
+)  # fmt: skip
+def test_layouts_that_lack_something(tmp_path: Path, folders: str, hint: str) -> None:
+    for folder in folders.split():
+        save(drawn(1), tmp_path / "in" / folder / "1.png")
+    message = refused("folders", "--source", tmp_path / "in", "--output", tmp_path / "out")
+    assert re.search(hint.replace("IN", f"{tmp_path}/in"), message), message
+
+
+def test_what_systems_and_programs_leave_is_neither_domain_nor_image(tmp_path: Path) -> None:
+    system = [
+        "@eaDir",
+        "$RECYCLE.BIN",
+        "__MACOSX/day",
+        "lost+found",
+        ".thumbnails",
+        "System Volume Information",
+        "@Recycle",
+    ]
+    system += ["#recycle", ".Trash-1000", "day/.AppleDouble", "night/.ipynb_checkpoints", "day/@EADIR/1.png", ".git"]
+    for folder in ["day", "night", *system]:
+        save(drawn(len(folder)), tmp_path / "in" / folder / "1.png")
+    for file in ("day/Thumbs.db", "day/._1.png", "night/.DS_Store"):
+        (tmp_path / "in" / file).write_bytes(b"x")
+    out = tmp_path / "out"
+    assert run("folders", "--source", tmp_path / "in", "--output", out, "--image-size", 8, "--num-workers", 0) == 0
+    assert set(all_rows(out)) == {"day/1.png", "night/1.png"}
+    assert any(
+        note.startswith("16 hidden or system files and folders passed over (") for note in read_card(str(out)).notes
+    )
+
+
+def test_what_links_and_programs_make_of_a_folder(tmp_path: Path) -> None:
+    """Loops end, what is reached twice is read once, what is not there is named; nothing waits on a pipe."""
+    for number, place in enumerate(["in/day/1.png", "in/day/2.png", "in/night/1.png", "pool/3.png"]):
+        save(drawn(number * 7), tmp_path / place)
+    links = {"day/self": ".", "night/up": "..", "day/again.png": "1.png", "day/pool": str(tmp_path / "pool")}
+    links |= {
+        "day/annex.jpg": "../.git/annex/objects/x.jpg",
+        "night/gone.jpg": "/nowhere/x.jpg",
+        "night/notes.txt": "/x",
+    }
+    for name, target in links.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    os.mkfifo(tmp_path / "in/day/pipe.jpg")
+    os.mkfifo(tmp_path / "in/day/fifo")
+    (tmp_path / "in/night/9.jpg.dvc").write_text("outs:")
+    (tmp_path / "in/night/1.png.dvc").write_text("outs:")
+    out = tmp_path / "out"
+    assert run("folders", "--source", tmp_path / "in", "--output", out, "--image-size", 8, "--num-workers", 0) == 3
+    assert set(all_rows(out)) == {"day/1.png", "day/2.png", "day/pool/3.png", "night/1.png"}
+    assert rejected(out) == {
+        "day/annex.jpg": "a link of git-annex whose content is not here; git annex get brings it",
+        "day/fifo": "a pipe, socket or device, not a file; remove it",
+        "day/pipe.jpg": "a pipe, socket or device, not a file; remove it",
+        "night/9.jpg": "tracked by DVC, and its content is not here; dvc pull brings it",
+        "night/gone.jpg": "a link whose target is not there (/nowhere/x.jpg); bring it back or remove the link",
+    }
+    notes = read_card(str(out)).notes
+    assert "2 links to folders not followed: the images there are read where they lie" in notes
+    assert "1 link to images that are there already passed over" in notes
+
+
+def test_a_name_is_one_images_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("day", "night"):
+        save(drawn(len(folder)), tmp_path / "in" / folder / "1.png")
+    good = ["x" * 251 + ".png", "new\nline.png", "tab\t.png", "-dash.png", "--output.png", "dot. .png", " lead.png"]
+    good += [
+        "A.png",
+        "a.png",
+        "e\u0301.png",
+        "\u00e9.png",
+        "back\\slash.png",
+        "\x1b[31m.png",
+        "\u2028.png",
+        "a" * 100 + "/b.png",
+    ]
+    for number, name in enumerate(good, 20):
+        save(drawn(number), tmp_path / "in/day" / name)
+    for name in (b"caf\xe9.png", b"d\xe9/1.png"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/day/" + name))
+        save(drawn(3), path)
+    out = tmp_path / "out"
+    assert run("folders", "--source", tmp_path / "in", "--output", out, "--image-size", 8, "--num-workers", 0) == 3
+    assert set(all_rows(out)) == {f"day/{name}" for name in [*good, "1.png"]} | {"night/1.png"}
+    reason = "its name is not valid UTF-8; rename it"
+    assert rejected(out) == {"day/caf\\xe9.png": reason, "day/d\\xe9/1.png": reason}
+    assert (out / "rejected.txt").read_text() == f"day/caf\\xe9.png\t{reason}\nday/d\\xe9/1.png\t{reason}\n"
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert run("inspect", out) == 0
+    assert run("folders", "--source", tmp_path / "in", "--output", out, "--image-size", 8) == 3
+
+
+def test_what_is_not_read_is_set_aside_and_what_is_no_image_is_not(tmp_path: Path) -> None:
+    for folder in ("day", "night"):
+        save(drawn(len(folder)), tmp_path / "in" / folder / "1.png")
+    for name in ("raw.DNG", "layers.psd", "x.jxl", "README", "notes.txt", "x.bin", "empty"):
+        (tmp_path / "in/day" / name).write_bytes(b"" if name == "empty" else b"not an image")
+    for name in ("bare", "2.png_large", "3.png~"):
+        save(drawn(3), tmp_path / "in/day" / name, format="PNG")
+    out = tmp_path / "out"
+    flags = ("--output", out, "--image-size", 8, "--num-workers", 0)
+    assert run("folders", "--source", tmp_path / "in", *flags) == 3
+    unnamed = "an image, but its name does not end like one ({}); rename it"
+    unread = "{}, which is not read; export it as JPEG or PNG"
+    assert rejected(out) == {
+        "day/2.png_large": unnamed.format(".png_large"),
+        "day/3.png~": unnamed.format(".png~"),
+        "day/bare": unnamed.format("no ending"),
+        "day/layers.psd": unread.format("an image in layers"),
+        "day/raw.DNG": unread.format("a raw photo"),
+        "day/x.jxl": unread.format("JPEG XL"),
+    }
+    (tmp_path / "in/day/1.png").unlink()
+    for where in (
+        ("--source", tmp_path / "in"),
+        ("--domain", f"d={tmp_path}/in/day", "--domain", f"n={tmp_path}/in/night"),
+    ):
+        message = refused("folders", *where, *flags, "--overwrite")
+        assert "6 cannot be read, the first: " in message
+        assert message.endswith("2.png_large: an image, but its name does not end like one (.png_large); rename it")
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "a\nb", "x" * 101, " ", "a\\b", ".hidden", "\udce9"])
+def test_names_that_no_domain_can_have(two_folders: Path, tmp_path: Path, name: str) -> None:
+    flags = ("--domain", f"{name}={two_folders}/cat", "--domain", f"dog={two_folders}/dog")
+    assert "cannot be a domain's name; take letters and digits" in refused(
+        "folders", *flags, "--output", tmp_path / "out"
+    )
+
+
 # ------------------------------------------------------------------------------------------------- pairs
 
 
@@ -379,7 +582,8 @@ def test_pairs_from_a_list(listed: Path) -> None:
     assert first["image"] == second["image"] == images.to_square(drawn(0), 16).tobytes()
     assert second["target"] == images.to_square(drawn(118), 16).tobytes()
     assert second["target_id"] == "dog/sub/118.png"
-    assert rejected(listed.parent / "out")["17.png~sub/117.png"] == "dog/sub/117.png cannot be used"
+    reason = "an image of the pair cannot be used (dog/sub/117.png)"
+    assert rejected(listed.parent / "out")["17.png~sub/117.png"] == reason
     assert read_card(str(listed.parent / "out")).pairing == "paired"
 
 
@@ -411,11 +615,17 @@ def test_pairs_hang_together_over_versions(listed: Path) -> None:
         ("cat,cat\n0.png,1.png\n", "line 1: two different domains"),
         ("cat,bird\n0.png,1.png\n", "line 1: there is no domain 'bird'; there are cat, dog"),
         ("cat,dog\n0.png,sub/100.png\n1.png\n", "line 3: two images are expected, it has 1 columns"),
-        ("cat,dog\n0.png,sub/100.png\n\n1.png,101.png\n", "line 4: there is no image '101.png' in dog"),
-        ("cat,dog\n0.png,sub/100.png\n0.png,sub/100.png\n", "line 3: the same pair as in line 2"),
+        ("cat,dog\n0.png,sub/100.png\n\n1.png,101.png\n",
+         "line 4: there is no image '101.png' in dog; write its path in that folder, such as sub/100.png"),
+        ("cat,dog\n/home/me/cat/0.png,sub/100.png\n",
+         "line 2: there is no image '/home/me/cat/0.png' in cat; write its path in that folder, such as 0.png"),
+        ("cat,dog\n0.png,sub/100.png\n./0.png,sub/100.png\n", "line 3: the same pair as in line 2"),
         (b"cat,dog\n\xff\xfe", "is not a CSV file in UTF-8"),
+        (b"cat,dog\n0.png,\0sub/100.png\n", "holds NUL bytes, so it is no text; save it as CSV in UTF-8"),
+        (b"cat,dog\n" + b"x" * 200_000, "is not a CSV file in UTF-8 (field larger than field limit"),
     ],
-    ids=["empty", "header", "one-column", "same", "domain", "columns", "picture", "twice", "bytes"],
+    ids=["empty", "header", "one-column", "same", "domain", "columns", "picture", "absolute", "twice", "bytes", "nul",
+         "field"],
 )  # fmt: skip
 def test_pairs_that_are_wrong(listed: Path, text: str | bytes, reason: str) -> None:
     (listed.parent / "pairs.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -424,11 +634,60 @@ def test_pairs_that_are_wrong(listed: Path, text: str | bytes, reason: str) -> N
     assert "pairs.csv does not exist" in refused("folders", *pairs_flags(listed))
 
 
+def test_pairs_of_hundreds_of_megabytes_are_not_read(listed: Path) -> None:
+    with (listed.parent / "pairs.csv").open("r+b") as file:
+        file.truncate(300_000_000)  # no disk is used
+    assert "has 300 MB; a list of pairs has at most 100" in refused("folders", *pairs_flags(listed))
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    ["{}", "./{}", "IN/cat/{}|IN/dog/{}", "IN\\cat\\{}|IN\\dog\\{}", "cat/{}|dog/{}", ".\\cat//{}|dog\\.\\{}"],
+    ids=["plain", "dot", "absolute", "backslashes", "source", "mixed"],
+)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_pairs_as_programs_write_them(tmp_path: Path, encoding: str, delimiter: str, spelled: str) -> None:
+    there = {domain: [Item(file="a é.jpg", uri=f"/in/{domain}/a é.jpg", split=None)] for domain in ("cat", "dog")}
+    left, _, right = spelled.replace("IN", "/in").partition("|")
+    line = delimiter.join([left.format("a e\u0301.jpg"), (right or left).format("a é.jpg")])
+    text = ("sep=;\r\n" if delimiter == ";" else "") + f"Cat{delimiter}DOG\r\n{line}\r\n\r\n"
+    (tmp_path / "pairs.csv").write_bytes(text.encode(encoding))
+    found = folders.parse_pairs(str(tmp_path / "pairs.csv"), there, "/in")
+    assert (found.domains, found.lines) == (("cat", "dog"), [(there["cat"][0], there["dog"][0])])
+
+
 def test_pairs_as_spreadsheets_write_them(listed: Path) -> None:
     lines = ['"cat", "dog"', *(f'"{number}.png", "sub/{number + 100}.png"' for number in range(18)), "", " ", ","]
     (listed.parent / "pairs.csv").write_text("\r\n".join(lines), encoding="utf-8-sig")
     assert run("folders", *pairs_flags(listed)) == 0
     assert len(all_rows(listed.parent / "out")) == 18
+
+
+def test_counterparts_spelled_otherwise_are_found(tmp_path: Path) -> None:
+    """macOS stores accents apart from their letters; cameras and phones differ in capitals."""
+    names = {"re\u0301": "r\u00e9", "IMG_1": "img_1", "Train/2": "train/2", "same": "same"}
+    for number, (day, night) in enumerate(names.items()):
+        save(drawn(number), tmp_path / f"in/day/{day}.png")
+        save(drawn(number + 50), tmp_path / f"in/night/{night}.png")
+    for name in ("both.png", "both.bmp", "Two.png", "two.png"):
+        save(drawn(9), tmp_path / "in/day" / name)
+    for name in ("both.png", "TWO.png"):
+        save(drawn(9), tmp_path / "in/night" / name)
+    flags = ("--pairing", "paired", "--image-size", 8, "--num-workers", 0)
+    assert run("folders", "--source", tmp_path / "in", "--output", tmp_path / "out", *flags) == 3
+    rows = all_rows(tmp_path / "out")
+    assert {name: row["target_id"] for name, row in rows.items()} == {
+        "r\u00e9": "night/r\u00e9.png",
+        "IMG_1": "night/img_1.png",
+        "train/2": "night/train/2.png",
+        "same": "night/same.png",
+    }
+    assert rows["IMG_1"]["target"] == images.to_square(drawn(51), 8).tobytes()
+    alone = {f"day/{name}": "no counterpart of the same name in night" for name in ("Two.png", "two.png")}
+    alone |= {f"night/{name}": "no counterpart of the same name in day" for name in ("both.png", "TWO.png")}
+    twice = "2 images have this name (both.bmp, both.png); a pair needs one"
+    assert rejected(tmp_path / "out") == alone | {f"day/both.{ending}": twice for ending in ("png", "bmp")}
 
 
 # --------------------------------------------------------------------------------------------- day2night
@@ -471,7 +730,11 @@ def test_day_and_night_folders(tmp_path: Path) -> None:
     assert "no effect" in refused(
         "day2night", "--source", tmp_path / "in", "--output", tmp_path / "out2", "--left", "day"
     )
-    shutil.rmtree(tmp_path / "in/night")
+    (tmp_path / "in/day").rename(tmp_path / "in/DAY")
+    (tmp_path / "in/night").rename(tmp_path / "in/Night")
+    assert run("day2night", "--source", tmp_path / "in", "--output", tmp_path / "capitals", "--image-size", 40) == 0
+    assert all_rows(tmp_path / "capitals") == all_rows(tmp_path / "out")
+    shutil.rmtree(tmp_path / "in/Night")
     assert "none in night" in refused("day2night", "--source", tmp_path / "in", "--output", tmp_path / "out2")
 
 
@@ -589,6 +852,24 @@ def test_celeba_as_csv_and_zip_is_the_same(source: CelebA, tmp_path: Path) -> No
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+@pytest.mark.parametrize("pointed_at", ["folder", "file"])
+def test_celeba_as_kaggle_packs_it(source: CelebA, tmp_path: Path, pointed_at: str) -> None:
+    source.text("list_eval_partition.txt", source.partition())
+    expected = celeba_set(source, tmp_path / "one")
+    source.csv("list_attr_celeba.csv", source.values, ATTRIBUTES)
+    source.csv("list_eval_partition.csv", np.array(["Train", "val", "test"])[source.partition()], ("partition",))
+    (tmp_path / "packed").mkdir()
+    with zipfile.ZipFile(tmp_path / "packed/archive.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.names:
+            path = source.folder / "img_align_celeba" / name
+            archive.write(path, f"img_align_celeba/img_align_celeba/{name}.jpg")  # as Windows names them
+        for file in ("list_attr_celeba.csv", "list_eval_partition.csv"):
+            archive.write(source.folder / file, file)
+        archive.writestr("__MACOSX/img_align_celeba/img_align_celeba/000001.jpg", b"x")
+    source.folder = tmp_path / "packed" / ("archive.zip" if pointed_at == "file" else "")
+    assert celeba_set(source, tmp_path / "two") == expected
+
+
 def test_celeba_set_aside_images_are_not_matched(source: CelebA, tmp_path: Path) -> None:
     (source.folder / "img_align_celeba/000002.jpg").write_bytes(b"text")
     half = (source.folder / "img_align_celeba/000003.jpg").read_bytes()[:900]
@@ -643,16 +924,18 @@ def _to_csv(header: str) -> Callable[[Path], None]:
         (_edit("list_attr_celeba.txt", lambda text: text.replace("60", "61", 1)), (), "announces 61 images"),
         (_edit("list_attr_celeba.txt", lambda text: text[:-5]), (), "line 62: "),
         (_edit("list_attr_celeba.txt", lambda text: text.split("\n", 1)[1]), (), "first line must be the number"),
-        (_edit("list_attr_celeba.txt", lambda text: text.replace(" 1", " x")), (), "a value is not a number"),
+        (_edit("list_attr_celeba.txt", lambda text: text.replace(" 1", " x")), (), "line 3: 'x' is not a whole number"),
         (_edit("list_attr_celeba.txt", lambda text: text.replace(" 1", " 0")), (), "must hold -1 and 1"),
         (_edit("list_attr_celeba.txt", lambda text: text.replace("000002", "000001")), (), "lists an image twice"),
         (_edit("list_attr_celeba.txt", lambda text: text.rstrip()[:-1] + "3"), (), "as Young; it must be -1 or 1"),
         (lambda folder: (folder / "list_eval_partition.txt").write_text("000001.png 0"), (), "lists none of the 60"),
+        (lambda folder: (folder / "list_eval_partition.txt").write_text("000001.jpg some"), (),
+         "list_eval_partition.txt line 1: 'some' is not a whole number"),
         (_to_csv("picture,Male,Young"), (), "column 'image_id' is missing"),
         (_to_csv("image_id,Bald,Young"), (), "--domain-attribute Male: "),
     ],
     ids=["attribute", "limit", "no-list", "no-pictures", "count", "cut", "head", "text", "zero", "twice", "three",
-         "partition", "id", "none"],
+         "partition", "words", "id", "none"],
 )  # fmt: skip
 def test_celeba_refusals(
     source: CelebA, tmp_path: Path, damage: Callable[[Path], None] | None, flags: tuple[object, ...], reason: str

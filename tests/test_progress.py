@@ -68,6 +68,40 @@ def test_the_rate_may_be_of_something_else(clock: Clock) -> None:
     assert log.getvalue() == "train: 1,200 of 4,000 steps, 1,280 images a second, 1 min 10 s left, loss 0.031\n"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_slow_start_is_not_taken_for_the_rate(clock: Clock, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nets are loaded for 20 s, then every 2 s two tasks of four images each are done at once."""
+    told: list[str] = []
+    log = Terminal() if terminal else io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress, "Bar", lambda *args, **options: ShownBar(told))
+    bar = Progress(total=64, unit="image", description="decode", warms_up=True, every_s=0, stream=log)
+    clock.now += 20
+    for _ in range(8):
+        for _ in range(2):
+            bar.update(4)
+        clock.now += 2
+    lines = told or log.getvalue().splitlines()
+    found = [re.search(r"(\d+) of 64 images(?:, [\d.]+ a second, (\d+) s left)?", line) for line in lines]
+    counts = [(int(match[1]), match[2] and int(match[2])) for match in found if match]
+    assert counts[0] == (4, None)
+    assert len([left for _, left in counts if left is not None]) >= 7
+    for count, left in counts:
+        assert left is None or abs(left - (64 - count) / 4) <= 4, (count, left)
+
+
+class ShownBar:
+    """A bar that has no rate of its own yet."""
+
+    rate = None
+
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+
+    def show(self, completed: float, text: str) -> None:
+        self.told.append(text)
+
+
 def test_what_was_lost_with_a_worker_is_counted_back(clock: Clock) -> None:
     log = io.StringIO()
     bar = Progress(total=100, unit="step", description="train", stream=log)

@@ -1,5 +1,6 @@
 """What the command lines share: parsing, presets, exit codes, a quiet Ray."""
 
+import collections
 import contextlib
 import logging
 import os
@@ -7,12 +8,12 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
-from ddpm_core.errors import InputError
+from ddpm_core.errors import InputError, printable
 
 DONE, FAILED, WRONG_INPUT, SET_ASIDE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes: done; anything else; the user's input is wrong; batch work done but rows were set aside; Ctrl-C."""
@@ -44,6 +45,24 @@ def parse(
 def set_aside(num: int, *, ok: bool) -> int:
     """The exit code of batch work that set `num` images aside; `ok`: the command was given --set-aside-ok."""
     return SET_ASIDE if num and not ok else DONE
+
+
+def tally(reasons: Iterable[str], most: int = 3) -> str:
+    """The `most` commonest reasons, or one more, without their particulars, each with how often it is there."""
+    counts = collections.Counter(map(_kind, reasons)).most_common()
+    if len(counts) > most + 1:
+        counts[most:] = [("others", sum(count for _, count in counts[most:]))]
+    return ", ".join(f"{printable(reason)} ({count:,})" for reason, count in counts)
+
+
+def _kind(reason: str) -> str:
+    """A reason without what is particular to one image: its size, what stands in parentheses, the remedy."""
+    return re.split(r"[;(]", re.sub(r"^[\d,]+ x [\d,]+ pixels; ", "", reason))[0].strip()
+
+
+def reasons_text(rows: Iterable[tuple[str, str]]) -> bytes:
+    """rejected.txt: image and reason, parted by a tab, a line each."""
+    return "".join(f"{printable(name)}\t{printable(reason)}\n" for name, reason in rows).encode()
 
 
 class _Lines:

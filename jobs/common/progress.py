@@ -9,6 +9,8 @@ LINES = 60
 """A log gets a line every `every_s` at first, later whenever one part in so many of the time so far has passed."""
 LONGEST_S = 300.0
 """But a line at least so often."""
+WARM_S = 2.0
+"""After a start that takes its time the rate is told from so long a stretch on: results come in bursts."""
 
 
 class Bar:
@@ -69,16 +71,20 @@ class Progress:
         every_s: float = 10.0,
         rate_unit: str | None = None,
         rate_scale: float = 1.0,
+        warms_up: bool = False,
         stream: TextIO | None = None,
     ) -> None:
         """`total` None: not known. `initial`: what an earlier run did, not counted in the rate. `rate_unit`: what the
-        rate is of, `rate_scale` of them to a unit; by default the unit."""
+        rate is of, `rate_scale` of them to a unit; by default the unit. `warms_up`: what comes first tells how long the
+        start took, such as loading nets, and not how fast the rest goes."""
         self.stream = sys.stderr if stream is None else stream
         self.total, self.unit, self.description = total, unit, description
         self.rate_unit, self.rate_scale = rate_unit, rate_scale
         self.count = self.initial = initial
         self.every_s = every_s
         self.started = self.last_line = time.monotonic()
+        self.rate_from: tuple[float, int] | None = None if warms_up else (self.started, initial)
+        """Time and count from which on the rate is measured, once it is."""
         self.left_s: float | None = None
         self.bar = Bar(description, self.stream, total=total, completed=initial) if has_bars(self.stream) else None
 
@@ -87,8 +93,11 @@ class Progress:
         what is to come costs more or less than what is done."""
         self.count += num
         self.left_s = left_s
+        if self.rate_from is None:
+            self.rate_from = (time.monotonic(), self.count)
         if self.bar is not None:
-            self.bar.show(self.count, self._text(self.bar.rate or self._mean_rate(), note))
+            mean = self._mean_rate()
+            self.bar.show(self.count, self._text((self.bar.rate or mean) if mean else 0.0, note))
         elif self._passed(self.last_line) >= min(max(self.every_s, self._passed(self.started) / LINES), LONGEST_S):
             self._line(note)
 
@@ -96,7 +105,9 @@ class Progress:
         """So many are done in all; fewer than before where some were lost."""
         lost = max(self.count - count, 0)
         self.count -= lost
-        self.initial -= lost  # they took their time: the rate stays
+        self.initial -= lost
+        if self.rate_from is not None:  # they took their time: the rate stays
+            self.rate_from = (self.rate_from[0], self.rate_from[1] - lost)
         self.update(count - self.count, note)
 
     def close(self) -> None:
@@ -118,7 +129,10 @@ class Progress:
         return time.monotonic() - since
 
     def _mean_rate(self) -> float:
-        return (self.count - self.initial) / max(self._passed(self.started), 1e-9)
+        """0 while it is not known."""
+        since, before = self.rate_from or (self.started, self.count)
+        warm = since == self.started or self._passed(since) >= WARM_S
+        return (self.count - before) / max(self._passed(since), 1e-9) if warm else 0.0
 
     def _rate(self, rate: float) -> str:
         rate *= self.rate_scale

@@ -14,8 +14,8 @@ import pyarrow
 import pyarrow.parquet
 
 from ddpm_core import images, provenance, storage
-from ddpm_core.errors import InputError
-from jobs.common import resume, workers
+from ddpm_core.errors import InputError, printable
+from jobs.common import cli, resume, workers
 from jobs.common.progress import Progress, duration
 from jobs.datasets import duplicates, reading, source, writing
 from jobs.datasets.format import (
@@ -23,6 +23,7 @@ from jobs.datasets.format import (
     DUPLICATES,
     ENVIRONMENT,
     MAKE_AGAIN,
+    REASONS,
     REJECTED,
     DatasetCard,
     Part,
@@ -210,30 +211,35 @@ def finish(
     """The files beside the shards, then dataset.json."""
     writing.check_alone(output, before, card)
     lines = [{"picture": name, "reason": reason} for name, reason in rejected]
-    num_rejected = write_lines(output, REJECTED, lines, card.version, before)
+    lines = write_lines(output, REJECTED, lines, card.version, before)
+    if lines:
+        text = cli.reasons_text((line["picture"], line["reason"]) for line in lines)
+        storage.write_bytes(storage.join(output, REASONS), text)
+    else:
+        storage.delete_file(storage.join(output, REASONS))
     write_lines(output, DUPLICATES, duplicates.lines(copies), card.version, before)
     storage.write_bytes(storage.join(output, CONTACT_SHEET), images.encode_png(sheet.draw()))
     storage.write_bytes(storage.join(output, ENVIRONMENT), json.dumps(provenance.environment(), indent=2).encode())
-    card = dataclasses.replace(card, num_rejected=num_rejected)
+    card = dataclasses.replace(card, num_rejected=len(lines))
     writing.write_card(output, card, before)
     return card
 
 
 def write_lines(
     output: str, file: str, lines: Sequence[dict[str, Any]], version: int, before: DatasetCard | None
-) -> int:
-    """A table beside the shards, with the lines that `before` has; no file where there are none. Returns how many."""
+) -> list[dict[str, Any]]:
+    """A table beside the shards, with the lines that `before` has; no file where there are none. Returns the lines."""
     where = storage.join(output, file)
     old = [] if before is None else read_lines(output, file, before)
     told = [{name: value for name, value in line.items() if name != "version"} for line in old]
     lines = [*old, *({**line, "version": version} for line in lines if line not in told)]
     if not lines:
         storage.delete_file(where)
-        return 0
+        return []
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), buffer)
     storage.write_bytes(where, buffer.getvalue())
-    return len(lines)
+    return lines
 
 
 def read_lines(output: str, file: str, card: DatasetCard) -> list[dict[str, Any]]:
@@ -257,8 +263,11 @@ def summarise(output: str, card: DatasetCard, speed: str = "") -> None:
     counts = ", ".join(f"{count:,} {split}" for split, count in card.splits.items())
     sides = " and ".join(card.domains) if len(card.domains) == 2 else ", ".join(card.domains)
     line = f"{output}: {counts} rows of {card.image_size} px, {card.pairing}, {sides}; {card.licence}"
-    print("; ".join(filter(None, [line, speed])))
-    what = "image" if card.num_rejected == 1 else "images"
-    aside = f"{card.num_rejected:,} {what} set aside (reasons in {REJECTED})" if card.num_rejected else ""
-    print("; ".join([aside or "no image set aside", *card.notes]))
+    print(printable("; ".join(filter(None, [line, speed]))))
+    aside = "no image set aside"
+    if card.num_rejected:
+        why = cli.tally(line["reason"] for line in read_lines(output, REJECTED, card))
+        what = "image" if card.num_rejected == 1 else "images"
+        aside = f"{card.num_rejected:,} {what} set aside: {why}; the reasons are in {storage.join(output, REASONS)}"
+    print(printable("; ".join([aside, *card.notes])))
     print(f"look at it: {storage.join(output, CONTACT_SHEET)}")

@@ -1,7 +1,7 @@
 """The data-set format: written once by `jobs.prepare`, read by every other job.
 
     DATASET/  dataset.json                     written last: a folder without it is not a data set
-              rejected.parquet                 image, reason, version: what was set aside
+              rejected.parquet, rejected.txt   image, reason, version: what was set aside
               duplicates.parquet               image, of, kind, distance, split, split_of, version
               train|val|test/part-00000.parquet
                 id          string             unique; rows are sorted by it
@@ -39,7 +39,7 @@ Encoding = Literal["raw", "png", "jpeg"]
 MAKE_AGAIN = "make the data set again with python -m jobs.prepare"
 """The remedy for a data set that cannot be read."""
 CARD = "dataset.json"
-REJECTED, DUPLICATES = "rejected.parquet", "duplicates.parquet"
+REJECTED, DUPLICATES, REASONS = "rejected.parquet", "duplicates.parquet", "rejected.txt"
 CONTACT_SHEET, ENVIRONMENT = "contact_sheet.png", "environment.json"
 SPLITS = ("train", "val", "test")
 SCHEMA = pyarrow.schema(
@@ -155,6 +155,10 @@ class DatasetCard:
     def has_targets(self) -> bool:
         """Whether rows have counterparts."""
         return self.pairing in ("paired", "matched")
+
+    def num_images(self, split: str, domain: str) -> int:
+        """Images of a domain in a split: every pair has one of either, other rows are of one domain."""
+        return self.splits.get(split, 0) if self.pairing == "paired" else self.domain_counts[split].get(domain, 0)
 
 
 # ---------------------------------------------------------------------------------------------- reading

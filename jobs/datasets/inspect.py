@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import posixpath
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -31,7 +30,7 @@ class Inspect:
     uri: tyro.conf.Positional[str]
     """The data set."""
     output: str | None = None
-    """Folder or s3://bucket/prefix for mean.png and contact_sheet.png; ./inspect-NAME unless given."""
+    """Folder or s3://bucket/prefix for mean.png and contact_sheet.png; by default beside the data set, NAME-inspect."""
 
 
 # ------------------------------------------------------------------------------------------------- inspect
@@ -40,7 +39,7 @@ class Inspect:
 def inspect(options: Inspect) -> int:
     uri = storage.absolute(options.uri, flag="URI")
     card = read_card(uri)
-    output = storage.absolute(options.output or f"inspect-{posixpath.basename(uri)}", flag="--output")
+    output = storage.absolute(options.output or f"{uri}-inspect", flag="--output")
     if f"{output}/".startswith(f"{uri}/"):
         raise InputError(f"--output {output} lies in the data set; give a folder outside of it")
     if missing := missing_shards(uri, card):
@@ -92,9 +91,8 @@ def facts(uri: str, card: DatasetCard, index: Mapping[str, IndexRow]) -> Iterato
         yield f"append {number}", f"{part.rows:,} rows by {' '.join(f'{k}={v}' for k, v in part.prepared_by.items())}"
     for note in card.notes:
         yield "note", note
-    rejected = collections.Counter(reason_kind(line["reason"]) for line in assemble.read_lines(uri, REJECTED, card))
-    most = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common(5))
-    yield "set aside", f"{card.num_rejected:,}" + (f" ({most})" if most else "")
+    most = cli.tally((line["reason"] for line in assemble.read_lines(uri, REJECTED, card)), most=4)
+    yield "set aside", f"{card.num_rejected:,}" + (f": {most}" if most else "")
     copies = collections.Counter(
         (line["kind"], line["split"] != line["split_of"]) for line in assemble.read_lines(uri, DUPLICATES, card)
     )
@@ -104,10 +102,3 @@ def facts(uri: str, card: DatasetCard, index: Mapping[str, IndexRow]) -> Iterato
     )
     yield "duplicates", f"{copies.total():,} ({kinds}; {across:,} across splits)" if copies else "none known"
     yield "content", card.content_hash
-
-
-def reason_kind(reason: str) -> str:
-    """A reason without what is particular to one image."""
-    if reason.startswith(("the same image", "nearly the same image")):
-        return reason.partition(" as ")[0].partition(" (")[0] + " as another"
-    return reason.partition(" (")[0].partition(";")[0]

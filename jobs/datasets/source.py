@@ -6,7 +6,6 @@ cheap and reads no image; `Draft.make` does the work.
 
 import dataclasses
 import hashlib
-import posixpath
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from ddpm_core import images, storage
 from ddpm_core.errors import InputError
 from jobs.datasets import decode, duplicates, reading
 from jobs.datasets.format import DatasetCard, Encoding, IndexRow, Row, find_card, read_card
+from jobs.datasets.listing import PACKED
 from jobs.datasets.scan import name_hash, survey
 
 
@@ -101,19 +101,10 @@ def source_folder(options: Common, what: str) -> str:
 def require_folder(uri: str, flag: str) -> None:
     """Raises InputError where `uri` is not a folder (or prefix) with something in it."""
     if storage.is_file(uri):
-        raise InputError(f"{flag} {uri} is a file; give the folder that holds the images")
+        unpack = "unpack it and " if uri.lower().endswith(PACKED) else ""
+        raise InputError(f"{flag} {uri} is a file; {unpack}give the folder that holds the images")
     if not storage.exists(uri):
         raise InputError(f"{flag} {uri} does not exist; check the path")
-
-
-def image_files(files: Iterable[str]) -> list[str]:
-    """Those of the paths that end like images, without hidden ones and what macOS leaves in archives."""
-    return [
-        file
-        for file in files
-        if posixpath.splitext(file)[1].lower() in images.SUFFIXES | images.UNREADABLE.keys()
-        and not any(part.startswith((".", "__MACOSX")) for part in file.split("/"))
-    ]
 
 
 def fingerprint(*parts: Any) -> str:
@@ -200,8 +191,9 @@ def weed(
     if dropped:
         for place, copy in found:
             pixels.ok[fresh[place]] = False
-            same = "the same image as" if copy.kind == "exact" else f"nearly the same image ({copy.distance} bits) as"
-            rejected.append((copy.picture, f"{same} {copy.of} in {copy.split_of}"))
+            same = "the same" if copy.kind == "exact" else "nearly the same"
+            apart = f", {copy.distance} bits apart" if copy.kind == "near" else ""
+            rejected.append((copy.picture, f"{same} image as another ({copy.of} in {copy.split_of}{apart})"))
     return copies, rejected, duplicates.note(copies, dropped)
 
 

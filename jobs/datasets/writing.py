@@ -23,6 +23,7 @@ from jobs.datasets.format import (
     CONTACT_SHEET,
     DUPLICATES,
     ENVIRONMENT,
+    REASONS,
     REJECTED,
     SCHEMA,
     SPLITS,
@@ -139,7 +140,7 @@ def clear(uri: str, keep: DatasetCard | None = None) -> None:
     """Remove a data set, whole or half-written, dataset.json first, or all that is not of `keep`; other files stay."""
     shards = rf"({'|'.join(SPLITS)})/part-\d{{5}}\.parquet"
     aside = r"\.[0-9a-f]{8}\.tmp"  # as releases before this one left it
-    others = "|".join(re.escape(name) for name in (REJECTED, DUPLICATES, CONTACT_SHEET, ENVIRONMENT))
+    others = "|".join(re.escape(name) for name in (REJECTED, REASONS, DUPLICATES, CONTACT_SHEET, ENVIRONMENT))
     ours = re.compile(
         rf"({shards}|{re.escape(CARD)})({aside})?|({others}){aside}|\.write-probe-[0-9a-f]{{8}}({aside})?"
         rf"|(({'|'.join(SPLITS)})/)?{storage.DEBRIS}"

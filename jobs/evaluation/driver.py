@@ -246,7 +246,7 @@ def told(job: EvaluationJob, domain: str, measured: Measured, found: Summary) ->
             found,
             pairing=pairing,
             domain=domain,
-            num_train=(len(measured.train), job.card.splits.get("train", 0)),
+            num_train=(len(measured.train), job.card.num_images("train", domain)),
             elsewhere=job.config.data.content_hash not in ("", job.card.content_hash),
         ),
     }

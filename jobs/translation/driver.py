@@ -1,13 +1,10 @@
 """A translation as its driver sees it: sources through the network, the manifest, the end."""
 
-import collections
 import contextlib
 import json
 import math
-import re
 import sys
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -156,7 +153,7 @@ def finish(job: TranslationJob, manifest: Manifest) -> int:
     manifest.finish()
     reasons = storage.join(output, "rejected.txt")
     if bad:
-        storage.write_bytes(reasons, "".join(f"{row['id']}\t{row['error']}\n" for row in bad).encode())
+        storage.write_bytes(reasons, cli.reasons_text((row["id"], row["error"]) for row in bad))
     elif storage.exists(reasons):
         storage.delete_file(reasons)
     write_note(job, complete=True, num_rejected=len(bad))
@@ -164,23 +161,15 @@ def finish(job: TranslationJob, manifest: Manifest) -> int:
     print(f"{counted(good)} translated: {output}")
     notes = [note for s in job.sources if (note := manifest.rows[s["id"]]["note"])]
     if notes:
-        what = tally(part for note in notes for part in note.split("; "))
+        what = cli.tally(part for note in notes for part in note.split("; "))
         print(f"{counted(len(notes))} with a note in manifest.parquet: {what}")
     if bad:
-        why = tally(row["error"].removeprefix(f"{row['id']}: ") for row in bad)
+        why = cli.tally(row["error"].removeprefix(f"{row['id']}: ") for row in bad)
         print(
             f"{len(bad):,} of {len(job.sources):,} images were set aside: {why}; the reasons are in {reasons}",
             file=sys.stderr,
         )
     return cli.set_aside(len(bad), ok=job.args.set_aside_ok)
-
-
-def tally(reasons: Iterable[str], most: int = 4) -> str:
-    """The commonest reasons, without their particulars, each with how often it is there."""
-    counts = collections.Counter(re.split(r"[;(]", reason)[0].strip() for reason in reasons).most_common()
-    if len(counts) > most:
-        counts[most:] = [("others", sum(count for _, count in counts[most:]))]
-    return ", ".join(f"{reason} ({count:,})" for reason, count in counts)
 
 
 def counted(num: int) -> str:

@@ -2,20 +2,21 @@
 
     img_align_celeba/, img_align_celeba_png/ or img_align_celeba.zip    the images (or they lie directly in SOURCE)
     list_attr_celeba.txt | .csv                  needed: 40 attributes an image, -1 or 1
-    list_eval_partition.txt | .csv               the official split
+    list_eval_partition.txt | .csv               the official split: 0, 1, 2 or train, val, test
     identity_CelebA.txt                          who is who
     list_landmarks_align_celeba.txt | .csv       eyes, nose and mouth, for finding better matches
 
-in SOURCE or anywhere below it. There are no true pairs of one person as woman and man: `--pairing matched` takes the
-image of the other domain, in the same split, that differs in the fewest of the attributes that do not go with the
-domain (and, where they are known, has the most similar pose and identity; jobs/datasets/matching.py weighs them).
-Such pairs are proxies.
+in SOURCE or anywhere below it, or all of it in a zip file (Kaggle's archive.zip). There are no true pairs of one person
+as woman and man: `--pairing matched` takes the image of the other domain, in the same split, that differs in the fewest
+of the attributes that do not go with the domain (and, where they are known, has the most similar pose and identity;
+jobs/datasets/matching.py weighs them). Such pairs are proxies.
 """
 
 import dataclasses
 import difflib
 import itertools
 import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,20 +24,21 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-from ddpm_core import checkpoint, storage
+from ddpm_core import checkpoint, images, storage
 from ddpm_core.errors import InputError
 from jobs.common.progress import Progress
 from jobs.datasets import decode, matching
 from jobs.datasets.archive import Archive
 from jobs.datasets.decode import File, Pixels
 from jobs.datasets.format import SPLITS, DatasetCard, IndexRow, Row
+from jobs.datasets.layout import SPLIT_WORDS
+from jobs.datasets.listing import image_files, list_images, parts
 from jobs.datasets.source import (
     Draft,
     FromFiles,
     Made,
     check_common,
     fingerprint,
-    image_files,
     name_hash,
     prepared_by,
     rows_there,
@@ -108,9 +110,8 @@ def draft(options: Options) -> Draft:
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit is {options.limit}; it must be 1 or more")
     _check_matching(options)
-    source = source_folder(options, "the folder that holds CelebA's images and list_attr_celeba.txt")
+    source, sizes, unread = _files(options)
     encoder = _encoder(options)
-    sizes = storage.file_sizes(source)
     attributes = _table(source, sizes, ATTRIBUTES, header=True)
     if attributes is None:
         raise InputError(f"--source {source}: no list_attr_celeba.txt or .csv there; it comes with CelebA's images")
@@ -120,9 +121,10 @@ def draft(options: Options) -> Draft:
     }
     column = _attribute(attributes, options.domain_attribute)
     _check_landmarks(others[LANDMARKS])
-    photos, photo_sizes = _photos(source, sizes)
+    photos = _photos(source, sizes)
     there = rows_there(options)
-    faces, rejected, notes = _faces(attributes, column, others, photos, options, there)
+    unread = {_stem(path): reason for path, reason in unread.items() if _stem(path) not in photos}
+    faces, rejected, notes = _faces(attributes, column, others, photos, unread, options, there)
     card = DatasetCard(
         name="celeba",
         licence=LICENCE,
@@ -133,7 +135,7 @@ def draft(options: Options) -> Draft:
         pairing=options.pairing,
         attribute_names=attributes.columns,
         prepared_by=prepared_by("celeba", dataclasses.replace(options, identity_encoder=encoder)),
-        source_hash=fingerprint(sizes, photo_sizes),
+        source_hash=fingerprint(sizes),
     )
     return Draft(card=card, make=lambda scratch: _make(faces, rejected, notes, column, options, there, scratch))
 
@@ -169,21 +171,55 @@ def domain_names(attribute: str) -> tuple[str, str]:
     return ("female", "male") if attribute == "Male" else (f"not_{attribute.lower()}", attribute.lower())
 
 
+# ------------------------------------------------------------------------------------------- files
+
+
+def _files(options: Options) -> tuple[str, dict[str, int], dict[str, str]]:
+    """The folder, the size of each file below it, and what cannot be read there with the reason.
+
+    What zip files hold is archive.zip!path, where the lists or the images are packed; `--source` may be one itself.
+
+    Raises:
+        InputError: there is no such folder, or a zip file is damaged.
+    """
+    source = storage.absolute(options.source, flag="--source") if options.source else ""
+    if source.endswith(".zip") and storage.is_file(source):
+        folder, _, file = source.rpartition("/")
+        sizes, unread = {file: storage.num_bytes(source)}, {}
+    else:
+        folder = source_folder(options, "the folder that holds CelebA's images and list_attr_celeba.txt")
+        listing = list_images(folder)
+        sizes, unread = listing.sizes, listing.rejected
+    zips = sorted(file for file in sizes if file.endswith(".zip"))
+    if any(posixpath.basename(file).startswith(ATTRIBUTES) for file in sizes):
+        unpacked = any({IMAGES, IMAGES_PNG}.intersection(parts(file)[:-1]) for file in image_files(sizes))
+        zips = [file for file in zips if not unpacked and posixpath.basename(file) == f"{IMAGES}.zip"]
+    for file in zips:
+        sizes |= {f"{file}!{member}": size for member, size in Archive(storage.join(folder, file)).sizes().items()}
+    return folder, sizes, unread
+
+
 # ------------------------------------------------------------------------------------------- text files
 
 
 def _table(source: str, sizes: Mapping[str, int], stem: str, *, header: bool) -> Table | None:
     wanted = [f"{stem}.txt", f"{stem}.csv"]
-    found = [file for file in sizes if posixpath.basename(file) in wanted]
+    found = [file for file in sizes if parts(file)[-1] in wanted]
     if not found:
         return None
-    best = min(found, key=lambda file: (wanted.index(posixpath.basename(file)), file.count("/"), file))
+    best = min(found, key=lambda file: (wanted.index(parts(file)[-1]), file.count("/"), file))
     uri = storage.join(source, best)
-    return parse_table(storage.read_bytes(uri), uri, header=header)
+    content = decode.read_or_error(uri)
+    if isinstance(content, InputError):
+        raise InputError(f"{uri}: {content}")
+    words = {word: SPLITS.index(split) for word, split in SPLIT_WORDS.items()} if stem == PARTITION else {}
+    return parse_table(content, uri, header=header, words=words)
 
 
-def parse_table(content: bytes, uri: str, *, header: bool) -> Table:
+def parse_table(content: bytes, uri: str, *, header: bool, words: Mapping[str, int] = {}) -> Table:
     """One of CelebA's files: the official text (a count line and names where `header`), or comma-separated.
+
+    `words`: what may stand for a number.
 
     Raises:
         InputError: naming the file and the line.
@@ -216,16 +252,26 @@ def parse_table(content: bytes, uri: str, *, header: bool) -> Table:
             if len(record) != width + 1:
                 raise InputError(f"{uri} line {number}: {len(record) - 1} values where {width} are expected")
         names += [record[0] for record in cells]
-        try:
-            values.append(np.array([record[1:] for record in cells]).astype(np.int32))
-        except (ValueError, OverflowError) as error:
-            raise InputError(f"{uri}: a value is not a number ({error})") from None
+        values.append(_values([record[1:] for record in cells], words, f"{uri} line", some + 1))
     if count is not None and count != len(names):
         raise InputError(f"{uri} announces {count} images and lists {len(names)}; it is cut off or edited")
     rows = dict(zip(names, itertools.chain.from_iterable(values), strict=True))
     if len(rows) != len(names):
         raise InputError(f"{uri} lists an image twice; download it again")
     return Table(uri, tuple(columns), rows)
+
+
+def _values(cells: Sequence[Sequence[str]], words: Mapping[str, int], where: str, first: int) -> np.ndarray:
+    """Raises InputError with the number of the line whose value is no whole number and none of the words."""
+    try:
+        return np.array(cells).astype(np.int32)
+    except (ValueError, OverflowError):
+        known = [[words.get(cell.casefold(), cell) for cell in record] for record in cells]
+    for number, record in enumerate(known, first):
+        for cell in record:
+            if not isinstance(cell, int) and not re.fullmatch(r"[-+]?\d{1,9}", cell):
+                raise InputError(f"{where} {number}: {cell[:80]!r} is not a whole number")
+    return np.array([[int(cell) for cell in record] for record in known], np.int32)
 
 
 def _cells(line: str, comma: bool) -> list[str]:
@@ -266,22 +312,26 @@ def _check_landmarks(table: Table | None) -> None:
 # --------------------------------------------------------------------------------------------- images
 
 
-def _photos(source: str, sizes: Mapping[str, int]) -> tuple[dict[str, str], dict[str, int]]:
-    """URI of each image by its name without ending, and sizes where an archive holds them."""
+def _photos(source: str, sizes: Mapping[str, int]) -> dict[str, str]:
+    """URI of each image by its name without ending."""
     files = image_files(sizes)
-    for folder in (IMAGES, IMAGES_PNG):
-        if inside := [file for file in files if folder in file.split("/")[:-1]]:
-            return {_stem(file): storage.join(source, file) for file in inside}, {}
-    if zips := sorted(file for file in sizes if posixpath.basename(file) == f"{IMAGES}.zip"):
-        uri = storage.join(source, zips[0])
-        members = Archive(uri).sizes()
-        return {_stem(member): f"{uri}!{member}" for member in image_files(members)}, members
-    others = [file for file in files if IN_THE_WILD not in file.split("/")[:-1]]  # those are not aligned
-    return {_stem(file): storage.join(source, file) for file in others}, {}
+    packed = [file for file in files if "!" in file]
+    plain = [file for file in files if "!" not in file]
+    for some in (plain, packed):
+        for folder in (IMAGES, IMAGES_PNG):
+            if inside := [file for file in some if folder in parts(file)[:-1]]:
+                return {_stem(file): storage.join(source, file) for file in inside}
+    # Those in the wild are not aligned.
+    others = [file for file in packed or plain if IN_THE_WILD not in parts(file)[:-1]]
+    return {_stem(file): storage.join(source, file) for file in others}
 
 
 def _stem(file: str) -> str:
-    return posixpath.splitext(posixpath.basename(file))[0]
+    """A file's name without its ending, or its endings: 000001.jpg.jpg is what Windows makes of 000001.jpg."""
+    name = parts(file)[-1]
+    while posixpath.splitext(name)[1].lower() in images.SUFFIXES:
+        name = posixpath.splitext(name)[0]
+    return name
 
 
 def _faces(
@@ -289,18 +339,21 @@ def _faces(
     column: int,
     others: Mapping[str, Table | None],
     photos: Mapping[str, str],
+    unread: Mapping[str, str],
     options: Options,
     there: Mapping[str, IndexRow],
 ) -> tuple[list[Face], list[tuple[str, str]], list[str]]:
-    """Images that are there, with what is known of them, sorted by name; those without a split; notes."""
+    """Images that are there, with what is known of them, sorted by name; those that cannot be used; notes."""
     names = [name for name in attributes.rows if _stem(name) in photos]
     if not names:
+        first = f"; {min(unread)}: {unread[min(unread)]}" if unread else ""
         raise InputError(
             f"--source {options.source}: none of the {len(attributes.rows):,} images that {attributes.uri} lists "
-            f"is there; unpack img_align_celeba.zip or copy it into the folder"
+            f"is there; copy img_align_celeba.zip, or what is in it, into the folder{first}"
         )
     notes = []
-    if missing := len(attributes.rows) - len(names):
+    rejected = [(name, unread[_stem(name)]) for name in attributes.rows if _stem(name) in unread]
+    if missing := len(attributes.rows) - len(names) - len(rejected):
         notes.append(f"{missing:,} of the images that {ATTRIBUTES} lists are not there")
     if options.limit is not None:
         names = sorted(names, key=lambda name: (name_hash(name), name))[: options.limit]
@@ -330,8 +383,8 @@ def _faces(
             )
         )
     _check_identities(faces)
-    unsplit = [(name, f"not listed in {PARTITION}") for name in sorted(set(names) - set(splits))]
-    return faces, unsplit, notes
+    rejected += [(name, f"not listed in {PARTITION}") for name in sorted(set(names) - set(splits))]
+    return faces, rejected, notes
 
 
 def _splits(

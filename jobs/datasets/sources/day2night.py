@@ -1,34 +1,34 @@
 """Places by day and by night, as they are distributed for pix2pix or as two folders.
 
 SOURCE/{train,val,test}/*.jpg        each image is two, side by side
-SOURCE/day/…  SOURCE/night/…         counterparts have equal names; train, val and test folders are respected
+SOURCE/day/…  SOURCE/night/…         (or Day, NIGHT) counterparts have equal names; split folders are respected
 """
 
 import dataclasses
-import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs.datasets import decode
+from jobs.datasets import decode, layout
 from jobs.datasets.decode import File
 from jobs.datasets.format import DatasetCard
+from jobs.datasets.layout import Item
+from jobs.datasets.listing import list_images
 from jobs.datasets.source import (
     Draft,
     FromFiles,
     Made,
     check_common,
     fingerprint,
-    image_files,
     prepared_by,
     rows_there,
     source_folder,
     weed,
 )
 from jobs.datasets.sources import folders
-from jobs.datasets.sources.folders import SPLIT_FOLDERS, Item, Plan
+from jobs.datasets.sources.folders import Plan
 
 DOMAINS = ("day", "night")
 
@@ -47,15 +47,16 @@ def draft(options: Options) -> Draft:
     """Raises InputError where neither layout is found, or images or counterparts are missing."""
     check_common(options)
     source = source_folder(options, "pix2pix's folder of side-by-side images, or one with day/ and night/")
-    domains, sizes = folders.domains_in(source)
+    listing = list_images(source)
+    there = layout.domains_in(source, listing)
+    domains = {domain.casefold(): items for domain, items in there.domains.items()}
     if set(DOMAINS) <= set(domains):
         if options.left != "auto":
             raise InputError(
                 f"--left {options.left} has no effect: {source} has day/ and night/, not pairs side by side"
             )
         return folders.draft_domains(
-            {domain: domains[domain] for domain in DOMAINS},
-            sizes,
+            dataclasses.replace(there, domains={domain: domains[domain] for domain in DOMAINS}),
             options,
             command="day2night",
             name="day2night",
@@ -63,18 +64,23 @@ def draft(options: Options) -> Draft:
             pairing="paired",
         )
     if set(DOMAINS) & set(domains):
-        (there,) = set(DOMAINS) & set(domains)
-        (gone,) = set(DOMAINS) - {there}
-        raise InputError(f"--source {source}: there are images in {there}/ and none in {gone}/; both are needed")
+        (one,) = set(DOMAINS) & set(domains)
+        (gone,) = set(DOMAINS) - {one}
+        raise InputError(f"--source {source}: there are images in {one}/ and none in {gone}/; both are needed")
+    splits = layout.splits_within(listing.images)
     items = [
-        Item(file=file, uri=storage.join(source, file), split=folders.split_folder(file))
-        for file in image_files(sizes)
-        if posixpath.dirname(file).lower() in {"", *SPLIT_FOLDERS}
+        Item(file=file, uri=storage.join(source, file), split=splits[file])
+        for file in listing.images
+        if all(layout.pure_split(folder) for folder in file.split("/")[:-1])
     ]
     if not items:
         raise InputError(
             f"--source {source}: no images in day/ and night/ nor in train/, val/ and test/; check the path"
+            + listing.hint()
         )
+    notes = [*listing.notes]
+    if elsewhere := len(listing.images) - len(items):
+        notes.append(f"{elsewhere:,} images in other folders passed over")
     card = DatasetCard(
         name="day2night",
         licence=options.licence,
@@ -84,20 +90,22 @@ def draft(options: Options) -> Draft:
         domains=DOMAINS,
         pairing="paired",
         prepared_by=prepared_by("day2night", options),
-        source_hash=fingerprint(sizes),
+        source_hash=fingerprint(listing.sizes),
     )
-    return Draft(card=card, make=lambda scratch: _make(items, options, scratch))
+    return Draft(card=card, make=lambda scratch: _make(items, listing.rejected, notes, options, scratch))
 
 
-def _make(items: Sequence[Item], options: Options, scratch: Path) -> Made:
+def _make(
+    items: Sequence[Item], unread: Mapping[str, str], found: Sequence[str], options: Options, scratch: Path
+) -> Made:
     there = rows_there(options)
-    kept = {posixpath.splitext(name)[0]: row.split for name, row in there.items()}
+    kept = {layout.item_name(name): row.split for name, row in there.items()}
     splits, note = folders.assign_splits({"": items}, kept)
     files = [File(item.file, item.uri) for item in items]
     pixels, rejected = decode.decode_images(
         files, size=options.image_size, halves=True, scratch=scratch, encoding=options.encoding
     )
-    left, notes = options.left, [note]
+    left, notes = options.left, [note, *found]
     if left == "auto":
         means = pixels.means()
         left = "day" if means[0] >= means[1] else "night"
@@ -113,4 +121,5 @@ def _make(items: Sequence[Item], options: Options, scratch: Path) -> Made:
         for number, item in enumerate(items)
         if pixels.ok[number]
     ]
-    return folders.planned(plans, pixels, sorted([*rejected, *dropped]), [*notes, *pixels.notes(), word], copies)
+    rejected += [*unread.items(), *dropped]
+    return folders.planned(plans, pixels, sorted(rejected), [*notes, *pixels.notes(), word], copies)

@@ -21,6 +21,7 @@ from ddpm_core import images, storage
 from ddpm_core.errors import InputError
 from jobs.datasets import source
 from jobs.datasets.format import DatasetCard, Row
+from jobs.datasets.listing import image_files
 
 MAPS = Path(__file__).with_name("earth_maps")
 LICENCE = "public domain (credit: NASA Blue Marble / Earth at Night)"
@@ -100,9 +101,7 @@ def maps_folder() -> Path:
 
 def _map_file(folder: str, domain: str) -> str:
     found = [
-        file
-        for file in source.image_files(storage.list_files(folder, recursive=False))
-        if file.rsplit(".", 1)[0] == domain
+        file for file in image_files(storage.list_files(folder, recursive=False)) if file.rsplit(".", 1)[0] == domain
     ]
     if len(found) != 1:
         there = "there are " + " and ".join(found) if found else "there is none"

@@ -5,14 +5,17 @@
     anywhere                                  --domain cats=URI --domain dogs=URI
     pairs.csv                                 cats,dogs / sub/1.jpg,7.png / …: --pairs pairs.csv
 
-Folders are read to any depth. A `train`, `val` or `test` folder (capitals do not matter) within a domain or around the
-domains decides the split of what it holds.
+Folders are read to any depth; jobs/datasets/layout.py says what is a domain there and what a split.
 """
 
+import codecs
+import collections
 import csv
 import dataclasses
 import io
 import posixpath
+import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,16 +24,17 @@ import tyro
 
 from ddpm_core import faces, storage
 from ddpm_core.errors import InputError
-from jobs.datasets import decode, duplicates
+from jobs.datasets import decode, duplicates, layout
 from jobs.datasets.decode import File, Pixels
 from jobs.datasets.format import SPLITS, DatasetCard, IndexRow, Row, find_card
+from jobs.datasets.layout import Item, Layout, item_name
+from jobs.datasets.listing import list_images
 from jobs.datasets.source import (
     Draft,
     FromFiles,
     Made,
     check_common,
     fingerprint,
-    image_files,
     prepared_by,
     require_folder,
     rows_there,
@@ -39,7 +43,8 @@ from jobs.datasets.source import (
     weed,
 )
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+MAX_LIST_BYTES = 100_000_000
+"""Of --pairs: a million pairs have about 60 bytes each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,33 +68,17 @@ class Options(FromFiles):
     """Licence of the images; it travels to checkpoints and outputs."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Item:
-    """One image of one domain."""
-
-    file: str
-    """Path within its domain."""
-    uri: str
-    split: str | None
-    """What a split folder says."""
-
-    @property
-    def name(self) -> str:
-        """Path without ending: counterparts share it, and it decides the split where no folder does."""
-        return posixpath.splitext(self.file)[0]
-
-
 def draft(options: Options) -> Draft:
     """Raises InputError where folders, images or counterparts are missing."""
     check_common(options)
     if options.domain:
         if options.source:
             raise InputError("--source and --domain are both given; give one of them")
-        domains, sizes = _named_domains(options.domain)
+        there = _named_domains(options.domain)
     else:
         source = source_folder(options, "a folder with one folder for each domain, or --domain NAME=URI ...")
-        domains, sizes = domains_in(source)
-    domains = _as_before(domains, options)
+        there = layout.domains_in(source, list_images(source))
+    domains = _as_before(there.domains, options)
     pairs = None
     if options.pairs is not None:
         if options.pairing == "self":
@@ -97,8 +86,7 @@ def draft(options: Options) -> Draft:
         pairs = parse_pairs(storage.absolute(options.pairs, flag="--pairs"), domains, options.source)
         domains = {domain: domains[domain] for domain in pairs.domains}
     return draft_domains(
-        domains,
-        sizes,
+        dataclasses.replace(there, domains=domains),
         options,
         command="folders",
         name=options.name,
@@ -117,53 +105,29 @@ def _as_before(domains: dict[str, list[Item]], options: Options) -> dict[str, li
     return {domain: domains.get(domain, []) for domain in card.domains}
 
 
-def _named_domains(pairs: Sequence[str]) -> tuple[dict[str, list[Item]], dict[str, int]]:
-    domains: dict[str, list[Item]] = {}
-    sizes: dict[str, int] = {}
+def _named_domains(pairs: Sequence[str]) -> Layout:
+    parts: dict[str, Layout] = {}
     for pair in pairs:
         name, equals, uri = pair.partition("=")
         if not (name and equals and uri):
             raise InputError(f"--domain {pair}: write NAME=URI, such as --domain day=/images/day")
-        if name in domains:
+        if name in parts:
             raise InputError(f"--domain {name} is given twice; names must differ")
+        layout.check_names([*parts, name], "--domain")
         uri = storage.absolute(uri, flag=f"--domain {name}")
         require_folder(uri, f"--domain {name}")
-        found = storage.file_sizes(uri)
-        domains[name] = _items(uri, found)
-        sizes |= {f"{name}/{file}": size for file, size in found.items()}
-    return domains, sizes
-
-
-def domains_in(source: str) -> tuple[dict[str, list[Item]], dict[str, int]]:
-    """Items of each domain below `source`, and the size of every file."""
-    sizes = storage.file_sizes(source)
-    domains: dict[str, list[Item]] = {}
-    for file in image_files(sizes):
-        head, _, rest = file.partition("/")
-        within = file
-        split = split_folder(file) if "/" in rest else None
-        if split:  # SOURCE/train/cats/1.jpg
-            head, _, rest = rest.partition("/")
-        if rest:  # not an image lying beside the domains' folders
-            within = posixpath.join(split, rest) if split else rest
-            item = Item(file=within, uri=storage.join(source, file), split=split or split_folder(rest))
-            domains.setdefault(head, []).append(item)
-    return domains, sizes
-
-
-def _items(uri: str, files: Mapping[str, int]) -> list[Item]:
-    return [Item(file=file, uri=storage.join(uri, file), split=split_folder(file)) for file in image_files(files)]
-
-
-def split_folder(file: str) -> str | None:
-    """The split that the first folder of a path says, if it says one."""
-    head, slash, _ = file.partition("/")
-    return SPLIT_FOLDERS.get(head.lower()) if slash else None
+        parts[name] = layout.named_domain(name, uri, list_images(uri))
+    return Layout(
+        domains={name: part.domains[name] for name, part in parts.items()},
+        sizes={file: size for part in parts.values() for file, size in part.sizes.items()},
+        rejected={file: reason for part in parts.values() for file, reason in part.rejected.items()},
+        notes=[note for part in parts.values() for note in part.notes],
+        hint=next((part.hint for part in parts.values() if part.hint), ""),
+    )
 
 
 def draft_domains(
-    domains: Mapping[str, list[Item]],
-    sizes: Mapping[str, int],
+    there: Layout,
     options: FromFiles,
     *,
     command: str,
@@ -178,15 +142,19 @@ def draft_domains(
     Raises:
         InputError: too few domains, an empty one, or (paired) not two of them or no common names.
     """
-    where = options.source or "--domain"
+    domains, where = there.domains, options.source or "--domain"
     if len(domains) < 2:
-        there = f"only {', '.join(domains)}" if domains else "no images in sub-folders"
-        raise InputError(f"{where}: {there}; two folders of images or more are needed, one a domain")
+        only = f"only {', '.join(domains)}" if domains else "no images in sub-folders"
+        raise InputError(f"{where}: {only}; two folders of images or more are needed, one a domain{there.hint}")
     empty = [domain for domain, items in domains.items() if not items]
     if empty and (pairing == "paired" or not options.append or len(empty) == len(domains)):
-        raise InputError(f"--domain {empty[0]}: no images there; check the path")
+        raise InputError(f"--domain {empty[0]}: no images there; check the path{there.hint}")
+    if not options.append and not any(item.split in (None, "train") for items in domains.values() for item in items):
+        raise InputError(f"{where}: all images lie in folders for val or test; training needs some")
+    rejected = dict(there.rejected)
     if pairing == "paired" and pairs is None:
-        check_pairs(domains)
+        domains, ambiguous = match_names(domains)
+        rejected |= ambiguous
     card = DatasetCard(
         name=name,
         licence=licence,
@@ -196,29 +164,47 @@ def draft_domains(
         domains=tuple(domains),
         pairing=pairing,
         prepared_by=prepared_by(command, options),
-        source_hash=fingerprint(sizes, *domains, *([] if pairs is None else [pairs.content])),
+        source_hash=fingerprint(there.sizes, *domains, *([] if pairs is None else [pairs.content])),
     )
-    return Draft(card=card, make=lambda scratch: _make(domains, pairing, pairs, options, template, scratch))
+    there = dataclasses.replace(there, domains=domains, rejected=rejected)
+    return Draft(card=card, make=lambda scratch: _make(there, pairing, pairs, options, template, scratch))
 
 
-def check_pairs(domains: Mapping[str, list[Item]]) -> None:
-    """Raises InputError unless two domains share names that are unique in each."""
+def match_names(domains: Mapping[str, list[Item]]) -> tuple[dict[str, list[Item]], dict[str, str]]:
+    """The images of two domains, counterparts under one name, and those left out since their name is not theirs alone.
+
+    Where no name is equal, one that differs in capitals only is taken for it if there is just one.
+
+    Raises:
+        InputError: there are not two domains, or no common names.
+    """
     if len(domains) != 2:
         raise InputError(f"--pairing paired needs two domains, there are {len(domains)}: {', '.join(domains)}")
+    alone: dict[str, dict[str, Item]] = {}
+    ambiguous: dict[str, str] = {}
     for domain, items in domains.items():
-        seen: dict[str, str] = {}
+        by_name: dict[str, list[Item]] = {}
         for item in items:
-            if item.name in seen:
-                raise InputError(
-                    f"{domain}: {seen[item.name]} and {item.file} have the same name; a pair needs one of each"
-                )
-            seen[item.name] = item.file
-    (a, items_a), (b, items_b) = domains.items()
-    if not {item.name for item in items_a} & {item.name for item in items_b}:
+            by_name.setdefault(item.name, []).append(item)
+        alone[domain] = {name: of[0] for name, of in by_name.items() if len(of) == 1}
+        for of in (of for of in by_name.values() if len(of) > 1):
+            reason = f"{len(of)} images have this name ({', '.join(item.file for item in of[:3])}); a pair needs one"
+            ambiguous |= {f"{domain}/{item.file}": reason for item in of}
+    (a, ones), (b, twos) = alone.items()
+    spelled: dict[str, list[str]] = {}
+    for name in set(ones) - set(twos):
+        spelled.setdefault(name.casefold(), []).append(name)
+    free = collections.Counter(name.casefold() for name in set(twos) - set(ones))
+    for name, item in twos.items():
+        same = spelled.get(name.casefold(), []) if name not in ones else []
+        if len(same) == 1 and free[name.casefold()] == 1:
+            twos[name] = dataclasses.replace(item, called=same[0])
+    if not set(ones) & {item.name for item in twos.values()}:
         raise InputError(
-            f"no image of {a} has a counterpart of the same name in {b} "
-            f"({items_a[0].file}, {items_b[0].file}); rename them, or use --pairing unpaired"
+            f"no image of {a} has a counterpart of the same name in {b} ({domains[a][0].file}, {domains[b][0].file}); "
+            "rename them, list the pairs in --pairs FILE.csv, or use --pairing unpaired"
         )
+    return {a: list(ones.values()), b: list(twos.values())}, ambiguous
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,24 +218,19 @@ class Pairs:
 
 def parse_pairs(uri: str, domains: Mapping[str, list[Item]], source: str | None) -> Pairs:
     """Raises InputError with the number of the line that is wrong: no such domain or image, a pair twice."""
-    try:
-        content = storage.read_bytes(uri)
-        text = io.StringIO(content.decode("utf-8-sig"), newline="")
-        lines = list(csv.reader(text, skipinitialspace=True))
-    except FileNotFoundError:
-        raise InputError(f"--pairs {uri} does not exist; check the path") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--pairs {uri} is not a CSV file in UTF-8 ({error})") from None
+    content, lines = _cells(uri)
     if len(lines) < 2:
         raise InputError(f"--pairs {uri} lists no pairs; the first line names two domains, each other line a pair")
-    header = [name.strip() for name in lines[0]]
+    spelled = {name.casefold(): name for name in domains}
+    header = [spelled.get(name.strip().casefold(), name.strip()) for name in lines[0]]
     if len(header) != 2 or len(set(header)) != 2:
         raise InputError(
-            f"--pairs {uri} line 1: two different domains are needed, parted by a comma; it has {', '.join(header)!r}"
+            f"--pairs {uri} line 1: two different domains are needed, parted by a comma; it has "
+            f"{', '.join(header)[:80]!r}"
         )
     for name in header:
         if name not in domains:
-            raise InputError(f"--pairs {uri} line 1: there is no domain {name!r}; there are {', '.join(domains)}")
+            raise InputError(f"--pairs {uri} line 1: there is no domain {name[:80]!r}; there are {', '.join(domains)}")
     known = [_by_path(name, domains[name], source) for name in header]
     pairs: dict[tuple[str, str], int] = {}
     found = []
@@ -258,10 +239,17 @@ def parse_pairs(uri: str, domains: Mapping[str, list[Item]], source: str | None)
             continue
         if len(line) != 2:
             raise InputError(f"--pairs {uri} line {number}: two images are expected, it has {len(line)} columns")
-        for name, path, items in zip(header, line, known, strict=True):
-            if path.strip() not in items:
-                raise InputError(f"--pairs {uri} line {number}: there is no image {path.strip()!r} in {name}")
-        one, two = (items[path.strip()] for path, items in zip(line, known, strict=True))
+        items = []
+        for name, path, there in zip(header, line, known, strict=True):
+            item = there.get(path.strip()) or there.get(_plain(path))
+            if item is None:
+                example = f", such as {domains[name][0].file}" if domains[name] else ""
+                raise InputError(
+                    f"--pairs {uri} line {number}: there is no image {path.strip()[:200]!r} in {name}; write its path "
+                    f"in that folder{example}"
+                )
+            items.append(item)
+        one, two = items
         if (first := pairs.setdefault((one.file, two.file), number)) != number:
             raise InputError(f"--pairs {uri} line {number}: the same pair as in line {first}")
         found.append((one, two))
@@ -270,11 +258,46 @@ def parse_pairs(uri: str, domains: Mapping[str, list[Item]], source: str | None)
     return Pairs((header[0], header[1]), found, content)
 
 
+def _cells(uri: str) -> tuple[bytes, list[list[str]]]:
+    """A table's bytes and its cells, as spreadsheets write them: parted by commas, semicolons or tabs.
+
+    Raises:
+        InputError: it is not there, not text, or larger than any list of pairs.
+    """
+    try:
+        if (num_bytes := storage.num_bytes(uri)) > MAX_LIST_BYTES:
+            raise InputError(
+                f"--pairs {uri} has {num_bytes / 1e6:,.0f} MB; a list of pairs has at most {MAX_LIST_BYTES / 1e6:,.0f}"
+            )
+        content = storage.read_bytes(uri)
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+        if "\0" in text:
+            raise InputError(f"--pairs {uri} holds NUL bytes, so it is no text; save it as CSV in UTF-8")
+        text = re.sub(r"\Asep=.\r?\n", "", text)  # what Excel puts before the table
+        first = text.lstrip().partition("\n")[0]
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), skipinitialspace=True)
+        return content, list(table)
+    except FileNotFoundError:
+        raise InputError(f"--pairs {uri} does not exist; check the path") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--pairs {uri} is not a CSV file in UTF-8 ({error})") from None
+
+
 def _by_path(domain: str, items: Sequence[Item], source: str | None) -> dict[str, Item]:
-    """Items by their path in the source and, before that, in the domain's folder."""
+    """Items by their path in the domain's folder, else in the source, behind the domain's name, or from the root."""
     root = storage.join(storage.absolute(source), "") if source else None
-    in_source = {item.uri.removeprefix(root): item for item in items} if root else {}
-    return in_source | {item.file: item for item in items}
+    named: dict[str, Item] = {}
+    for item in items:
+        in_source = [item.uri.removeprefix(root)] if root else []
+        for path in (item.uri, f"{domain}/{item.file}", *in_source):
+            named[_plain(path)] = item
+    return named | {_plain(item.file): item for item in items} | {item.file: item for item in items}
+
+
+def _plain(path: str) -> str:
+    """A path in one spelling: ./a//b.jpg and a\\b.jpg are a/b.jpg, accents are composed."""
+    return posixpath.normpath(unicodedata.normalize("NFC", path.strip().replace("\\", "/")))
 
 
 def assign_splits(
@@ -313,9 +336,7 @@ def kept_names(there: Mapping[str, IndexRow], domains: Sequence[str], pairing: s
     """Split of each `Item.name` that an earlier version has."""
     if pairing == "paired":
         return {name: row.split for name, row in there.items()}
-    return {
-        posixpath.splitext(name.removeprefix(f"{domains[row.domain]}/"))[0]: row.split for name, row in there.items()
-    }
+    return {item_name(name.removeprefix(f"{domains[row.domain]}/")): row.split for name, row in there.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,14 +352,14 @@ class Plan:
 
 
 def _make(
-    domains: Mapping[str, list[Item]],
+    found: Layout,
     pairing: str,
     pairs: Pairs | None,
     options: FromFiles,
     template: tuple[float, ...],
     scratch: Path,
 ) -> Made:
-    there = rows_there(options)
+    there, domains = rows_there(options), found.domains
     torn: list[tuple[str, str]] = []
     if pairs is None:
         splits, note = assign_splits(domains, kept_names(there, list(domains), pairing))
@@ -378,7 +399,8 @@ def _make(
             for item in items
             if (domain, item.file) in index
         ]
-    return planned(plans, pixels, sorted([*rejected, *dropped, *torn, *alone]), [note, *pixels.notes(), word], copies)
+    rejected += [*found.rejected.items(), *dropped, *torn, *alone]
+    return planned(plans, pixels, sorted(rejected), [note, *found.notes, *pixels.notes(), word], copies)
 
 
 PAIR = "~"
@@ -458,7 +480,7 @@ def _listed(
         name = pair_id(one, two)
         gone = [f"{domain}/{file}" for domain, file in ((a, one.file), (b, two.file)) if (domain, file) not in index]
         if gone:
-            alone.append((name, f"{gone[0]} cannot be used"))
+            alone.append((name, f"an image of the pair cannot be used ({gone[0]})"))
         elif name not in torn:
             image, target = (index[a, one.file], 0), (index[b, two.file], 0)
             plans.append((splits[a, one.file], Plan(name, 0, image, target, f"{b}/{two.file}")))
