@@ -405,6 +405,8 @@ class Portrait:
     """Pixels of it for one of the photo, along a side."""
     outside: float = 0.0
     """Share of it that lies outside of the photo."""
+    decoded: tuple[str, ...] = ()
+    """Notes of `images.decode`."""
 
     @property
     def note(self) -> str:
@@ -414,7 +416,7 @@ class Portrait:
             f"much of the crop lies outside of the photo ({self.outside:.0%})": self.outside > MUCH_OUTSIDE,
             f"the face is small and was enlarged ({self.zoom:.1f} times)": self.zoom > SMALL,
         }
-        return "; ".join(note for note, holds in notes.items() if holds)
+        return "; ".join([*self.decoded, *(note for note, holds in notes.items() if holds)])
 
 
 def read_portrait(data: bytes, size: int, template: Sequence[float], *, name: str = "image") -> Portrait:
@@ -437,7 +439,8 @@ def read_portrait(data: bytes, size: int, template: Sequence[float], *, name: st
         pixels = images.read_square(data, size, name=name)
         corner, side = _square(photo)
         landmarks = _flat((points - corner) / side)
-        return Portrait(pixels=pixels, landmarks=landmarks, num_faces=len(found), zoom=size / side)
+        zoom, decoded = size / side, photo.info["notes"]
+        return Portrait(pixels=pixels, landmarks=landmarks, num_faces=len(found), zoom=zoom, decoded=decoded)
     to_square = similarity(points, _places(template) * size)
     return Portrait(
         pixels=resample(photo, to_square, size),
@@ -445,6 +448,7 @@ def read_portrait(data: bytes, size: int, template: Sequence[float], *, name: st
         num_faces=len(found),
         zoom=math.sqrt(abs(np.linalg.det(to_square[:, :2]))),
         outside=_outside(photo, inverse(to_square), size),
+        decoded=photo.info["notes"],
     )
 
 

@@ -4,30 +4,43 @@ uint8   b h w 3   sRGB
 float   b 3 h w   in [-1, 1]
 """
 
+import contextlib
 import functools
 import hashlib
 import io
 import posixpath
-import re
+import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pillow_heif
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
 
+from ddpm_core import colour, containers, storage
 from ddpm_core.errors import InputError
 
 MAX_PIXELS = 100_000_000
-"""Larger images are refused before they are decoded (decompression bombs)."""
+"""Larger images are refused before they are decoded (decompression bombs); a JPEG counts as its decoder scales it."""
+MAX_JPEG_PIXELS = 4 * MAX_PIXELS
+"""Larger JPEGs are refused, too, and of progressive ones, which are held in memory whole, those over MAX_PIXELS."""
 MIN_SIDE = 8
 """Smaller images are refused: there is nothing in them to translate."""
-BACKGROUND = (255, 255, 255)
-"""Transparent images are laid over this colour."""
 MAX_BYTES = 4 * MAX_PIXELS
 """Larger files are set aside unread: the largest image needs no more, even uncompressed and with transparency."""
+BACKGROUND = (255, 255, 255)
+"""Transparent images are laid over this colour."""
+LARGE_PIXELS = 24_000_000
+"""Where a square is wanted of a larger image, it is cut out and shrunk first, to four times its side or more."""
+STRIP_PIXELS = 2**20
+"""Colours are converted strip by strip, so that the steps between take no memory to speak of."""
+FORMATS = tuple("AVIF BMP DDS DIB GIF HEIF JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP".split())  # noqa: SIM905
+"""What Pillow opens for us beside JPEG; of its other formats one starts a program (EPS), the rest hold no photos."""
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif", ".bmp", ".dib"}
     | {".heic", ".heif", ".hif", ".heics", ".heifs", ".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"}
@@ -52,92 +65,386 @@ UNREADABLE = {
     for ending in endings.split()
 }
 """Endings of what stands beside images and is not read, with the reason and the remedy: set aside, not passed over."""
-MAGIC = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|.{4}ftyp(?:avi[fs]|he[iv]\w|mi[af]\d|msf1)"
-    rb"|(?:II[*+]\0|MM\0[*+])|BM.{12}[\x0c(48@l|]\0{3}|\0{3}\x0cjP  \r\n|\xff\x4f\xff\x51|qoif"
-    rb"|P(?:[1-6]\s(?:\s|#[^\n]*\n)*\d+\s|[Ff]\s+\d+\s)",
-    re.DOTALL,
-)
-"""How files begin that `decode` takes: JPEG, PNG, GIF, WebP, AVIF and HEIF, TIFF, BMP, JPEG 2000, QOI, PNM and PFM."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF's Orientation."""
+EXIF_IGNORED = "its EXIF data are damaged and were ignored: it was taken as it lies"
+SCALED_DOWN = f"it has more than {MAX_PIXELS:,} pixels and was scaled down"
+PROFILE_IGNORED = "its colour profile cannot be used and was ignored"
+
+
+class Budget:
+    """So much of something at once over the threads of a process; who wants more than there is gets it alone."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.used = total, 0
+        self.turn, self.changed = threading.Lock(), threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        with self.turn, self.changed:  # in turn: a large one would wait for ever behind small ones
+            self.changed.wait_for(lambda: not self.used or self.used + amount <= self.total)
+            self.used += amount
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.used -= amount
+                self.changed.notify_all()
+
+
+reading = Budget(MAX_BYTES)
+"""Bytes of image files that are held at once."""
+_decoding = Budget(MAX_PIXELS)
+"""Pixels that are decoded at once."""
 
 
 def check_listed(name: str, num_bytes: int = 0) -> None:
     """What a folder's listing tells of a file, before it is read.
 
     Raises:
-        InputError: its ending is one of UNREADABLE, or it is larger than MAX_BYTES.
+        InputError: its ending is one of UNREADABLE, or (TooLargeError) it is larger than MAX_BYTES.
     """
     if reason := UNREADABLE.get(posixpath.splitext(name)[1].lower()):
         raise InputError(f"{name}: {reason}")
-    if num_bytes > MAX_BYTES:
-        raise InputError(
-            f"{name}: {num_bytes / 1e6:,.0f} MB; at most {MAX_BYTES / 1e6:,.0f} MB are read: scale it down"
-        )
+    storage.check_size(name, num_bytes, MAX_BYTES)
 
 
 def looks_like_image(first_bytes: bytes) -> bool:
     """Whether a file that begins like this (32 bytes will do) is an image that `decode` may take, whatever its name."""
-    return bool(MAGIC.match(first_bytes))
+    return bool(containers.MAGIC.match(first_bytes))
 
 
 def decode(data: bytes, *, name: str = "image", square: int | None = None) -> Image.Image:
-    """Any still image as upright 8-bit sRGB.
+    """Any still image as upright 8-bit sRGB; what was done that its owner should know is a tuple of texts in its
+    `info["notes"]`.
 
-    EXIF orientation is applied; CMYK, palette, grey and 16-bit are converted; transparency is laid over white.
+    It is turned as EXIF or the container says; CMYK, palette, grey, 16-bit and float are converted, as are the colours
+    of a profile; transparency is laid over white. Of several pages the first is taken.
     With `square`, the side of what `to_square` is to make of it, a JPEG twice as large or larger comes out as that
-    square: the decoder leaves out detail that shrinking would lose, in half the time.
+    square: the decoder leaves out detail that shrinking would lose, in half the time. Of other very large images comes
+    their centred square, shrunk.
+
+    Over all threads no more than MAX_PIXELS are decoded at once, at 4 bytes (PNG, JPEG) to 16 (HEIF, JPEG 2000) a
+    pixel, and without `square` 4 to 8 more for the result.
 
     Raises:
-        InputError: one line naming the image: empty, not an image, truncated, animated, too small, too large.
+        InputError: one line naming the image: empty, not an image, truncated, animated, too small, too large,
+            fully transparent.
     """
     if not data:
         raise InputError(f"{name}: the file is empty")
-    _open_heif()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's bomb and EXIF warnings: checked and handled here
-            image: Image.Image = Image.open(io.BytesIO(data))
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise InputError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are taken: scale it down")
-            if min(width, height) < MIN_SIDE:
-                raise InputError(f"{name}: {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
-            # MPO is what many phones write: a JPEG with previews behind it, not an animation.
-            if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "TIFF"):
-                raise InputError(
-                    f"{name}: an animation of {getattr(image, 'n_frames', 0)} frames; save one as PNG or JPEG"
-                )
-            drafted = None if square is None else image.draft(None, (square, square))  # of all kinds JPEG only
-            image.load()
-            if square is not None and drafted is not None and image.size != (width, height):
-                image = _middle(image, drafted[1][2:], square)
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_srgb(image)
-    except InputError:
-        raise
+            return _decode(data, square)
+    except InputError as error:
+        reason = str(error)
     except UnidentifiedImageError:
-        raise InputError(
-            f"{name}: not an image, or of a kind that is not supported; convert it to PNG or JPEG"
-        ) from None
+        reason = "not an image, or of a kind that is not supported; convert it to PNG or JPEG"
     except Image.DecompressionBombError:
-        raise InputError(f"{name}: more than {MAX_PIXELS:,} pixels: scale it down") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
-        raise InputError(f"{name}: truncated or corrupt ({error}); copy or save it again") from None
+        reason = f"more than {MAX_PIXELS:,} pixels: scale it down"
+    except MemoryError:
+        reason = "too large for this machine's memory: scale it down"
+    except Exception as error:  # decoders raise anything, and whatever it is, it is this one file's fault
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = f"truncated or corrupt ({what}); copy or save it again"
+    raise InputError(f"{name}: {reason}")
+
+
+def _decode(data: bytes, square: int | None) -> Image.Image:
+    """See `decode`, which names the image in the InputError and makes one of everything else."""
+    notes: list[str] = []
+    image, chunks = _open(data, notes)
+    width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise InputError(f"{width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
+    extent = _draft(image, square)
+    if extent is not None and square is None:
+        notes.append(SCALED_DOWN)
+    pixels = width * height if image.info.get("progressive") else image.width * image.height
+    if pixels > MAX_PIXELS or width * height > MAX_JPEG_PIXELS:
+        raise InputError(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are taken: scale it down")
+    with _decoding.take(pixels):
+        image.load()
+        if isinstance(image, JpegImagePlugin.JpegImageFile):
+            _check_whole(image, data)
+        turn = _turn(image, notes)
+        transform = _transform(image, data, chunks, notes)
+        if extent is not None and square is not None:
+            image = _middle(image, extent, square)
+        image = _to_srgb(image, transform, square)
+        if turn is not None:
+            image = image.transpose(turn)
+    image.info = {"notes": tuple(notes)}
+    return image
+
+
+# ---------------------------------------------------------------------------------------------- opening
+
+
+def _open(data: bytes, notes: list[str]) -> tuple[Image.Image, dict[bytes, bytes]]:
+    """The image without its pixels, and a PNG's chunks of colour.
+
+    Raises:
+        InputError: an animation, or a raw photo.
+    """
+    chunks: dict[bytes, bytes] = {}
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        data, chunks = containers.png_parts(data)
+    try:
+        image = _open_as_it_is(data)
+    except Exception:
+        if b"Exif" not in data:
+            raise
+        image = _open_as_it_is(data.replace(b"Exif", b"void"))  # some decoders read EXIF at once, and stumble over it
+        notes.append(EXIF_IGNORED)
+    several = getattr(image, "is_animated", False)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _skip_thumbnails(image)
+        if several:
+            notes.append("of its pages the first was taken")
+    elif several and (image.format != "HEIF" or getattr(image, "custom_mimetype", "").endswith("sequence")):
+        raise InputError("an animation; save one of its images as PNG or JPEG")
+    elif several:
+        notes.append("of its images the main one was taken")
+    return image, chunks
+
+
+def _open_as_it_is(data: bytes) -> Image.Image:
+    if data.startswith(b"\xff\xd8\xff"):
+        # Not by Image.open: it counts the pixels before they are scaled, and takes a phone's previews for an animation.
+        return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    _know_heif()
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 @functools.cache
-def _open_heif() -> None:
+def _know_heif() -> None:
     """Pillow opens HEIF from now on; of a file only its images, no thumbnails and maps of depth."""
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+
+
+def _skip_thumbnails(image: TiffImagePlugin.TiffImageFile) -> None:
+    """On to the first page that is an image itself (TIFF 6.0, NewSubfileType)."""
+    try:
+        while image.tag_v2.get(254, 0) & 1:
+            image.seek(image.tell() + 1)
+    except EOFError:
+        raise InputError(UNREADABLE[".dng"]) from None
+
+
+def _draft(image: Image.Image, square: int | None) -> tuple[float, float] | None:
+    """Has a JPEG's decoder scale it down, to twice `square` or, without that, to MAX_PIXELS: what is then of the image,
+    a width and a height that need not be whole; None where it stays as large as it is."""
+    if image.format != "JPEG":
+        return None
+    before = image.size
+    wanted = (square, square) if square is not None else before
+    if square is None:
+        scale = next((n for n in (1, 2, 4) if before[0] * before[1] <= MAX_PIXELS * n**2), 8)
+        wanted = (before[0] // scale, before[1] // scale)
+    drafted = image.draft(None, (max(wanted[0], 1), max(wanted[1], 1)))
+    return None if drafted is None or image.size == before else drafted[1][2:]
+
+
+def _check_whole(image: JpegImagePlugin.JpegImageFile, data: bytes) -> None:
+    """Raises InputError for a JPEG that was cut and then closed with an end marker.
+
+    libjpeg fills what is missing with grey, or leaves out the finer scans of it, and says nothing.
+    """
+    scans = list(containers.jpeg_scans(data))
+    cut = InputError("truncated or corrupt (a part of its data is missing); copy or save it again")
+    if containers.jpeg_misses_scans(scans, bytes(layer[0] for layer in image.layer)):
+        raise cut
+    last = image.getpixel((image.width - 1, image.height - 1))
+    grey = all(value in (127, 128) for value in (last if isinstance(last, tuple) else (last,)))
+    if grey or (len(scans) > 1 and not image.info.get("progressive")):
+        # The last block is what is filled in, or may be what was drawn: only the former changes with more data.
+        drawn = [_small(each) for each in (data, containers.with_more_data(data, scans[-1]))]
+        if drawn[0] != drawn[1]:
+            raise cut
+
+
+def _small(data: bytes) -> bytes:
+    """The pixels of a JPEG at an eighth of its size."""
+    image = _open_as_it_is(data)
+    image.draft(None, (max(image.width // 8, 1), max(image.height // 8, 1)))
+    return image.tobytes()
+
+
+def _turn(image: Image.Image, notes: list[str]) -> Image.Transpose | None:
+    """How EXIF says that the image is to be turned. What makes no sense as a whole is not believed in a part."""
+    if image.format in ("TIFF", "HEIF"):
+        return None  # their decoders turned it
+    try:
+        exif = image.getexif()
+        turn = TURNS.get(exif.get(0x0112, 1))
+        if turn is not None:
+            exif.tobytes()
+        return turn
+    except Exception:  # of all kinds: struct.error, AttributeError, ...
+        notes.append(EXIF_IGNORED)
+        return None
+
+
+# ---------------------------------------------------------------------------------------------- colours
+
+
+def _transform(
+    image: Image.Image, data: bytes, chunks: dict[bytes, bytes], notes: list[str]
+) -> ImageCms.ImageCmsTransform | None:
+    """How the image's colours become sRGB; None where they are, as far as the file says."""
+    if image.mode == "LAB":
+        return colour.lab()
+    grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+    try:
+        profile = _profile(image, data, chunks)
+        return (
+            colour.transform(profile, "L" if grey else "CMYK" if image.mode == "CMYK" else "RGB") if profile else None
+        )
+    except Exception:  # littlecms, zlib or arithmetic: the profile is at fault, whatever it was
+        notes.append(PROFILE_IGNORED)
+        return None
+
+
+def _profile(image: Image.Image, data: bytes, chunks: dict[bytes, bytes]) -> bytes:
+    """The colour profile that the file holds or describes; b"" for sRGB.
+
+    Raises:
+        Exception: there is one that makes no sense.
+    """
+    if b"cICP" in chunks:  # the first of these that is there counts (PNG, third edition, 4.3)
+        return colour.numbered_profile(chunks[b"cICP"][0], chunks[b"cICP"][1])
+    if b"iCCP" in chunks:
+        packed = chunks[b"iCCP"].split(b"\0", 1)[1][1:]
+        profile = containers.unpacked(packed, containers.MAX_PROFILE_BYTES)
+        if not profile:
+            raise ValueError("damaged or too large")
+        return profile
+    if b"sRGB" in chunks:
+        return b""
+    if b"gAMA" in chunks or b"cHRM" in chunks:
+        return colour.png_profile(chunks.get(b"gAMA", b""), chunks.get(b"cHRM", b""))
+    if profile := image.info.get("icc_profile"):
+        return profile
+    if image.format in ("HEIF", "AVIF") and (at := data.find(b"colrnclx")) >= 0:
+        return colour.numbered_profile(*struct.unpack_from(">HH", data, at + 8))
+    with contextlib.suppress(Exception):  # damaged EXIF is spoken of elsewhere
+        if image.getexif().get_ifd(0xA005).get(1) == "R03":  # DCF's optional colour space
+            return colour.adobe_rgb_profile()
+    return b""
+
+
+def _to_srgb(image: Image.Image, transform: ImageCms.ImageCmsTransform | None, square: int | None) -> Image.Image:
+    """8-bit sRGB over white; of a large image where a square is wanted that square, shrunk.
+
+    Raises:
+        InputError: it is transparent all over.
+    """
+    box, factor = (0, 0, *image.size), 1
+    if square is not None and image.width * image.height > LARGE_PIXELS:
+        factor = max(min(image.size) // (4 * square), 1)
+        side = min(image.size) // factor * factor
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+    if image.mode == "RGB" and "transparency" not in image.info and transform is None and factor == 1:
+        return image
+    scale = Scale.of(image) if image.mode == "F" or image.mode.startswith("I") else None
+    result = Image.new("RGB", ((box[2] - box[0]) // factor, (box[3] - box[1]) // factor))
+    rows = max(STRIP_PIXELS // (box[2] - box[0]) // factor, 1) * factor
+    seen = False
+    for top in range(box[1], box[3], rows):
+        strip = image.crop((box[0], top, box[2], min(top + rows, box[3])))
+        strip = _strip_to_srgb(strip if scale is None else scale(strip), transform)
+        if strip.mode == "RGBA":
+            alpha = strip.getchannel("A")
+            seen |= bool(alpha.getextrema()[1])
+            flat = Image.new("RGB", strip.size, BACKGROUND)
+            flat.paste(strip, mask=alpha)
+            strip = flat
+        else:
+            seen = True
+        result.paste(strip.reduce(factor) if factor > 1 else strip, (0, (top - box[1]) // factor))
+    if not seen:
+        raise InputError("fully transparent: there is nothing to see")
+    return result
+
+
+def _strip_to_srgb(strip: Image.Image, transform: ImageCms.ImageCmsTransform | None) -> Image.Image:
+    """RGB, or RGBA where there is transparency: colours are converted before anything is mixed with white."""
+    alpha = strip.convert("RGBA").getchannel("A") if strip.has_transparency_data else None
+    if strip.mode in ("RGBa", "La"):
+        strip = strip.convert("RGBA" if strip.mode == "RGBa" else "LA")
+    if transform is None:
+        rgb = strip.convert("RGB")
+    else:
+        rgb = transform.apply(strip.convert(transform.input_mode))
+    rgb.info.pop("transparency", None)
+    if alpha is not None:
+        rgb.putalpha(alpha)
+    return rgb
+
+
+class Scale(NamedTuple):
+    """Wide grey levels to 8 bits."""
+
+    white: float
+    """The value that becomes 255; 0 becomes 0."""
+    inverted: bool = False
+    """Whether 0 is white."""
+    unsigned: bool = False
+    """Whether 32-bit integers, which Pillow takes for signed, are not."""
+    key: int | None = None
+    """The value that is transparent."""
+
+    @classmethod
+    def of(cls, image: Image.Image) -> "Scale":
+        """By the type of the values where that tells, else by the values."""
+        bits, kind, inverted = 16, 1, False
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            bits, kind = image.tag_v2.get(258, (16,))[0], image.tag_v2.get(339, (1,))[0]
+            inverted = image.tag_v2.get(262) == 0
+        unsigned = image.mode == "I" and (bits, kind) == (32, 1)
+        key = image.info.get("transparency")
+        scale = cls(65535.0, inverted, unsigned, key if isinstance(key, int) else None)
+        if image.mode != "F" and bits <= 16:
+            return scale._replace(white=2.0 ** (bits - (kind == 2)) - 1)
+        sample = scale.values(image.resize([min(side, 1024) for side in image.size], Image.Resampling.NEAREST))
+        return scale._replace(white=_white(sample))
+
+    def values(self, image: Image.Image) -> np.ndarray:
+        values = np.asarray(image)
+        return (values.view(np.uint32) if self.unsigned else values).astype(np.float64)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """L, or LA where a value is transparent."""
+        values = self.values(image)
+        levels = np.nan_to_num(values / self.white, nan=0, posinf=1, neginf=0).clip(0, 1) * 255
+        grey = Image.fromarray((255 - levels if self.inverted else levels).round().astype(np.uint8))
+        if self.key is not None:
+            grey.putalpha(Image.fromarray((values != self.key).astype(np.uint8) * 255))
+        return grey
+
+
+def _white(values: np.ndarray) -> float:
+    """The white of values whose type does not tell: 1, or the largest integer of 8, 16 or 32 bits.
+
+    Of fractions a few may lie above white, as highlights do; whole numbers are levels.
+    """
+    values = values[np.isfinite(values)]
+    if not values.size or (high := float(np.quantile(values, 0.99))) <= 0:
+        return 1.0
+    whole = bool((values == values.round()).all() and values.max() > 1)
+    whites = (1.0, 255.0, 65535.0, 2.0**32 - 1)[whole:]
+    return next((white for white in whites if high <= 2 * white), whites[-1])
 
 
 def _middle(image: Image.Image, extent: tuple[float, float], side: int) -> Image.Image:
@@ -146,36 +453,6 @@ def _middle(image: Image.Image, extent: tuple[float, float], side: int) -> Image
     half = min(extent) / 2
     left, top = extent[0] / 2 - half, extent[1] / 2 - half
     return image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + 2 * half, top + 2 * half))
-
-
-def _to_srgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if image.mode.startswith("I") or image.mode == "F":
-        # 16-bit and float greys: Pillow's own conversion clips instead of scaling.
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        wide = image.mode.startswith("I;16") or values.max(initial=0) > 255
-        top = 65535.0 if wide else (255.0 if values.max(initial=0) > 1 else 1.0)
-        image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        flat = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
-        flat.alpha_composite(rgba)
-        image = flat.convert("RGB")
-    if isinstance(profile, bytes) and profile and image.mode in ("RGB", "CMYK"):
-        image = _from_profile(image, profile)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _from_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """Colours of an embedded profile (phones: Display P3) as sRGB; a profile that cannot be used is ignored."""
-    try:
-        theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(theirs):
-            return image
-        ours = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, theirs, ours, outputMode="RGB") or image
-    except (ImageCms.PyCMSError, OSError):
-        return image
 
 
 def read_square(data: bytes, size: int, *, name: str = "image") -> UInt8[np.ndarray, "size size 3"]:

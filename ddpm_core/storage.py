@@ -233,16 +233,37 @@ def _in_ray_worker() -> bool:
     return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
-def read_bytes(uri: str, *, first: int | None = None) -> bytes:
+def local_size(uri: str) -> int:
+    """Size of a local file; 0 where there is none, and for a remote one, whose store would have to be asked."""
+    with contextlib.suppress(OSError, ValueError):
+        return 0 if is_remote(uri) else os.path.getsize(uri)
+    return 0
+
+
+class TooLargeError(InputError):
+    """A file larger than what is read of its kind: one file's fault, not the store's."""
+
+
+def check_size(uri: str, num_bytes: int, max_bytes: int | None) -> None:
+    """Raises TooLargeError where a file has more bytes than are read."""
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise TooLargeError(
+            f"{uri}: {num_bytes / 1e6:,.0f} MB; files of at most {max_bytes / 1e6:,.0f} MB are read: make it smaller"
+        )
+
+
+def read_bytes(uri: str, *, first: int | None = None, max_bytes: int | None = None) -> bytes:
     """A file's content, or its `first` so many bytes. Raises FileNotFoundError where there is none, InputError where
-    access fails."""
+    access fails, TooLargeError before anything is read of a file larger than `max_bytes`."""
     if not is_remote(uri):
         with user_errors(uri), open(uri, "rb") as file:
+            check_size(uri, os.fstat(file.fileno()).st_size, max_bytes)
             return file.read(first)
     fs, path = filesystem(uri)
 
     def read() -> bytes:
         with fs.open_input_file(path) as stream:
+            check_size(uri, stream.size(), max_bytes)
             return stream.read(first)
 
     return with_retries(uri, read)

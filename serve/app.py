@@ -115,7 +115,8 @@ def prepare(data: bytes, size: int, template: tuple[float, ...]) -> tuple[np.nda
     if template:
         portrait = faces.read_portrait(data, size, template)
         return portrait.pixels, portrait.note
-    return images.read_square(data, size), ""
+    photo = images.decode(data, square=size)
+    return images.to_square(photo, size), "; ".join(photo.info["notes"])
 
 
 def describe(config: ModelConfig, options: Options, done: Done, total_ms: float, note: str) -> dict[str, str]:
@@ -179,7 +180,7 @@ class Gateway:
     def __init__(self, model: DeploymentHandle, config: ModelConfig, path: str, max_body_bytes: int) -> None:
         self.model, self.config, self.path, self.max_body_bytes = model, config, path, max_body_bytes
         self.page = PAGE.read_text(encoding="utf-8")
-        self.decoding = asyncio.Semaphore(2)  # an image of 100 megapixels takes 300 MB while it is decoded
+        self.decoding = asyncio.Semaphore(2)  # `images.decode` bounds the pixels of both together
 
     @api.post(
         "/v1/translate",

@@ -32,9 +32,16 @@ class Archive:
         """Size of each member by its path."""
         return {name: info.file_size for name, info in self.members.items()}
 
-    def read(self, member: str) -> bytes:
-        """Raises KeyError where there is no such member, BadZipFile where it is damaged."""
+    def read(self, member: str, *, max_bytes: int | None = None) -> bytes:
+        """A member's content, of which no more is unpacked than the listing says.
+
+        Raises:
+            KeyError: there is no such member.
+            BadZipFile: it is damaged.
+            TooLargeError: it has more than `max_bytes`.
+        """
         info = self.members[member]
+        storage.check_size(member, max(info.file_size, info.compress_size), max_bytes)
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise zipfile.BadZipFile(f"packed by method {info.compress_type}, only 0 and 8 are read: pack it anew")
         # local header: 30 bytes, name and extra field (whose length may differ from the listing's), then data
@@ -45,10 +52,11 @@ class Archive:
         skip = 30 + int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")
         data = data[skip : skip + info.compress_size]
         try:
-            content = data if info.compress_type == zipfile.ZIP_STORED else zlib.decompress(data, -15)
+            deflated = info.compress_type == zipfile.ZIP_DEFLATED
+            content = zlib.decompressobj(-15).decompress(data, info.file_size + 1) if deflated else data
         except zlib.error as error:
             raise zipfile.BadZipFile(str(error)) from None
-        if zlib.crc32(content) != info.CRC:
+        if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
             raise zipfile.BadZipFile("bad checksum")
         return content
 

@@ -1,5 +1,6 @@
 """Files to squares, by all CPUs; what cannot be read is set aside with its reason."""
 
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -23,6 +24,8 @@ from jobs.datasets.scan import mark
 
 IMAGES_PER_TASK, FACES_PER_TASK = 64, 8
 """Images that one task decodes, and of those in which it looks for faces, which takes thirty times as long."""
+READ_THREADS = 8
+"""Images at once in one task: hides a bucket's latency."""
 
 
 class File(NamedTuple):
@@ -46,6 +49,8 @@ class Decoded(NamedTuple):
     landmarks: list[float] | None = None
     """In pixels of the stored image, where it was aligned."""
     num_faces: int = 0
+    notes: tuple[str, ...] = ()
+    """Of `images.decode`."""
 
 
 # ---------------------------------------------------------------------------------------------- decoding
@@ -68,6 +73,8 @@ class Pixels:
         """In pixels of the stored image, of those that were aligned."""
         self.num_several = 0
         """Aligned images with other faces than the one that was taken."""
+        self.num_noted: collections.Counter[str] = collections.Counter()
+        """Images by the notes of `images.decode`."""
 
     def __setitem__(self, row: int, pixels: bytes) -> None:
         size = int(np.prod(self.shape[1:]))
@@ -84,6 +91,7 @@ class Pixels:
         self.num_enlarged += decoded.enlarged
         self.landmarks[row] = decoded.landmarks
         self.num_several += decoded.num_faces > 1
+        self.num_noted.update(decoded.notes)
 
     def __getitem__(self, index: tuple[int, int]) -> UInt8[np.ndarray, "s s 3"]:
         row, part = index
@@ -110,6 +118,8 @@ class Pixels:
             words.append(f"{what} smaller than {self.shape[2]} pixels and {was} enlarged")
         if any(points is not None for points in self.landmarks):
             words.append(f"aligned to CelebA's landmarks; of several faces ({self.num_several:,} images) the largest")
+        for note, count in sorted(self.num_noted.items()):
+            words.append(f"{note} ({count:,} image{'s' * (count > 1)})")
         return words
 
 
@@ -155,18 +165,27 @@ def decode_task(
     task: tuple[int, Sequence[str]], *, size: int, halves: bool, encoding: Encoding, template: tuple[float, ...]
 ) -> tuple[int, list[Decoded | str]]:
     """The images of one task, (index of the first, files): each decoded, or the reason why it is not."""
-    done: list[Decoded | str] = []
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # reading waits on the network, decoding does not
-        for content in pool.map(read_or_error, task[1]):
-            try:
-                if isinstance(content, InputError):
-                    raise content
-                squares, facts = portrait(content, size, template) if template else decode_one(content, size, halves)
-                marks = tuple(mark(writing.stored(square, encoding)) for square in squares)
-                done.append(Decoded(squares.tobytes(), marks, **facts))
-            except InputError as error:
-                done.append(str(error).removeprefix("image: "))
-    return task[0], done
+    decode = functools.partial(decode_file, size=size, halves=halves, encoding=encoding, template=template)
+    with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
+        return task[0], list(pool.map(decode, task[1]))
+
+
+def decode_file(uri: str, *, size: int, halves: bool, encoding: Encoding, template: tuple[float, ...]) -> Decoded | str:
+    """A file's square or squares, or the reason why there are none.
+
+    Raises:
+        InputError: the store refuses.
+    """
+    with images.reading.take(num_bytes(uri)):
+        content = read_or_error(uri)
+        try:
+            if isinstance(content, InputError):
+                raise content
+            squares, facts = portrait(content, size, template) if template else decode_one(content, size, halves)
+        except InputError as error:
+            return str(error).removeprefix("image: ")
+    marks = tuple(mark(writing.stored(square, encoding)) for square in squares)
+    return Decoded(squares.tobytes(), marks, **facts)
 
 
 def portrait(
@@ -179,7 +198,8 @@ def portrait(
     """
     found = faces.read_portrait(content, size, template)
     landmarks = [value * size for value in found.landmarks]
-    return found.pixels[None], {"enlarged": found.zoom > 1, "landmarks": landmarks, "num_faces": found.num_faces}
+    facts = {"enlarged": found.zoom > 1, "landmarks": landmarks, "num_faces": found.num_faces, "notes": found.decoded}
+    return found.pixels[None], facts
 
 
 def decode_one(
@@ -198,7 +218,17 @@ def decode_one(
         middle = image.width // 2
         pieces = [image.crop((0, 0, middle, image.height)), image.crop((middle, 0, image.width, image.height))]
     enlarged = min(min(piece.size) for piece in pieces) < size
-    return np.stack([images.to_square(piece, size) for piece in pieces]), {"enlarged": enlarged}
+    facts = {"enlarged": enlarged, "notes": image.info["notes"]}
+    return np.stack([images.to_square(piece, size) for piece in pieces]), facts
+
+
+def num_bytes(uri: str) -> int:
+    """Size of a file, 0 where that is not known yet."""
+    file, bang, member = uri.partition(".zip!")
+    if not bang:
+        return storage.local_size(uri)
+    info = archive(f"{file}.zip").members.get(member)
+    return info.file_size if info else 0
 
 
 def read_or_error(uri: str) -> bytes | InputError:
@@ -207,14 +237,16 @@ def read_or_error(uri: str) -> bytes | InputError:
         images.check_listed(uri)
     except InputError as error:
         return InputError(str(error).removeprefix(f"{uri}: "))
+    file, bang, member = uri.partition(".zip!")
     try:
-        file, bang, member = uri.partition(".zip!")
-        return archive(f"{file}.zip").read(member) if bang else storage.read_bytes(uri)
+        if bang:
+            return archive(f"{file}.zip").read(member, max_bytes=images.MAX_BYTES)
+        return storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
     except FileNotFoundError:
         return InputError("the file is gone")
     except (zipfile.BadZipFile, KeyError) as error:
         return InputError(f"cannot be read from the archive ({error})")
     except InputError as error:
-        if storage.is_remote(uri) and not isinstance(error, storage.UnusableNameError):
+        if storage.is_remote(uri) and not isinstance(error, (storage.UnusableNameError, storage.TooLargeError)):
             raise
-        return InputError(str(error).removeprefix(f"{uri}: "))
+        return InputError(str(error).removeprefix(f"{member or uri}: "))

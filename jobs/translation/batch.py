@@ -134,20 +134,24 @@ def read_image(name: str, *, root: str, image_size: int, template: tuple[float, 
     Raises:
         InputError: the storage itself is gone, which no single image is to blame for.
     """
-    try:
-        data = storage.read_bytes(storage.join(root, name))
-    except FileNotFoundError:
-        return _black(image_size), f"{name}: gone since the folder was listed", ""
-    except InputError as error:
-        storage.exists(root)  # raises where the server is unreachable or refuses everything
-        return _black(image_size), str(error), ""
-    try:
-        if template:
-            portrait = faces.read_portrait(data, image_size, template, name=name)
-            return portrait.pixels, "", portrait.note
-        return images.read_square(data, image_size, name=name), "", ""
-    except InputError as error:
-        return _black(image_size), str(error), ""
+    uri = storage.join(root, name)
+    with images.reading.take(storage.local_size(uri)):
+        try:
+            images.check_listed(name)
+            data = storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
+        except FileNotFoundError:
+            return _black(image_size), f"{name}: gone since the folder was listed", ""
+        except InputError as error:
+            storage.exists(root)  # raises where the server is unreachable or refuses everything
+            return _black(image_size), str(error), ""
+        try:
+            if template:
+                portrait = faces.read_portrait(data, image_size, template, name=name)
+                return portrait.pixels, "", portrait.note
+            photo = images.decode(data, name=name, square=image_size)
+            return images.to_square(photo, image_size), "", "; ".join(photo.info["notes"])
+        except InputError as error:
+            return _black(image_size), str(error), ""
 
 
 def _black(image_size: int) -> np.ndarray:
