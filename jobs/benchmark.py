@@ -9,32 +9,28 @@ size        data sets of the size of CelebA prepared, matched and read: cost a r
 train       jobs.train beside a plain loop: images a second, and seconds to the first step
 validation  why a validation curve bounces: raw or averaged weights, fresh or fixed draws
 sweep       jobs.sweep beside random search within a budget of training steps
+gpu         the presets' networks on a GPU within minutes, on a machine that has little but PyTorch
 """
 
-import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal, get_args
 
 from jobs.common import cli
 
 MODULES = {"train": "training"}
 """Of `jobs.benchmarks`, where they are not called as their subject is: it would be `jobs.train`'s name."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Args:
-    """What to measure; the options of each are listed by its own --help."""
-
-    subject: Annotated[Literal["network", "data", "size", "train", "validation", "sweep"], tyro.conf.Positional]
+Subject = Literal["network", "data", "size", "train", "validation", "sweep", "gpu"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    subject = cli.parse(Args, argv[:1], prog="jobs.benchmark", description=__doc__).subject
+    if argv[:1] and argv[0] in get_args(Subject):
+        subject = argv[0]
+    else:
+        subject = cli.parse(Subject, argv[:1], prog="jobs.benchmark", description=__doc__)
     module = importlib.import_module(f"jobs.benchmarks.{MODULES.get(subject, subject)}")  # of all of them: ten seconds
     return module.run(cli.parse(module.Options, argv[1:], prog=f"jobs.benchmark {subject}", description=module.__doc__))
 

@@ -276,7 +276,7 @@ def peers(files: list[Path], size: int, batch_size: int, tar: Path) -> dict[str,
         ),
     }
     try:
-        from jobs.benchmarks.network import import_peers
+        from jobs.benchmarks.contenders import import_peers
 
         import_peers()
         module = importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")

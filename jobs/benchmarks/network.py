@@ -13,14 +13,12 @@ Needs the extra `bench`.
 import contextlib
 import dataclasses
 import functools
-import importlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,18 +29,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_core import diffusion, images, provenance, schedule, storage
-from ddpm_core.config import DiffusionConfig, ModelConfig, UNetConfig
+from ddpm_core.config import DiffusionConfig
 from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
-from ddpm_core.unet import UNet
+from jobs.benchmarks.contenders import BATCH_SIZE, IMAGE_SIZE, Layout, Network, Size, Stepper, import_peers, networks
 from jobs.common import cli
 from jobs.datasets import cache
 
-IMAGE_SIZE = 64
-BATCH_SIZE = 16
 SAMPLING_STEPS = 50
 """Network evaluations an image that sampling is reckoned with."""
 TURN_S = 5.0
@@ -53,8 +48,6 @@ NUM_VALIDATION = 256
 """Fixed (tile, timestep, noise) triples that the denoising loss is measured on."""
 
 Part = Literal["step", "memory", "race"]
-Size = Literal["9M", "35M"]
-Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,58 +68,6 @@ class Options:
     """Peak learning rates; each network is shown at its best."""
     num_threads: int = os.cpu_count() or 1
     """Threads of the process, on CPUs."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """One contender: how to make it, and how it is asked for eps of x_t under a condition."""
-
-    name: str
-    make: Callable[[], nn.Module]
-    call: Call
-
-
-def networks(size: Size) -> list[Network]:
-    """Ours first. All take 6 channels (noisy image and condition) to 3."""
-    big = size == "35M"
-    return [
-        Network("ddpm-translate", lambda: _ours(64 if big else 32), _call_ours),
-        Network(
-            "lucidrains", lambda: _lucidrains(64 if big else 32), lambda net, x, c, t: net(torch.cat([x, c], 1), t)
-        ),
-        Network(
-            "diffusers",
-            lambda: _diffusers((128, 128, 256, 320) if big else (64, 64, 128, 160)),
-            lambda net, x, c, t: net(torch.cat([x, c], 1), t).sample,
-        ),
-    ]
-
-
-def _ours(model_channels: int) -> nn.Module:
-    unet = UNetConfig(model_channels=model_channels, channel_mult=(1, 2, 4, 9), num_res_blocks=1)
-    return UNet(ModelConfig(image_size=IMAGE_SIZE, domains=("day", "night"), unet=unet))
-
-
-def _call_ours(net: nn.Module, x_t: Tensor, condition: Tensor, t: Tensor) -> Tensor:
-    return net(x_t, t, condition, torch.ones_like(t))
-
-
-def _lucidrains(dim: int) -> nn.Module:
-    return importlib.import_module("denoising_diffusion_pytorch").Unet(dim=dim, channels=6, out_dim=3)
-
-
-def _diffusers(widths: tuple[int, ...]) -> nn.Module:
-    return importlib.import_module("diffusers").UNet2DModel(
-        sample_size=IMAGE_SIZE,
-        in_channels=6,
-        out_channels=3,
-        block_out_channels=widths,
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        attention_head_dim=32,
-        norm_num_groups=16,
-    )
 
 
 def run(args: Options) -> int:
@@ -158,80 +99,15 @@ def check(args: Options) -> None:
             raise InputError(f"{flag} is empty; give at least one")
 
 
-@functools.cache
-def import_peers() -> None:
-    """
-    Raises:
-        InputError: the extra is not installed.
-    """
-    # A torchvision built for CUDA cannot be imported beside a CPU-only torch for want of these two operators.
-    there = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False)
-    if b"torchvision::nms does not exist" in there.stderr:
-        _OPERATORS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _OPERATORS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    for name in ("denoising_diffusion_pytorch", "diffusers"):
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise InputError(f"no module {error.name!r}: the peers come with pip install -e '.[bench]'") from None
-
-
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-
-
 # -- one training step --------------------------------------------------------------------------------------------
-
-
-class Stepper:
-    """A network and its optimiser, in one precision and layout."""
-
-    def __init__(self, network: Network, *, precision: str, layout: str, learning_rate: float = 1e-4) -> None:
-        torch.manual_seed(0)
-        self.network, self.precision, self.layout = network, precision, layout
-        formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-        self.net: nn.Module = network.make()
-        self.net.to(memory_format=formats[layout])  # type: ignore[call-overload]
-        self.optimizer = torch.optim.AdamW(
-            self.net.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        )
-        self.step_s: list[float] = []
-        self.forward_s: list[float] = []
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.net.parameters())
-
-    def eps(self, x_t: Tensor, condition: Tensor, t: Tensor, net: nn.Module | None = None) -> Tensor:
-        """What the network in training, or another of its kind, makes of x_t."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.network.call(net or self.net, x_t, condition, t).float()
-
-    def step(self, x_t: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> None:
-        loss = (self.eps(x_t, condition, t) - noise).square().mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimizer.step()
-
-    def flops_a_image(self) -> float:
-        """Of forward and backward, as PyTorch's counter sees them."""
-        x_t, condition, t, noise = random_batch(1)
-        with FlopCounterMode(display=False) as counter:
-            (self.network.call(self.net, x_t, condition, t) - noise).square().mean().backward()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(counter.get_total_flops())
-
-
-def random_batch(size: int = BATCH_SIZE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x_t, condition, noise = torch.randn(3, size, 3, IMAGE_SIZE, IMAGE_SIZE)
-    return x_t, condition, torch.randint(0, 1000, (size,)), noise
 
 
 def measure_steps(size: Size, args: Options, peak: dict[str, float]) -> list[dict[str, Any]]:
     """Every network in each precision and layout, taking turns; a table, and how much faster ours is."""
-    variants = itertools.product(networks(size), ("fp32", "bf16"), ("nchw", "channels_last"))
+    layouts: tuple[Layout, ...] = ("nchw", "channels_last")
+    variants = itertools.product(networks(size), ("fp32", "bf16"), layouts)
     steppers = [Stepper(network, precision=precision, layout=layout) for network, precision, layout in variants]
-    batch = random_batch()
+    batch = steppers[0].random_batch()
     for _ in range(args.rounds + 1):
         for stepper in steppers:
             with timed(stepper.step_s):
@@ -332,7 +208,7 @@ def _peak_bytes(size: Size, index: int) -> tuple[int, int]:
     before = _status_bytes("VmRSS")
     stepper = Stepper(networks(size)[index], precision="bf16", layout="channels_last")
     for _ in range(3):
-        stepper.step(*random_batch())
+        stepper.step(*stepper.random_batch())
     return before, _status_bytes("VmHWM")
 
 
@@ -349,7 +225,7 @@ class Racer:
 
     def __init__(self, network: Network, learning_rate: float, track: "Track", seconds: float) -> None:
         # bf16; diffusers loses with channels_last (the step table shows it), the others win
-        layout = "nchw" if network.name == "diffusers" else "channels_last"
+        layout: Layout = "nchw" if network.name == "diffusers" else "channels_last"
         self.stepper = Stepper(network, precision="bf16", layout=layout)
         self.network, self.learning_rate, self.track, self.seconds = network, learning_rate, track, seconds
         self.clock_s, self.steps = 0.0, 0

@@ -1,7 +1,9 @@
 """What the command lines share: parsing, presets, exit codes, a quiet Ray."""
 
+import argparse
 import collections
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -9,9 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
-
-import tyro
+from typing import Any, TypeVar, get_type_hints
 
 from ddpm_core.errors import InputError, printable
 
@@ -34,12 +34,32 @@ def parse(
     lines: list[str] = []
     try:
         with contextlib.redirect_stderr(_Lines(lines)):
+            try:
+                import tyro
+            except ModuleNotFoundError:
+                return _parsed_plainly(cls, argv, prog, description)
             extra = {} if default is None else {"default": default}
             return tyro.cli(cls, args=argv, prog=f"python -m {prog}", description=description, **extra)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise InputError(_one_line(lines, prog)) from None
+
+
+def _parsed_plainly(cls: Any, argv: Sequence[str], prog: str, description: str | None) -> Any:
+    """`parse` of a flat dataclass with defaults, for a machine that is lent for a benchmark and has little installed."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {prog}",
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind: Any = {"action": "store_true"} if hints[field.name] is bool else {"type": hints[field.name]}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **kind)
+    return cls(**vars(parser.parse_args(argv)))
 
 
 def set_aside(num: int, *, ok: bool) -> int:

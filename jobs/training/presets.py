@@ -14,6 +14,7 @@ from ddpm_core.config import (
 )
 from ddpm_core.errors import InputError
 from jobs.common import cli
+from jobs.training.networks import MISSION_128, MISSION_64
 from jobs.training.options import OptimConfig, TrainArgs, TrainOptions
 
 
@@ -34,9 +35,6 @@ class Preset:
         """For `--help`."""
         return "\n      ".join((self.about, self.command, self.time, self.expect))
 
-
-_MISSION_64 = UNetConfig(model_channels=128, channel_mult=(1, 2, 2, 4), condition_channels=128)
-_MISSION_128 = dataclasses.replace(_MISSION_64, channel_mult=(1, 1, 2, 2, 4))
 
 _ENCODER = TrainOptions(
     max_shift=4,
@@ -130,7 +128,7 @@ PRESETS: dict[str, Preset] = {
         command="--num-workers 8 --use-gpu --cpus-per-worker 4",
         time=_RECKONED.format("1 to 2"),
         expect=_NOT_RUN,
-        options=TrainOptions(global_batch_size=256, unet=_MISSION_64),
+        options=TrainOptions(global_batch_size=256, unet=MISSION_64),
     ),
     "celeba-128": Preset(
         about="the same recipe at 128 px",
@@ -139,7 +137,7 @@ PRESETS: dict[str, Preset] = {
         expect=_NOT_RUN,
         options=TrainOptions(
             global_batch_size=128,
-            unet=dataclasses.replace(_MISSION_128, attn_resolutions=(128, 64, 32)),
+            unet=MISSION_128,
         ),
     ),
     "day2night-64": Preset(
@@ -147,7 +145,7 @@ PRESETS: dict[str, Preset] = {
         command="--num-workers 1 --use-gpu --cpus-per-worker 4",
         time=_RECKONED.format("1/4"),
         expect=_NOT_RUN,
-        options=TrainOptions(global_batch_size=64, unet=_MISSION_64),
+        options=TrainOptions(global_batch_size=64, unet=MISSION_64),
     ),
     "day2night-128": Preset(
         about="the same recipe at 128 px",
@@ -156,7 +154,7 @@ PRESETS: dict[str, Preset] = {
         expect=_NOT_RUN,
         options=TrainOptions(
             global_batch_size=32,
-            unet=dataclasses.replace(_MISSION_128, attn_resolutions=(128, 64, 32)),
+            unet=MISSION_128,
         ),
     ),
 }
