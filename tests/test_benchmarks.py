@@ -1,13 +1,24 @@
 """The benchmarks' arithmetic, and that what they compare takes turns."""
 
 import concurrent.futures
+import importlib
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from conftest import ROOT
 
-from jobs.benchmarks import training, validation
+from ddpm_core.errors import InputError
+from jobs.benchmarks import contenders, gpu, gpu_rows, training, validation
+from jobs.training.presets import PRESETS
 
 
 def test_teams_take_turns_and_each_goes_first_every_second_time(tmp_path: Path) -> None:
@@ -80,3 +91,143 @@ def test_more_images_lessen_what_fresh_draws_add_and_nothing_else() -> None:
     spreads = {"raw, fresh": 5.0, "raw, fixed": 3.0, "ema, fresh": 1.0, "ema, fixed": 2.0}
     found = validation.of_many(spreads, validation.MANY // 4)
     assert found == {"raw, fresh": (9 + 16 / 4) ** 0.5, "raw, fixed": 3.0, "ema, fresh": 2.0, "ema, fixed": 2.0}
+
+
+NOT_THERE = (*"tyro ray pyarrow s3fs safetensors PIL rich jinja2 matplotlib optuna scipy faiss".split(), *contenders.PEERS)
+
+
+def test_the_gpu_benchmark_needs_little_but_pytorch(tmp_path: Path) -> None:
+    """Every row, on a CPU and in small, on a machine that has only PyTorch, numpy and jaxtyping."""
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_THERE}))\n")
+    command = [sys.executable, "-m", "jobs.benchmark", "gpu", "--device", "cpu", "--tiny", "--output", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [row["outcome"] for row in rows] == [gpu.MEASURED] * len(gpu.plan())
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()[: len(rows)]] == [row.name for row in gpu.plan()]
+    wanted = {
+        "device": {"peak_tflops", "bandwidth_tb_s", "environment"},
+        "train": {"first_step_s", "images_per_s", "share_of_peak"},
+        "forward": {"launched_ms", "evaluations_per_s"},
+        "sample": {"launched_images_per_s"},
+        "kinds": {"convolutions_ms", "norms_ms", "softmax_ms", "matrix_products_ms", "all_ms"},
+        "peers": {"layouts", "speeds", "lucidrains", "diffusers"},
+    }
+    for row in rows:
+        figures = row["figures"]
+        assert figures.keys() >= wanted.get(row["row"]["kind"], set()), row
+        assert all(value > 0 for name, value in figures.items() if name.endswith(("_per_s", "_first_step_s")))
+    assert "| train celeba-64 x 256 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_the_gpu_benchmark_knows_the_presets() -> None:
+    of_gpus = {name: preset.options for name, preset in PRESETS.items() if "--use-gpu" in preset.command}
+    assert {name: options.unet for name, options in of_gpus.items()} == {k: unet for k, (unet, _) in gpu.NETWORKS.items()}
+    trained = {(row.network, row.batch_size) for row in gpu.plan() if row.kind == "train"}
+    assert trained >= {(name, options.global_batch_size) for name, options in of_gpus.items()}
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_no_row_begins_too_late() -> None:
+    def measured(row: gpu.Row, before: list[gpu.Result]) -> gpu.Result:
+        return gpu.Result(row, gpu.NO_ROOM if row.batch_size > 30 else gpu.MEASURED)
+
+    reports: list[int] = []
+    rows = [gpu.Row("train", "a", 100), gpu.Row("train", "b", 8, bound_s=1e6), gpu.Row("forward", "a", 1)]
+    deadline = time.monotonic() + 1000
+    found = gpu.measure(rows, measured, deadline, lambda results: reports.append(len(results)))
+    assert [(each.row.name, each.outcome) for each in found] == [
+        ("train a x 100", gpu.NO_ROOM),
+        ("train a x 50", gpu.NO_ROOM),
+        ("train a x 25", gpu.MEASURED),
+        ("train b x 8", gpu.NO_TIME),
+        ("forward a x 1", gpu.MEASURED),
+    ]
+    assert reports == [1, 2, 3, 4, 5]
+
+
+SCRIPTED = """
+import os, time
+
+def serve(pipe, options):
+    pipe.send({"refusal": options.only})
+    while True:
+        row, known = pipe.recv()
+        pipe.send({"figures": {"process": os.getpid()}})
+        if row.network == "hangs":
+            time.sleep(600)
+        if row.network == "dies":
+            os._exit(1)
+        pipe.send({"figures": {"known": sorted(known)}})
+        pipe.send({"outcome": "measured"})
+"""
+
+
+def test_a_row_that_hangs_or_dies_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scripted.py").write_text(SCRIPTED)
+    monkeypatch.syspath_prepend(tmp_path)
+    serve = importlib.import_module("scripted").serve
+    worker = gpu.Worker(gpu.Options(), time.monotonic() + 500, serve)
+    results: list[gpu.Result] = []
+    try:
+        for network, bound_s in {"good": 300, "hangs": 1, "dies": 300, "better": 300}.items():
+            results.append(worker.measure(gpu.Row("train", network, bound_s=bound_s), results))
+    finally:
+        worker.stop()
+    outcomes = [each.outcome for each in results]
+    assert outcomes[0] == outcomes[3] == gpu.MEASURED
+    assert outcomes[1].startswith("not done after")
+    assert outcomes[2].startswith(gpu.FAILED)
+    assert len({each.figures["process"] for each in results}) == 3  # a new one after each mishap; first figures kept
+    assert [each.figures.get("known") for each in results] == [[], None, None, ["train"]]
+
+    refused = gpu.Worker(gpu.Options(only="no GPU"), time.monotonic() + 500, serve)
+    with pytest.raises(InputError, match="no GPU"):
+        refused.measure(gpu.Row("device"), [])
+    refused.stop()
+
+
+def test_kernels_are_counted_by_kind() -> None:
+    def event(key: str, ms: float, *, kernel: bool = False, annotation: bool = False) -> types.SimpleNamespace:
+        where = torch.autograd.DeviceType.CUDA if kernel else torch.autograd.DeviceType.CPU
+        spent = {"self_device_time_total": ms * 1e3, "self_cpu_time_total": 7.0, "count": 2}
+        return types.SimpleNamespace(key=key, device_type=where, is_user_annotation=annotation, **spent)
+
+    events = [
+        event("aten::cudnn_convolution", 8),
+        event("aten::native_group_norm_backward", 4),
+        event("ScaledNormBackward", 2),
+        event("aten::linalg_vector_norm", 1),
+        event("aten::_softmax_backward_data", 0.5),
+        event("aten::copy_", 16),
+        event("aten::mul", 32),
+        event("aten::addmm", 64),
+        event("cudaLaunchKernel", 0),
+        event("a kernel", 130, kernel=True),
+        event("Optimizer.step", 1000, kernel=True, annotation=True),
+    ]
+    assert gpu_rows.by_kind(events, on_gpu=True) == {
+        "optimiser_and_clipping_ms": 1,
+        "convolutions_ms": 8,
+        "norms_ms": 6,
+        "softmax_ms": 0.5,
+        "matrix_products_ms": 64,
+        "copies_casts_layouts_ms": 16,
+        "sums_ms": 0,
+        "elementwise_ms": 32,
+        "other_ms": 2.5,
+        "all_ms": 130,
+        "kernels": 2,
+    }
+
+
+def test_what_the_gpu_benchmarks_rows_come_to() -> None:
+    def trained(size: int, gib: float, **other: Any) -> gpu.Result:
+        return gpu.Result(gpu.Row("train", "a", size, **other), figures={"reserved_gib": gib})
+
+    results = [trained(10, 6.0), trained(50, 26.0), trained(50, 99.0, compiled=True)]
+    assert gpu.fitting(results) == ["a: 1.0 GiB and 0.500 an image; 46 images in 24 GiB, 78 images in 40 GiB, 158 images in 80 GiB"]
+    speeds = ({"ddpm-translate": 1.0, "slow": 0.5}, {"ddpm-translate": 3.0}, {"slow": 1.5})
+    rows = [gpu.Result(gpu.Row("peers"), figures={"speeds": each}) for each in speeds]
+    assert gpu.against_peers(rows) == ["a training step of ours is 2.00 x slow's"]
+    assert gpu.against_peers(rows[:0]) == []

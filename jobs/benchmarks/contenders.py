@@ -22,7 +22,7 @@ BATCH_SIZE = 16
 PEERS = ("denoising_diffusion_pytorch", "diffusers")
 CPU = torch.device("cpu")
 
-Size = Literal["9M", "35M"]
+Size = Literal["tiny", "9M", "35M"]
 Layout = Literal["nchw", "channels_last"]
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -42,19 +42,19 @@ class Network:
 
 def networks(size: Size) -> list[Network]:
     """Ours first. All take 6 channels (noisy image and condition) to 3."""
-    big = size == "35M"
-    unet = UNetConfig(model_channels=64 if big else 32, channel_mult=(1, 2, 4, 9), num_res_blocks=1)
+    width = {"tiny": 16, "9M": 32, "35M": 64}[size]
+    unet = UNetConfig(model_channels=width, channel_mult=(1, 2, 4, 9), num_res_blocks=1, head_channels=min(width, 32))
     return [
         ours("ddpm-translate", unet, IMAGE_SIZE),
         Network(
             "lucidrains",
-            lambda: _lucidrains(64 if big else 32),
+            lambda: _lucidrains(width),
             lambda net, x, c, t: net(torch.cat([x, c], 1), t),
             "denoising_diffusion_pytorch",
         ),
         Network(
             "diffusers",
-            lambda: _diffusers((128, 128, 256, 320) if big else (64, 64, 128, 160)),
+            lambda: _diffusers((2 * width, 2 * width, 4 * width, 5 * width)),
             lambda net, x, c, t: net(torch.cat([x, c], 1), t).sample,
             "diffusers",
         ),
@@ -94,16 +94,21 @@ def import_peers() -> None:
     Raises:
         InputError: the extra is not installed.
     """
-    # A torchvision built for CUDA cannot be imported beside a CPU-only torch for want of these two operators.
-    there = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False)
-    if b"torchvision::nms does not exist" in there.stderr:
-        _OPERATORS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _OPERATORS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    allow_torchvision()
     for name in PEERS:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise InputError(f"no module {error.name!r}: the peers come with pip install -e '.[bench]'") from None
+
+
+@functools.cache
+def allow_torchvision() -> None:
+    """A torchvision built for CUDA cannot be imported beside a CPU-only torch for want of two operators."""
+    there = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False)
+    if b"torchvision::nms does not exist" in there.stderr:
+        _OPERATORS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _OPERATORS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
