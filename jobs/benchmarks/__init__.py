@@ -1,1 +1,1 @@
-"""What `jobs.benchmark` measures, one module a subject; `contenders` are what several measure, `gpu_rows` gpu's own part."""
+"""What `jobs.benchmark` measures: a module a subject, `contenders` for what several measure, `gpu_rows` of `gpu`."""

@@ -22,9 +22,9 @@ import multiprocessing.connection
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from ddpm_core import storage
 from ddpm_core.config import UNetConfig
 from ddpm_core.errors import InputError
 from jobs.common import cli
@@ -136,22 +136,21 @@ def run(options: Options) -> int:
     """Measure; write gpu.json and gpu.md; 3 where a row failed."""
     check(options)
     deadline = time.monotonic() + options.minutes * 60
-    output = storage.absolute(options.output, flag="--output")
-    storage.check_writable(output)
+    folder = Path(options.output).absolute()
     rows = [row for row in plan() if options.only in row.name or row.kind == "device"]
     worker = Worker(options, deadline)
 
     def report(results: Sequence[Result]) -> None:
         print(results[-1], flush=True)
         content = {"options": dataclasses.asdict(options), "rows": [dataclasses.asdict(each) for each in results]}
-        storage.write_bytes(storage.join(output, "gpu.json"), json.dumps(content, indent=2).encode())
-        storage.write_bytes(storage.join(output, "gpu.md"), markdown(results).encode())
+        write(folder / "gpu.json", json.dumps(content, indent=2))
+        write(folder / "gpu.md", markdown(results))
 
     try:
         results = measure(rows, worker.measure, deadline, report)
     finally:
         worker.stop()
-    print(f"\n{markdown(results)}\nwritten: {storage.join(output, 'gpu.json')} and gpu.md")
+    print(f"\n{markdown(results)}\n\nwritten: {folder / 'gpu.json'} and gpu.md")
     return cli.SET_ASIDE if any(each.outcome.startswith(FAILED) for each in results) else cli.DONE
 
 
@@ -164,6 +163,13 @@ def check(options: Options) -> None:
         raise InputError(
             f"--only {options.only}: no row is called so; they are {', '.join(row.name for row in plan())}"
         )
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all; not by `ddpm_core.storage`, which needs pyarrow."""
+    aside = path.with_name(f"{path.name}.new")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def measure(

@@ -221,7 +221,10 @@ def kinds(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], te
     if machine.is_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.synchronize()
-    with cli.muted_stderr(), torch.profiler.profile(activities=activities) as trace:  # it tells that it starts and stops
+    with (
+        cli.muted_stderr(),
+        torch.profiler.profile(activities=activities) as trace,
+    ):  # it tells that it starts and stops
         stepper.step(*batch)
         if machine.is_gpu:
             torch.cuda.synchronize()

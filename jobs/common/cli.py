@@ -4,6 +4,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import os
 import re
@@ -34,10 +35,10 @@ def parse(
     lines: list[str] = []
     try:
         with contextlib.redirect_stderr(_Lines(lines)):
-            try:
-                import tyro
-            except ModuleNotFoundError:
+            if importlib.util.find_spec("tyro") is None:
                 return _parsed_plainly(cls, argv, prog, description)
+            import tyro
+
             extra = {} if default is None else {"default": default}
             return tyro.cli(cls, args=argv, prog=f"python -m {prog}", description=description, **extra)
     except SystemExit as stop:
@@ -47,7 +48,7 @@ def parse(
 
 
 def _parsed_plainly(cls: Any, argv: Sequence[str], prog: str, description: str | None) -> Any:
-    """`parse` of a flat dataclass with defaults, for a machine that is lent for a benchmark and has little installed."""
+    """`parse` of a flat dataclass with defaults, for a machine lent for a benchmark that has little installed."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {prog}",
         description=description,
@@ -103,11 +104,11 @@ class _Lines:
 
 
 def _one_line(pieces: list[str], prog: str) -> str:
-    """tyro's boxed message as one line."""
+    """The boxed message of tyro, or argparse's, as one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", "".join(pieces))
     lines = [re.sub(r"^[\s│╭╰─╮╯├┤]+|[\s│╭╰─╮╯├┤]+$", "", line) for line in text.splitlines()]
     body = " ".join(line for line in lines if line)
-    body = re.sub(r"\s*For full helptext.*$", "", body)
+    body = re.sub(r"^usage: .*? error: |\s*For full helptext.*$", "", body)
     body = re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error|Invalid choice)\s+", "", body)
     return f"{body or 'wrong arguments'} (python -m {prog} --help lists the options)"
 

@@ -14,7 +14,7 @@ from ddpm_core.config import (
 )
 from ddpm_core.errors import InputError
 from jobs.common import cli
-from jobs.training.networks import MISSION_128, MISSION_64
+from jobs.training.networks import MISSION_64, MISSION_128
 from jobs.training.options import OptimConfig, TrainArgs, TrainOptions
 
 
