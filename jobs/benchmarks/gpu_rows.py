@@ -50,12 +50,12 @@ class Machine:
     def network(self, name: str) -> Network:
         """The network of a preset, or one among the peers."""
         if name not in NETWORKS:
-            return {each.name: each for each in contenders.networks("tiny" if self.tiny else "35M")}[name]
+            network = {each.name: each for each in contenders.networks("tiny" if self.tiny else "35M")}[name]
+            return dataclasses.replace(network, image_size=16) if self.tiny else network
         unet, image_size = NETWORKS[name]
         if self.tiny:
-            small: Any = {"model_channels": 16, "channel_mult": (1, 2), "num_res_blocks": 1, "head_channels": 8}
-            unet = dataclasses.replace(unet, condition_channels=16, attn_resolutions=(16,), **small)
-            image_size = 16
+            small: Any = {"model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "head_channels": 8}
+            unet, image_size = dataclasses.replace(unet, condition_channels=8, attn_resolutions=(8,), **small), 8
         return contenders.ours(name, unet, image_size)
 
     def stepper(self, network: Network, layout: Layout, *, compiled: bool = False) -> Stepper:
@@ -118,10 +118,10 @@ def outcome(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], 
             return f"{FAILED}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return f"{NO_ROOM} into {torch.cuda.get_device_properties(0).total_memory / GIB:.1f} GiB"
     finally:
-        gc.collect()
         if row.compiled or row.kind == "compiled":
             torch.compiler.reset()
         if machine.is_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
     return MEASURED
 
