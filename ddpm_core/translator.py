@@ -2,17 +2,19 @@
 
 from ddpm_core import checkpoint, images, translator
 translate = translator.Translator(checkpoint.load("runs/earth"))
-night = translate(day, "night")          # uint8 b h w 3 → uint8 b h w 3
+night = translate(day, "night")          # uint8 b h w 3, or Pillow images of any size → uint8 b h w 3
 """
 
 import functools
+import io
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ddpm_core import config as configs
@@ -28,8 +30,80 @@ from ddpm_core.precision import autocast, in_float32, resolve
 
 Preview = Callable[[int, UInt8[np.ndarray, "b h w 3"]], None]
 """Called after each step with the number of steps done and how the images look by then."""
+Progress = Callable[[int, int], None]
+"""Called after each step with the number of steps done and of all steps (the way there, of start ddib, is not one)."""
 NUM_FIXED_POINT_STEPS = 3
 """Evaluations for each step of the inversion that start ddib makes."""
+
+
+class Translated(NamedTuple):
+    """What came of a batch."""
+
+    images: UInt8[np.ndarray, "b h w 3"]
+    finite: Bool[np.ndarray, " b"]
+    """False where the network gave something that is no number: there the image means nothing."""
+
+
+NOT_FINITE = "the network gave values that are not finite numbers; take weaker guidance, or another checkpoint"
+"""What is wrong with a result that is not `Translated.finite`."""
+
+
+def check_sampling(
+    config: ModelConfig, sampling: SamplingConfig, domain: str, *, source_domain: str | None = None
+) -> None:
+    """Refuse, before any work, all that a `Translator` of `config` would refuse: it makes this check itself.
+
+    Raises:
+        InputError: an option or a side that cannot be used, or has no effect, by name.
+    """
+    configs.check_sampling(sampling, config.diffusion.num_timesteps)
+    target_index(config, domain)
+    if source_domain is not None and sampling.start != "ddib":
+        raise InputError(f"source_domain has no effect with sampling.start {sampling.start}; leave it out")
+    if config.method != "diffusion":
+        return
+    _timesteps(config, sampling)
+    if sampling.start == "ddib":
+        _source_index(config, domain, source_domain)
+
+
+def target_index(config: ModelConfig, domain: str) -> int:
+    """Index of the side `domain`.
+
+    Raises:
+        InputError: there is no such side, or the network was not trained to produce it.
+    """
+    index = configs.domain_index(config, domain)
+    known = config.target_domains or config.domains
+    if domain not in known:
+        raise InputError(f"this checkpoint was not trained to produce {domain!r}, only {', '.join(known)}")
+    return index
+
+
+def _source_index(config: ModelConfig, domain: str, source_domain: str | None) -> int:
+    """Index of the side the images are on, by default the other of two."""
+    others = [name for name in config.domains if name != domain]
+    if source_domain is None and len(others) != 1:
+        raise InputError(
+            f"sampling.start ddib: the images may be on any of the sides {', '.join(others)}; give source_domain "
+            "(of the library's Translator), or take another start"
+        )
+    return target_index(config, source_domain or others[0])
+
+
+def _timesteps(config: ModelConfig, sampling: SamplingConfig) -> Int64[Tensor, " n"]:
+    """The visited timesteps.
+
+    Raises:
+        InputError: none is left, or they cannot be gone back.
+    """
+    num_timesteps = config.diffusion.num_timesteps
+    timesteps = samplers.SPACINGS[sampling.spacing](num_timesteps, sampling.num_steps)
+    if sampling.start == "sdedit":
+        return samplers.sdedit_timesteps(timesteps, sampling.strength, num_timesteps)
+    if sampling.start == "ddib":
+        samplers.check_invertible(timesteps, schedule.alphas_cumprod(config.diffusion))
+    return timesteps
 
 
 class Translator:
@@ -98,50 +172,89 @@ class Translator:
         return sampling
 
     def domain_index(self, domain: str) -> int:
-        """Index of the side `domain`.
+        return target_index(self.config, domain)
 
-        Raises:
-            InputError: there is no such side, or this checkpoint was not trained to produce it.
-        """
-        index = configs.domain_index(self.config, domain)
-        known = self.config.target_domains or self.config.domains
-        if domain not in known:
-            raise InputError(f"this checkpoint was not trained to produce {domain!r}, only {', '.join(known)}")
-        return index
-
-    @torch.no_grad()
     def __call__(
         self,
-        pictures: UInt8[np.ndarray, "b h w 3"],
+        pictures: UInt8[np.ndarray, "b h w 3"] | Sequence[Image.Image],
         domain: str,
         *,
         seed: int = 0,
         source_domain: str | None = None,
         callback: Preview | None = None,
+        progress: Progress | None = None,
         **overrides: Any,
     ) -> UInt8[np.ndarray, "b h w 3"]:
-        """Translate square images of the model's size to `domain`.
+        """Translate images to `domain`.
 
+        `pictures`: square images of the side `config.image_size`, as `images.read_square` makes them; or Pillow images
+        of any size, which are turned upright and cut to such squares. The results are squares of the same side.
         `overrides`: as `options` takes them. `source_domain`: of start ddib, the side the images are on, by default
-        the other of two.
+        the other of two. `callback`, `progress`: called after each step.
+
+        Raises:
+            InputError: an option or a side that cannot be used, by name; or what comes out are no numbers.
+        """
+        made = self.attempt(
+            pictures,
+            domain,
+            seed=seed,
+            source_domain=source_domain,
+            callback=callback,
+            progress=progress,
+            **overrides,
+        )
+        if not made.finite.all():
+            raise InputError(f"images {', '.join(map(str, np.flatnonzero(~made.finite)))} of the batch: {NOT_FINITE}")
+        return made.images
+
+    @torch.no_grad()
+    def attempt(
+        self,
+        pictures: UInt8[np.ndarray, "b h w 3"] | Sequence[Image.Image],
+        domain: str,
+        *,
+        seed: int = 0,
+        source_domain: str | None = None,
+        callback: Preview | None = None,
+        progress: Progress | None = None,
+        **overrides: Any,
+    ) -> Translated:
+        """As a call, but an image that comes to nothing does not take the others of its batch with it.
 
         Raises:
             InputError: an option or a side that cannot be used, by name.
         """
         sampling = self.options(**overrides)
-        target = self.domain_index(domain)
-        if source_domain is not None and sampling.start != "ddib":
-            raise InputError(f"source_domain has no effect with sampling.start {sampling.start}; leave it out")
-        source = self._source_index(domain, source_domain) if sampling.start == "ddib" else None
+        check_sampling(self.config, sampling, domain, source_domain=source_domain)
+        target = target_index(self.config, domain)
+        source = _source_index(self.config, domain, source_domain) if sampling.start == "ddib" else None
+        pictures = self._squares(pictures)
         if len(pictures) == 0:
-            return pictures
+            return Translated(pictures, np.ones(0, bool))
         source_images = images.to_tensor(pictures, self.device)
         condition = structure(source_images) if self.config.shown == "structure" else source_images
         if self.config.method != "diffusion":
-            return images.to_uint8(self.network(condition, _labels(target, condition)))
-        generators = [seeded(seed, images.content_hash(picture)) for picture in pictures]
-        x_0 = self._sample(source_images, condition, target, source, generators, sampling, _as_seen(callback))
-        return images.to_uint8(x_0)
+            x_0 = self.network(condition, _labels(target, condition))
+            _told(callback, progress, 1)(1, x_0)
+        else:
+            generators = [seeded(seed, images.content_hash(picture)) for picture in pictures]
+            told = functools.partial(_told, callback, progress)
+            x_0 = self._sample(source_images, condition, target, source, generators, sampling, told)
+        finite = x_0.isfinite().flatten(1).all(1)
+        return Translated(images.to_uint8(x_0.nan_to_num()), finite.cpu().numpy())
+
+    def _squares(self, pictures: UInt8[np.ndarray, "b h w 3"] | Sequence[Image.Image]) -> UInt8[np.ndarray, "b h w 3"]:
+        """See `__call__`."""
+        side = self.config.image_size
+        if not isinstance(pictures, np.ndarray):
+            pictures = np.array([_square(picture, side) for picture in pictures], np.uint8).reshape(-1, side, side, 3)
+        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3:
+            raise InputError(
+                f"images are {pictures.dtype} {' x '.join(map(str, pictures.shape))}; give uint8 b x {side} x {side} "
+                "x 3, or a list of Pillow images"
+            )
+        return pictures
 
     def _in_precision(self, model: nn.Module) -> Network:
         """`model` in the precision it is to run in; what samplers do with its output stays in float32."""
@@ -160,11 +273,11 @@ class Translator:
         source: int | None,
         generators: list[torch.Generator],
         sampling: SamplingConfig,
-        callback: samplers.Callback | None,
+        told: Callable[[int], samplers.Callback],
     ) -> Float[Tensor, "b 3 h w"]:
         """x_0 for each of the images; `source` is the side they are on where start is ddib."""
         chain: Any = {"alphas_cumprod": self.alphas_cumprod, "prediction": self.config.diffusion.prediction}
-        timesteps = samplers.SPACINGS[sampling.spacing](len(self.alphas_cumprod), sampling.num_steps)
+        timesteps = _timesteps(self.config, sampling)
         x_T = draw_noise(generators, condition)
         if sampling.start == "sdedit":
             x_T, timesteps = samplers.sdedit_start(
@@ -186,7 +299,7 @@ class Translator:
             timesteps=timesteps,
             generators=generators,
             clip=source is None,  # inversion does not clip: the way back must not either
-            callback=callback,
+            callback=told(len(timesteps)),
             **chain,
         )
 
@@ -227,22 +340,33 @@ class Translator:
         labels, num_domains = _labels(domain, condition), len(self.config.domains)
         return guidance.classifier_free(network, condition, labels, num_domains=num_domains, **scales)
 
-    def _source_index(self, domain: str, source_domain: str | None) -> int:
-        """Index of the side the images are on, by default the other of two."""
-        others = [name for name in self.config.domains if name != domain]
-        if source_domain is None and len(others) != 1:
-            raise InputError(
-                f"sampling.start ddib: the images may be on any of the sides {', '.join(others)}; give source_domain"
-            )
-        return self.domain_index(source_domain or others[0])
-
 
 def _labels(domain: int, like: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
     return torch.full((len(like),), domain, dtype=torch.int64, device=like.device)
 
 
-def _as_seen(preview: Preview | None) -> samplers.Callback | None:
-    return None if preview is None else lambda done, x_0: preview(done, images.to_uint8(x_0))
+def _told(preview: Preview | None, progress: Progress | None, num_steps: int) -> samplers.Callback:
+    """What a sampler of that many steps calls after each of them."""
+
+    def step_done(done: int, x_0: Float[Tensor, "b 3 h w"]) -> None:
+        if progress is not None:
+            progress(done, num_steps)
+        if preview is not None:
+            preview(done, images.to_uint8(x_0))
+
+    return step_done
+
+
+def _square(picture: Image.Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
+    """A Pillow image of any mode and size as training stored it; by way of a file, of which `images` knows what colours
+    mean in other modes and with a profile."""
+    if not isinstance(picture, Image.Image):
+        raise InputError(f"an image is a {type(picture).__name__}; give an array b h w 3, or a list of Pillow images")
+    upright, file = ImageOps.exif_transpose(picture), io.BytesIO()
+    if "transparency" in upright.info or upright.mode in ("HSV", "RGBa", "La"):
+        upright = upright.convert("RGBA")
+    upright.save(file, "TIFF")
+    return images.read_square(file.getvalue(), side)
 
 
 def _asked(config: ModelConfig, domain: int) -> tuple[str, bool]:

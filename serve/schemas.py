@@ -10,6 +10,7 @@ from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.faces import Align
+from ddpm_core.translator import check_sampling
 
 
 class Arguments(BaseModel):
@@ -102,6 +103,7 @@ def complete(query: Query, config: ModelConfig) -> Options:
     given = query.model_dump(include=set(SamplingQuery.model_fields))
     try:
         sampling = configs.override_sampling(config, given)
+        check_sampling(config, sampling, domain)
     except InputError as error:  # by the query's names: num_steps, not sampling.num-steps
         named = re.sub(r"(?:sampling|diffusion)\.([a-z-]+)", lambda name: name[1].replace("-", "_"), str(error))
         raise InputError(named) from None

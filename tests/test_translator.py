@@ -1,11 +1,14 @@
 """The translator: every sampling option reaches the sampler, costs what it should, and is refused where it is idle."""
 
 import dataclasses
+import io
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddpm_core import conditioning, guidance, images, samplers
 from ddpm_core.checkpoint import Checkpoint, build
@@ -13,7 +16,7 @@ from ddpm_core.config import DiffusionConfig, GANConfig, ModelConfig, SamplingCo
 from ddpm_core.diffusion import draw_noise, q_sample, seeded
 from ddpm_core.encoders import AttributeClassifier, EncoderConfig, IdentityEncoder
 from ddpm_core.errors import InputError
-from ddpm_core.translator import Translator
+from ddpm_core.translator import Translator, check_sampling
 
 TINY = ModelConfig(
     image_size=8,
@@ -194,6 +197,113 @@ def test_unknown_domains_are_refused():
 
 def test_no_images_give_no_images():
     assert translator()(pictures(0), "night").shape == (0, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "sampling", "named"),
+    [
+        ({}, {"start": "sdedit", "strength": 0.1}, "strength is 0.1: none of the 4 steps is left"),
+        ({}, {"start": "sdedit", "strength": 0.01, "num_steps": 50, "spacing": "trailing"}, "none of the 50 steps"),
+        ({"diffusion": V_PREDICTION}, {"start": "ddib", "num_steps": 1}, "one step from pure noise cannot be inverted"),
+        ({"target_domains": ("night",)}, {"start": "ddib"}, "not trained to produce 'day'"),
+        ({"domains": ("day", "dusk", "night")}, {"start": "ddib"}, "on any of the sides day, dusk"),
+        ({"target_domains": ("day",)}, {}, "not trained to produce 'night'"),
+        ({"domains": ("day", "dusk")}, {}, "unknown domain 'night'"),
+        ({}, {"num_steps": 1001}, "num-steps is 1001"),
+        ({}, {"start": "sdedit", "strength": 0.01, "num_steps": 1000}, ""),
+        ({}, {"start": "sdedit", "strength": 0.01, "num_steps": 50, "spacing": "leading"}, ""),
+        ({"diffusion": V_PREDICTION}, {"start": "ddib", "num_steps": 2}, ""),
+    ],
+    ids=str,
+)
+def test_what_sampling_would_refuse_is_known_before_it(config, sampling, named):
+    """Without a network; and the network agrees."""
+    config = replace(**config)
+    wanted = dataclasses.replace(config.sampling, **sampling)
+    if not named:
+        check_sampling(config, wanted, "night")
+        return
+    for refuse in (
+        lambda: check_sampling(config, wanted, "night"),
+        lambda: translator(config)(pictures(1), "night", **sampling),
+    ):
+        with pytest.raises(InputError, match=named):
+            refuse()
+
+
+# -- images in and out ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "HSV", "I;16", "F", "PA"])
+def test_pillow_images_are_prepared_as_files_are(mode):
+    photo = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 20, 3), np.uint8))
+    if mode == "I;16":
+        photo = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257)
+    elif mode == "F":
+        photo = Image.fromarray(np.asarray(photo.convert("L")).astype(np.float32) / 255)
+    else:
+        photo = photo.convert("RGBA" if mode == "PA" else mode)
+        photo = photo.convert("PA") if mode == "PA" else photo
+    translate = translator()
+    upright = photo.convert("RGB") if mode not in ("I;16", "F") else photo
+    file = io.BytesIO()
+    upright.save(file, "TIFF")
+    right = translate(images.read_square(file.getvalue(), 8)[None], "night")
+    found = translate([photo], "night")
+    assert found.shape == (1, 8, 8, 3)
+    assert np.abs(found.astype(int) - right).max() <= 12  # YCbCr, CMYK and HSV have roundings of their own
+
+
+def test_a_pillow_image_is_turned_upright_and_keeps_its_profile():
+    photo = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 20, 3), np.uint8))
+    translate, exif = translator(), Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    turned, file = photo.transpose(Image.Transpose.ROTATE_90), io.BytesIO()
+    turned.save(file, "PNG", exif=exif)
+    opened = Image.open(io.BytesIO(file.getvalue()))
+    assert np.array_equal(translate([opened, photo], "night")[0], translate([photo], "night")[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (np.zeros((1, 8, 8, 3)), "images are float64 1 x 8 x 8 x 3; give uint8"),
+        (np.zeros((8, 8, 3), np.uint8), "images are uint8 8 x 8 x 3"),
+        (np.zeros((1, 3, 8, 8), np.uint8), "images are uint8 1 x 3 x 8 x 8"),
+        (["photo.jpg"], "an image is a str"),
+    ],
+    ids=["float", "one", "channels-first", "name"],
+)
+def test_what_is_no_image_is_refused(given, named, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside of the tests
+    with pytest.raises(InputError, match=named):
+        translator()(given, "night")
+
+
+def test_no_values_are_no_image():
+    """Neither black squares nor the end of the other images."""
+    translate, sources = translator(), pictures(3)
+    alone = translate(sources[1:2], "night")
+    translate.model.register_forward_hook(
+        lambda module, args, output: torch.where(args[2].sum((1, 2, 3), keepdim=True) == broken, torch.nan, output)
+    )
+    broken = images.to_tensor(sources)[0].sum()
+    made = translate.attempt(sources, "night")
+    assert made.finite.tolist() == [False, True, True]
+    assert np.abs(made.images[1:2].astype(int) - alone).max() <= 1
+    with pytest.raises(InputError, match="images 0 of the batch: the network gave values that are not finite numbers"):
+        translate(sources, "night")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [({}, 4), ({"start": "sdedit", "strength": 0.5}, 2), ({"start": "ddib"}, 4), ({"sampler": "dpm_solver"}, 4)],
+    ids=str,
+)
+def test_progress_is_told_step_by_step(overrides, steps):
+    told = []
+    translator()(pictures(1), "night", progress=lambda done, total: told.append((done, total)), **overrides)
+    assert told == [(done, steps) for done in range(1, steps + 1)]
 
 
 # -- what a result depends on ---------------------------------------------------------------------------------------
@@ -475,7 +585,7 @@ def test_a_gan_draws_in_one_pass(method):
 
 def test_sampling_options_are_refused_for_a_gan():
     translate = translator(replace(method="pix2pix"))
-    with pytest.raises(InputError, match="num_steps: no effect on pix2pix"):
+    with pytest.raises(InputError, match="num-steps: no effect on pix2pix"):
         translate(pictures(), "night", num_steps=9, guidance_scale=1.0)
     # What callers hand on without having been asked, the checkpoint's own values, is no mistake.
     assert translate.options(num_steps=4, sampler="ddim") == TINY.sampling

@@ -12,6 +12,7 @@ from ddpm_core import checkpoint, provenance, storage
 from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
+from ddpm_core.translator import check_sampling
 from jobs.common import resume
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.evaluation import plan
@@ -197,7 +198,8 @@ def sampling_space(config: ModelConfig, given: Space) -> Space:
             try:
                 fields, _ = spaces.sampling_options({**base, name: corner})
                 sampling = configs.from_dict(SamplingConfig, fields, where="sampling")
-                configs.check_sampling(sampling, config.diffusion.num_timesteps)
+                for domain in config.target_domains or config.domains:
+                    check_sampling(config, sampling, domain)
             except InputError as error:
                 raise InputError(f"--space sampling.{name} = {corner}: {error}") from None
     low, high = (max(map(float, space["guidance_low"].corners)), min(map(float, space["guidance_high"].corners)))
