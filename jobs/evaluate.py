@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     storage.check_writable(job.args.output)
     with contextlib.nullcontext() if args.num_workers == 0 else cli.ray_session():
         evaluation, files = driver.evaluate(job)
-    for domain in evaluation["domains"].values():
+    for name, domain in evaluation["domains"].items():
+        print(f"to {name}: {domain['headline']}")
         for verdict in domain["verdicts"]:
             print(f"  {verdict['text']} ({verdict['figures']})")
     driver.write(job, evaluation, files)

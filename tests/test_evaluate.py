@@ -26,6 +26,7 @@ from jobs.datasets.format import DatasetCard, Pairing, Row
 from jobs.evaluation import baselines, driver, summary, worker
 from jobs.evaluation import metrics as evaluation_metrics
 from jobs.evaluation import plan as evaluation_plan
+from jobs.reports.metric_table import METHODS
 from jobs.translation.options import GuidanceNets
 
 SIDE = 16
@@ -505,6 +506,45 @@ def test_a_model_that_repeats_its_training_images_is_found_out() -> None:
     assert "fd" not in found.summaries["model"]
 
 
+def test_what_is_copied_is_not_told_by_a_few_real_images() -> None:
+    draw = np.random.default_rng(0)
+    train, model = (draw.normal(size=(40, 8)).astype(np.float32) for _ in range(2))
+    for num, told in ((3, False), (98, False), (99, True)):
+        found = summary.summarise(measured_of(train, model, draw.normal(size=(num, 8)).astype(np.float32)), seed=0)
+        assert ("copied" in found.values["model"]) == told
+        assert "neighbor_distance" in found.values["model"]
+        notes = summary.notes(found, pairing="unpaired", domain="night", num_train=(40, 40), elsewhere=False)
+        assert any("copied: nearer" in note for note in notes) == told
+
+
+def test_a_headline_is_never_empty_and_claims_nothing_of_a_few_images() -> None:
+    draw = np.random.default_rng(0)
+    ours = 20 + draw.normal(size=40)
+    better, worse, even = (
+        evaluation_metrics.verdict("psnr", METHODS[name], ours, ours - by * (1 + draw.normal(0, 0.1, 40)))
+        for name, by in (("copy", 3.0), ("linear", -3.0), ("copy", 0.0))
+    )
+    assert summary.headline([better], num_images=40) == "It beats a copy of the source in PSNR."
+    assert summary.headline([worse], num_images=40) == "It does not beat the best linear colour map in PSNR."
+    assert summary.headline([even], num_images=40) == "There is no clear difference to a copy of the source in PSNR."
+    assert "too few to tell good from bad" in summary.headline([better], num_images=3)
+    assert "is not known" in summary.headline([], num_images=40)
+
+
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+def test_an_evaluation_of_few_images_says_how_little_it_rests_on(
+    tmp_path: Path, checkpoint_folder: str, pairing: Pairing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset, output = write_set(tmp_path / "set", pairing, num_test=12), tmp_path / "out"
+    argv = command(checkpoint_folder, dataset, output, "--domain", "night", "--num-images", "3", "--num-workers", "0")
+    assert evaluate.main([*argv, "--num-diverse", "0"]) == cli.DONE
+    assert "This rests on 3 images: too few to tell" in capsys.readouterr().out
+    page = (output / "report.html").read_text()
+    assert '<p class="headline">This rests on 3 images: too few to tell' in page
+    assert '<li class="good">' not in page
+    assert '<td class="best">' not in page
+
+
 def test_an_empty_side_leaves_out_what_it_cannot_measure() -> None:
     none = np.zeros((0, 0), np.float32)
     model = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
@@ -601,7 +641,7 @@ def test_the_same_evaluation_differs_in_nothing(evaluations: Path, capsys: pytes
     by_metric = {row["metric"]: row for row in found["metrics"]}
     assert {"psnr", "ssim", "kid", "perceptual", "diversity"} <= by_metric.keys()
     for row in by_metric.values():
-        assert row["words"] == "no clear difference"
+        assert row["words"] == ("too few to tell" if row["num"] < 20 else "no clear difference")
         assert row["a"] == row["b"]
         assert row["difference"]["mean"] == 0
     assert by_metric["psnr"]["num"] == 24

@@ -292,6 +292,14 @@ def test_verdicts_say_better_worse_and_unclear() -> None:
     assert "no clear difference" in unclear.text
 
 
+@pytest.mark.parametrize("num", [1, 2, metrics.MIN_KID_IMAGES - 1])
+def test_a_few_images_make_no_verdict(num: int) -> None:
+    ours = np.linspace(30, 31, num)
+    found = metrics.verdict("psnr", "a copy", ours, ours - 20)
+    assert (found.better, found.figures) == (None, f"{ours.mean():.2f} dB against {ours.mean() - 20:.2f} dB")
+    assert found.text == f"PSNR: {num} image{'s' * (num > 1)}, too few to compare with a copy"
+
+
 def test_verdicts_know_each_metrics_direction_and_the_level() -> None:
     draw = np.random.default_rng(0)
     ours = draw.random(200)

@@ -21,7 +21,7 @@ def test_bootstrap_interval_is_the_normal_one_for_many_values() -> None:
 
 
 def test_bootstrap_is_seeded_and_refuses_nothing_at_all() -> None:
-    values = np.arange(10.0)
+    values = np.arange(30.0)
     assert intervals.bootstrap(values, seed=3) == intervals.bootstrap(values, seed=3)
     assert intervals.bootstrap(values, seed=3) != intervals.bootstrap(values, seed=4)
     with pytest.raises(ValueError, match="at least one"):
@@ -62,12 +62,28 @@ def test_a_paired_difference_sees_what_two_intervals_do_not() -> None:
     draw = np.random.default_rng(0)
     theirs = draw.normal(0, 10, 200)
     found = intervals.difference(theirs + 0.5 + draw.normal(0, 1, 200), theirs)
-    assert intervals.significant(found)
+    assert intervals.significant(found, 200)
     assert found.mean == pytest.approx(0.5, abs=0.2)
     assert found.high - found.low == pytest.approx(2 * 1.96 / 200**0.5, rel=0.2)
     assert intervals.difference(theirs, theirs) == intervals.Interval(0.0, 0.0, 0.0)
-    assert not intervals.significant(intervals.Interval(0.0, 0.0, 0.0))
-    assert intervals.significant(intervals.Interval(-2.0, -3.0, -1.0))
+    assert not intervals.significant(intervals.Interval(0.0, 0.0, 0.0), 200)
+    assert intervals.significant(intervals.Interval(-2.0, -3.0, -1.0), intervals.ENOUGH)
+
+
+def test_a_few_values_have_students_interval_and_claim_nothing() -> None:
+    """Of -1 and 1: the quantile tan(0.475 pi) times the standard error 1; of a single value there is none."""
+    two = intervals.bootstrap(np.array([-1.0, 1.0]))
+    assert (two.low, two.high) == pytest.approx((-np.tan(0.475 * np.pi), np.tan(0.475 * np.pi)))
+    assert intervals.bootstrap(np.array([7.0])) == intervals.Interval(7.0, 7.0, 7.0)
+    draw = np.random.default_rng(0)
+    for num in (2, 3, 5, 10):
+        held = [holds(intervals.bootstrap(draw.normal(size=num), num_resamples=200), 0.0) for _ in range(400)]
+        assert 0.92 <= coverage(held) <= 0.985, num
+    few = intervals.ENOUGH - 1
+    assert not intervals.significant(intervals.Interval(-2.0, -3.0, -1.0), few)
+    assert intervals.rests_on(few).startswith("This rests on 19 images: too few")
+    assert intervals.rests_on(1, "validation row").startswith("This rests on 1 validation row: ")
+    assert intervals.rests_on(intervals.ENOUGH) == ""
 
 
 def test_the_difference_of_two_rates_is_never_certain() -> None:
@@ -115,7 +131,9 @@ def test_bonferroni_keeps_all_comparisons_right_at_once() -> None:
     for _ in range(80):  # eight comparisons without a difference
         values = draw.normal(size=(3, 8, 20))
         for level, told in ((0.95, single), (intervals.bonferroni(8), together)):
-            told.append(any(intervals.significant(intervals.two_level(values[:, i], level=level)) for i in range(8)))
+            told.append(
+                any(intervals.significant(intervals.two_level(values[:, i], level=level), 20) for i in range(8))
+            )
     assert coverage(single) > 0.1
     assert coverage(together) <= 0.06
 
@@ -196,8 +214,8 @@ def test_two_samplings_of_the_same_networks_are_told_apart_where_two_trainings_a
     draw = np.random.default_rng(0)
     theirs = crossed(draw, 3, 100, (2, 1, 0.1))
     ours = theirs + 0.1 + 0.1 * draw.normal(size=theirs.shape)
-    assert intervals.significant(intervals.two_level_difference(ours, theirs, paired_seeds=True))
-    assert not intervals.significant(intervals.two_level_difference(ours, theirs, paired_seeds=False))
+    assert intervals.significant(intervals.two_level_difference(ours, theirs, paired_seeds=True), 100)
+    assert not intervals.significant(intervals.two_level_difference(ours, theirs, paired_seeds=False), 100)
     same = intervals.two_level_difference(ours, theirs, paired_seeds=True)
     alone = intervals.two_level(ours - theirs)
     assert (same.mean, same.low, same.high) == pytest.approx((alone.mean, alone.low, alone.high))

@@ -161,6 +161,17 @@ def test_the_best_method_is_marked_and_real_images_do_not_compete(evaluation: di
     assert marked == ["21.50", "0.2000"]
 
 
+def test_one_alone_is_not_the_best_nor_any_of_a_few_images(evaluation: dict[str, Any]) -> None:
+    night = evaluation["domains"]["night"]
+    del night["methods"]["copy"]
+    assert 'class="best"' not in report.build({}, evaluation, ())
+    night["methods"]["copy"] = {"name": "copy", "metrics": {"psnr": {"mean": 3.0, "low": 3.0, "high": 3.0}}}
+    night["num_images"] = 19
+    page = report.build({}, evaluation, ())
+    assert 'class="best"' not in page
+    assert "<td>3.00</td>" in page  # of a single image there is no interval
+
+
 def test_nothing_is_fetched_and_nothing_is_executed(run: Path, evaluation: dict[str, Any]) -> None:
     report.write_report(str(run), run_uri=str(run), evaluation=evaluation)
     page = (run / "report.html").read_text()
@@ -295,7 +306,7 @@ def test_a_running_runs_page_says_how_far_it_is_and_loads_itself_again(run: Path
     page = (run / "report.html").read_text()
     assert f'<meta http-equiv="refresh" content="{report.REFRESH_S}">' in page
     assert "<title>67% · earth: day → night</title>" in page
-    assert '<h2 class="even">Running</h2><progress value="20" max="30"' in page
+    assert '<h2 class="plain">Running</h2><progress value="20" max="30"' in page
     assert facts_of(page) == {
         "Step": "20 of 30",
         "Epoch": "2 of 3",
@@ -308,6 +319,40 @@ def test_a_running_runs_page_says_how_far_it_is_and_loads_itself_again(run: Path
         "Taken up again": "2 ×, at step 5, 10",
     }
     assert "As of 2026-01-02 04:04:05 UTC." in page
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("num", "told"), [(2, True), (19, True), (20, False), (None, False)])
+def test_a_finished_run_says_on_how_few_images_its_checkpoint_was_chosen(
+    run: Path, num: int | None, told: bool
+) -> None:
+    (run / "best.json").write_text(json.dumps({"checkpoint": "checkpoints/step-20", "metric": {"loss": 1, "step": 20}}))
+    if num is not None:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = [{**row, "num_images": num} if row["split"] == "val" else row for row in rows]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write_report(str(run), run_uri=str(run), status={**STATUS, "state": "finished"})
+    page = (run / "report.html").read_text()
+    assert '<h2 class="plain">Finished</h2>' in page  # an end is no success
+    assert (f"The choice of the best checkpoint rests on {num} validation images: too few" in page) == told
+
+
+@pytest.mark.parametrize(
+    ("bands", "names"),
+    [
+        ((0, 2), ["t in quarter 1 (least noisy)", "t in quarter 3"]),
+        ((1, 3), ["t in quarter 2", "t in quarter 4 (noisiest)"]),
+        ((2,), ["t in quarter 3"]),
+    ],
+)
+def test_a_band_is_called_by_its_place_in_the_chain(
+    monkeypatch: pytest.MonkeyPatch, bands: tuple[int, ...], names: list[str]
+) -> None:
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(report, "draw_lines", lambda axes, rows, labels, **_: drawn.append([*labels.values()]))
+    rows = [{"step": n, "split": "val", "loss": 1.0, **{f"loss_band_{i}": 1.0 for i in bands}} for n in (1, 2)]
+    report.build({"rows": rows}, {}, [])
+    assert drawn == [names, names]  # light and dark
 
 
 @pytest.mark.parametrize("state", ["finished", "diverged", "interrupted", "failed"])

@@ -246,6 +246,18 @@ def test_who_lags_behind_is_stopped_and_nobody_at_the_last_epoch() -> None:
     assert results(scheduler, "d", [1, 1, 1, 1, 1, 1, 1, 1, 99]) == ["CONTINUE"] * 9  # it ends by itself
 
 
+def test_the_baseline_goes_on_to_its_last_epoch_and_its_losses_count_for_the_others(memory: study.Memory) -> None:
+    driver = Driver(memory, total=9)
+    driver.study.enqueue_trial({"optim.learning_rate": 2e-4, "unet.injection": "concat"})
+    for name in ("hand", "other", "third"):
+        driver.search.suggest(name)
+    assert [driver.search.is_baseline(name) for name in ("hand", "other", "unknown")] == [True, False, False]
+    scheduler = study.ASHA(epochs=9, grace_epochs=1, reduction_factor=3, is_baseline=driver.search.is_baseline)
+    assert results(scheduler, "other", [1.0]) == ["CONTINUE"]
+    assert results(scheduler, "hand", [9.0] * 9) == ["CONTINUE"] * 9
+    assert results(scheduler, "third", [8.0]) == ["STOP"]
+
+
 def test_asha_remembers_what_a_killed_driver_saw(memory: study.Memory) -> None:
     driver = Driver(memory, total=9)
     for name, loss in {"a": 1.0, "b": 2.0, "c": 3.0}.items():

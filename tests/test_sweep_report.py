@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ddpm_core import images
-from jobs.common.intervals import Interval
+from jobs.common.intervals import ENOUGH, Interval
 from jobs.reports import charts as reports_charts
 from jobs.reports import sweep, sweep_charts
 
@@ -278,7 +278,7 @@ def test_the_page_has_every_part_and_stands_by_itself(tmp_path: Path, results: d
     ):
         assert text in page
     charts = charts_of(page)
-    assert len(charts) == 2 * (1 + 3 + 1 + 1 + 4) + 1  # for light and dark; the image
+    assert len(charts) == 2 * (1 + 3 + 1 + 4) + 1  # for light and dark; the image
     assert all(np.asarray(chart.convert("RGBA"))[..., 3].any() for chart in charts)
 
 
@@ -320,7 +320,7 @@ def test_the_winner_stands_beside_the_hand_choice(results: dict[str, Any]) -> No
     ],
 )
 def test_luck_is_what_a_lead_loses(lead: float, gain: tuple[float, float, float], words: str) -> None:
-    assert sweep.luck(lead, Interval(*gain)) == words
+    assert sweep.luck(lead, Interval(*gain), 128) == words
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,8 @@ def test_luck_is_what_a_lead_loses(lead: float, gain: tuple[float, float, float]
     ],
 )
 def test_a_difference_counts_where_its_interval_leaves_out_zero(gap: Any, lower: bool, outcome: str) -> None:
-    assert sweep.judged(Interval(*gap), lower=lower) == outcome
+    assert sweep.judged(Interval(*gap), lower=lower, num=ENOUGH) == outcome
+    assert sweep.judged(Interval(*gap), lower=lower, num=ENOUGH - 1) == "even"
 
 
 def fresh(winner: float, hand: float, width: float) -> dict[str, Any]:
@@ -383,6 +384,52 @@ def test_the_page_says_no_more_than_chance(results: dict[str, Any]) -> None:
     assert '<li class="even"><span class="mark" aria-hidden="true">≈</span>' in page
     assert '<li class="good">' not in page
     assert "Not measured again: how much of this is luck is not known." in page  # the sampling
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("state", ["stopped", "diverged", "complete"])
+def test_gain_is_claimed_only_over_a_baseline_that_was_trained_as_long(results: dict[str, Any], state: str) -> None:
+    assert '<li class="good">' in page_of(results)
+    results["trials"][0] |= {"state": state, "epochs": 5}
+    page = page_of(results)
+    word = sweep_charts.TRIALS[state][0]
+    assert f"The hand choice ({word}) was trained for 5 of 9 epochs: no gain is claimed over it." in page
+    assert "22 % lower" not in page
+    assert '<li class="good">' not in page
+    assert row_of(page, "epochs trained") == ["9", "5"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_few_images_tell_no_gain_from_luck(results: dict[str, Any]) -> None:
+    for again in results["again"].values():
+        again["num_images"] = 12
+    page = page_of(results)
+    assert "Measured again, the losses are 0.0312 and 0.0401. This rests on 12 images: too few" in page
+    assert row_of(page, "KID ↓")[-2:] == ["too few images to tell", "–"]
+    assert row_of(page, "network evaluations an image ↓")[-2:] == ["worse", "–"]  # counted
+    for claim in ("more than chance,", "better, more", "of the lead was luck", "no sign of luck", '<li class="good">'):
+        assert claim not in page
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_winner_without_a_rival_has_won_nothing(results: dict[str, Any]) -> None:
+    results |= {"trials": results["trials"][:1], "best_trial": 0}
+    assert "It is the only trial that came to its end: there is nothing to compare it with." in page_of(results)
+    results |= {"trials": [{**each, "hand": False} for each in (trial(0, 2e-4), trial(1, 3e-4))]}
+    assert "The hand choice lies outside the space and was not tried" in page_of(results)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_matters_is_shown_from_enough_trials_on(results: dict[str, Any]) -> None:
+    page = page_of(results)
+    assert "How much each option of training matters is not shown: that takes 20 trials, there are 14." in page
+    assert "Training: importance" not in page
+    assert "Sampling: importance" in page  # of 37 points
+    more = [trial(number, 3e-4) for number in range(16, 22)]
+    page = page_of({**results, "trials": [*results["trials"], *more], "points": results["points"][:4]})
+    assert "Training: importance" in page
+    assert "Sampling: importance" not in page
+    assert "of sampling matters is not shown: that takes 20 points, there are 4." in page
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -595,7 +642,7 @@ def test_a_checkpoint_that_is_only_sampled_has_no_trials(results: dict[str, Any]
 
 def test_one_trial_is_enough() -> None:
     page = page_of({"state": "training", "trials": [trial(0, 2e-4, hand=True)], "best_trial": 0})
-    assert "nothing better" in page
+    assert "It is the only trial that came to its end yet" in page
     assert len(charts_of(page)) == 2 * (1 + 3 + 1)
 
 

@@ -629,6 +629,33 @@ def test_validation_gives_the_same_numbers_every_time_and_picks_the_best_length(
         assert np.mean(bands) == pytest.approx(first["loss"], rel=0.05)
 
 
+@pytest.mark.parametrize("target", [None, "day", "night"])
+@pytest.mark.parametrize(
+    ("paired", "pairing"),
+    [(True, "paired"), (True, "unpaired"), (True, "self"), (False, "unpaired"), (False, "self")],
+)
+def test_what_is_shown_of_a_run_are_different_images_of_the_sides_that_are_left(
+    dataset_folder, tmp_path, paired, pairing, target
+):
+    dataset = dataset_folder if paired else unpaired(tmp_path / "set", *(0, 1) * 20, val=(0, 0, 0, 1, 1, 1, 1))
+    options = dataclasses.replace(PRESETS["smoke"].options, pairing=pairing, target_domain=target)
+    config, rows_of = checks.model_config(read_card(dataset), options), loaded(dataset, "val")
+    validate = validation.Validation(
+        rows_of, config, options, methods.objective(config, options, CPU), CPU, Share(rank=0, world=1)
+    )
+    sources, to, truths = validate.to_show()
+    assert len({image.tobytes() for image in sources}) == len(sources) >= 3
+    sides = {0: rows_of.images(np.flatnonzero(rows_of.domain == 0)), 1: rows_of.images(np.flatnonzero(rows_of.domain))}
+    if rows_of.has_targets:
+        sides[1] = rows_of.targets(np.arange(len(rows_of)))
+    of = [
+        next(side for side in sides if image.tobytes() in {each.tobytes() for each in sides[side]}) for image in sources
+    ]
+    assert [1 - side for side in of] == to.tolist()
+    assert {*to.tolist()} <= ({0, 1} if target is None else {config.domains.index(target)})
+    assert (truths is None) == (pairing != "paired")
+
+
 def test_timesteps_of_validation_are_stratified():
     ts = stratified_timesteps(200, 1000)
     assert np.histogram(ts, bins=10, range=(0, 1000))[0].tolist() == pytest.approx([20] * 10, abs=1)
@@ -881,7 +908,10 @@ def unpaired(
     folder: Path, *domains: int, val: tuple[int, ...] | None = None, names: tuple[str, ...] = ("day", "night")
 ) -> str:
     rows, held_out = (
-        [Row(id=f"{prefix}{i:02d}", domain=side, image=np.zeros((16, 16, 3), np.uint8)) for i, side in enumerate(sides)]
+        [
+            Row(id=f"{prefix}{i:02d}", domain=side, image=np.full((16, 16, 3), 100 * side + i, np.uint8))
+            for i, side in enumerate(sides)
+        ]
         for prefix, sides in (("", domains), ("v", domains if val is None else val))
     )
     card = DatasetCard(

@@ -1,6 +1,7 @@
 """Intervals of means, rates and differences, over images and over training seeds.
 
     values     one an image (n), or one a training seed and image (seeds n)
+    ENOUGH     images, trials or rows below which nothing is claimed, whatever an interval says
     subsets    KID on random halves of the images; their spread is the standard error of the whole
     level      0.95 means 95 %; `bonferroni` gives the level at which several are true together
 
@@ -14,6 +15,8 @@ import statistics
 import numpy as np
 from jaxtyping import Float
 
+ENOUGH = 20
+"""On fewer images, rows or trials nothing is claimed and nothing is coloured: the spread itself is hardly known."""
 NUM_RESAMPLES, MAX_RESAMPLES = 2000, 20_000
 """Of a bootstrap at 95 %, and at most at levels closer to 1."""
 RESAMPLED_AT_ONCE = 2**20
@@ -34,9 +37,16 @@ def bonferroni(num_comparisons: int, *, level: float = 0.95) -> float:
     return 1 - (1 - level) / num_comparisons
 
 
-def significant(interval: Interval) -> bool:
-    """Whether the interval of a difference tells which side is ahead."""
-    return interval.low > 0 or interval.high < 0
+def significant(interval: Interval, num: int) -> bool:
+    """Whether the interval of a difference over `num` images tells which side is ahead."""
+    return num >= ENOUGH and (interval.low > 0 or interval.high < 0)
+
+
+def rests_on(num: int, what: str = "image", *, subject: str = "This") -> str:
+    """What is said beside figures that rest on so few, "" of enough."""
+    if num >= ENOUGH:
+        return ""
+    return f"{subject} rests on {num:,} {what}{'s' * (num != 1)}: too few to tell good from bad, or gain from luck."
 
 
 def bootstrap(
@@ -44,7 +54,8 @@ def bootstrap(
 ) -> Interval:
     """Mean of per-image values with its percentile bootstrap interval; of rates (0 and 1 only), Wilson's.
 
-    Where every image succeeds, or none, a bootstrap has no spread at all and would be certain.
+    Where every image succeeds, or none, a bootstrap has no spread at all and would be certain. Of a few values it is
+    too narrow, and Student's interval is taken where that is wider. A single value has none: low = mean = high.
 
     Raises:
         ValueError: no values.
@@ -64,7 +75,17 @@ def _resampled(values: np.ndarray, seed: int, num_resamples: int, level: float) 
     sizes = [(min(rows, count - first), len(values)) for first in range(0, count, rows)]
     means = np.concatenate([values[draw.integers(len(values), size=size)].mean(axis=1) for size in sizes])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+    found = Interval(float(values.mean()), float(low), float(high))
+    if not 1 < len(values) < ENOUGH:
+        return found
+    half = student_half(values, level=level)
+    return _hull(found, Interval(found.mean, found.mean - half, found.mean + half), within=(-math.inf, math.inf))
+
+
+def student_half(values: Float[np.ndarray, "n"], *, level: float = 0.95) -> float:
+    """Half the width of Student's interval of the mean of two values or more."""
+    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return student_quantile((1 + level) / 2, float(len(values) - 1)) * spread
 
 
 def difference(

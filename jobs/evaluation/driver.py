@@ -227,7 +227,7 @@ def told(job: EvaluationJob, domain: str, measured: Measured, found: Summary) ->
     verdicts = summary.verdicts(found, seed=job.args.seed)
     methods = [name for name in METHODS if name in found.summaries]
     return {
-        "headline": summary.headline(verdicts),
+        "headline": summary.headline(verdicts, num_images=len(measured.ids)),
         "num_images": len(measured.ids),
         "num_real_images": len(measured.real),
         "num_train_images": len(measured.train),

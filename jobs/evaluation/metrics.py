@@ -34,14 +34,16 @@ from ddpm_core.errors import InputError
 from ddpm_core.identity import perceptual_distance
 from ddpm_core.nets import Net
 from jobs.common import intervals
-from jobs.common.intervals import Interval, significant, student_quantile, subsets_interval
+from jobs.common.intervals import ENOUGH, Interval, significant, student_quantile, subsets_interval
 from jobs.reports import metric_table
 
 MAX_PSNR = 60.0
 MIN_SSIM_SIDE = 16
 """The SSIM window does not fit smaller images."""
 NUM_SUBSETS = 200
-MIN_KID_IMAGES = 20
+MIN_COPIED_IMAGES = 99
+"""Of fewer real images none marks off the nearest hundredth."""
+MIN_KID_IMAGES = ENOUGH
 """With fewer images a KID says nothing."""
 MAX_KID_IMAGES = 5000
 """Of more images, so many evenly spread ones are taken on either side: the time grows by the square."""
@@ -273,7 +275,7 @@ class Neighbors:
 def nearest(
     made: Float[np.ndarray, "b d"], train: Float[np.ndarray, "n d"], real: Float[np.ndarray, "m d"]
 ) -> Neighbors:
-    """Whether made images are training images over again; `real` are held-out ones, best 99 or more."""
+    """Whether made images are training images over again; `real` are held-out ones, MIN_COPIED_IMAGES or more."""
     distances, usual = _nearest(made, train), _nearest(real, train)
     # Weibull's quantile: of new images like the real ones this share lies below it, whatever their distribution.
     threshold = float(np.quantile(usual, COPIED_SHARE, method="weibull"))
@@ -317,7 +319,7 @@ class Verdict:
     difference: Interval
     """Ours minus theirs, on the same images (or subsets)."""
     better: bool | None
-    """None where the interval holds zero: no clear difference."""
+    """None where the interval holds zero, or the images are too few: no clear difference."""
     text: str
     """In words, by how much."""
     figures: str
@@ -336,7 +338,7 @@ def verdict(
     """Compare per-image values, or for kid the subsets."""
     gap = difference(metric, ours, theirs, seed=seed, level=level)
     sign = -1 if metric_table.lower_is_better(metric) else 1
-    better = (gap.mean * sign > 0) if significant(gap) else None
+    better = (gap.mean * sign > 0) if significant(gap, len(ours)) else None
     row = metric_table.of(metric)
     unit, digits = row.unit, row.digits
     low, high = sorted((abs(gap.low), abs(gap.high)))
@@ -347,6 +349,9 @@ def verdict(
         None: (f"no clear difference to {against}", f"{gap.low:+.{digits}f} to {gap.high:+.{digits}f}"),
     }[better]
     means = f"{ours.mean():.{digits}f}{unit} against {theirs.mean():.{digits}f}{unit}"
+    if len(ours) < ENOUGH:
+        few = f"{len(ours)} image{'s' * (len(ours) != 1)}"
+        return Verdict(metric, against, gap, None, f"{row.name}: {few}, too few to compare with {against}", means)
     return Verdict(
         metric, against, gap, better, f"{row.name}: {outcome[0]}", f"{100 * level:.4g} %: {outcome[1]}; {means}"
     )

@@ -194,8 +194,8 @@ def _why_not(a: Evaluation, b: Evaluation, domain: str, metric: str) -> str:
 
 def _difference(domain: str, metric: str, a: np.ndarray, b: np.ndarray, level: float) -> Difference:
     gap = difference(metric, a, b, level=level)
-    words = "no clear difference"
-    if intervals.significant(gap):
+    words = "no clear difference" if len(a) >= intervals.ENOUGH else "too few to tell"
+    if intervals.significant(gap, len(a)):
         directed = metric_table.has_direction(metric)
         ahead = "A" if (gap.mean > 0) != (directed and metric_table.lower_is_better(metric)) else "B"
         words = f"{ahead} is {'better' if directed else 'larger'}"

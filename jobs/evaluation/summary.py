@@ -106,7 +106,9 @@ def per_image(method: str, measured: Measured) -> dict[str, np.ndarray]:
         values["diversity"][rows] = evaluation_metrics.diversity(np.stack([measured.samples[name] for name in drawn]))
     if method in ("model", "truth") and len(measured.train) and len(measured.real):
         nearest = evaluation_metrics.nearest(found["features"], measured.train, measured.real)
-        values |= {"neighbor_distance": nearest.distances, "copied": nearest.copied}
+        values["neighbor_distance"] = nearest.distances
+        if len(measured.real) >= evaluation_metrics.MIN_COPIED_IMAGES:
+            values["copied"] = nearest.copied
     return values
 
 
@@ -163,21 +165,31 @@ def verdicts(found: Summary, *, seed: int) -> list[evaluation_metrics.Verdict]:
     return told
 
 
-def headline(found: Iterable[evaluation_metrics.Verdict]) -> str:
-    """The promised comparisons in one sentence: what it beats, and what it does not."""
+def headline(found: Iterable[evaluation_metrics.Verdict], *, num_images: int) -> str:
+    """The promised comparisons in one sentence: what it beats, and what it does not; or why there is nothing to say."""
     told = list(found)
+    if num_images < intervals.ENOUGH:
+        return intervals.rests_on(num_images)
+    if not told:
+        return "There is nothing to compare with here: how good the translations are is not known."
     promised = [v for v in told if METHODS.get(metric_table.of(v.metric).promised) == v.against] or told
-    groups: dict[tuple[bool, str], list[str]] = {}
+    groups: dict[tuple[bool | None, str], list[str]] = {}
     for v in promised:
-        groups.setdefault((v.better is True, v.against), []).append(v.text.partition(":")[0])
+        groups.setdefault((v.better, v.against), []).append(v.text.partition(":")[0])
     parts = []
-    for good in (True, False):
-        those = [f"{against} in {' and '.join(names)}" for (fine, against), names in groups.items() if fine == good]
+    for better, (words, joint) in OUTCOMES.items():
+        those = [f"{against} in {' and '.join(names)}" for (each, against), names in groups.items() if each == better]
         if those:
-            parts.append(
-                ("It beats " + ", and ".join(those) if good else "It does not beat " + ", nor ".join(those)) + "."
-            )
+            parts.append(f"{words} {joint.join(those)}.")
     return " ".join(parts)
+
+
+OUTCOMES: dict[bool | None, tuple[str, str]] = {
+    True: ("It beats", ", and "),
+    False: ("It does not beat", ", nor "),
+    None: ("There is no clear difference to", ", nor to "),
+}
+"""Of a verdict: how a headline begins, and goes on."""
 
 
 def notes(found: Summary, *, pairing: str, domain: str, num_train: tuple[int, int], elsewhere: bool) -> list[str]:
@@ -211,11 +223,11 @@ def notes(found: Summary, *, pairing: str, domain: str, num_train: tuple[int, in
             "at their sources: no model can be expected to reach more."
             + (" That is too few to rely on it." if right.mean < FEW_RIGHT else "")
         )
-    if "copied" in model:
+    if "neighbor_distance" in model:
         measured, there = num_train
         told.append(
             f"Nearest training images: by the feature net, among {measured:,} of {there:,} images of {domain}"
-            + " (copied: nearer to one of them than 99 % of the real held-out images are)"
+            + " (copied: nearer to one of them than 99 % of the real held-out images are)" * ("copied" in model)
             + (", which are not those that this model was trained on." if elsewhere else ".")
         )
     return told

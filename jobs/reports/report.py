@@ -11,6 +11,7 @@ import numpy as np
 
 from ddpm_core import config as configs
 from ddpm_core import storage
+from jobs.common.intervals import ENOUGH, rests_on
 from jobs.common.progress import duration
 from jobs.reports import charts, metric_table
 from jobs.reports.charts import MAX_LINES, draw_lines, draw_losses
@@ -26,12 +27,13 @@ SPEEDS = {
 }
 """Of the rows of training: what the page and the axis say."""
 NOTES = (
-    "Intervals are of 95 %: over images by the bootstrap (of shares, Wilson's), of KID over 200 random subsets of the "
-    "images. What a net measures compares only with figures of the same net, KID and the Fréchet distance also only "
-    "with those of as many images. The linear colour map is the best affine map from a pixel's colour to its "
-    "counterpart's, fitted on all training pairs. Flip rate: the share of images that the classifier puts on the "
-    "wanted side; rank-1: of those that are nearer to their own source than to every other; copied: of those nearer to "
-    "a training image than 99 % of real ones are, 0.01 for new images."
+    "Intervals are of 95 %: over images by the bootstrap (of few Student's, of shares Wilson's), of KID over 200 "
+    "random subsets of the images. What a net measures compares only with figures of the same net, KID and the "
+    "Fréchet distance also only with those of as many images. Coloured: the best mean of a column. The linear colour "
+    "map is the best affine map from a pixel's colour to its counterpart's, fitted on all training pairs. Flip rate: "
+    "the share of images that the classifier puts on the wanted side; rank-1: of those that are nearer to their own "
+    "source than to every other; copied: of those nearer to a training image than 99 % of real ones are, 0.01 for new "
+    "images."
 )
 NETS = {"features": "Feature net", "classifier": "Classifier", "identity": "Identity net"}
 
@@ -81,7 +83,7 @@ def build(run: Mapping[str, Any], evaluation: Mapping[str, Any], images: Sequenc
         domains=evaluation.get("domains", {}),
         images=[image(*each) for each in [*images, *run.get("samples", [])]],
         tables=[
-            _metrics_table(f"{group}: to {name}", domain["methods"], metrics)
+            _metrics_table(f"{group}: to {name}", domain["methods"], metrics, domain.get("num_images", 0))
             for name, domain in evaluation.get("domains", {}).items()
             for group, metrics in _grouped(domain["methods"]).items()
         ],
@@ -166,8 +168,8 @@ def _facts(config: Mapping[str, Any], run: Mapping[str, Any], evaluation: Mappin
 
 
 STATES = {
-    "running": ("even", "Running"),
-    "finished": ("good", "Finished"),
+    "running": ("plain", "Running"),
+    "finished": ("plain", "Finished"),
     "interrupted": ("even", "Interrupted"),
     "diverged": ("bad", "Diverged"),
     "failed": ("bad", "Failed"),
@@ -189,10 +191,11 @@ def _status(status: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]
         facts["Time left"] = duration(status["left_s"])
     if status.get("loss") is not None:
         facts["Training loss"] = f"{status['loss']:.4g}"
+    lines = [status.get("message") or "", *(status.get("warnings") or [])]
     if best := run.get("best"):
         facts["Best checkpoint"] = f"{best['checkpoint']}, validation loss {best['metric']['loss']:.4g}"
+        lines.append(_chosen_on(best, run.get("rows") or []))
     facts |= _times(status, run)
-    lines = [status.get("message") or "", *(status.get("warnings") or [])]
     if status["state"] in ("interrupted", "failed"):
         lines.append("The same command goes on from the last checkpoint.")
     if running:
@@ -201,6 +204,12 @@ def _status(status: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]
             "that is of a run that was killed; the same command goes on with it."
         )
     return {"kind": kind, "word": word, "done": step, "total": total, "facts": facts, "notes": lines}
+
+
+def _chosen_on(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What is said of a best checkpoint that few validation images have chosen."""
+    num = next((row.get("num_images") for row in rows if row.get("split") == "val"), None)
+    return "" if num is None else rests_on(num, "validation image", subject="The choice of the best checkpoint")
 
 
 def _times(status: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, str]:
@@ -251,8 +260,8 @@ def _grouped(methods: Mapping[str, Any]) -> dict[str, list[str]]:
     return found
 
 
-def _metrics_table(caption: str, methods: Mapping[str, Any], metrics: Sequence[str]) -> Table:
-    best = {metric: _best(metric, methods) for metric in metrics}
+def _metrics_table(caption: str, methods: Mapping[str, Any], metrics: Sequence[str], num_images: int) -> Table:
+    best = {metric: _best(metric, methods) if num_images >= ENOUGH else None for metric in metrics}
     lines = [
         Line(
             method["name"],
@@ -266,8 +275,8 @@ def _metrics_table(caption: str, methods: Mapping[str, Any], metrics: Sequence[s
 
 
 def _best(metric: str, methods: Mapping[str, Any]) -> str | None:
-    """The method with the best mean, where there is a better and a worse; real images do not compete, nor does a copy
-    of the source in who is on it."""
+    """The method with the best mean of several, where there is a better and a worse; real images do not compete, nor
+    does a copy of the source in who is on it."""
     if not metric_table.has_direction(metric):
         return None
     idle = ("real", "truth", *(("copy",) if metric.startswith("identity") else ()))
@@ -276,7 +285,7 @@ def _best(metric: str, methods: Mapping[str, Any]) -> str | None:
         for key, method in methods.items()
         if key not in idle and method["metrics"].get(metric) is not None
     }
-    if not means:
+    if len(means) < 2:
         return None
     choose = min if metric_table.lower_is_better(metric) else max
     return choose(means, key=means.__getitem__)
@@ -286,7 +295,8 @@ def _interval(value: Mapping[str, float] | None, metric: str, *, best: bool) -> 
     if value is None:
         return Cell()
     mean, low, high = (f"{value[key]:.{metric_table.of(metric).digits}f}" for key in ("mean", "low", "high"))
-    return Cell(mean, f"{low} … {high}", kind="best" if best else "")
+    span = f"{low} … {high}" if value["low"] < value["high"] else ""  # a single image has none
+    return Cell(mean, span, kind="best" if best else "")
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Draw]:
@@ -339,5 +349,6 @@ def _named(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, str]:
     keys = sorted({key for row in rows for key in row if key.startswith(prefix)})
     if prefix == "loss_ema_":
         return {key: f"{float(key.removeprefix(prefix)):.1%} of the run" for key in keys}
-    ends = {keys[0]: " (least noisy)", keys[-1]: " (noisiest)"} if keys else {}
-    return {key: f"t in quarter {i + 1}{ends.get(key, '')}" for i, key in enumerate(keys)}
+    quarters = {key: int(key.removeprefix(prefix)) + 1 for key in keys}  # few rows leave some without any
+    ends = {1: " (least noisy)", 4: " (noisiest)"}
+    return {key: f"t in quarter {quarter}{ends.get(quarter, '')}" for key, quarter in quarters.items()}

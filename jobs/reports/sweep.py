@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from ddpm_core import storage
-from jobs.common.intervals import Interval, significant
+from jobs.common.intervals import ENOUGH, Interval, rests_on, significant
 from jobs.common.progress import duration
 from jobs.reports import charts, metric_table, sweep_charts
 from jobs.reports.html import CREDITS, REFRESH_S, Cell, Line, Table, image, render
@@ -27,10 +27,10 @@ SWEEP: Row = {"data": {}, "space": {}, "sampling_space": {}, "options": {}, "env
 RESULTS: Row = {"state": "", "message": "", "trials": [], "points": [], "importance": {}, "again": {}}
 """What stands for the parts that are missing."""
 STATES = {
-    "training": ("even", "Training"),
-    "sampling": ("even", "Sampling"),
-    "checking": ("even", "Measuring again"),
-    "finished": ("good", "Finished"),
+    "training": ("plain", "Training"),
+    "sampling": ("plain", "Sampling"),
+    "checking": ("plain", "Measuring again"),
+    "finished": ("plain", "Finished"),
     "interrupted": ("even", "Interrupted"),
     "failed": ("bad", "Failed"),
 }
@@ -74,6 +74,7 @@ def build(sweep: Row, results: Row, images: Sequence[tuple[str, bytes]] = ()) ->
     """The page; any part of the results may be missing."""
     sweep, results = ({**empty, **given(found)} for empty, found in ((SWEEP, sweep), (RESULTS, results)))
     trials, points, best = results["trials"], results["points"], results.get("best_trial")
+    importance = {kind: shares for kind, shares in results["importance"].items() if num_told(kind, results) >= ENOUGH}
     heading = f"{sweep['data'].get('name', 'translation')}: sweep from {sweep.get('preset', 'a checkpoint')}"
     done, total = _progress(sweep, results)
     failures = _failures(points)
@@ -90,9 +91,9 @@ def build(sweep: Row, results: Row, images: Sequence[tuple[str, bytes]] = ()) ->
         rule=sweep["rule"],
         history=_history(trials, best),
         slices=_slices(sweep["space"], trials, best),
-        importance=_importance(results["importance"]),
-        shares=_shares(results["importance"]),
-        ped_anova=PED_ANOVA,
+        importance=_importance(importance),
+        shares=_shares(importance),
+        what_matters=_what_matters(importance, results),
         colored_by=_rate_or_name(colored_by(sweep["space"])),
         curves=_curves(sweep["space"], trials, best),
         tradeoffs=_tradeoffs(points),
@@ -116,6 +117,24 @@ def build(sweep: Row, results: Row, images: Sequence[tuple[str, bytes]] = ()) ->
 
 def is_live(results: Row) -> bool:
     return results["state"] not in ENDED
+
+
+def num_told(kind: str, results: Row) -> int:
+    """How many trials, or points, say something of what matters."""
+    rows = results["trials" if kind == "training" else "points"]
+    return sum(loss_of(row) is not None if kind == "training" else row["state"] == "complete" for row in rows)
+
+
+def _what_matters(importance: Row, results: Row) -> str:
+    """Where the shares come from, and why there are none."""
+    words = {"training": "trials", "sampling": "points"}
+    told = [PED_ANOVA] if importance else []
+    told += [
+        f"How much each option of {kind} matters is not shown: that takes {ENOUGH} {word}, there are {num}."
+        for kind, word in words.items()
+        if 0 < (num := num_told(kind, results)) < ENOUGH
+    ]
+    return " ".join(told)
 
 
 def _progress(sweep: Row, results: Row) -> tuple[int, int]:
@@ -185,16 +204,22 @@ def _trained(sweep: Row, results: Row) -> dict[str, Any] | None:
     columns = {"winner": winner} if hand is winner else {"winner": winner, "hand": hand}
     fresh = {key: interval(value) for key, value in (again.get("fresh") or {}).items()}
     lines = _option_lines(sweep["space"], [row["values"] for row in columns.values()])
-    lines.append(Line("validation loss in the search", [value_text(row.get("loss")) for row in columns.values()]))
+    for name, key in {"epochs trained": "epochs", "validation loss in the search": "loss"}.items():
+        lines.append(Line(name, [value_text(row.get(key)) for row in columns.values()]))
     if fresh:
         lines.append(Line("loss on fresh noise", [_cell(fresh.get(key)) for key in columns]))
-    among = f"the best of {sum(loss_of(row) is not None for row in trials)} trials"
-    outcome, text, figures = gain_in_loss(again) or ("even", "", "")
-    if winner.get("hand"):
-        outcome, text, figures = "even", f"The search found nothing better: the hand choice itself is {among}.", ""
-    elif not text:
-        yet = " yet" * is_live(results)
-        text = f"Not measured again{yet}: it is {among}, and how much of that is luck is not known."
+    among = f"the best of {(num := num_told('training', results))} trials"
+    yet = " yet" * is_live(results)
+    unknown = "even", f"Not measured again{yet}: it is {among}, and how much of that is luck is not known.", ""
+    outcome, text, figures = unknown
+    if num == 1:
+        text = f"It is the only trial that came to its end{yet}: there is nothing to compare it with."
+    elif winner.get("hand"):
+        text = f"The search found nothing better: the hand choice itself is {among}."
+    elif reason := why_no_gain(winner, hand):
+        text = f"It is {among}. {reason}"
+    else:
+        outcome, text, figures = gain_in_loss(again) or unknown
     head = ["", f"winner, trial {winner['number']}", "hand choice"][: len(columns) + 1]
     return {
         "table": Table(head, lines, kind="chosen"),
@@ -203,13 +228,26 @@ def _trained(sweep: Row, results: Row) -> dict[str, Any] | None:
     }
 
 
+def why_no_gain(winner: Row, hand: Row) -> str:
+    """Why the winner cannot be said to be ahead of the hand choice, "" where it can."""
+    if hand is winner:
+        return "The hand choice lies outside the space and was not tried: what the search gained is not known."
+    if (there := hand.get("epochs") or 0) < (wanted := winner.get("epochs") or 0):
+        word = sweep_charts.TRIALS[hand["state"]][0]
+        return f"The hand choice ({word}) was trained for {there} of {wanted} epochs: no gain is claimed over it."
+    return ""
+
+
 def gain_in_loss(again: Row) -> Card | None:
     """Winner against hand choice on fresh noise, and what that says of the lead in the search."""
     fresh, seen = again.get("fresh") or {}, again.get("seen") or {}
     winner, hand, gap = (interval(fresh.get(key)) for key in ("winner", "hand", "difference"))
     if winner is None or hand is None or gap is None:
         return None
-    outcome = judged(gap, lower=True)
+    num = again.get("num_images") or 0
+    if few := rests_on(num):
+        return "even", f"Measured again, the losses are {_loss(winner.mean)} and {_loss(hand.mean)}. {few}", ""
+    outcome = judged(gap, lower=True, num=num)
     chance = "no more than chance" if outcome == "even" else "more than chance"
     text = (
         f"On fresh noise the winner's loss is {_loss(winner.mean)}, the hand choice's {_loss(hand.mean)}: "
@@ -222,22 +260,22 @@ def gain_in_loss(again: Row) -> Card | None:
         lead = 1 - seen["winner"] / seen["hand"]
         gain = Interval(*(-value / hand.mean for value in (gap.mean, gap.high, gap.low)))
         told = f"Seen in the search it was {_loss(seen['winner'])} against {_loss(seen['hand'])}, "
-        told += f"{_relative(-lead)}: {luck(lead, gain)}. "
+        told += f"{_relative(-lead)}: {luck(lead, gain, num)}. "
     return outcome, text, told + _measured_on(again)
 
 
-def judged(gap: Interval, *, lower: bool) -> Literal["better", "worse", "even"]:
-    """What a difference comes to where `lower` or higher is better."""
-    if not significant(gap):
+def judged(gap: Interval, *, lower: bool, num: int) -> Literal["better", "worse", "even"]:
+    """What a difference over `num` images comes to where `lower` or higher is better."""
+    if not significant(gap, num):
         return "even"
     return "better" if (gap.high < 0) == lower else "worse"
 
 
-def luck(lead: float, gain: Interval) -> str:
+def luck(lead: float, gain: Interval, num: int) -> str:
     """How much of a lead was luck, from what is left of it; both are positive where the winner is ahead."""
     if lead <= 0:
         return "there was no lead"
-    if not significant(gain):
+    if not significant(gain, num):
         return "the lead cannot be told from luck"
     if gain.mean < 0:
         return "all of the lead was luck"
@@ -256,9 +294,10 @@ def _sampled(sweep: Row, results: Row) -> dict[str, Any] | None:
     if not values["chosen"]:
         return None
     measured, lines, counts = again.get("objectives") or {}, [], collections.Counter[str]()
+    num = again.get("num_images") or 0
     for name in measured or objectives_of(points):
         seen = {key: (row.get("objectives") or {}).get(name) for key, row in there.items()}
-        cells, outcome = _compared(name, {"seen": seen, **given(measured.get(name) or {})})
+        cells, outcome = _compared(name, {"seen": seen, **given(measured.get(name) or {})}, num)
         lines.append(Line(_heading(name), cells[: len(cells) if measured else 2]))
         counts[outcome] += 1
     head = ["", "chosen, seen", "hand, seen"]
@@ -268,8 +307,8 @@ def _sampled(sweep: Row, results: Row) -> dict[str, Any] | None:
         note = (
             f"Of {len(lines)} objectives the chosen sampling is better in {counts['better']}, worse in "
             f"{counts['worse']}, and in {counts['even']} as good or no more different than chance. Seen: in the "
-            f"search, which chose by these very figures. {_measured_on(again)}"
-        )
+            f"search, which chose by these very figures. {_measured_on(again)} {rests_on(num)}"
+        ).rstrip()
     options = _option_lines(sweep["sampling_space"], list(values.values()))
     return {
         "options": Table(["", "chosen", "hand choice"], options, kind="chosen"),
@@ -279,25 +318,28 @@ def _sampled(sweep: Row, results: Row) -> dict[str, Any] | None:
     }
 
 
-def _compared(name: str, measured: Row) -> tuple[list[Cell], str]:
-    """Cells of an objective's line, and the outcome."""
+def _compared(name: str, measured: Row, num: int) -> tuple[list[Cell], str]:
+    """Cells of an objective's line, measured again on `num` images, and the outcome."""
     digits, sign = metric_table.of(name).digits, -1 if metric_table.lower_is_better(name) else 1
     chosen, hand, gap = (interval(measured.get(key)) for key in ("chosen", "hand", "difference"))
     seen = [measured["seen"].get(key) for key in ("chosen", "hand")]
-    if gap is None and chosen and hand and chosen.low == chosen.high and hand.low == hand.high:
-        gap = Interval(*[chosen.mean - hand.mean] * 3)  # counted, not estimated
+    counted = name == "nfe"  # not estimated
+    if gap is None and chosen and hand and counted:
+        gap = Interval(*[chosen.mean - hand.mean] * 3)
     cells = [_cell(each, digits) for each in (*map(interval, seen), chosen, hand)]
     cells.append(_cell(gap, digits, sign="+"))
     if gap is None:
         return [*cells, Cell(), Cell()], "not known"
-    outcome = judged(gap, lower=sign < 0)
-    if gap.low == gap.high:
+    outcome = judged(gap, lower=sign < 0, num=ENOUGH if counted else num)
+    if counted:
         word, part = outcome.replace("even", "the same"), "–"
+    elif num < ENOUGH:
+        word, part = "too few images to tell", "–"
     else:
         word = "no more than chance" if outcome == "even" else f"{outcome}, more than chance"
         low, high = sorted((sign * gap.low, sign * gap.high))
         lead = None if None in seen else sign * (seen[0] - seen[1])
-        part = "–" if lead is None else luck(lead, Interval(sign * gap.mean, low, high))
+        part = "–" if lead is None else luck(lead, Interval(sign * gap.mean, low, high), num)
     return [*cells, Cell(word, kind=OUTCOMES[outcome]), Cell(part, kind="words")], outcome
 
 

@@ -4,7 +4,7 @@
     interval   95 %, over seeds and images; with one seed over images only, which every text that quotes it says
 
 A claim holds where the whole interval is on its side, does not where the whole interval is on the other, and is not
-clear in between. Rows are compared image by image, on those that both have.
+clear in between, nor on fewer than ENOUGH images. Rows are compared image by image, on those that both have.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ddpm_core import storage
-from jobs.common.intervals import Interval, bonferroni, two_level, two_level_difference
+from jobs.common.intervals import ENOUGH, Interval, bonferroni, two_level, two_level_difference
 from jobs.evaluation.results import Evaluation
 from jobs.reports import metric_table
 from jobs.suite.plan import Claim, Command, Measured, Plan, Section, digests, needs, records
@@ -220,7 +220,7 @@ class Results:
         first, *others = sorted(cells, key=lambda row: -sign * cells[row].interval.mean)
         for other in others:
             gap = self.gap(first, other, domain, metric)
-            if isinstance(gap, str) or not gap[0](0.95).low > 0:
+            if isinstance(gap, str) or gap[1] < ENOUGH or not gap[0](0.95).low > 0:
                 return None
         return first
 
@@ -305,6 +305,8 @@ def judge(results: Results, section: Section, claim: Claim, *, together: float) 
     interval, num_pictures = found
     gap = interval(0.95)
     outcome: Outcome = "holds" if _on_our_side(gap, claim) else "does not hold" if gap.high < 0 else "not clear"
+    if num_pictures < ENOUGH:
+        outcome = "not clear"
     strict = outcome == "holds" and _on_our_side(interval(together), claim)
     figures = _figures(results, rows[claim.ours], rows.get(claim.theirs or ""), claim, gap, num_pictures)
     return Verdict(section.key, claim, outcome, gap, figures, together=strict)
@@ -365,7 +367,9 @@ def _figures(
     if claim.kind == "half_of_missing" and gap.mean < 0:
         what = f"short of half of what is missing by {span(_moved(gap, -1, 0.0), metric, points=True)}"
     parts = [what] if claim.kind == "at_least" else [what, values]
-    return f"{metric_table.name(metric)}: {'; '.join(parts)}; {seeds(results, ours, theirs)}, {num_pictures:,} images"
+    few = ", too few to tell" * (num_pictures < ENOUGH)
+    stands = f"{seeds(results, ours, theirs)}, {num_pictures:,} image{'s' * (num_pictures != 1)}{few}"
+    return f"{metric_table.name(metric)}: {'; '.join(parts)}; {stands}"
 
 
 def apart(gap: Interval, metric: str, more: str = "better", less: str = "worse") -> str:

@@ -210,11 +210,11 @@ class Sampler:
         if self.data.has_targets:
             forward = to_side < 0.5 if self.wanted is None else domain != self.wanted
             domain = np.where(forward, 1 - domain, domain)
-            target = self._showing(rows, domain)
+            target = self.showing(rows, domain)
             if self.itself:
                 return domain, target, target
             others = (to_other * len(self.data)).astype(np.int64) if self.mismatched else rows
-            return domain, target, self._showing(others, 1 - domain)
+            return domain, target, self.showing(others, 1 - domain)
         target = self.data.images(rows)
         if self.itself:
             return domain, target, target
@@ -222,7 +222,7 @@ class Sampler:
         others = np.asarray([self.others[side][int(draw * len(self.others[side]))] for side, draw in drawn])
         return domain, target, self.data.images(others)
 
-    def _showing(self, rows: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    def showing(self, rows: np.ndarray, sides: np.ndarray) -> np.ndarray:
         """Of each row's pair the image of this side, uint8 b s s 3."""
         on_side = self.data.domain[rows] == sides
         found = self.data.images(rows)

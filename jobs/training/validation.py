@@ -4,7 +4,6 @@ The training workers share the work between two steps.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +15,7 @@ from ddpm_core import config as configs
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import ModelConfig
 from ddpm_core.translator import Translator
+from jobs.common.intervals import student_half
 from jobs.datasets.cache import SplitArrays
 from jobs.reports.grids import labelled_grid
 from jobs.training.batches import Sampler, Share, evenly, stratified_timesteps, training_rows
@@ -66,15 +66,17 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, tracks: Mapping[float, nn.Module]) -> ValidationResult:
-        """The best length of the EMA, its mean loss, the half-width of the 95 % interval and, where there is
-        noise, the mean in each quarter of the chain; the mean loss of every length, and what else was measured."""
+        """The best length of the EMA, its mean loss, the half-width of the 95 % interval (of several images), their
+        number and, where there is noise, the mean in each quarter of the chain; the mean loss of every length, and what
+        else was measured."""
         by_track = self.measure(tracks)
         means = {sigma_rel: float(found["loss"].mean()) for sigma_rel, found in by_track.items()}
         best = min(means, key=means.__getitem__) if self.method.comparable else next(iter(means))
         values = by_track[best].pop("loss")
         row = {
             "loss": means[best],
-            "loss_ci": float(1.96 * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0,
+            **({"loss_ci": student_half(values)} if len(values) > 1 else {}),
+            "num_images": len(values),
             "ema_sigma_rel": best,
             **{f"loss_ema_{sigma_rel:.3f}": mean for sigma_rel, mean in means.items()},
             **{name: float(others.mean()) for name, others in by_track[best].items()},
@@ -101,16 +103,13 @@ class Validation:
         return dict(zip(tracks, of_each, strict=True))
 
     def fixed_images(self, network: nn.Module) -> bytes | None:
-        """Fixed rows translated: a PNG with a row of images for each, source first; None of an encoder."""
+        """Fixed images translated: a PNG with a row of images for each, source first; None where there is nothing to
+        translate."""
         if self.config.method in configs.ENCODERS:
             return None
-        rows = evenly(self.rows, NUM_IMAGES)
-        draw = self.sampler.validation(rows, np.zeros(len(rows), np.int64))
-        sources, truths, domains = draw.source.numpy(), draw.target.numpy(), draw.domain.numpy()
-        if self.config.shown == "structure":  # it is shown x_0 itself: the other side is what is of interest
-            domains = (domains + 1) % len(self.config.domains)
-            if self.options.target_domain is not None:
-                domains = np.full_like(domains, configs.domain_index(self.config, self.options.target_domain))
+        sources, domains, truths = self.to_show()
+        if not len(sources):
+            return None
         translate = Translator(
             Checkpoint(model=network, config=self.config, path=""),  # type: ignore[arg-type]
             device=str(self.device),
@@ -123,9 +122,27 @@ class Validation:
                 translated = translate(sources[mine], self.config.domains[domain])
                 made[torch.as_tensor(mine, device=self.device)] = torch.as_tensor(translated, device=self.device)
         columns = {"source": sources, "translated": self._sum_over_workers(made).cpu().numpy()}
-        if self.sampler.data.has_targets and not self.sampler.mismatched and not self.sampler.itself:
+        if truths is not None:
             columns["counterpart"] = truths
         return labelled_grid([*columns], [list(row) for row in zip(*columns.values(), strict=True)])
+
+    def to_show(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Different images of a side that is left (n s s 3), the side that each is turned into (n), and where the
+        network learns from pairs their counterparts."""
+        sampler, data, wanted = self.sampler, self.sampler.data, self.sampler.wanted
+        if data.has_targets and not sampler.mismatched and not sampler.itself:
+            rows = evenly(self.rows, NUM_IMAGES)
+            draw = sampler.validation(rows, np.zeros(len(rows), np.int64))
+            return draw.source.numpy(), draw.domain.numpy(), draw.target.numpy()
+        # What the sampler draws as a source may come twice, or be of the very side that is wanted.
+        rows = np.arange(len(data)) if data.has_targets or wanted is None else np.flatnonzero(data.domain != wanted)
+        rows = evenly(rows, NUM_IMAGES)
+        sides = data.domain[rows].astype(np.int64)
+        if data.has_targets:  # a pair has an image of either side
+            sides = np.arange(len(rows)) % 2 if wanted is None else np.full(len(rows), 1 - wanted)
+        sources = sampler.showing(rows, sides) if data.has_targets else data.images(rows)
+        to = (sides + 1) % len(self.config.domains) if wanted is None else np.full(len(rows), wanted)
+        return sources, to, None
 
     def _sum_over_workers(self, values: Tensor) -> Tensor:
         if self.mine.world > 1:

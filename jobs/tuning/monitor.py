@@ -10,6 +10,7 @@ from typing import Any
 
 from ddpm_core import storage
 from ddpm_core.errors import InputError
+from jobs.common.intervals import ENOUGH
 from jobs.reports import sweep
 from jobs.tuning import study
 from jobs.tuning.sampling_stage import SamplingStage
@@ -93,5 +94,6 @@ class Monitor:
             if sampling.study is not None:
                 shares = {name: study.importance(sampling.study, i) for i, name in enumerate(sampling.objectives())}
                 by_stage["sampling"] = {name: each for name, each in shares.items() if each}
-            found["importance"] = {name: each for name, each in by_stage.items() if each}
+            told = {name: each for name, each in by_stage.items() if each}
+            found["importance"] = {name: each for name, each in told.items() if sweep.num_told(name, found) >= ENOUGH}
         return found

@@ -31,7 +31,7 @@ class SweepArgs:
     search: Literal["tpe", "random"] = "tpe"
     """How Optuna proposes values."""
     early_stopping: Literal["asha", "none"] = "asha"
-    """Whether trials that lag behind end before their last epoch."""
+    """Whether trials that lag behind end before their last epoch; the preset's own never does."""
     grace_epochs: int | None = None
     """Epochs that every trial gets; by default a quarter of them."""
     reduction_factor: int = 3

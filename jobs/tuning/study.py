@@ -180,6 +180,10 @@ class Search(ray.tune.search.Searcher):
         self.running: dict[str, optuna.Trial] = {}
         self.cut_short = [trial for trial in trials(study) if trial.state == TrialState.RUNNING]
 
+    def is_baseline(self, trial_id: str) -> bool:
+        """Of a trial that runs."""
+        return trial_id in self.running and self.running[trial_id].number == baseline(self.study)
+
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         if len(self.running) >= self.room():
             return None
@@ -247,9 +251,17 @@ def num_left(study: optuna.Study, total: int) -> int:
 
 class ASHA(ray.tune.schedulers.ASHAScheduler):
     """Asynchronous successive halving (Li et al. 2020) on the validation loss. A trial at its last epoch ends by
-    itself, with everything stored."""
+    itself, with everything stored; the baseline always goes on to there, or gain over it would say nothing."""
 
-    def __init__(self, *, epochs: int, grace_epochs: int, reduction_factor: int) -> None:
+    def __init__(
+        self,
+        *,
+        epochs: int,
+        grace_epochs: int,
+        reduction_factor: int,
+        is_baseline: Callable[[str], bool] = lambda trial_id: False,
+    ) -> None:
+        """`is_baseline`: of Ray Tune's name of a trial."""
         super().__init__(
             time_attr=EPOCH,
             metric=LOSS,
@@ -258,11 +270,13 @@ class ASHA(ray.tune.schedulers.ASHAScheduler):
             grace_period=grace_epochs,
             reduction_factor=reduction_factor,
         )
+        self.is_baseline = is_baseline
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result.get(EPOCH, 0) >= self._max_t:
             return ray.tune.schedulers.TrialScheduler.CONTINUE
-        return super().on_trial_result(tune_controller, trial, result)
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return ray.tune.schedulers.TrialScheduler.CONTINUE if self.is_baseline(trial.trial_id) else decision
 
     def remember(self, study: optuna.Study) -> None:
         """What the study's trials have told so far."""

@@ -37,13 +37,16 @@ class TrainingStage(Stage):
         self.runner.prepare()
         own = spaces.own_values(job.options, job.training)
         found = self.open("training", ["minimize"], job.training, job.num_trials, own)
+        search = self.search(self._config, self._ending)
         scheduler = None
         if args.early_stopping == "asha":
             scheduler = study.ASHA(
-                epochs=job.epochs, grace_epochs=job.grace_epochs, reduction_factor=args.reduction_factor
+                epochs=job.epochs,
+                grace_epochs=job.grace_epochs,
+                reduction_factor=args.reduction_factor,
+                is_baseline=search.is_baseline,
             )
             scheduler.remember(found)
-        search = self.search(self._config, self._ending)
         self.runner.run(training_trial.train_trial, search, resources=HOST, scheduler=scheduler)
         best = min(study.complete(found, "no trial came to its end"), key=lambda trial: trial.values[0])
         self.best = best.number
