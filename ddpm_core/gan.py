@@ -38,11 +38,6 @@ def stride(config: ModelConfig) -> int:
     return 2**config.gan.num_levels if config.method == "pix2pix" else 4
 
 
-def receptive_field(num_levels: int) -> int:
-    """Side of the patch that one output of the discriminator judges, in pixels: 16, 34, 70 for 1, 2, 3 levels."""
-    return 9 * 2**num_levels - 2
-
-
 def check(config: ModelConfig) -> None:
     """Refuse networks that do not fit the images.
 
@@ -159,7 +154,7 @@ class ResBlock(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """One logit for each patch of `receptive_field` pixels: does it look real?"""
+    """One logit for each patch of 16, 34 or 70 pixels (1, 2 or 3 levels): does it look real?"""
 
     def __init__(self, in_channels: int, config: GANConfig) -> None:
         super().__init__()

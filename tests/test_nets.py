@@ -83,7 +83,7 @@ def test_features_do_not_depend_on_the_batch() -> None:
 
 
 def test_efficientnets_maps_are_the_last_at_each_side() -> None:
-    maps = nets.efficientnet_lite0().taps(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    maps = nets.efficientnet_lite0().perceive(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[1]
     assert [list(each.shape[1:]) for each in maps] == [
         [16, 64, 64],
         [24, 32, 32],

@@ -17,19 +17,12 @@ def color_moments(
 
 
 def solve_color_map(moments: Float[np.ndarray, "4 7"]) -> Float[np.ndarray, "3 4"]:
-    """The map (A | b) that minimises the squared error over all pixels behind `moments`."""
-    # The minimum-norm solution: images of one colour, or grey ones, leave the map underdetermined.
-    return np.linalg.lstsq(moments[:, :4], moments[:, 4:], rcond=1e-10)[0].T
-
-
-def linear_color_map(
-    sources: UInt8[np.ndarray, "b h w 3"], targets: UInt8[np.ndarray, "b h w 3"]
-) -> Float[np.ndarray, "3 4"]:
-    """The affine map of colours, the same for every pixel, that best turns `sources` into `targets`.
+    """The affine map (A | b) of colours that minimises the squared error over all pixels behind `moments`.
 
     target ≈ A source + b in units of [0, 1]: the strongest translation that looks at no neighbourhood.
     """
-    return solve_color_map(color_moments(sources, targets))
+    # The minimum-norm solution: images of one colour, or grey ones, leave the map underdetermined.
+    return np.linalg.lstsq(moments[:, :4], moments[:, 4:], rcond=1e-10)[0].T
 
 
 def apply_color_map(

@@ -3,8 +3,8 @@
 images     uint8 b h w 3
 PSNR         dB, data range 255, at most 60 (rounding to 8 bits alone costs 58.9 dB; identical images have no PSNR)
 SSIM         Gaussian window 11, sigma 1.5, data range 255
-perceptual   Zhang et al. 2018, eq. 1, with every weight 1 and the mean over maps: LPIPS without its learned weights,
-             on the maps of the net that it is named with; 0 for identical images
+perceptual   `ddpm_core.identity.perceptual_distance`, LPIPS without its learned weights, on the maps of the feature net;
+             0 for identical images
 KID          unbiased squared MMD of features, cubic kernel (Binkowski et al. 2018): on 200 random subsets of half of
              either side, the same for every method. The subsets' spread is the standard error of the whole
              (delete-half jackknife; too wide where both sides are one distribution)
@@ -31,7 +31,6 @@ from torchmetrics.image.kid import poly_kernel
 
 from ddpm_core import nets
 from ddpm_core.errors import InputError
-from ddpm_core.identity import perceptual_distance
 from ddpm_core.nets import Net
 from jobs.common import intervals
 from jobs.common.intervals import ENOUGH, Interval, significant, student_quantile, subsets_interval
@@ -113,28 +112,6 @@ def ssim(images: Images, references: Images, *, batch_size: int = 64) -> Float[n
         for i in range(0, len(images), batch_size)
     ]
     return torch.cat([part.reshape(-1) for part in parts]).numpy().astype(np.float64)
-
-
-@torch.no_grad()
-def perceptual(net: Net, images: Images, references: Images, *, batch_size: int = 64) -> Values:
-    """Of each image to its reference, 0 = identical; on the device where the net is.
-
-    Raises:
-        ValueError: the net has no maps to compare (`nets.perceptual_taps`).
-    """
-    taps = nets.perceptual_taps(net)
-    if taps is None:
-        raise ValueError(f"{net.name} has no feature maps to compare")
-    device = next(net.module.parameters()).device
-
-    def maps(part: Images) -> list[Tensor]:
-        return taps(torch.tensor(part).permute(0, 3, 1, 2).to(device))
-
-    parts = [
-        perceptual_distance(maps(images[i : i + batch_size]), maps(references[i : i + batch_size]))
-        for i in range(0, len(images), batch_size)
-    ]
-    return torch.cat(parts).cpu().numpy().astype(np.float64)
 
 
 # -- two sets of images ---------------------------------------------------------------------------------------
