@@ -4,7 +4,8 @@
     python -m jobs.evaluate compare FOLDER FOLDER
 
 Writes metrics.json (every figure with its interval, the sizes, seeds and nets), pictures.parquet and halves.parquet
-(the figures of each image, and of each random half for KID), grid.png and report.html. Baselines: a copy of the
+(the figures of each image, and of each random half for KID), grid.png, report.html and README.md, the checkpoint's
+model card with these figures. Baselines: a copy of the
 source, and for true pairs the best per-pixel linear colour map fitted on train.
 """
 

@@ -9,8 +9,8 @@ from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ddpm_core import nets
-from ddpm_core.identity import perceptual_distance
 from ddpm_core.errors import InputError
+from ddpm_core.identity import perceptual_distance
 from jobs.evaluation import metrics
 from jobs.reports.metric_table import METRICS, lower_is_better
 

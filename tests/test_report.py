@@ -62,7 +62,7 @@ def evaluation() -> dict[str, Any]:
                 "num_images": 123,
                 "methods": {
                     "model": {"name": "this model", "metrics": {"psnr": interval(21.5), "kid": interval(0.2)}},
-                    "copy": {"name": "copy of the source", "metrics": {"psnr": interval(11.25)}},
+                    "copy": {"name": "copy of the source", "metrics": {"psnr": interval(11.25), "kid": interval(0.3)}},
                     "real": {"name": "real images", "metrics": {"kid": interval(0.01)}},
                 },
                 "verdicts": [

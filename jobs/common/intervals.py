@@ -65,7 +65,8 @@ def bootstrap(
         raise ValueError("an interval needs at least one value")
     if _is_rate(values):
         return _wilson(float(values.mean()), len(values), level)
-    return _resampled(values, seed, num_resamples, level)
+    found = _resampled(values, seed, num_resamples, level)
+    return _hull(found, found, within=(0.0, math.inf)) if values.min() >= 0 else found  # no negative distances
 
 
 def _resampled(values: np.ndarray, seed: int, num_resamples: int, level: float) -> Interval:

@@ -1,6 +1,7 @@
 """An evaluation as its driver sees it: measurements gathered, metrics.json and the files beside it."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -265,8 +266,8 @@ def cost(found: Mapping[Key, Found], num_workers: int) -> dict[str, Any]:
 
 
 def write(job: EvaluationJob, evaluation: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Tables, grids and report first, metrics.json last: where it is, everything is."""
-    from jobs.reports import report
+    """Tables, grids, report and model card first, metrics.json last: where it is, everything is."""
+    from jobs.reports import model_card, report
 
     for name, content in files.items():
         storage.write_bytes(storage.join(job.args.output, name), content)
@@ -282,5 +283,12 @@ def write(job: EvaluationJob, evaluation: dict[str, Any], files: dict[str, bytes
     run = job.checkpoint_path.partition("/checkpoints/")[0]
     run_uri = run if storage.exists(storage.join(run, "metrics.jsonl")) else None
     report.write_report(job.args.output, run_uri=run_uri, evaluation=evaluation, images=images)
+    environment = {}
+    with contextlib.suppress(FileNotFoundError, *storage.NOT_JSON):  # of a checkpoint without its run
+        environment = storage.read_json(storage.join(run, "environment.json"))
+    card = model_card.build(
+        evaluation["model"], environment, evaluation=evaluation, samples=[*evaluation["grids"].values()]
+    )
+    storage.write_bytes(storage.join(job.args.output, "README.md"), card.encode())
     text = json.dumps(evaluation, indent=2, allow_nan=False)
     storage.write_bytes(storage.join(job.args.output, "metrics.json"), text.encode())

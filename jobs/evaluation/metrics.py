@@ -3,8 +3,7 @@
 images     uint8 b h w 3
 PSNR         dB, data range 255, at most 60 (rounding to 8 bits alone costs 58.9 dB; identical images have no PSNR)
 SSIM         Gaussian window 11, sigma 1.5, data range 255
-perceptual   `ddpm_core.identity.perceptual_distance`, LPIPS without its learned weights, on the maps of the feature net;
-             0 for identical images
+perceptual   `ddpm_core.identity.perceptual_distance`, LPIPS without its learned weights, on maps of the feature net
 KID          unbiased squared MMD of features, cubic kernel (Binkowski et al. 2018): on 200 random subsets of half of
              either side, the same for every method. The subsets' spread is the standard error of the whole
              (delete-half jackknife; too wide where both sides are one distribution)

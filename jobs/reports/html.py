@@ -59,8 +59,9 @@ class Table:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that this template makes of the values; a name that is missing is an error."""
-    return _environment().get_template(f"{template}.html.j2").render(**values)
+    """What this template makes of the values, a page if it names no other kind; a name that is missing is an error."""
+    name = template if "." in template else f"{template}.html"
+    return _environment().get_template(f"{name}.j2").render(**values)
 
 
 @functools.cache

@@ -304,11 +304,12 @@ def _sampled(sweep: Row, results: Row) -> dict[str, Any] | None:
     note = f"Not measured again{' yet' * is_live(results)}: how much of this is luck is not known."
     if measured:
         head += ["chosen, again", "hand, again", "difference", "chosen is", "luck"]
-        note = (
+        outcomes = (
             f"Of {len(lines)} objectives the chosen sampling is better in {counts['better']}, worse in "
-            f"{counts['worse']}, and in {counts['even']} as good or no more different than chance. Seen: in the "
-            f"search, which chose by these very figures. {_measured_on(again)} {rests_on(num)}"
-        ).rstrip()
+            f"{counts['worse']}, and in {counts['even']} as good or no more different than chance."
+        )
+        seen_by = "Seen: in the search, which chose by these very figures."
+        note = f"{rests_on(num) or outcomes} {seen_by} {_measured_on(again)}"
     options = _option_lines(sweep["sampling_space"], list(values.values()))
     return {
         "options": Table(["", "chosen", "hand choice"], options, kind="chosen"),

@@ -3,7 +3,8 @@
 config.json  environment.json   what was asked for, and where it ran
 metrics.jsonl  events.out…      rows of training and validation
 samples/step-00000100.png       fixed images at each validation
-checkpoints/step-00000100/      train_state/state.pt is what training goes on from; config.json comes last
+checkpoints/step-00000100/      train_state/state.pt is what training goes on from; config.json comes last; the best
+                                one has a README.md, its model card
 best.json                       the best of them, and for how many epochs the run was trained once it is whole
 """
 
@@ -26,6 +27,7 @@ from ddpm_core import config as configs
 from ddpm_core import provenance, storage
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
+from jobs.reports import model_card
 from jobs.training.tracking import Tracking
 
 MAX_LOST_UPLOADS = 3
@@ -253,10 +255,27 @@ class Run:
                 "ema_sigma_rel": row["ema_sigma_rel"],
                 **configs.to_dict(self.config.sampling),
             }
+            self._describe_best(row)
         if row["epoch"] == of_epochs:
             best["epochs"] = of_epochs
         storage.write_bytes(storage.join(self.uri, "best.json"), json.dumps(best, indent=2).encode())
         self._tidy(last)
+
+    def _describe_best(self, row: dict[str, Any]) -> None:
+        """The model card of a checkpoint, beside it, with the images of its validation."""
+        folder, samples = storage.join(self.uri, folder_of(row["step"])), ["samples.png"]
+        try:
+            name = f"step-{row['step']:08d}.png"
+            storage.write_bytes(
+                storage.join(folder, samples[0]), storage.read_bytes(storage.join(self.uri, "samples", name))
+            )
+        except FileNotFoundError:  # nothing was translated
+            samples = []
+        environment = {}
+        with contextlib.suppress(FileNotFoundError, *storage.NOT_JSON):  # nothing depends on what it says
+            environment = storage.read_json(storage.join(self.uri, "environment.json"))
+        text = model_card.build(configs.to_dict(self.config), environment, validation=row, samples=samples)
+        storage.write_bytes(storage.join(folder, "README.md"), text.encode())
 
     def _tidy(self, last: int) -> None:
         """Drop checkpoints that are neither the best, nor the `last`, nor the last that is whole: that of step `last`
