@@ -25,6 +25,7 @@ from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from ddpm_core.gan import Generator
 from ddpm_core.translator import Translator
+from ddpm_core.unet import UNet
 from jobs import train, translate
 from jobs.common import cli
 from jobs.datasets import cache, writing
@@ -775,6 +776,34 @@ def test_a_step_in_parts_is_the_step_in_one():
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, found[0][1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("most", "flags", "remedy"),
+    [
+        (4, [], "4 at a time do: give --accumulate 4, --gradient-checkpointing, more workers, or --parallel fsdp"),
+        (5, ["--accumulate", "3"], "3 at a time do: give --accumulate 6, "),
+        (3, ["--gradient-checkpointing"], "2 at a time do: give --accumulate 8, more workers, or --parallel fsdp"),
+        (0, [], "not even one does: give --gradient-checkpointing, --parallel fsdp with more workers, or a smaller"),
+        (0, ["--method", "pix2pix"], "give a smaller --global-batch-size or more workers"),
+    ],
+)
+def test_a_share_too_large_for_the_gpu_is_told_with_what_fits(
+    dataset_folder, tmp_path, monkeypatch, most, flags, remedy
+):
+    for network in (UNet, Generator):
+        forward = network.forward
+
+        def limited(self, x, *args, forward=forward, **kwargs):
+            if len(x) > most and self.training:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. More")
+            return forward(self, x, *args, **kwargs)
+
+        monkeypatch.setattr(network, "forward", limited)
+    with pytest.raises(InputError) as told:
+        run(dataset_folder, tmp_path / "run", *HERE, "--global-batch-size", "16", *flags)
+    text = "a worker's share of a step, 16 images, does not fit into the GPU's memory (CUDA out of memory); "
+    assert str(told.value).startswith(text + remedy)
 
 
 def test_gans_name_their_losses_and_measure_the_same_in_training_and_validation():

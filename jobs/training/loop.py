@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import math
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,8 @@ from ray.train.collective import broadcast_from_rank_zero
 from ddpm_core.diffusion import seeded
 from ddpm_core.errors import InputError
 from jobs.training import distributed, profiling
-from jobs.training.batches import Prefetcher, Sampler
+from jobs.training.batches import Batch, Prefetcher, Sampler
+from jobs.training.methods import Diffusion, Objective
 from jobs.training.options import TrainOptions
 from jobs.training.run_folder import Run, latest_checkpoint, note_attempt
 from jobs.training.tracking import Tracking
@@ -65,8 +67,9 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
     for step, draw in enumerate(feed, start=start):
         torch.manual_seed(seeded("dropout", options.seed, step, worker.rank).initial_seed())  # inside the network
         rate = learning_rate(options, step, worker.total_steps)
-        with memory_errors():
-            losses = method.step(draw.to(worker.device, shown=config.shown), rate, step)
+        batch = draw.to(worker.device, shown=config.shown)
+        with memory_errors(method, batch):
+            losses = method.step(batch, rate, step)
         done, num_steps = step + 1, num_steps + 1
         ema.update(method.network, done)
         mean_losses.add(losses)
@@ -183,14 +186,16 @@ def keep_memory() -> None:
 
 
 @contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """A step that does not fit on a GPU, as an InputError with the remedy."""
+def memory_errors(method: Objective, batch: Batch) -> Iterator[None]:
+    """A step that does not fit on a GPU, mostly the first, as an InputError that says what does."""
     try:
         yield
     except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what the step had computed
+        fewer = "give a smaller --global-batch-size or more workers"
         raise InputError(
-            f"the GPU's memory is too small for a worker's share of a step ({str(error).split('.')[0]}); give "
-            "--accumulate 2 or more, --gradient-checkpointing, more workers, or --parallel fsdp"
+            f"a worker's share of a step, {len(batch.t)} images, does not fit into the GPU's memory "
+            f"({str(error).split('.')[0]}); {method.what_fits(batch) if isinstance(method, Diffusion) else fewer}"
         ) from None
 
 

@@ -8,6 +8,9 @@ Losses are named; `loss` is the one that validation measures too:
     encoders    `jobs.training.encoders`
 """
 
+import copy
+import math
+import traceback
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -164,6 +167,31 @@ class Diffusion:
         sums = {name: of_each.sum() * share for name, of_each in found.items()}
         torch.stack([self.weights.get(name, 1.0) * value for name, value in sums.items()]).sum().backward()
         return {name if name == "loss" else f"loss_{name}": value.detach() for name, value in sums.items()}
+
+    def what_fits(self, batch: Batch) -> str:
+        """What to do about a step that was too large for the GPU's memory, as tried. The run cannot go on after it."""
+        size, parts = len(batch.t), self.options.accumulate
+        self.optimizer.zero_grad(set_to_none=True)
+        more = "" if self.options.gradient_checkpointing else "--gradient-checkpointing, "
+        if self.sharded:  # to try would take all workers
+            return f"give --accumulate {2 * parts} or more, {more}or more workers"
+        self.model = copy.deepcopy(self.network)  # of which the other workers hear nothing
+        while parts < size:
+            parts = min(2 * parts, size)
+            if self._fits(batch.parts(parts)[0]):
+                at_a_time = math.ceil(size / parts)
+                return f"{at_a_time} at a time do: give --accumulate {parts}, {more}more workers, or --parallel fsdp"
+        return f"not even one does: give {more}--parallel fsdp with more workers, or a smaller network"
+
+    def _fits(self, part: Batch) -> bool:
+        self.model.zero_grad(set_to_none=True)
+        try:
+            for _ in range(2):  # the second beside the first one's gradients
+                self._backward(part)
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)
+            return False
+        return True
 
     def validation_loss(self, network: nn.Module, batch: Batch) -> Tensor:
         output = self._denoise(network, batch)[1]
