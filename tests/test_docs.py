@@ -1,9 +1,11 @@
 """What the documents say is there: commands, options, files, links and the tree."""
 
 import importlib
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import command_lines
 import numpy as np
@@ -119,6 +121,19 @@ def test_the_first_image_is_what_its_recipe_makes(tmp_path: Path, monkeypatch: p
     exec(recipe, {})
     made, shipped = (np.asarray(Image.open(folder / "docs" / "first.png"), np.int16) for folder in (tmp_path, ROOT))
     assert np.abs(made - shipped).max() <= 2  # enlarging may round otherwise in another version of Pillow
+
+
+def test_the_notebook_runs(checkpoint_folder: str, dataset_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = json.loads((ROOT / "docs" / "tour.ipynb").read_text())
+    monkeypatch.setenv("TOUR_CHECKPOINT", checkpoint_folder)
+    monkeypatch.setenv("TOUR_DATA", dataset_folder)
+    found: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec("".join(cell["source"]), found)
+    assert found["results"].shape == found["sources"].shape == (6, 16, 16, 3)
+    assert len({made.tobytes() for made in found["by_weight"]}) == len(found["WEIGHTS"])
 
 
 def test_the_tree_is_the_real_one() -> None:
