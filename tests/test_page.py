@@ -162,16 +162,28 @@ def test_a_dropped_image_is_taken_and_what_is_wrong_is_said(page: webdriver.Chro
       document.getElementById("drop").dispatchEvent(
         new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
     """
+    def shown() -> list[bool]:
+        return [page.find_element(By.ID, name).is_displayed() for name in ("source", "result", "download")]
+
     page.execute_script(drop, "day.png", list(day_image(tmp_path).read_bytes()))
     wait(lambda: "day.png" in text(page, "source-note"))
+    page.find_element(By.ID, "translate").click()
+    wait(lambda: text(page, "status").startswith("Done in"))
+    assert shown() == [True, True, True]
     page.execute_script(drop, "notes.txt", list(b"no image at all"))
     wait(lambda: "cannot show it" in text(page, "source-note"))
+    assert shown() == [False, False, False]  # nothing of the image before stays
+    assert text(page, "result-note") == ""
     page.find_element(By.ID, "translate").click()
     wait(lambda: "not an image" in text(page, "status"))
     assert "bad" in page.find_element(By.ID, "status").get_attribute("class")
     assert page.find_element(By.ID, "translate").is_enabled()
+    page.execute_script(drop, "day.png", list(day_image(tmp_path).read_bytes()))
+    wait(lambda: shown()[0])
     page.execute_script(drop, "large.png", [0] * 1_000_001)
     wait(lambda: "larger than 1 MB" in text(page, "status"))
+    assert shown() == [False, False, False]
+    assert not page.find_element(By.ID, "translate").is_enabled()
 
 
 def test_the_page_asks_nobody_but_the_endpoint(page: webdriver.Chrome, endpoint: str) -> None:

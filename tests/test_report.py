@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_core import config as configs
 from ddpm_core import images, storage
+from ddpm_core.config import DataCard, ModelConfig
 from jobs.reports import charts as reports_charts
-from jobs.reports import metric_table, report
+from jobs.reports import metric_table, model_card, report
 from jobs.reports.grids import FILM_ROWS, HEADER, film_strip, labelled_grid, ungrid
 
 
@@ -416,3 +418,57 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(run: Path, monkeypat
 def test_a_metric_is_called_the_same_everywhere(metric: str, heading: str, column: str, name: str | None) -> None:
     assert (metric_table.heading(metric), metric_table.column(metric)) == (heading, column)
     assert metric_table.name(metric) == (name or heading)
+
+
+# -- model cards --------------------------------------------------------------------------------------------------
+
+
+def card_config(**changes: Any) -> dict[str, Any]:
+    data = DataCard(name="earth", licence='CC0 "as is": <b>', content_hash="abc", pairing="paired")
+    return configs.to_dict(ModelConfig(image_size=16, domains=("day", "night"), data=data, **changes))
+
+
+VALIDATION = {"step": 20, "epoch": 2, "images_seen": 640, "loss": 0.25, "loss_ci": 0.03, "num_images": 8}
+
+
+def front_matter(card: str) -> dict[str, str]:
+    _, front, _ = card.split("---\n", 2)
+    return dict(line.split(": ", 1) for line in front.splitlines())
+
+
+@pytest.mark.parametrize("method", ["diffusion", "pix2pix", "cyclegan", "identity", "attributes"])
+def test_a_card_says_what_a_checkpoint_is_and_what_it_is_not_for(method: str) -> None:
+    environment = {
+        "command": ["train", "--preset", "smoke", "--data", "/home/me/d", "--output=/home/me/o", "--epochs", "2"]
+    }
+    environment |= {"date": "2026-01-02T03:04:05", "source_hash": "beef", "git_commit": None, "python": "3.11"}
+    card = model_card.build(card_config(method=method), environment, validation=VALIDATION, samples=["samples.png"])
+    front = front_matter(card)
+    assert front["license"] == "other"
+    assert json.loads(front["license_name"]) == 'CC0 "as is": <b>'
+    assert ("pipeline_tag" in front) == (method in ("diffusion", "pix2pix", "cyclegan"))
+    for text in (
+        "# earth: day / night",
+        "Intended use, and limits",
+        "loss 0.25 ± 0.03 (95 %) on 8 images",
+        "](samples.png)",
+    ):
+        assert text in card
+    assert "This rests on 8 validation images: too few" in card
+    assert "`python -m jobs.train --preset smoke --epochs 2`" in card
+    assert "/home/me" not in card
+    assert ("checkpoint.load" in card) == ("pipeline_tag" in front)
+
+
+def test_a_cards_example_is_python_and_its_figures_are_the_evaluations(evaluation: dict[str, Any]) -> None:
+    whole = {**evaluation, "split": "test", "seed": 3, "data": {"name": "earth", "content_hash": "abc"}}
+    card = model_card.build(card_config(target_domains=("night",)), {}, evaluation=whole)
+    assert "| KID ↓ | 0.2000 (-0.8000 to 1.2000) | 0.3000 (-0.7000 to 1.3000) | 0.0100 (-0.9900 to 1.0100) |" in card
+    assert "### To night, 123 images" in card
+    assert "It beats a copy of the source in PSNR." in card
+    assert "Validation only" not in card
+    (example,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    compile(example, "card", "exec")
+    assert not re.search("[{}]{2}|{%", card)
+    table = [line for line in card.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1

@@ -108,6 +108,8 @@ def test_a_run_leaves_what_the_design_promises(two_epochs):
         of_each = {0.05: row["loss_ema_0.050"], 0.1: row["loss_ema_0.100"]}
         assert row["loss"] == of_each[row["ema_sigma_rel"]] == min(of_each.values())
     assert "CC0" in (two_epochs / last / "card.md").read_text()
+    assert "validation images: too few" in (two_epochs / best["checkpoint"] / "README.md").read_text()
+    assert Image.open(two_epochs / best["checkpoint"] / "samples.png").size[0] > 100
 
 
 def test_every_length_of_the_ema_can_be_picked_afterwards(two_epochs):
