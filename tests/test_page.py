@@ -162,6 +162,7 @@ def test_a_dropped_image_is_taken_and_what_is_wrong_is_said(page: webdriver.Chro
       document.getElementById("drop").dispatchEvent(
         new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
     """
+
     def shown() -> list[bool]:
         return [page.find_element(By.ID, name).is_displayed() for name in ("source", "result", "download")]
 
