@@ -408,7 +408,7 @@ def _curves(space: Row, trials: Sequence[Row], best: int | None) -> Charts:
     log = bool(space[name].get("log")) and all(trial["values"][name] > 0 for trial in drawn)
     text = (
         "Validation loss by epoch, a line a trial. Validation uses the same images, noise and timesteps each time, and "
-        f"the averaged weights: where a line bounces, that is the doing of the training and not of the "
+        "the averaged weights: where a line bounces, that is the doing of the training and not of the "
         "measure. Lines that end early were stopped or lost."
     )
     draw = functools.partial(sweep_charts.draw_curves, trials=drawn, name=name, log=log, best=best)
