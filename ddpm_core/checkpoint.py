@@ -148,7 +148,7 @@ def read_foreign_json(uri: str) -> Any:
             raise json.JSONDecodeError("nested too deeply", "", 0)
         return found
 
-    if storage.size(uri) > MAX_JSON_BYTES:
+    if storage.num_bytes(uri) > MAX_JSON_BYTES:
         raise InputError(f"{uri} has more than {MAX_JSON_BYTES:,} bytes; it is not what its name says")
     return storage.read_parsed(uri, parse)
 
@@ -225,7 +225,7 @@ def load_weights(make: Callable[[], M], folder: str, file: str) -> tuple[M, str]
     """
     uri = f"{folder}/{file}"
     try:
-        size = storage.size(uri)
+        size = storage.num_bytes(uri)
         shapes, num_bytes = read_header(uri)
         with torch.device("meta"):  # shapes without memory
             network = make()

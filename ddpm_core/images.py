@@ -12,14 +12,15 @@ import posixpath
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import pillow_heif
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageCms, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ddpm_core import colour, containers, storage
@@ -510,10 +511,12 @@ def content_hash(image: UInt8[np.ndarray, "h w 3"]) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """One image as PNG bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+def encode_png(image: UInt8[np.ndarray, "h w 3"], *, text: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """One image as PNG bytes; `text` by keyword in iTXt chunks."""
+    buffer, chunks = io.BytesIO(), PngImagePlugin.PngInfo()
+    for keyword, value in text.items():
+        chunks.add_itxt(keyword, value)
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 

@@ -269,20 +269,6 @@ def read_bytes(uri: str, *, first: int | None = None, max_bytes: int | None = No
     return with_retries(uri, read)
 
 
-def read_head(uri: str, num_bytes: int) -> bytes:
-    """The first bytes of a file. Raises as `read_bytes`."""
-    if not is_remote(uri):
-        with user_errors(uri), open(uri, "rb") as file:
-            return file.read(num_bytes)
-    fs, path = filesystem(uri)
-
-    def read() -> bytes:
-        with fs.open_input_file(path) as stream:
-            return stream.read(num_bytes)
-
-    return with_retries(uri, read)
-
-
 def read_json(uri: str) -> Any:
     """A JSON file's content; `read_parsed` says what it raises."""
     return read_parsed(uri, json.loads)
@@ -336,8 +322,8 @@ def _put(fs: "pyarrow.fs.FileSystem", path: str, data: bytes | memoryview) -> No
         stream.write(data)
 
 
-def size(uri: str) -> int:
-    """Bytes of a file.
+def num_bytes(uri: str) -> int:
+    """Size of a file.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -351,20 +337,17 @@ def size(uri: str) -> int:
     return int(info.size)
 
 
+def mtime_ns(uri: str) -> int:
+    """When a file was changed last, in nanoseconds; 0 where that is not known."""
+    return _info(uri).mtime_ns or 0
+
+
 def exists(uri: str) -> bool:
     return _info(uri).type.name != "NotFound"
 
 
 def is_file(uri: str) -> bool:
     return _info(uri).is_file
-
-
-def num_bytes(uri: str) -> int:
-    """Size of a file. Raises FileNotFoundError where there is none."""
-    info = _info(uri)
-    if not info.is_file:
-        raise FileNotFoundError(uri)
-    return info.size or 0
 
 
 def _info(uri: str) -> "pyarrow.fs.FileInfo":

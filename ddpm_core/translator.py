@@ -171,9 +171,6 @@ class Translator:
             )
         return sampling
 
-    def domain_index(self, domain: str) -> int:
-        return target_index(self.config, domain)
-
     def __call__(
         self,
         pictures: UInt8[np.ndarray, "b h w 3"] | Sequence[Image.Image],

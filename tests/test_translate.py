@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from ddpm_core import checkpoint, encoders, images, storage
 from ddpm_core import config as configs
 from ddpm_core.config import DiffusionConfig, SamplingConfig
 from ddpm_core.errors import InputError
-from ddpm_core.translator import Translator
+from ddpm_core.translator import NOT_FINITE, Translated, Translator
 from jobs import evaluate, translate
 from jobs.common import cli
 from jobs.datasets import writing
@@ -73,6 +73,43 @@ def test_outputs_keep_the_name_and_never_meet(ids: list[str], expected: list[str
     assert list(listing.output_names(ids, {}).values()) == expected
 
 
+def test_odd_names_become_names_that_every_disk_takes() -> None:
+    """A data set's ids are any strings; of files, names may be as long as the result's."""
+    ids = ["é.jpg", "e\u0301.webp", "a\0b", "a_b", "c\nd", "", "x" * 300, "x" * 301, "é" * 200 + "/1", "é" * 200 + "/2"]
+    ids += [
+        "dir",
+        "dir.png/x",
+        "DIR.PNG/y",
+        "run.json/x",
+        "manifest.parquet/1/2",
+        "end.",
+        "..",
+        "a//b",
+        "y" * 251 + ".jpg",
+    ]
+    names = listing.output_names(ids, {})
+    assert list(names) == ids
+    assert len({name.casefold() for name in names.values()}) == len(ids)
+    folders = {parent for name in names.values() for parent in map(str, PurePosixPath(name.casefold()).parents)}
+    assert not folders & {name.casefold() for name in names.values()} | folders & listing.RESERVED
+    for name in names.values():
+        assert name.endswith(".png")
+        assert all(0 < len(part.encode()) <= 255 and part[0] != "." for part in name.split("/"))
+        assert not re.search(r"[\x00-\x1f]", name)
+    assert names["y" * 251 + ".jpg"] == "y" * 251 + ".png"
+    assert names["dir.png/x"] == "dir.png/x.png"
+    assert PurePosixPath(names["é" * 200 + "/1"]).parent == PurePosixPath(names["é" * 200 + "/2"]).parent
+    assert listing.output_names(reversed(ids), {}) == names
+    later = listing.output_names(ids, {name: names[name] for name in ids[::2]})
+    assert all(later[name] == names[name] for name in ids[::2])
+    assert len({name.casefold() for name in later.values()}) == len(ids)
+
+
+def test_a_folder_gives_way_to_a_file_that_is_there() -> None:
+    found = listing.output_names(["dir.png/x"], {"dir": "dir.png"})["dir.png/x"]
+    assert re.fullmatch(r"x~[0-9a-f]{16}\.png", found)
+
+
 def test_names_given_before_stay() -> None:
     names = listing.output_names(["a.jpg", "a.png"], {"a.jpg": "a.png"})
     assert names == {"a.jpg": "a.png", "a.png": "a.png.png"}
@@ -85,16 +122,46 @@ def test_a_image_called_preview_is_not_lost() -> None:
 # -- the listing
 
 
-def test_only_images_are_listed_to_any_depth(tmp_path: Path) -> None:
-    for name in ("b.JPG", "x/y/a.png", "._b.jpg", ".thumbs/c.png", "notes.txt", "jpg"):
+def test_all_that_is_an_image_is_listed_to_any_depth(tmp_path: Path) -> None:
+    for name in ("b.JPG", "x/y/a.png", "._b.jpg", ".thumbs/c.png", "@eaDir/d.jpg", "notes.txt", "e.jxl", "f.DNG"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"12345")
-    found, others = listing.list_images(str(tmp_path))
-    assert [entry["id"] for entry in found] == ["b.JPG", "x/y/a.png"]
-    assert others == 4
-    assert found[0]["size"] == 5
-    assert found[0]["mtime_ns"] == (tmp_path / "b.JPG").stat().st_mtime_ns
+    (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "again").symlink_to(".")
+    (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"1")
+    os.mkfifo(tmp_path / "pipe.png")
+    found = listing.list_sources(str(tmp_path))
+    good = {row["id"]: row for row in found.rows if not row["error"]}
+    bad = {row["id"]: row["error"] for row in found.rows if row["error"]}
+    assert list(good) == ["b.JPG", "x/y/a.png"]
+    assert good["b.JPG"]["size"] == 5
+    assert good["b.JPG"]["mtime_ns"] == (tmp_path / "b.JPG").stat().st_mtime_ns
+    assert sorted(bad) == ["caf\\xe9.jpg", "e.jxl", "f.DNG", "gone.jpg", "pipe.png"]
+    assert "JPEG XL, which is not read; export it" in bad["e.jxl"]
+    assert "not valid UTF-8" in bad["caf\\xe9.jpg"]
+    assert "target is not there" in bad["gone.jpg"]
+    assert found.num_others == 1
+    assert any("system files and folders passed over" in note for note in found.notes)
+
+
+def test_an_input_may_be_one_image_or_a_pattern(tmp_path: Path) -> None:
+    for name in ("a1.png", "a2.png", "b1.png", "sub/a3.png"):
+        put(tmp_path / name, 1)
+
+    def ids(uri: str) -> tuple[str, list[str]]:
+        found = listing.list_sources(uri)
+        return found.root, [row["id"] for row in found.rows]
+
+    assert ids(f"{tmp_path}/a1.png") == (str(tmp_path), ["a1.png"])
+    assert ids(f"{tmp_path}/a*.png") == (str(tmp_path), ["a1.png", "a2.png"])
+    assert ids(f"{tmp_path}/sub/*") == (f"{tmp_path}/sub", ["a3.png"])
+    assert ids(f"{tmp_path}/?1.png") == (str(tmp_path), ["a1.png", "b1.png"])
+    (tmp_path / "[x]").mkdir()  # what is there means itself
+    put(tmp_path / "[x]" / "c.png", 1)
+    assert ids(f"{tmp_path}/[x]") == (f"{tmp_path}/[x]", ["c.png"])
+    with pytest.raises(InputError, match="holds no images"):
+        listing.list_sources(f"{tmp_path}/z*.png")
 
 
 # -- the manifest
@@ -243,9 +310,9 @@ def test_a_folder_is_translated_resumed_and_kept_up_to_date(
     assert "nothing to do, 7 images translated already" in capsys.readouterr().out
 
     # other options do not mix with these results
-    with pytest.raises(InputError, match=r"guidance_scale = 1.5, this command says 3.0"):
+    with pytest.raises(InputError, match=r"--guidance-scale 1.5, this command says 3.0"):
         translate.main([*argv, "--guidance-scale", "3"])
-    with pytest.raises(InputError, match="seed = 0, this command says 1"):
+    with pytest.raises(InputError, match="--seed 0, this command says 1"):
         translate.main([*argv, "--seed", "1"])
 
 
@@ -295,6 +362,127 @@ def test_all_images_bad_is_no_crash(tmp_path: Path, checkpoint_folder: str) -> N
     assert "the file is empty" in (tmp_path / "out" / "rejected.txt").read_text()
 
 
+def test_a_name_is_at_most_one_rows_fault(tmp_path: Path, checkpoint_folder: str) -> None:
+    """Of files; and the same command again finds them done."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    names = ["x" * 251 + ".png", "x" * 250 + ".webp", "dir.png", "dir.png.png", "dir.jpg", "Dir.PNG.webp", "a\nb.png"]
+    for number, name in enumerate(names):
+        put(source / name, number)
+    (source / os.fsdecode(b"caf\xe9.jpg")).write_bytes((source / "dir.png").read_bytes())
+    put(source / "preview.png" / "sub" / "1.png", 5)
+    argv = command(checkpoint_folder, source, output)
+    assert translate.main(argv) == cli.SET_ASIDE
+    rows = manifest(output)
+    bad = {name for name, row in rows.items() if row["status"] == "rejected"}
+    assert bad == {"caf\\xe9.jpg"}
+    assert (output / "rejected.txt").read_text().startswith("caf\\xe9.jpg\t")
+    written = {path.relative_to(output).as_posix() for path in output.rglob("*.png")} - {"preview.png"}
+    assert written == {row["output"] for row in rows.values() if row["status"] == "ok"}
+    before = {name: (output / name).stat().st_mtime_ns for name in written}
+    assert translate.main(argv) == cli.SET_ASIDE
+    assert {name: (output / name).stat().st_mtime_ns for name in written} == before
+    assert translate.main([*argv, "--set-aside-ok"]) == cli.DONE
+
+
+def test_a_data_sets_odd_ids_are_translated(tmp_path: Path, checkpoint_folder: str) -> None:
+    ids = ["dir", "dir.png/x", "x" * 300, "a\0b", "c\nd", "../up", "/root", "end.", "run.json/1"]
+    card = DatasetCard(
+        name="toy",
+        licence="CC0",
+        source="here",
+        image_size=16,
+        encoding="raw",
+        domains=("day", "night"),
+        pairing="self",
+    )
+    test = [Row(id=name, domain=0, image=picture(i)) for i, name in enumerate(sorted(ids))]
+    writing.write_dataset(
+        str(tmp_path / "set"), {"train": [Row(id="t", domain=0, image=picture(99))], "test": test}, card
+    )
+    output = tmp_path / "out"
+    assert translate.main(command(checkpoint_folder, tmp_path / "set", output)) == cli.DONE
+    rows = manifest(output)
+    assert sorted(rows) == sorted(ids)
+    assert all((output / row["output"]).is_file() for row in rows.values())
+    assert {path.name for path in tmp_path.iterdir()} == {"set", "out"}
+
+
+def test_a_result_that_cannot_be_written_or_is_no_number_is_set_aside(
+    folder: Path, tmp_path: Path, checkpoint_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    put(output / "0" / "p2.png" / "in-the-way.png", 1)  # as another program may put it there
+    (output / "run.json").write_text(json.dumps({"format": "ddpm-translate-results", "format_version": 1}))
+    attempt = Translator.attempt
+
+    def broken(self: Translator, *args: Any, **options: Any) -> Translated:
+        made = attempt(self, *args, **options)
+        return Translated(made.images, np.array([*made.finite[:-1], False]))
+
+    monkeypatch.setattr(Translator, "attempt", broken)
+    assert translate.main(command(checkpoint_folder, folder, output)) == cli.SET_ASIDE
+    reasons = {name: row["error"] for name, row in manifest(output).items() if row["error"]}
+    assert "result cannot be written" in reasons["0/p2.png"]
+    assert [name for name, reason in reasons.items() if reason.startswith(NOT_FINITE)] == ["1/p1.png", "1/p3.png"]
+    assert not (output / "1" / "p3.png").exists()
+
+
+def test_each_file_says_how_it_was_made(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
+    """The same bytes whatever the batch."""
+    for batch_size in ("4", "1"):
+        argv = command(checkpoint_folder, folder, tmp_path / batch_size, "--seed", "7")
+        assert translate.main([*argv, "--batch-size", batch_size]) == cli.DONE
+    told = json.loads(Image.open(tmp_path / "4" / "0" / "p0.png").text["ddpm-translate"])  # type: ignore[attr-defined]
+    assert (told["seed"], told["domain"], told["num_steps"], told["licence"]) == (7, "night", 2, "unknown")
+    assert told["checkpoint"] == checkpoint.load(checkpoint_folder).fingerprint
+    assert "input" not in told
+    texts = [Image.open(tmp_path / size / "1" / "p1.png").text for size in "41"]  # type: ignore[attr-defined]
+    assert texts[0] == texts[1]
+
+
+def test_two_images_side_by_side_are_told_of(tmp_path: Path, checkpoint_folder: str, capsys: Any) -> None:
+    ramp = np.linspace(0, 120, 64)[None, :, None] * np.ones((64, 1, 3))
+    pair = np.concatenate([ramp + 100, 100 - ramp / 2], axis=1).astype(np.uint8)
+    panorama = np.concatenate([ramp, ramp + 120], axis=1).astype(np.uint8)
+    (tmp_path / "in").mkdir()
+    for name, pixels in {
+        "pair.png": pair,
+        "pair.jpg": pair,
+        "panorama.png": panorama,
+        "wide.png": pair[:, :120],
+    }.items():
+        Image.fromarray(pixels).save(tmp_path / "in" / name)
+    put(tmp_path / "in" / "noise.png", 1)
+    assert translate.main(command(checkpoint_folder, tmp_path / "in", tmp_path / "out")) == cli.DONE
+    noted = {name for name, row in manifest(tmp_path / "out").items() if "two images side by side" in row["note"]}
+    assert noted == {"pair.png", "pair.jpg"}
+    assert "cut them apart first (2)" in capsys.readouterr().out
+
+
+def test_the_preview_is_spread_over_all_images(tmp_path: Path, checkpoint_folder: str) -> None:
+    for i in range(24):
+        put(tmp_path / "in" / f"{i:02d}.png", i)
+    translate.main(command(checkpoint_folder, tmp_path / "in", tmp_path / "out"))
+    shown = json.loads((tmp_path / "out" / "run.json").read_text())["preview"]
+    assert shown == ["01.png", "04.png", "07.png", "10.png", "13.png", "16.png", "19.png", "22.png"]
+
+
+def test_a_refused_command_binds_nobody(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
+    out, sdedit = tmp_path / "out", ["--start", "sdedit", "--num-steps", "5"]
+    message = refused([*command(checkpoint_folder, folder, out), *sdedit, "--strength", "0.01"])
+    assert "--strength is 0.01: none of the 5 steps is left; give at least 0.2, or more --num-steps" in message
+    assert not out.exists()
+    job = plan_translation(
+        TranslateArgs(checkpoint=checkpoint_folder, input=str(folder), output=str(out), domain="day")
+    )
+    open_output(job)  # and then Ray, say, does not start
+    argv = [*command(checkpoint_folder, folder, out), *sdedit, "--strength", "0.5"]
+    assert translate.main(argv) == cli.DONE
+    assert "holds results with --strength 0.5, this command says 0.6" in refused([*argv, "--strength", "0.6"])
+    assert "--seed is -1" in refused([*argv, "--seed", "-1"])
+    assert "--seed is 99999999999999999999" in refused([*argv, "--seed", "99999999999999999999"])
+
+
 # -- what is refused before anything starts: no Ray in these
 
 
@@ -307,17 +495,17 @@ def refused(argv: list[str]) -> str:
 
 def test_wrong_input_is_named(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
     out = tmp_path / "out"
-    assert "no such folder" in refused(command(checkpoint_folder, tmp_path / "nowhere", out))
-    assert "is a file" in refused(command(checkpoint_folder, folder / "0" / "p0.png", out))
+    assert "no such file or folder" in refused(command(checkpoint_folder, tmp_path / "nowhere", out))
+    assert "called as an image" in refused(command(checkpoint_folder, folder / "0" / "p0.png", tmp_path / "night.png"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("hello")
     message = refused(command(checkpoint_folder, tmp_path / "empty", out))
-    assert "holds no images (1 other files" in message
+    assert "holds no images; wanted: .apng" in message
     assert "no checkpoint here" in refused(command(str(tmp_path / "empty"), folder, out))
     argv = command(checkpoint_folder, folder, out)
     argv[argv.index("night")] = "nigth"
     assert "did you mean 'night'" in refused(argv)
-    assert "sampling.num-steps is 0" in refused([*command(checkpoint_folder, folder, out), "--num-steps", "0"])
+    assert "--num-steps is 0" in refused([*command(checkpoint_folder, folder, out), "--num-steps", "0"])
     assert "--batch-size is 0" in refused([*command(checkpoint_folder, folder, out), "--batch-size", "0"])
     assert not out.exists()
 
@@ -361,7 +549,7 @@ def test_every_sampling_option_reaches_the_network(folder: Path, tmp_path: Path,
     right = Translator(checkpoint.load(checkpoint_folder))(picture(1)[None], "night", **vars(args.sampling))
     assert np.array_equal(actor(batch)["result"], right)
     refusal = refused(command(checkpoint_folder, folder, tmp_path / "out", "--strength", "0.5"))
-    assert "strength has no effect with sampling.start noise" in refusal
+    assert "--strength has no effect with --start noise" in refusal
     assert "EMA length 0.1" in refused(command(checkpoint_folder, folder, tmp_path / "out", "--ema", "0.1"))
 
 
@@ -407,7 +595,7 @@ def test_guides_reach_the_network_and_the_manifest(folder: Path, tmp_path: Path,
     assert json.loads((out / "run.json").read_text())["options"]["classifier_scale"] == 30
 
     # results of other guides are other results
-    assert "classifier_scale = 30.0, this command says 31.0" in refused(
+    assert "--classifier-scale 30.0, this command says 31.0" in refused(
         [*command(checkpoint_folder, folder, out), *flags, "--classifier-scale", "31"]
     )
     assert "classifier_guidance = " in refused(command(checkpoint_folder, folder, out))

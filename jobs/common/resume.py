@@ -1,6 +1,6 @@
 """Whether a folder holds this very job: what an earlier command left there, and how it differs from this one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ddpm_core import storage
@@ -35,18 +35,20 @@ def check_same(
     new: Mapping[str, Any],
     *,
     may_change: Sequence[str] = (),
+    flags: Collection[str] = (),
     remedy: str = "give the old value back, or a new --output folder",
 ) -> None:
     """Refuse to go on with what `folder` holds if it was made with other options.
 
-    `may_change`: dotted names that may differ, with all below them.
+    `may_change`: dotted names that may differ, with all below them. `flags`: names that are flags of the command.
 
     Raises:
         InputError: naming the first difference with its old and new value.
     """
     for name, was, now in differences(old, new):
         if not any(f"{name}.".startswith(f"{each}.") for each in may_change):
-            raise InputError(f"{folder} holds {holds} with {name} = {was}, this command says {now}; {remedy}")
+            option = f"--{name.replace('_', '-')}" if name in flags else f"{name} ="
+            raise InputError(f"{folder} holds {holds} with {option} {was}, this command says {now}; {remedy}")
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

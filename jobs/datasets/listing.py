@@ -105,7 +105,7 @@ def _without_ending(uri: str, others: Iterable[str]) -> dict[str, str]:
 
     def head(path: str) -> bytes:
         try:
-            return storage.read_head(storage.join(uri, path), HEAD_BYTES)
+            return storage.read_bytes(storage.join(uri, path), first=HEAD_BYTES)
         except (InputError, FileNotFoundError):
             return b""
 

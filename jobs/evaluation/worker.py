@@ -27,8 +27,10 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ddpm_core import nets
+from ddpm_core.errors import InputError
 from ddpm_core.identity import perceptual_distance
 from ddpm_core.nets import EfficientNetLite0, Net
+from ddpm_core.translator import NOT_FINITE
 from jobs.datasets import reading
 from jobs.evaluation import baselines
 from jobs.evaluation.metrics import INCEPTION, MIN_SSIM_SIDE, feature_net, psnr, ssim
@@ -139,7 +141,10 @@ class Measure:
         """The translated images."""
         translate = self._translate(self.ema if ema is None else ema)
         translate.sampling = self.sampling if sampling is None else dict(sampling)
-        found: Images = translate(batch)["result"]
+        made = translate(batch)
+        if broken := [str(name) for name, error in zip(made["id"], made["error"], strict=True) if error]:
+            raise InputError(f"{len(broken)} images cannot be measured, the first {broken[0]}: {NOT_FINITE}")
+        found: Images = made["result"]
         return found
 
     def _results(

@@ -7,6 +7,8 @@ its owner should know, mostly "").
 
 import concurrent.futures
 import functools
+import io
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -14,9 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
+from PIL import Image
 
 from ddpm_core import checkpoint, faces, images, storage
 from ddpm_core.errors import InputError
+from ddpm_core.translator import NOT_FINITE
 from jobs.common import workers
 from jobs.datasets import reading
 from jobs.datasets.format import DatasetCard
@@ -27,6 +32,9 @@ Batch = dict[str, np.ndarray]
 Plan = Mapping[str, list[tuple[str, int, str]]]
 """What to make of the row with this id: (domain, seed, output) for each result."""
 
+RECORD = "ddpm-translate"
+"""Keyword of the text in each PNG that says how it was made: JSON, the same for equal images and options."""
+TWO_IMAGES = "looks like two images side by side, of which the middle is taken: cut them apart first"
 READ_THREADS = 8
 """Images read at once by one task: hides a bucket's latency."""
 
@@ -43,28 +51,35 @@ class Translate:
         output: str | None,
         num_threads: int,
         guides: Mapping[str, Any] = MappingProxyType({}),
+        record: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """`sampling`, `guides`: fields of SamplingConfig and of Guides. `output`: where results go, None to keep them
-        in `result`."""
+        in `result`. `record`: what is told within each file of how it was made."""
         torch.set_num_threads(num_threads)
         loaded = checkpoint.load(checkpoint_uri, ema=ema)
         self.translator = options.translator(loaded, GuidanceNets(**guides))
         self.sampling, self.output = sampling, output
+        self.text = {RECORD: json.dumps(dict(record), sort_keys=True)} if record else {}
 
     def __call__(self, batch: Batch) -> Batch:
-        results = np.zeros_like(batch["image"])
+        results, errors = np.zeros_like(batch["image"]), batch["error"].astype(object)
         wanted: dict[tuple[str, int], list[int]] = {}
         for row, (to, seed, error) in enumerate(zip(batch["to"], batch["seed"], batch["error"], strict=True)):
             if not error:
                 wanted.setdefault((str(to), int(seed)), []).append(row)
         for (to, seed), rows in wanted.items():
-            results[rows] = self.translator(batch["image"][rows], to, seed=seed, **self.sampling)
+            made = self.translator.attempt(batch["image"][rows], to, seed=seed, **self.sampling)
+            results[rows] = made.images
+            errors[np.array(rows)[~made.finite]] = NOT_FINITE
         if self.output is None:
-            return {**batch, "result": results}
-        for rows in wanted.values():
-            for row in rows:
-                storage.write_bytes(storage.join(self.output, batch["output"][row]), images.encode_png(results[row]))
-        return {name: column for name, column in batch.items() if name != "image"}
+            return {**batch, "result": results, "error": errors}
+        for row in np.flatnonzero(errors == "").tolist():
+            png = images.encode_png(results[row], text=self.text)
+            try:
+                storage.write_bytes(storage.join(self.output, batch["output"][row]), png)
+            except storage.UnusableNameError as error:
+                errors[row] = f"its result cannot be written: {error}"
+        return {name: column for name, column in {**batch, "error": errors}.items() if name != "image"}
 
 
 class Source(NamedTuple):
@@ -149,9 +164,23 @@ def read_image(name: str, *, root: str, image_size: int, template: tuple[float, 
                 portrait = faces.read_portrait(data, image_size, template, name=name)
                 return portrait.pixels, "", portrait.note
             photo = images.decode(data, name=name, square=image_size)
-            return images.to_square(photo, image_size), "", "; ".join(photo.info["notes"])
+            square = images.to_square(photo, image_size)
+            halves = [TWO_IMAGES] if looks_like_two(data, square) else []
+            return square, "", "; ".join([*photo.info["notes"], *halves])
         except InputError as error:
             return _black(image_size), str(error), ""
+
+
+def looks_like_two(data: bytes, square: UInt8[np.ndarray, "s s 3"]) -> bool:
+    """Whether an image file, of which `square` is the middle, looks like two images side by side: exactly twice as wide
+    as high (many panoramas are), and across the middle it changes far more than anywhere else."""
+    width, height = Image.open(io.BytesIO(data)).size
+    if width != 2 * height:
+        return False
+    columns = square.astype(np.float32)
+    steps = np.abs(columns[:, 3:] - columns[:, :-3]).mean((0, 2))  # three apart: shrinking blurs a seam
+    seam, others = steps[len(square) // 2 - 2], np.median(steps)
+    return bool(seam > 12 and seam > 3 * others)
 
 
 def _black(image_size: int) -> np.ndarray:

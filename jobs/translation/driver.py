@@ -1,6 +1,7 @@
 """A translation as its driver sees it: sources through the network, the manifest, the end."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -11,16 +12,27 @@ import torch
 
 from ddpm_core import config as configs
 from ddpm_core import images, provenance, storage
+from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from jobs.common import cli, resume, workers
 from jobs.common.progress import Progress
 from jobs.translation.batch import Batch, Source, Translate, dataset_rows, file_rows
 from jobs.translation.manifest import Manifest
-from jobs.translation.plan import TranslationJob, remaining
+from jobs.translation.options import GuidanceNets
+from jobs.translation.plan import TranslateArgs, TranslationJob, remaining
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-results", 1
 NUM_PREVIEWS = 8
 """Images shown in preview.png."""
+FLAGS = frozenset(
+    field.name
+    for field in (
+        *dataclasses.fields(TranslateArgs),
+        *dataclasses.fields(SamplingConfig),
+        *dataclasses.fields(GuidanceNets),
+    )
+) - {"checkpoint", "classifier_guidance", "identity_guidance"}
+"""Options of a record that are flags; of the nets it has the weights' fingerprints."""
 
 
 def run(job: TranslationJob) -> int:
@@ -30,16 +42,20 @@ def run(job: TranslationJob) -> int:
         InputError: as `open_output` and `translate`.
     """
     manifest = open_output(job)
-    todo = remaining(job, manifest)
-    if not todo:
-        print(f"nothing to do, {counted(len(job.sources))} translated already: {job.args.output}")
-        return finish(job, manifest)
-    done = len(job.sources) - len(todo)
-    print(f"{counted(len(todo))} to translate" + (f", {done:,} are done already" if done else ""))
-    with contextlib.nullcontext() if job.args.num_workers == 0 else cli.ray_session():
-        translate(job, manifest, todo)
-    write_preview(job, manifest)
-    return finish(job, manifest)
+    remain = remaining(job, manifest)
+    todo = [source for source in remain if not source["error"]]
+    for note in job.sources.notes:
+        print(note)
+    if todo:
+        done = len(job.sources.rows) - len(remain)
+        print(f"{counted(len(todo))} to translate" + (f", {done:,} are done already" if done else ""))
+        with contextlib.nullcontext() if job.args.num_workers == 0 else cli.ray_session():
+            translate(job, manifest, todo)
+    else:
+        print(f"nothing to do, {counted(len(job.sources.rows) - len(remain))} translated already: {job.args.output}")
+    manifest.add(noted_row(source, error=source["error"]) for source in remain if source["error"])
+    preview = write_preview(job, manifest) if todo else None
+    return finish(job, manifest, preview)
 
 
 def open_output(job: TranslationJob) -> Manifest:
@@ -51,14 +67,15 @@ def open_output(job: TranslationJob) -> Manifest:
     output = job.args.output
     note = storage.join(output, "run.json")
     earlier = resume.read_record(note, FORMAT, FORMAT_VERSION)
-    if earlier is not None:
-        resume.check_same(output, "results", earlier.get("options", {}), job.options)
-    elif storage.list_files(output):
-        raise InputError(f"--output {output} is not empty and holds no earlier translation; give a new folder")
     storage.check_writable(output)
-    if earlier is None:
+    if earlier is None and storage.list_files(output):
+        raise InputError(f"--output {output} is not empty and holds no earlier translation; give a new folder")
+    manifest = Manifest(output)
+    if earlier is not None and manifest.rows:
+        resume.check_same(output, "results", earlier.get("options", {}), job.options, flags=FLAGS)
+    if not manifest.rows:  # what an earlier command asked for and was refused binds nobody
         write_note(job, complete=False)
-    return Manifest(output)
+    return manifest
 
 
 def translate(job: TranslationJob, manifest: Manifest, todo: list[dict[str, Any]]) -> None:
@@ -77,6 +94,7 @@ def translate(job: TranslationJob, manifest: Manifest, todo: list[dict[str, Any]
         sampling=configs.to_dict(job.sampling),
         guides=configs.to_dict(job.guides),
         output=args.output,
+        record=record(job),
     )
     try:
         with Progress(total=len(todo), unit="image", description="translate") as progress:
@@ -92,6 +110,12 @@ def translate(job: TranslationJob, manifest: Manifest, todo: list[dict[str, Any]
         raise RuntimeError(f"{len(missing)} images came back without a result, the first: {missing[0]}")
 
 
+def record(job: TranslationJob) -> dict[str, Any]:
+    """What each file says of how it was made, which does not hang on where things lie."""
+    made_with = {name: value for name, value in job.options.items() if name != "input"}
+    return {**made_with, "licence": job.loaded.config.data.licence}
+
+
 def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> Source:
     """The images to translate."""
     args = job.args
@@ -100,7 +124,7 @@ def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> Source:
         return dataset_rows(args.input, job.card, {args.split: plan}, batch_size=args.batch_size)
     return file_rows(
         todo,
-        args.input,
+        job.sources.root,
         image_size=job.loaded.config.image_size,
         template=job.template,
         to=args.domain,
@@ -112,61 +136,64 @@ def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> Source:
 def noted(batch: Batch, facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A batch's rows of the manifest."""
     return [
-        {
-            "id": str(name),
-            "output": facts[str(name)]["output"],
-            "status": "rejected" if error else "ok",
-            "error": str(error),
-            "note": str(note),
-            "size": facts[str(name)]["size"],
-            "mtime_ns": facts[str(name)]["mtime_ns"],
-        }
+        noted_row(facts[str(name)], error=str(error), note=str(note))
         for name, error, note in zip(batch["id"], batch["error"], batch["note"], strict=True)
     ]
 
 
-def write_preview(job: TranslationJob, manifest: Manifest) -> None:
-    """preview.png: the first images beside their results."""
+def noted_row(source: dict[str, Any], *, error: str = "", note: str = "") -> dict[str, Any]:
+    """A source's row of the manifest."""
+    facts = {name: source[name] for name in ("id", "output", "size", "mtime_ns")}
+    return {**facts, "status": "rejected" if error else "ok", "error": error, "note": note}
+
+
+def write_preview(job: TranslationJob, manifest: Manifest) -> list[str]:
+    """preview.png: images evenly spread over the sorted names, beside their results. Their ids."""
     from jobs.reports import grids
 
-    good = [s for s in job.sources if manifest.rows[s["id"]]["status"] == "ok"][:NUM_PREVIEWS]
+    good = [s for s in job.sources.rows if manifest.rows[s["id"]]["status"] == "ok"]
     if not good:
-        return
-    todo = [{**source, "output": manifest.rows[source["id"]]["output"]} for source in good]
+        return []
+    shown = [good[len(good) * (2 * i + 1) // (2 * NUM_PREVIEWS)] for i in range(NUM_PREVIEWS)]
+    chosen = list({source["id"]: source for source in shown}.values()) if len(good) > NUM_PREVIEWS else good
+    todo = [{**source, "output": manifest.rows[source["id"]]["output"]} for source in chosen]
     rows = {
         str(name): image
         for batch in source_rows(job, todo).batches()
         for name, image in zip(batch["id"], batch["image"], strict=True)
     }
-    shown = []
+    pairs = []
     for source in todo:
         result = images.decode(storage.read_bytes(storage.join(job.args.output, source["output"])))
-        shown.append([rows[source["id"]], images.to_square(result, job.loaded.config.image_size)])
-    png = grids.labelled_grid(["source", job.args.domain], shown)
+        pairs.append([rows[source["id"]], images.to_square(result, job.loaded.config.image_size)])
+    png = grids.labelled_grid(["source", job.args.domain], pairs)
     storage.write_bytes(storage.join(job.args.output, "preview.png"), png)
+    return [source["id"] for source in chosen]
 
 
-def finish(job: TranslationJob, manifest: Manifest) -> int:
+def finish(job: TranslationJob, manifest: Manifest, preview: list[str] | None) -> int:
     """The manifest in one file, the reasons in plain text, run.json; the exit code."""
-    output = job.args.output
-    bad = [row for s in job.sources if (row := manifest.rows[s["id"]])["status"] != "ok"]
+    output, total = job.args.output, len(job.sources.rows)
+    bad = [row for s in job.sources.rows if (row := manifest.rows[s["id"]])["status"] != "ok"]
     manifest.finish()
     reasons = storage.join(output, "rejected.txt")
     if bad:
         storage.write_bytes(reasons, cli.reasons_text((row["id"], row["error"]) for row in bad))
     elif storage.exists(reasons):
         storage.delete_file(reasons)
-    write_note(job, complete=True, num_rejected=len(bad))
-    good = len(job.sources) - len(bad)
-    print(f"{counted(good)} translated: {output}")
-    notes = [note for s in job.sources if (note := manifest.rows[s["id"]]["note"])]
+    write_note(job, complete=True, num_rejected=len(bad), preview=preview)
+    print(f"{counted(total - len(bad))} translated: {output}")
+    notes = [note for s in job.sources.rows if (note := manifest.rows[s["id"]]["note"])]
     if notes:
         what = cli.tally(part for note in notes for part in note.split("; "))
         print(f"{counted(len(notes))} with a note in manifest.parquet: {what}")
+    if job.sources.num_others:
+        others = "files are no images" if job.card is None else f"rows are {job.args.domain} already"
+        print(f"{job.sources.num_others:,} other {others}")
     if bad:
         why = cli.tally(row["error"].removeprefix(f"{row['id']}: ") for row in bad)
         print(
-            f"{len(bad):,} of {len(job.sources):,} images were set aside: {why}; the reasons are in {reasons}",
+            f"{len(bad):,} of {total:,} images were set aside: {why}; the reasons are in {reasons}",
             file=sys.stderr,
         )
     return cli.set_aside(len(bad), ok=job.args.set_aside_ok)
@@ -176,11 +203,12 @@ def counted(num: int) -> str:
     return f"{num:,} image{'' if num == 1 else 's'}"
 
 
-def write_note(job: TranslationJob, *, complete: bool, num_rejected: int = 0) -> None:
-    """run.json: what was asked of what, and what came of it."""
+def write_note(job: TranslationJob, *, complete: bool, num_rejected: int = 0, preview: list[str] | None = None) -> None:
+    """run.json: what was asked of what, and what came of it; `preview`: ids of the images in preview.png, None where an
+    earlier run made it."""
     config = job.loaded.config
-    total = len(job.sources)
-    counts = {"images": total, "ok": total - num_rejected, "rejected": num_rejected, "ignored": job.num_others}
+    total, ignored = len(job.sources.rows), job.sources.num_others
+    counts = {"images": total, "ok": total - num_rejected, "rejected": num_rejected, "ignored": ignored}
     note = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -191,7 +219,8 @@ def write_note(job: TranslationJob, *, complete: bool, num_rejected: int = 0) ->
         "checkpoint": job.loaded.path,
         "model": configs.to_dict(config),
         "licence": config.data.licence,
-        "counts": counts if complete else {"images": total, "ignored": job.num_others},
+        "counts": counts if complete else {"images": total, "ignored": ignored},
+        "preview": preview,
         "environment": provenance.environment(),
     }
     storage.write_bytes(storage.join(job.args.output, "run.json"), json.dumps(note, indent=2).encode())

@@ -1,77 +1,150 @@
 """What is to be translated: files below a folder or rows of a data set, and the names of their results."""
 
+import collections
+import dataclasses
+import fnmatch
+import hashlib
+import posixpath
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-import pyarrow.fs
 
 from ddpm_core import images, storage
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
-from jobs.datasets import reading
+from jobs.datasets import listing, reading
 from jobs.datasets.format import DatasetCard
 
-# -- the listing and the manifest ---------------------------------------------------------------------------------
+RESERVED = frozenset({"preview.png", "manifest.parquet", "rejected.txt", "run.json"})
+"""What lies in the output beside the results."""
+NAME_BYTES = 255
+"""Most bytes of a file's name, on every file system in use."""
 
 
-def list_images(uri: str) -> tuple[list[dict[str, Any]], int]:
-    """The images below `uri` as {id: path below it, size, mtime_ns}, sorted, and how many other files there are.
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """What is to be translated, where it comes from files."""
 
-    What is hidden by a dot is left out (`._x.jpg` is what macOS leaves on foreign disks).
+    root: str
+    """The folder or prefix that `id` is a path below."""
+    rows: list[dict[str, Any]]
+    """id, size, mtime_ns and error of each image, sorted by id; `error` says why it cannot even be read, mostly ""."""
+    num_others: int
+    """Files that are no images."""
+    notes: list[str]
+    """What was passed over, in words."""
+
+
+def list_sources(uri: str) -> Sources:
+    """The images that `--input` means: a file, all below a folder or prefix, or those that match a pattern.
 
     Raises:
-        InputError: `uri` does not exist or is a file.
+        InputError: there is none that can be read.
     """
-    fs, path = storage.filesystem(uri)
-    with storage.user_errors(uri):
-        kind = fs.get_file_info(path).type
-        if kind == pyarrow.fs.FileType.NotFound:
-            raise InputError(f"--input {uri}: no such folder")
-        if kind == pyarrow.fs.FileType.File:
-            raise InputError(f"--input {uri} is a file; give the folder that holds the images")
-        infos = fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
-    files = [info for info in infos if info.type == pyarrow.fs.FileType.File]
-    named = [(info.path[len(path) :].lstrip("/"), info) for info in files]
-    found = [
-        {"id": name, "size": info.size, "mtime_ns": info.mtime_ns or 0}
-        for name, info in named
-        if "." + info.extension.lower() in images.SUFFIXES and not any(p.startswith(".") for p in name.split("/"))
-    ]
-    return sorted(found, key=lambda each: each["id"]), len(files) - len(found)
+    if storage.is_file(uri):
+        folder, _, name = uri.rpartition("/")
+        row = {"id": name, "size": storage.num_bytes(uri), "mtime_ns": storage.mtime_ns(uri), "error": ""}
+        return Sources(folder, [row], 0, [])
+    root, pattern = uri, "*"
+    if not storage.exists(uri) and (fixed := re.match(r"([^*?\[]*)/[^/]*[*?\[]", uri)):
+        root, pattern = fixed[1], uri[len(fixed[1]) + 1 :]
+    if not storage.exists(root):
+        raise InputError(f"--input {uri}: no such file or folder")
+    there = listing.list_images(root)
+
+    def wanted(name: str) -> bool:
+        return fnmatch.fnmatchcase(name, pattern)
+
+    rows = {
+        name: {"id": name, "size": entry.num_bytes, "mtime_ns": entry.mtime_ns, "error": ""}
+        for name, entry in there.images.items()
+        if wanted(name)
+    }
+    if not rows:
+        kinds = " ".join(sorted(images.SUFFIXES))
+        raise InputError(f"--input {uri} holds no images{there.hint() or f'; wanted: {kinds}'}")
+    for name, reason in there.rejected.items():
+        if wanted(name):
+            # a name that is no text is told as it is printed, and another file may be called so
+            own = f"{name} (as printed)" if name in rows else name
+            rows[own] = {"id": own, "size": 0, "mtime_ns": 0, "error": f"{own}: {reason}"}
+    others = [name for name in there.others if wanted(name) and name not in there.rejected]
+    return Sources(root, [rows[name] for name in sorted(rows)], len(others), there.notes)
+
+
+# -- names of results ---------------------------------------------------------------------------------------------
 
 
 def output_names(ids: Iterable[str], taken: Mapping[str, str]) -> dict[str, str]:
-    """id → output path, suffix .png; ids whose outputs would meet keep their own suffix (a.jpg.png).
+    """id → output path, suffix .png, of names that every file system takes. Ids whose outputs would meet keep their own
+    suffix (a.jpg.png); where these meet too, or a file would lie where a folder must, a hash of the id is added.
 
-    `taken`: names given by an earlier run, which stay. Case does not tell names apart on every disk, so it does
-    not here.
+    `taken`: names given by an earlier run, which stay. Case and the spelling of accents do not tell names apart on
+    every disk, so they do not here.
     """
-    names = {name: taken.get(name) or _stem(name) + ".png" for name in ids}
+    wanted = list(ids)
+    step = {name: 0 for name in wanted if name not in taken}
+    paths = {name: _way(name, 0) for name in step}
+    keys = {name: _key(path) for name, path in paths.items()}
+    fixed = {_key(path) for path in (*RESERVED, *taken.values())}
     while True:
-        users: dict[str, list[str]] = {}
-        for name in {**taken, **names}:
-            users.setdefault((names.get(name) or taken[name]).casefold(), []).append(name)
+        files = collections.Counter([*fixed, *keys.values()])
+        folders = {above for path in files for above in _folders(path)}
+        first: dict[str, int] = {}
+        for name, key in keys.items():
+            first[key] = min(step[name], first.get(key, LAST_WAY))
         clashing = [
             name
-            for group in users.values()
-            if len(group) > 1
-            for name in group
-            if name not in taken and names[name] != _inside(name) + ".png"
+            for name, key in keys.items()
+            # a file gives way to a folder, unless an earlier run has put it there; of files those that still can
+            if (files[key] > 1 or key in folders or any(above in fixed for above in _folders(key)))
+            and step[name] == first[key] < LAST_WAY
         ]
         if not clashing:
-            break
-        names.update({name: _inside(name) + ".png" for name in clashing})
-    outputs: dict[str, str] = {}
-    for name in {**taken, **names}:
-        output = names.get(name) or taken[name]
-        if outputs.setdefault(output, name) != name:
-            raise InputError(f"{name} and {outputs[output]} would both become {output}; rename one")
-    return names
+            return {name: taken.get(name) or paths[name] for name in wanted}
+        for name in clashing:
+            step[name] += 1
+            paths[name] = _way(name, step[name])
+            keys[name] = _key(paths[name])
+
+
+LAST_WAY = 3
+
+
+def _way(name: str, step: int) -> str:
+    """What the result of an image may be called; the next where that clashes."""
+    stem = _stem(name)
+    if step == 1:
+        path = f"{_inside(name)}.png"
+    else:
+        mark = f"~{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}" if step else ""
+        path = f"{posixpath.basename(stem) if step == LAST_WAY else stem}{mark}.png"
+    return "/".join(map(_shortened, path.split("/")))
+
+
+def _key(path: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+
+
+def _folders(path: str) -> Iterable[str]:
+    while path := posixpath.dirname(path):
+        yield path
+
+
+def _shortened(part: str) -> str:
+    """A file's or folder's name of at most NAME_BYTES; what is cut off leaves a hash."""
+    if len(part.encode()) <= NAME_BYTES:
+        return part
+    end = f"~{hashlib.blake2b(part.encode(), digest_size=8).hexdigest()}" + (".png" if part.endswith(".png") else "")
+    return part.encode()[: NAME_BYTES - len(end)].decode(errors="ignore") + end
 
 
 def _inside(name: str) -> str:
-    """`name` without parts that lead out of a folder or hide in it: a data set's ids are any strings."""
-    return "/".join("_" + part if not part or part.startswith(".") else part for part in name.split("/"))
+    """`name` without parts that lead out of a folder or hide in it, and without control characters: a data set's ids
+    are any strings."""
+    parts = re.sub(r"[\x00-\x1f\x7f]", "_", name).split("/")
+    return "/".join("_" + part if not part or part.startswith(".") else part for part in parts)
 
 
 def _stem(name: str) -> str:

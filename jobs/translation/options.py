@@ -1,6 +1,7 @@
 """What the commands that put a checkpoint to use have in common: their options, and the checks before Ray starts."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -11,7 +12,7 @@ from ddpm_core import config as configs
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
-from ddpm_core.translator import Translator
+from ddpm_core.translator import Translator, check_sampling
 
 T = TypeVar("T")
 
@@ -124,11 +125,21 @@ def open_checkpoint(
     guides, led = open_guidance_nets(guides)
     ready = translator(loaded, guides, device="cpu")
     domains = (domain,) if domain else loaded.config.target_domains or loaded.config.domains
-    for name in domains:
-        ready.domain_index(name)
-    sampling = ready.options(**vars(overrides))
+    try:
+        sampling = ready.options(**vars(overrides))
+        for name in domains:
+            check_sampling(loaded.config, sampling, name)
+    except InputError as error:
+        raise InputError(by_flags(str(error))) from None
     options = {"checkpoint": loaded.fingerprint, **configs.to_dict(sampling), **led}
     return Opened(loaded, tuple(domains), sampling, guides, options)
+
+
+def by_flags(message: str) -> str:
+    """A message of `ddpm_core`'s with sampling options called as the commands' flags: --num-steps, not
+    sampling.num-steps."""
+    named = re.sub(r"\bsampling\.([a-z_-]+)", lambda name: "--" + name[1].replace("_", "-"), message)
+    return re.sub(r"^unknown domain", "--domain: unknown domain", named)
 
 
 def check_least(flags: dict[str, tuple[int | None, int]]) -> None:

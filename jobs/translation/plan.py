@@ -12,7 +12,7 @@ from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from jobs.datasets.format import DatasetCard, find_card
-from jobs.translation.listing import check_dataset, list_images, output_names, split_rows
+from jobs.translation.listing import Sources, check_dataset, list_sources, output_names, split_rows
 from jobs.translation.manifest import Manifest
 from jobs.translation.options import GuidanceNets, SamplingOverrides, check_least, open_checkpoint
 
@@ -64,10 +64,8 @@ class TranslationJob:
     """What the results depend on; a folder holds results of one such set only."""
     template: tuple[float, ...]
     """Landmarks that faces are aligned to; () where images are taken as they are."""
-    sources: list[dict[str, Any]]
-    """id, size, mtime_ns of each image."""
-    num_others: int
-    """Files under the input that are no images, or rows that are on the wanted side already."""
+    sources: Sources
+    """The images; of a data set, `num_others` are the rows that are on the wanted side already."""
 
 
 def plan_translation(args: TranslateArgs) -> TranslationJob:
@@ -96,21 +94,25 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         "seed": args.seed,
         **opened.options,
     }
-    card = find_card(args.input)
+    check_image_name(args.output)
+    card = None if storage.is_file(args.input) else find_card(args.input)
     if card is not None and args.align == "faces":
         raise InputError("--align faces has no effect on a data set, whose images are cut already; leave it out")
     template = () if card is not None else faces.template_for(loaded.config.data.landmarks, args.align)
     if template:
         options |= {"align": "faces"}
     if card is not None:
-        sources, num_others = dataset_sources(args, card, loaded.config)
+        sources = dataset_sources(args, card, loaded.config)
         options |= {"split": args.split, "content_hash": card.content_hash}
     else:
-        sources, num_others = list_images(args.input)
-    if not sources:
-        also = f" ({num_others:,} other files or rows are there)" if num_others else ""
-        raise InputError(f"--input {args.input} holds no images{also}; wanted: {' '.join(sorted(images.SUFFIXES))}")
-    return TranslationJob(args, loaded, sampling, opened.guides, card, options, template, sources, num_others)
+        sources = list_sources(args.input)
+    return TranslationJob(args, loaded, sampling, opened.guides, card, options, template, sources)
+
+
+def check_image_name(output: str) -> None:
+    """Raises InputError where a folder would be called as an image: results of one image lie in a folder too."""
+    if os.path.splitext(output)[1].lower() in images.SUFFIXES:
+        raise InputError(f"--output {output} is called as an image; give a folder, in which the results are to lie")
 
 
 def inside(uri: str, folder: str) -> bool:
@@ -120,29 +122,38 @@ def inside(uri: str, folder: str) -> bool:
     return f"{uri.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
 
 
-def dataset_sources(
-    args: TranslateArgs, card: DatasetCard, config: configs.ModelConfig
-) -> tuple[list[dict[str, Any]], int]:
-    """The rows that can be turned into the wanted side, and how many cannot.
+def dataset_sources(args: TranslateArgs, card: DatasetCard, config: configs.ModelConfig) -> Sources:
+    """The rows that can be turned into the wanted side.
 
     A paired row has an image of either side; of the other sets, rows that are on the wanted side stay out.
+
+    Raises:
+        InputError: there is none.
     """
     check_dataset(args.input, card, config)
     rows = split_rows(args.input, card, args.split)
     usable = [name for name, domain in rows if card.pairing == "paired" or card.domains[domain] != args.domain]
-    return [{"id": name, "size": 0, "mtime_ns": 0} for name in usable], len(rows) - len(usable)
+    if not usable:
+        raise InputError(
+            f"--input {args.input}: all {len(rows):,} rows of split {args.split} are {args.domain} already"
+        )
+    sources = [{"id": name, "size": 0, "mtime_ns": 0, "error": ""} for name in usable]
+    return Sources(args.input, sources, len(rows) - len(usable), [])
 
 
 def remaining(job: TranslationJob, manifest: Manifest) -> list[dict[str, Any]]:
-    """The sources to translate, each with its output: new, changed, set aside before, or with the result gone."""
+    """The sources to translate, each with its output: new, changed, set aside before, or with the result gone; and
+    those that cannot even be read."""
     there = set()
     for name in storage.list_files(job.args.output):
         if storage.is_debris(name):
             storage.delete_file(storage.join(job.args.output, name))
         else:
             there.add(name)
-    taken = {"": "preview.png"} | {row["id"]: row["output"] for row in manifest.rows.values()}
-    names = output_names([source["id"] for source in job.sources], taken)
+    names = output_names(
+        (source["id"] for source in job.sources.rows if not source["error"]),
+        {row["id"]: row["output"] for row in manifest.rows.values() if row["output"]},
+    )
 
     def done(source: dict[str, Any]) -> bool:
         row = manifest.rows.get(source["id"])
@@ -153,4 +164,4 @@ def remaining(job: TranslationJob, manifest: Manifest) -> list[dict[str, Any]]:
             and all(row[key] == source[key] for key in ("size", "mtime_ns"))
         )
 
-    return [{**source, "output": names[source["id"]]} for source in job.sources if not done(source)]
+    return [{**source, "output": names.get(source["id"], "")} for source in job.sources.rows if not done(source)]
