@@ -10,6 +10,7 @@ train       jobs.train beside a plain loop: images a second, and seconds to the 
 validation  why a validation curve bounces: raw or averaged weights, fresh or fixed draws
 sweep       jobs.sweep beside random search within a budget of training steps
 gpu         the presets' networks on a GPU within minutes, on a machine that has little but PyTorch
+serve       the endpoint's engine beside request-level batching, under load
 """
 
 import importlib
@@ -22,7 +23,7 @@ from jobs.common import cli
 MODULES = {"train": "training"}
 """Of `jobs.benchmarks`, where they are not called as their subject is: it would be `jobs.train`'s name."""
 
-Subject = Literal["network", "data", "size", "train", "validation", "sweep", "gpu"]
+Subject = Literal["network", "data", "size", "train", "validation", "sweep", "gpu", "serve"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

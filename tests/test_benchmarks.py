@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT
 
 from ddpm_core.errors import InputError
+from jobs import benchmark
 from jobs.benchmarks import contenders, gpu, gpu_rows, training, validation
 from jobs.training.presets import PRESETS
 
@@ -238,3 +239,15 @@ def test_what_the_gpu_benchmarks_rows_come_to() -> None:
     rows = [gpu.Result(gpu.Row("peers"), figures={"speeds": each}) for each in speeds]
     assert gpu.against_peers(rows) == ["a training step of ours is 2.00 x slow's"]
     assert gpu.against_peers(rows[:0]) == []
+
+
+def test_the_ways_to_serve_take_turns(
+    tmp_path: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "serve --seconds 0.3 --rounds 1 --clients 1 4 --loads 0.5 --short-steps 1 --long-steps 2 --num-threads 1"
+    assert benchmark.main([*words.split(), "--checkpoint", checkpoint_folder, "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "serve.json").read_text())
+    assert [row["clients"] for row in found["closed"]] == [1, 4]
+    assert all(row[way] > 0 for row in found["closed"] for way in ("steps", "batches", "single"))
+    assert found["open"][0]["steps images_per_s"] > 0
+    assert "of raw" in capsys.readouterr().out
