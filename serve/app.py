@@ -1,52 +1,43 @@
 """The endpoint: `serve run serve.app:build_app checkpoint=RUN`, then http://127.0.0.1:8000.
 
-    client ── proxy ── Gateway (HTTP, images in and out) ── Model (all requests share the network's passes)
+    client ── proxy ── Gateway (HTTP: api.make) ──┬── Reader (files to squares)
+                                                  └── Model (all requests share the network's passes: engine.Engine)
 
-The gateway answers while the model is busy: the page, the health check, and 429 when too much waits.
+The gateway only passes bytes on: it answers while images are decoded, faces are looked for and the model is busy. The
+checkpoint is resolved once, here; another one comes by `serve deploy` or `serve run` again.
 """
 
 import asyncio
-import http
-import json
+import contextlib
+import dataclasses
 import os
-import string
+import re
 import time
-import urllib.parse
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import click
 import fastapi
-import fastapi.exceptions
-import fastapi.responses
 import numpy as np
 import ray.exceptions
 import ray.serve
 import ray.serve.exceptions
-import starlette.exceptions
 import torch
-from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from ddpm_core import checkpoint, faces, images, storage
-from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 
+from . import api
+from .api import Read, Settings, Unavailable
 from .engine import Done, Engine, Full, Job, Late
-from .schemas import Arguments, Options, Query, SamplingQuery, complete, explain, validate
+from .schemas import Arguments, validate
 
-RETRY_AFTER_S = 2
-"""What a refused client is told to wait."""
-PAGE = Path(__file__).parent / "page" / "index.html"
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "Cache-Control": "no-cache",
-}
+T = TypeVar("T")
+GRACE_S = 5.0
+"""A model that does not answer so long after a request's time is over is taken for dead."""
 
 
 class StartError(click.ClickException):
@@ -55,24 +46,56 @@ class StartError(click.ClickException):
     exit_code = 2
 
 
-@ray.serve.deployment(graceful_shutdown_timeout_s=30)
-class Model:
-    """One copy of the network: a thin shell around `engine.Engine`."""
+class Pinned(NamedTuple):
+    """The checkpoint that an application is of, whatever its run finds better afterwards."""
 
-    def __init__(self, arguments: Arguments) -> None:
+    folder: str
+    ema: float | None
+    fingerprint: str
+    config: ModelConfig
+
+    @property
+    def name(self) -> str:
+        """Its place in its run, and which weights."""
+        return f"{'/'.join(self.folder.rstrip('/').split('/')[-3:])}@{self.fingerprint[:12]}"
+
+    def load(self) -> checkpoint.Checkpoint:
+        """Raises InputError where the folder holds other weights by now."""
+        loaded = checkpoint.load(self.folder, ema=self.ema)
+        if loaded.fingerprint != self.fingerprint:
+            raise InputError(
+                f"{self.folder} holds other weights than when this application was started; deploy it again"
+            )
+        return dataclasses.replace(loaded, config=self.config)
+
+
+@ray.serve.deployment(graceful_shutdown_timeout_s=60)
+class Model:
+    """One copy of the network: a thin shell around an engine."""
+
+    def __init__(self, arguments: Arguments, pinned: Pinned) -> None:
         # Ray gives a worker as many threads as it reserved CPUs: on a laptop the other cores would idle.
         torch.set_num_threads(arguments.num_cpus or os.cpu_count() or 1)
         device = None if arguments.device == "auto" else arguments.device
-        self.translator = Translator(
-            checkpoint.load(arguments.checkpoint), device=device, precision=arguments.precision
-        )
-        rows = arguments.max_batch_size
+        self.translator = Translator(pinned.load(), device=device, precision=arguments.precision)
+        rows, side = arguments.max_batch_size, pinned.config.image_size
         on_gpu = self.translator.device.type == "cuda"
         sizes = [2**i for i in range(rows.bit_length())] if on_gpu else []  # CPUs pay for every row
+        domain = (pinned.config.target_domains or pinned.config.domains)[0]
+        for size in sizes or [1]:  # the first pass of a size is slow: nobody is to wait for it
+            self.translator(np.zeros((size, side, side, 3), np.uint8), domain)
         self.engine = Engine(self.translator, max_rows=rows, max_waiting=arguments.queue_length, sizes=sizes)
 
     async def translate(self, job: Job) -> Done:
         return await self.engine.translate(job)
+
+    async def stream(self, job: Job) -> AsyncIterator[tuple[int, np.ndarray] | Done]:
+        async with contextlib.aclosing(self.engine.stream(job)) as steps:  # type: ignore[type-var]
+            async for step in steps:
+                yield step
+
+    async def stats(self) -> Mapping[str, float]:
+        return self.engine.stats()
 
     def check_health(self) -> None:
         """A GPU that failed keeps failing: Ray then replaces this replica."""
@@ -81,30 +104,19 @@ class Model:
             torch.ones(1, device=self.translator.device).item()
 
 
-async def read_body(request: fastapi.Request, limit: int) -> bytes:
-    """The request's body, refused as soon as it is known to be too large.
+@ray.serve.deployment(graceful_shutdown_timeout_s=30, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+class Reader:
+    """Image files to squares, in a process of its own: decoding and looking for faces hold up nobody, and a decoder
+    that dies takes nothing with it."""
 
-    Raises:
-        HTTPException: 413.
-    """
-    too_large = fastapi.HTTPException(413, f"the image is larger than {limit / 1e6:g} MB; scale it down")
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > limit:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+
+    async def read(self, data: bytes, size: int, template: tuple[float, ...]) -> Read:
+        return await asyncio.to_thread(prepare, data, size, template)
 
 
-def later(status: int, reason: str) -> fastapi.HTTPException:
-    wait = {"Retry-After": str(RETRY_AFTER_S)}
-    return fastapi.HTTPException(status, f"{reason}; try again in {RETRY_AFTER_S} s", wait)
-
-
-def prepare(data: bytes, size: int, template: tuple[float, ...]) -> tuple[np.ndarray, str]:
+def prepare(data: bytes, size: int, template: tuple[float, ...]) -> Read:
     """An image file as the square the model takes, and what its owner should know of it (mostly nothing).
 
     `template`: landmarks that its face is aligned to, () to take it as it is.
@@ -114,128 +126,107 @@ def prepare(data: bytes, size: int, template: tuple[float, ...]) -> tuple[np.nda
     """
     if template:
         portrait = faces.read_portrait(data, size, template)
-        return portrait.pixels, portrait.note
+        return Read(portrait.pixels, portrait.note)
     photo = images.decode(data, square=size)
-    return images.to_square(photo, size), "; ".join(photo.info["notes"])
+    return Read(images.to_square(photo, size), "; ".join(photo.info["notes"]))
 
 
-def describe(config: ModelConfig, options: Options, done: Done, total_ms: float, note: str) -> dict[str, str]:
-    """Response headers: licence, options used, time taken, and what `prepare` noted."""
-    return {
-        "X-Licence": header(config.data.licence),
-        "X-Options": json.dumps(options.arguments()),
-        "X-Batch-Size": f"{done.batch_size:.1f}",
-        "Server-Timing": f"queue;dur={done.queue_ms:.1f}, model;dur={done.model_ms:.1f}, total;dur={total_ms:.1f}",
-        "Cache-Control": "no-store",
-        **({"X-Note": header(note)} if note else {}),
-    }
+class RayBackend:
+    """The other deployments, with their failures in our words."""
+
+    def __init__(self, model: DeploymentHandle, reader: DeploymentHandle, size: int) -> None:
+        self.model, self.reader, self.size = model, reader, size
+
+    async def read(self, data: bytes, template: tuple[float, ...]) -> Read:
+        return await _asked(lambda: self.reader.read.remote(data, self.size, template))
+
+    async def translate(self, job: Job) -> Done:
+        return await _asked(lambda: self.model.translate.remote(job), job.deadline)
+
+    async def stream(self, job: Job) -> AsyncIterator[tuple[int, np.ndarray] | Done]:
+        with _in_our_words():
+            async for each in self.model.options(stream=True).stream.remote(job):
+                yield each
+
+    async def stats(self) -> Mapping[str, float]:
+        return await _asked(lambda: self.model.stats.remote())
 
 
-def header(text: str) -> str:
-    """`text` fit for an HTTP header: what is not plain ASCII is percent-encoded."""
-    return urllib.parse.quote(text, safe=string.punctuation.replace("%", "") + " ")
+async def _asked(ask: Callable[[], Awaitable[T]], deadline: float | None = None) -> T:
+    """The answer of a deployment, asked again once where a replica died over it: nothing of it has been sent yet."""
+    for last in (False, True):
+        response = ask()
+        try:
+            with _in_our_words():
+                async with asyncio.timeout(None if deadline is None else max(deadline - time.time(), 0) + GRACE_S):
+                    return await response
+        except Unavailable:
+            if last:
+                raise
+        except (asyncio.CancelledError, TimeoutError):
+            response.cancel()  # type: ignore[attr-defined]  # nobody waits any more: its places are free
+            raise
+    raise AssertionError
 
 
-def answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> fastapi.Response:
-    return fastapi.responses.JSONResponse({"error": message}, status, dict(headers or {}))
-
-
-# FastAPI's interactive documentation loads its script from elsewhere: left out, the schema stays.
-# `ray.serve.ingress` copies `api` and all it refers to when the class below is made: that must stand above it.
-api = fastapi.FastAPI(title="ddpm-translate", docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json")
-
-
-@api.exception_handler(InputError)
-async def wrong_input(request: fastapi.Request, error: InputError) -> fastapi.Response:
-    return answer(400, str(error))
-
-
-@api.exception_handler(fastapi.exceptions.RequestValidationError)
-async def wrong_option(request: fastapi.Request, error: fastapi.exceptions.RequestValidationError) -> fastapi.Response:
-    return answer(422, explain(error.errors()[0], Query))
-
-
-@api.exception_handler(starlette.exceptions.HTTPException)
-async def refused(request: fastapi.Request, error: starlette.exceptions.HTTPException) -> fastapi.Response:
-    detail = str(error.detail)
-    if error.status_code == http.HTTPStatus.NOT_FOUND:
-        detail = f"nothing at {request.url.path}; there are {', '.join(sorted(request.app.openapi()['paths']))}"
-    return answer(error.status_code, detail, error.headers)
-
-
-@api.exception_handler(Exception)
-async def failed(request: fastapi.Request, error: Exception) -> fastapi.Response:
-    return answer(500, f"the endpoint failed ({type(error).__name__}); its log has the details")
+@contextlib.contextmanager
+def _in_our_words() -> Any:
+    try:
+        yield
+    except ray.serve.exceptions.BackPressureError:
+        raise Full from None
+    except (ray.exceptions.RayActorError, ray.serve.exceptions.DeploymentUnavailableError) as error:
+        raise Unavailable from error
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, (InputError, Full, Late)):
+            raise cause from None
+        raise
 
 
 @ray.serve.deployment(
-    graceful_shutdown_timeout_s=30,
-    backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
+    graceful_shutdown_timeout_s=60,
     ray_actor_options={"num_cpus": 0},  # shares the machine with the model; beside it there is little to do
+    max_ongoing_requests=10_000,  # it bounds what it takes itself, and answers the others at once
 )
-@ray.serve.ingress(api)
+@ray.serve.ingress()
 class Gateway:
-    """HTTP: images are decoded and cut to the model's square here; the model only sees small arrays."""
+    """HTTP."""
 
-    def __init__(self, model: DeploymentHandle, config: ModelConfig, path: str, max_body_bytes: int) -> None:
-        self.model, self.config, self.path, self.max_body_bytes = model, config, path, max_body_bytes
-        self.page = PAGE.read_text(encoding="utf-8")
-        self.decoding = asyncio.Semaphore(2)  # `images.decode` bounds the pixels of both together
+    def __init__(self, model: DeploymentHandle, reader: DeploymentHandle, settings: Settings) -> None:
+        self.settings = settings
+        self.backend = RayBackend(model, reader, settings.config.image_size)
 
-    @api.post(
-        "/v1/translate",
-        response_class=fastapi.Response,
-        responses={200: {"content": {"image/png": {}}}},
-        openapi_extra={"requestBody": {"required": True, "content": {"image/*": {}}}},
-    )
-    async def translate(self, request: fastapi.Request, query: Annotated[Query, fastapi.Query()]) -> fastapi.Response:
-        """An image as the body, its translation as PNG."""
-        start = time.perf_counter()
-        try:
-            options = complete(query, self.config)
-            template = faces.template_for(self.config.data.landmarks, query.align)
-        except InputError as error:
-            raise fastapi.HTTPException(422, str(error)) from None
-        data = await read_body(request, self.max_body_bytes)
-        async with self.decoding:
-            try:
-                square, note = await asyncio.to_thread(prepare, data, self.config.image_size, template)
-            except faces.NoFaceError as error:
-                raise fastapi.HTTPException(422, str(error)) from None
-        del data
-        try:
-            done: Done = await self.model.translate.remote(Job(square, options))
-        except (ray.serve.exceptions.BackPressureError, Full, Late):
-            raise later(429, "too many requests are waiting") from None
-        except (ray.exceptions.RayActorError, ray.serve.exceptions.DeploymentUnavailableError):
-            raise later(503, "the model is restarting") from None
-        png = await asyncio.to_thread(images.encode_png, done.image)
-        total_ms = (time.perf_counter() - start) * 1000
-        headers = describe(self.config, options, done, total_ms, note)
-        return fastapi.Response(png, media_type="image/png", headers=headers)
+    def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
+        return api.make(self.backend, self.settings)
 
-    @api.get("/v1/model")
-    async def describe_model(self) -> dict[str, Any]:
-        """What the checkpoint is and may be used for."""
-        return {
-            "checkpoint": self.path,
-            "image_size": self.config.image_size,
-            "domains": list(self.config.target_domains or self.config.domains),
-            "num_timesteps": self.config.diffusion.num_timesteps,
-            "defaults": configs.to_dict(self.config.sampling),
-            "options": SamplingQuery.model_json_schema()["properties"],
-            "licence": self.config.data.licence,
-            "data": configs.to_dict(self.config.data),
-            "max_body_bytes": self.max_body_bytes,
-        }
 
-    @api.get("/healthz")
-    async def healthz(self) -> dict[str, str]:
-        return {"status": "ok"}
+def read_tokens(uri: str | None) -> dict[str, str]:
+    """SHA-256 of each token to its owner's name, of a file with a line `NAME SHA256` for each.
 
-    @api.get("/", response_class=fastapi.responses.HTMLResponse)
-    async def index(self) -> fastapi.Response:
-        return fastapi.responses.HTMLResponse(self.page, headers=PAGE_HEADERS)
+    Raises:
+        InputError: there is no such file, or a line is none of these.
+    """
+    if uri is None:
+        return {}
+    uri = storage.absolute(uri, flag="tokens_file")
+    try:
+        lines = storage.read_bytes(uri).decode().splitlines()
+    except FileNotFoundError:
+        raise InputError(f"tokens_file {uri}: no such file") from None
+    tokens = {}
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if len(words) != 2 or not re.fullmatch("[0-9a-fA-F]{64}", words[1]):
+            raise InputError(
+                f"{uri}, line {number}: write NAME and the SHA-256 of its token (printf %s TOKEN | sha256sum)"
+            )
+        tokens[words[1].lower()] = words[0]
+    if not tokens:
+        raise InputError(f"{uri} has no token; write lines of NAME and SHA-256")
+    return tokens
 
 
 def build_app(args: dict[str, Any]) -> ray.serve.Application:
@@ -246,22 +237,18 @@ def build_app(args: dict[str, Any]) -> ray.serve.Application:
     """
     try:
         arguments = validate(Arguments, args)
-        path = storage.absolute(arguments.checkpoint, flag="checkpoint")
-        config = checkpoint.load(path).config
+        loaded = checkpoint.load(storage.absolute(arguments.checkpoint, flag="checkpoint"))
+        tokens = read_tokens(arguments.tokens_file)
     except (InputError, OSError) as error:
         raise StartError(str(error)) from None
-    arguments = arguments.model_copy(update={"checkpoint": path})
+    pinned = Pinned(loaded.path, loaded.ema, loaded.fingerprint, loaded.config)
     held = arguments.max_batch_size + arguments.queue_length
     """Requests at one replica, at work or waiting; Ray's own queue only has to take those on their way there."""
-    capacity = held * arguments.num_replicas
     model = Model.options(  # type: ignore[attr-defined]
         num_replicas=arguments.num_replicas,
-        max_ongoing_requests=held,
-        max_queued_requests=capacity,
+        max_ongoing_requests=held + 16,  # and whoever asks how it is
+        max_queued_requests=held * arguments.num_replicas,
         ray_actor_options={"num_cpus": arguments.num_cpus or 1, "num_gpus": arguments.replica_gpus},
-    ).bind(arguments)
-    # Wider than the model's queue, so that pages and health checks are answered while the model refuses.
-    gateway = Gateway.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=capacity + 64, max_queued_requests=capacity + 64
-    )
-    return gateway.bind(model, config, path, arguments.max_body_bytes)
+    ).bind(arguments, pinned)
+    settings = Settings(arguments, loaded.config, pinned.name, tokens)
+    return Gateway.bind(model, Reader.bind(), settings)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import dataclasses
 import heapq
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -165,6 +165,27 @@ class Engine:
             return await ticket.future
         finally:
             ticket.abandoned = True
+
+    async def stream(self, job: Job) -> AsyncIterator[tuple[int, UInt8[np.ndarray, "h w 3"]] | Done]:
+        """(steps done, how the image looks by then) after each step, then the result; raises as `translate`."""
+        loop, steps = asyncio.get_running_loop(), asyncio.Queue[tuple[int, np.ndarray] | None]()
+
+        def preview(done: int, image: np.ndarray) -> None:
+            loop.call_soon_threadsafe(steps.put_nowait, (done, image))
+
+        task = asyncio.create_task(self.translate(job, preview))
+        task.add_done_callback(lambda _: steps.put_nowait(None))
+        try:
+            while (step := await steps.get()) is not None:
+                yield step
+            yield task.result()
+        finally:
+            task.cancel()
+
+    def stats(self) -> dict[str, float]:
+        """What waits and runs, the step time, and counts so far."""
+        found = {"waiting": len(self.queue), "running": len(self.running), "rows_now": self.steps.num_rows}
+        return {**found, "max_rows": self.steps.max_rows, "seconds_per_row": self.seconds_per_row, **self.counts}
 
     def wait_s(self, more_rows: int = 0) -> float:
         """How long it takes to work off all that is here, and `more_rows`: an upper bound for a newcomer's time."""

@@ -37,6 +37,17 @@ class Arguments(BaseModel):
     max_body_mb: Annotated[float, Field(gt=0, le=1000)] = 20.0
     """Larger request bodies are answered 413, in megabytes."""
 
+    timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
+    """Requests that cannot be, or are not, done in this time are answered 503."""
+    body_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """A body must be whole by then, or is answered 408."""
+    tokens_file: str | None = None
+    """A file with a line `NAME SHA256-OF-TOKEN` for each client; requests then need `Authorization: Bearer TOKEN`."""
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    """Of each token; more are answered 429."""
+    open_to_all: bool = False
+    """Serve other machines without a token, too: behind a proxy that decides who may come."""
+
     @property
     def queue_length(self) -> int:
         """Requests that may wait at each replica."""
@@ -72,6 +83,10 @@ class Query(SamplingQuery):
     align: Align = "auto"
     """faces: the largest face is brought to where the training images have theirs. none: the centred square is
     taken. auto: faces, where the checkpoint was trained on aligned portraits."""
+    format: Literal["png", "jpeg", "webp"] | None = None
+    """Of the answer; by default what the Accept header names, else png."""
+    accept_licence: bool = False
+    """Needed where the training data's licence allows non-commercial use only."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,444 @@
+"""The endpoint's HTTP in this process: what is taken and refused, at which cost, and what an answer tells."""
+
+import asyncio
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import random
+import time
+import warnings
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from test_translator import TINY, network
+
+from ddpm_core import images
+from ddpm_core.config import ModelConfig
+from ddpm_core.errors import InputError
+from ddpm_core.translator import Translator
+from serve import api, app
+from serve.engine import Done, Engine, Full, Job, Late
+from serve.schemas import Arguments, validate
+
+CONFIG = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, licence="CC BY 4.0 — Müller"))
+
+
+class Local:
+    """A backend of this process: the real engine and reader around a tiny network."""
+
+    def __init__(self, config: ModelConfig = CONFIG) -> None:
+        self.config = config
+        translate = Translator(network(config), device="cpu", precision="fp32")
+        self.engine = Engine(translate, max_rows=8, max_waiting=100)
+        self.translate, self.stream = self.engine.translate, self.engine.stream
+
+    async def read(self, data: bytes, template: tuple[float, ...]) -> api.Read:
+        return await asyncio.to_thread(app.prepare, data, self.config.image_size, template)
+
+    async def stats(self) -> Mapping[str, float]:
+        return self.engine.stats()
+
+
+class Failing(Local):
+    """A backend whose model raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self.config, self.error = CONFIG, error
+
+    async def translate(self, job: Job) -> Done:  # type: ignore[override]
+        raise self.error
+
+    async def stream(self, job: Job) -> AsyncIterator[Any]:  # type: ignore[override]
+        raise self.error
+        yield
+
+    async def stats(self) -> Mapping[str, float]:
+        raise api.Unavailable
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[Local]:
+    backend = Local()
+    yield backend
+    backend.engine.close()
+
+
+def made(backend: api.Backend, config: ModelConfig = CONFIG, tokens: Mapping[str, str] | None = None, **arguments: Any):  # type: ignore[no-untyped-def]
+    settings = api.Settings(
+        validate(Arguments, {"checkpoint": "x", "max_body_mb": 1, **arguments}),
+        config,
+        "run/checkpoints/3@abc",
+        tokens or {},
+    )
+    return api.make(backend, settings)
+
+
+def ask(application: Any, method: str, url: str, *, client: str = "127.0.0.1", **request: Any) -> httpx.Response:
+    async def main() -> httpx.Response:
+        transport = httpx.ASGITransport(application, raise_app_exceptions=False, client=(client, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as http:
+            return await http.request(method, url, **request)
+
+    return asyncio.run(asyncio.wait_for(main(), 300))
+
+
+def png(seed: int = 0, size: tuple[int, int] = (40, 24)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return images.encode_png(pixels)
+
+
+def detail(answer: httpx.Response) -> str:
+    assert answer.headers["content-type"] == "application/problem+json"
+    found = answer.json()
+    assert found["status"] == answer.status_code
+    assert "\n" not in found["detail"]
+    return found["detail"]
+
+
+# -- bodies and answers ---------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_body_gives_the_same_image(local: Local) -> None:
+    application, url = made(local), "/v1/translate"
+    right = ask(application, "POST", f"{url}?domain=night&seed=3", content=png())
+    assert right.status_code == 200, right.text
+    text = base64.b64encode(png()).decode()
+    others = [
+        ask(application, "POST", url, files={"image": png()}, data={"domain": "night", "seed": "3"}),
+        ask(application, "POST", f"{url}?domain=night", files={"file": ("x.png", png())}, data={"seed": "3"}),
+        ask(application, "POST", url, json={"image": text, "domain": "night", "seed": 3}),
+        ask(application, "POST", f"{url}?seed=3", json={"image": f"data:image/png;base64,{text}", "domain": "night"}),
+    ]
+    for other in others:
+        assert other.status_code == 200, other.text
+        assert other.content == right.content
+    edited = ask(
+        application, "POST", "/v1/images/edits", files={"image": png()}, data={"prompt": "night", "seed": "3", "n": "1"}
+    )
+    assert base64.b64decode(edited.json()["data"][0]["b64_json"]) == right.content
+    # the endpoint gives what the library gives
+    expected = Translator(network(CONFIG), device="cpu", precision="fp32")
+    source = images.read_square(png(), 8)
+    assert (
+        np.abs(
+            np.asarray(Image.open(io.BytesIO(right.content)), int) - expected(source[None], "night", seed=3)[0]
+        ).max()
+        <= 1
+    )
+
+
+@pytest.mark.parametrize(("kind", "media"), [("png", "image/png"), ("jpeg", "image/jpeg"), ("webp", "image/webp")])
+def test_answers_say_that_they_were_generated_and_by_what(local: Local, kind: str, media: str) -> None:
+    application = made(local)
+    by_name = ask(application, "POST", f"/v1/translate?domain=night&format={kind}", content=png())
+    by_accept = ask(
+        application, "POST", "/v1/translate?domain=night", content=png(), headers={"Accept": f"{media}, */*"}
+    )
+    for answer in (by_name, by_accept):
+        assert answer.headers["content-type"] == media
+        with Image.open(io.BytesIO(answer.content)) as image:
+            assert image.format == kind.upper()
+            xmp = image.info["xmp"]
+        xmp = xmp.decode() if isinstance(xmp, bytes) else xmp
+        assert "compositeWithTrainedAlgorithmicMedia" in xmp
+        assert "CC BY 4.0 — Müller" in xmp
+        assert "run/checkpoints/3@abc" in xmp
+    headers = by_name.headers
+    assert headers["x-checkpoint"] == "run/checkpoints/3@abc"
+    assert headers["x-licence"].startswith("CC BY 4.0 ")
+    assert json.loads(headers["x-options"])["num_steps"] == 4
+    assert "queue;dur=" in headers["server-timing"]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert len(headers["x-request-id"]) == 16
+
+
+def test_nothing_of_the_sources_metadata_comes_back(local: Local) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "at home"
+    exif.get_ifd(0x8825)[2] = (52.0, 31.0, 0.0)
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (9, 99, 200)).save(buffer, "JPEG", exif=exif, comment=b"secret")
+    for kind in ("png", "jpeg", "webp"):
+        answer = ask(made(local), "POST", f"/v1/translate?domain=night&format={kind}", content=buffer.getvalue())
+        with Image.open(io.BytesIO(answer.content)) as image:
+            assert not dict(image.getexif())
+        assert b"at home" not in answer.content
+        assert b"secret" not in answer.content
+
+
+def test_a_stream_shows_every_step_and_ends_with_the_result(local: Local) -> None:
+    application = made(local)
+    answer = ask(application, "POST", "/v1/translate/stream?domain=night&num_steps=3", content=png())
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = [block.split("\n") for block in answer.text.strip().split("\n\n")]
+    assert [lines[0] for lines in events] == ["event: preview"] * 3 + ["event: result"]
+    data = [json.loads(lines[1].removeprefix("data: ")) for lines in events]
+    assert [each["step"] for each in data[:3]] == [1, 2, 3]
+    whole = ask(application, "POST", "/v1/translate?domain=night&num_steps=3", content=png())
+    assert base64.b64decode(data[3]["image"].partition(",")[2]) == whole.content
+    assert json.loads(data[3]["headers"]["X-Options"])["num_steps"] == 3
+    failing = ask(made(Failing(Full())), "POST", "/v1/translate/stream?domain=night", content=png())
+    assert failing.text.startswith("event: error")
+    assert '"status": 429' in failing.text
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "message"),
+    [
+        ({"content": b""}, 400, "the file is empty"),
+        ({"content": b"no image"}, 400, "not an image"),
+        ({"content": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}, 400, "image"),
+        ({"content": png()[:200]}, 400, "truncated"),
+        ({"files": {"image": b"no image"}}, 400, "not an image"),
+        ({"data": {"seed": "1"}}, 400, "not an image"),
+        ({"files": {"a": b"1", "b": b"2"}}, 400, "the form cannot be read"),
+        ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, 400, "the form cannot be read"),
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "not JSON"),
+        ({"content": b"[" * 100_000, "headers": {"content-type": "application/json"}}, 400, "not JSON"),
+        ({"json": {"picture": "x"}}, 400, "holds no image"),
+        ({"json": {"image": "%%%"}}, 400, "not base64"),
+        ({"json": {"image": "aGk=", "colour": 1}}, 422, "unknown option 'colour'"),
+        ({"json": {"image": "aGk=", "domain": "night"}}, 422, "domain: given in the address and in the body"),
+        ({"json": {"image": "aGk=", "num_steps": None, "seed": {"a": 1}}}, 422, "seed is"),
+        ({"content": b"x" * 1_000_001}, 413, "larger than 1 MB"),
+    ],
+)
+def test_a_wrong_body_is_refused_in_one_line(local: Local, request_: dict[str, Any], status: int, message: str) -> None:
+    answer = ask(made(local), "POST", "/v1/translate?domain=night", **request_)
+    assert answer.status_code == status, answer.text
+    assert message in detail(answer)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("", "domain is missing; add ?domain= with one of day, night"),
+        ("domain=nigth", "did you mean 'night'?"),
+        ("domain=night&num_steps=many", "num_steps is 'many'"),
+        ("domain=night&num_steps=5000", "must not exceed num_timesteps = 1000"),
+        ("domain=night&strength=0", "strength is 0.0; it must lie in (0, 1]"),
+        ("domain=night&start=sdedit&strength=0.01", "strength is 0.01"),
+        ("domain=night&seed=99999999999999999999", "seed is '99999999999999999999'"),
+        ("domain=night&guidance_scale=nan", "guidance_scale is nan; it must be 0 or more"),
+        ("domain=night&guidance=2", "unknown option 'guidance' (did you mean 'guidance_scale'?)"),
+        ("domain=night&format=gif", "format is 'gif'"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line(local: Local, query: str, message: str) -> None:
+    answer = ask(made(local), "POST", f"/v1/translate?{query}", content=png())
+    assert answer.status_code in (400, 422), answer.text
+    assert message in detail(answer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "prompt is missing"),
+        ({"prompt": "night", "quality": "high"}, "unknown field 'quality'"),
+        ({"prompt": "night", "n": "2"}, "n is '2'; possible here: 1"),
+        ({"prompt": "night", "response_format": "url"}, "response_format is 'url'; possible here: b64_json"),
+    ],
+)
+def test_an_edit_names_the_field_that_it_does_not_do(local: Local, fields: dict[str, str], message: str) -> None:
+    answer = ask(made(local), "POST", "/v1/images/edits", files={"image": png()}, data=fields)
+    assert answer.status_code == 400
+    assert message in detail(answer)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (Full(), 429),
+        (Late(), 503),
+        (TimeoutError(), 503),
+        (api.Unavailable(), 503),
+        (InputError("strength is 0.01: none of\nthe steps is left"), 400),
+        (RuntimeError("secret path /root/x, pid 7"), 500),
+    ],
+)
+def test_a_failure_behind_the_door_tells_nothing_of_the_inside(error: Exception, status: int) -> None:
+    answer = ask(made(Failing(error)), "POST", "/v1/translate?domain=night", content=png())
+    assert answer.status_code == status
+    assert "secret" not in answer.text
+    assert "Traceback" not in answer.text
+    assert detail(answer)
+    assert ("retry-after" in answer.headers) == (status in (429, 503))
+
+
+def test_health_follows_the_model(local: Local) -> None:
+    for path in ("/healthz", "/readyz"):
+        assert ask(made(local), "GET", path).json()["status"] == "ok"
+        dead = ask(made(Failing(Full())), "GET", path)
+        assert dead.status_code == 503
+        assert "does not answer" in detail(dead)
+
+
+def test_metrics_count_requests_by_route_and_status(local: Local) -> None:
+    application = made(local)
+    ask(application, "POST", "/v1/translate?domain=night", content=png())
+    ask(application, "POST", "/v1/translate?domain=night", content=b"x")
+    ask(application, "GET", "/no/such/path")
+    text = ask(application, "GET", "/metrics").text
+    assert 'ddpm_request_seconds_count{route="/v1/translate",status="200"} 1.0' in text
+    assert 'ddpm_request_seconds_count{route="/v1/translate",status="400"} 1.0' in text
+    assert 'ddpm_request_seconds_count{route="other",status="404"} 1.0' in text
+    assert 'ddpm_model{what="passes"}' in text
+
+
+# -- who may come in ------------------------------------------------------------------------------------------------
+
+TOKENS = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("alice", "bob")}
+
+
+def test_without_tokens_only_this_machine_is_served(local: Local) -> None:
+    post: dict[str, Any] = {"method": "POST", "url": "/v1/translate?domain=night", "content": png()}
+    assert ask(made(local), client="192.0.2.7", **post).status_code == 403
+    assert ask(made(local), client="192.0.2.7", method="GET", url="/healthz").status_code == 200
+    assert ask(made(local, open_to_all=True), client="192.0.2.7", **post).status_code == 200
+    assert ask(made(local, tokens=TOKENS), **post).status_code == 401
+    wrong = ask(made(local, tokens=TOKENS), headers={"Authorization": "Bearer mallory"}, **post)
+    assert wrong.status_code == 401
+    assert wrong.headers["www-authenticate"] == "Bearer"
+    right = ask(made(local, tokens=TOKENS), client="192.0.2.7", headers={"Authorization": "Bearer bob"}, **post)
+    assert right.status_code == 200
+
+
+def test_each_token_has_a_rate_of_its_own(local: Local) -> None:
+    application = made(local, tokens=TOKENS, requests_per_minute=2)
+
+    def post(name: str) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {name}"}
+        return ask(application, "POST", "/v1/translate?domain=night", content=png(), headers=headers)
+
+    assert [post("alice").status_code for _ in range(3)] == [200, 200, 429]
+    assert post("bob").status_code == 200
+    assert int(post("alice").headers["retry-after"]) >= 1
+
+
+def test_a_licence_that_binds_is_accepted_first() -> None:
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, licence="non-commercial research only"))
+    backend = Local(config)
+    application = made(backend, config)
+    refused = ask(application, "POST", "/v1/translate?domain=night", content=png())
+    assert refused.status_code == 403
+    assert "accept_licence=true" in detail(refused)
+    assert ask(application, "POST", "/v1/translate?domain=night&accept_licence=true", content=png()).status_code == 200
+    assert ask(application, "GET", "/v1/models").json()["data"][0]["accept_licence"] is True
+    backend.engine.close()
+
+
+def test_tokens_are_read_from_a_file(tmp_path: Any) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("# ours\nalice " + next(iter(TOKENS)).upper() + "\n\n")
+    assert app.read_tokens(str(file)) == {next(iter(TOKENS)): "alice"}
+    file.write_text("alice secret\n")
+    with pytest.raises(InputError, match="line 1: write NAME and the SHA-256"):
+        app.read_tokens(str(file))
+    with pytest.raises(InputError, match="no such file"):
+        app.read_tokens(str(tmp_path / "nowhere"))
+
+
+# -- clients that do not behave -------------------------------------------------------------------------------------
+
+
+def test_slow_bodies_hold_up_nobody_and_are_given_up(local: Local) -> None:
+    """Many clients that announce a body and send one byte: further bodies are refused at once, health is told."""
+    application = made(local, body_timeout_s=1.5)
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.sleep(60)
+
+    async def main() -> tuple[list[int], int, int, int]:
+        transport = httpx.ASGITransport(application, raise_app_exceptions=False, client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as http:
+            url = "/v1/translate?domain=night"
+            many = [asyncio.create_task(http.post(url, content=slow())) for _ in range(150)]
+            await asyncio.sleep(0.5)
+            health = (await http.get("/healthz")).status_code
+            refused = (await http.post(url, content=png())).status_code
+            answers = [(await each).status_code for each in many]
+            after = (await http.post(url, content=png())).status_code
+        return answers, health, refused, after
+
+    answers, health, refused, after = asyncio.run(asyncio.wait_for(main(), 120))
+    assert set(answers) == {408, 429}
+    assert answers.count(408) == api.MAX_BODIES
+    assert (health, refused, after) == (200, 429, 200)
+
+
+def mutations(count: int, seed: int) -> Iterator[bytes]:
+    """Damaged files of every kind that Pillow writes: cut, flipped, doubled, spliced."""
+    draw, whole = random.Random(seed), []
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    kinds = (
+        "PNG RGB|PNG RGBA|PNG P|PNG I;16|JPEG RGB|JPEG CMYK|WEBP RGB|GIF P|TIFF RGB|BMP RGB|AVIF RGB|PPM RGB|TGA RGB"
+    )
+    for kind, mode in (each.split() for each in kinds.split("|")):
+        buffer = io.BytesIO()
+        (picture.convert("I").convert("I;16") if mode == "I;16" else picture.convert(mode)).save(buffer, kind)
+        whole.append(buffer.getvalue())
+    for _ in range(count):
+        data = bytearray(draw.choice(whole))
+        for _ in range(draw.randint(1, 8)):
+            place = draw.randrange(len(data) or 1)
+            match draw.randrange(4):
+                case 0:
+                    del data[place:]
+                case 1:
+                    data[place : place + 1] = bytes([draw.randrange(256)])
+                case 2:
+                    data[place:place] = draw.choice(whole)[: draw.randrange(64)]
+                case _:
+                    data[place : place + 4] = draw.choice([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"])
+        yield bytes(data)
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_no_damaged_image_is_our_fault(local: Local, count: int) -> None:
+    application = made(local)
+
+    async def main() -> list[tuple[int, str]]:
+        transport = httpx.ASGITransport(application, raise_app_exceptions=False, client=("127.0.0.1", 1))
+        found = []
+        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as http:
+            for data in mutations(count, seed=count):
+                answer = await http.post("/v1/translate?domain=night&num_steps=1", content=data)
+                found.append((answer.status_code, answer.text if answer.status_code >= 400 else ""))
+        return found
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = asyncio.run(main())
+    assert {status for status, _ in found} <= {200, 400, 413}, [each for each in found if each[0] >= 500][:3]
+    assert sum(status == 200 for status, _ in found) > count // 50
+    assert sum(status == 400 for status, _ in found) > count // 5
+
+
+def test_who_hangs_up_frees_the_model(local: Local) -> None:
+    before = dict(local.engine.counts)
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(made(local), client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as http:
+            gone = asyncio.create_task(http.post("/v1/translate?domain=night&num_steps=1000", content=png()))
+            while not local.engine.running:
+                await asyncio.sleep(0.01)
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+            while local.engine.running:
+                await asyncio.sleep(0.01)
+
+    begun = time.monotonic()
+    asyncio.run(asyncio.wait_for(main(), 120))
+    assert time.monotonic() - begun < 120
+    assert local.engine.counts["cancelled"] == before.get("cancelled", 0) + 1
