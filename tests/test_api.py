@@ -228,7 +228,7 @@ def test_a_wrong_body_is_refused_in_one_line(local: Local, request_: dict[str, A
         ("domain=night&strength=0", "strength is 0.0; it must lie in (0, 1]"),
         ("domain=night&start=sdedit&strength=0.01", "strength is 0.01"),
         ("domain=night&seed=99999999999999999999", "seed is '99999999999999999999'"),
-        ("domain=night&guidance_scale=nan", "guidance_scale is nan; it must be 0 or more"),
+        ("domain=night&guidance_scale=nan", "guidance_scale is nan; it must be a finite number"),
         ("domain=night&guidance=2", "unknown option 'guidance' (did you mean 'guidance_scale'?)"),
         ("domain=night&format=gif", "format is 'gif'"),
     ],
