@@ -1,5 +1,6 @@
 """How far a long step is: a bar on a terminal, a plain line now and then in a log."""
 
+import collections
 import os
 import sys
 import time
@@ -7,6 +8,8 @@ from typing import TextIO
 
 LINES = 60
 """A log gets a line every `every_s` at first, later whenever one part in so many of the time so far has passed."""
+RECENT_S, MARK_S = 30.0, 0.1
+"""A bar tells the rate of so long, measured at points so far apart."""
 LONGEST_S = 300.0
 """But a line at least so often."""
 WARM_S = 2.0
@@ -32,11 +35,6 @@ class Bar:
         )
         self.bars.start()
         self.task = self.bars.add_task(description, total=total, completed=int(completed), text="")
-
-    @property
-    def rate(self) -> float | None:
-        """Of the last half minute, once it is known."""
-        return self.bars.tasks[0].speed
 
     def show(self, completed: float, text: str) -> None:
         self.bars.update(self.task, completed=completed, text=text)
@@ -83,8 +81,13 @@ class Progress:
         self.count = self.initial = initial
         self.every_s = every_s
         self.started = self.last_line = time.monotonic()
-        self.rate_from: tuple[float, int] | None = None if warms_up else (self.started, initial)
-        """Time and count from which on the rate is measured, once it is."""
+        self.warms_up = warms_up
+        self.marks: collections.deque[tuple[float, int]] = collections.deque()
+        """Times and counts of the last half minute: a bar's rate is measured from the first on."""
+        self.begun: tuple[float, int] | None = None
+        """Time and count from which on a log's rate is measured, once it is."""
+        if not warms_up:
+            self._mark()
         self.left_s: float | None = None
         self.bar = Bar(description, self.stream, total=total, completed=initial) if has_bars(self.stream) else None
 
@@ -93,11 +96,9 @@ class Progress:
         what is to come costs more or less than what is done."""
         self.count += num
         self.left_s = left_s
-        if self.rate_from is None:
-            self.rate_from = (time.monotonic(), self.count)
+        self._mark()
         if self.bar is not None:
-            mean = self._mean_rate()
-            self.bar.show(self.count, self._text((self.bar.rate or mean) if mean else 0.0, note))
+            self.bar.show(self.count, self._text(self._rate_since(self.marks[0]), note))
         elif self._passed(self.last_line) >= min(max(self.every_s, self._passed(self.started) / LINES), LONGEST_S):
             self._line(note)
 
@@ -106,8 +107,9 @@ class Progress:
         lost = max(self.count - count, 0)
         self.count -= lost
         self.initial -= lost
-        if self.rate_from is not None:  # they took their time: the rate stays
-            self.rate_from = (self.rate_from[0], self.rate_from[1] - lost)
+        if self.begun is not None:  # they took their time: the rate stays
+            self.begun = (self.begun[0], self.begun[1] - lost)
+        self.marks = collections.deque((when, count - lost) for when, count in self.marks)
         self.update(count - self.count, note)
 
     def close(self) -> None:
@@ -128,11 +130,22 @@ class Progress:
     def _passed(self, since: float) -> float:
         return time.monotonic() - since
 
+    def _mark(self) -> None:
+        now = time.monotonic()
+        if not self.marks or now - self.marks[-1][0] >= MARK_S:
+            self.marks.append((now, self.count))
+        while len(self.marks) > 1 and self.marks[1][0] <= now - RECENT_S:
+            self.marks.popleft()
+        self.begun = self.begun or self.marks[0]
+
     def _mean_rate(self) -> float:
+        return 0.0 if self.begun is None else self._rate_since(self.begun)
+
+    def _rate_since(self, mark: tuple[float, int]) -> float:
         """0 while it is not known."""
-        since, before = self.rate_from or (self.started, self.count)
-        warm = since == self.started or self._passed(since) >= WARM_S
-        return (self.count - before) / max(self._passed(since), 1e-9) if warm else 0.0
+        when, before = mark
+        passed = self._passed(when)
+        return 0.0 if self.warms_up and passed < WARM_S else (self.count - before) / max(passed, 1e-9)
 
     def _rate(self, rate: float) -> str:
         rate *= self.rate_scale
