@@ -76,7 +76,14 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """By EXIF's Orientation."""
+SIDEWAYS = [turn for orientation, turn in TURNS.items() if orientation >= 5]
+"""Those that make the width the height."""
 EXIF_IGNORED = "its EXIF data are damaged and were ignored: it was taken as it lies"
+POINTERS = {
+    b"version https://git-lfs": "a pointer of Git LFS whose content is not here; git lfs pull brings it",
+    b"/annex/objects/": "a pointer of git-annex whose content is not here; git annex get brings it",
+}
+"""How text files begin that stand for images, with the reason and the remedy."""
 SCALED_DOWN = f"it has more than {MAX_PIXELS:,} pixels and was scaled down"
 PROFILE_IGNORED = "its colour profile cannot be used and was ignored"
 
@@ -125,7 +132,7 @@ def looks_like_image(first_bytes: bytes) -> bool:
 
 def decode(data: bytes, *, name: str = "image", square: int | None = None) -> Image.Image:
     """Any still image as upright 8-bit sRGB; what was done that its owner should know is a tuple of texts in its
-    `info["notes"]`.
+    `info["notes"]`, and `info["size"]` is the width and height that the file has, upright.
 
     It is turned as EXIF or the container says; CMYK, palette, grey, 16-bit and float are converted, as are the colours
     of a profile; transparency is laid over white. Of several pages the first is taken.
@@ -149,7 +156,10 @@ def decode(data: bytes, *, name: str = "image", square: int | None = None) -> Im
     except InputError as error:
         reason = str(error)
     except UnidentifiedImageError:
-        reason = "not an image, or of a kind that is not supported; convert it to PNG or JPEG"
+        reason = next(
+            (why for begins, why in POINTERS.items() if data.startswith(begins)),
+            "not an image, or of a kind that is not supported; convert it to PNG or JPEG",
+        )
     except Image.DecompressionBombError:
         reason = f"more than {MAX_PIXELS:,} pixels: scale it down"
     except MemoryError:
@@ -184,7 +194,7 @@ def _decode(data: bytes, square: int | None) -> Image.Image:
         image = _to_srgb(image, transform, square)
         if turn is not None:
             image = image.transpose(turn)
-    image.info = {"notes": tuple(notes)}
+    image.info = {"notes": tuple(notes), "size": (height, width) if turn in SIDEWAYS else (width, height)}
     return image
 
 

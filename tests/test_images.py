@@ -861,6 +861,27 @@ FUZZED = fuzz_cases()
 """Made once: encoders are slower than decoders."""
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("square", [None, 8])
+def test_the_files_size_is_told_upright(orientation: int, square: int | None) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = images.decode(encoded(Image.new("RGB", (64, 32)), "JPEG", exif=exif), square=square)
+    assert image.info["size"] == ((64, 32) if orientation < 5 else (32, 64))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n", "a pointer of Git LFS"),
+        (b"/annex/objects/SHA256E-s123--4d7a.jpg\n", "a pointer of git-annex"),
+    ],
+)
+def test_pointers_are_known(text: bytes, reason: str) -> None:
+    with pytest.raises(InputError, match=f"^x.jpg: {reason} whose content is not here; .* brings it$"):
+        images.decode(text, name="x.jpg")
+
+
 @pytest.mark.parametrize("kind", FUZZED)
 def test_damaged_files_are_decoded_or_refused_in_one_line(kind: str) -> None:
     draw = np.random.default_rng(len(FUZZED[kind]))
@@ -873,4 +894,4 @@ def test_damaged_files_are_decoded_or_refused_in_one_line(kind: str) -> None:
             assert told.startswith("image: ")
             assert "\n" not in told
         else:
-            assert (image.mode, list(image.info)) == ("RGB", ["notes"])
+            assert (image.mode, list(image.info)) == ("RGB", ["notes", "size"])

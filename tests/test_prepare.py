@@ -520,6 +520,9 @@ def test_what_is_not_read_is_set_aside_and_what_is_no_image_is_not(tmp_path: Pat
         save(drawn(len(folder)), tmp_path / "in" / folder / "1.png")
     for name in ("raw.DNG", "layers.psd", "x.jxl", "README", "notes.txt", "x.bin", "empty"):
         (tmp_path / "in/day" / name).write_bytes(b"" if name == "empty" else b"not an image")
+    (tmp_path / "in/day/lfs.jpg").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    )
     for name in ("bare", "2.png_large", "3.png~"):
         save(drawn(3), tmp_path / "in/day" / name, format="PNG")
     out = tmp_path / "out"
@@ -532,10 +535,12 @@ def test_what_is_not_read_is_set_aside_and_what_is_no_image_is_not(tmp_path: Pat
         "day/3.png~": unnamed.format(".png~"),
         "day/bare": unnamed.format("no ending"),
         "day/layers.psd": unread.format("an image in layers"),
+        "day/lfs.jpg": "a pointer of Git LFS whose content is not here; git lfs pull brings it",
         "day/raw.DNG": unread.format("a raw photo"),
         "day/x.jxl": unread.format("JPEG XL"),
     }
     (tmp_path / "in/day/1.png").unlink()
+    (tmp_path / "in/day/lfs.jpg").unlink()
     for where in (
         ("--source", tmp_path / "in"),
         ("--domain", f"d={tmp_path}/in/day", "--domain", f"n={tmp_path}/in/night"),
@@ -688,6 +693,24 @@ def test_counterparts_spelled_otherwise_are_found(tmp_path: Path) -> None:
     alone |= {f"night/{name}": "no counterpart of the same name in day" for name in ("both.png", "TWO.png")}
     twice = "2 images have this name (both.bmp, both.png); a pair needs one"
     assert rejected(tmp_path / "out") == alone | {f"day/both.{ending}": twice for ending in ("png", "bmp")}
+
+
+def test_pairs_of_different_shape_are_told(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(6):
+        save(drawn(number, (640, 360)), tmp_path / f"in/day/{number}.jpg")
+        save(drawn(number + 50, (640, 360)), tmp_path / f"in/night/{number}.png")
+    save(drawn(50, (480, 360)), tmp_path / "in/night/0.png")
+    save(drawn(51, (360, 640)), tmp_path / "in/night/1.png")
+    save(drawn(52, (360, 640)), tmp_path / "in/night/2.jpg", exif=exif)  # 640 x 360 when turned upright
+    (tmp_path / "in/night/2.png").unlink()
+    save(drawn(53, (644, 360)), tmp_path / "in/night/3.png")
+    flags = ("--pairing", "paired", "--image-size", 8, "--num-workers", 0)
+    assert run("folders", "--source", tmp_path / "in", "--output", tmp_path / "out", *flags) == 0
+    worst = "day/1.jpg 640 x 360, night/1.png 360 x 640"
+    note = f"2 of 6 pairs differ in shape and may lie apart: crop them alike (worst: {worst})"
+    assert note in read_card(str(tmp_path / "out")).notes
 
 
 # --------------------------------------------------------------------------------------------- day2night

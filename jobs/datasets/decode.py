@@ -51,6 +51,8 @@ class Decoded(NamedTuple):
     num_faces: int = 0
     notes: tuple[str, ...] = ()
     """Of `images.decode`."""
+    size: tuple[int, int] = (0, 0)
+    """Width and height that the file has, where the square is its middle."""
 
 
 # ---------------------------------------------------------------------------------------------- decoding
@@ -75,6 +77,8 @@ class Pixels:
         """Aligned images with other faces than the one that was taken."""
         self.num_noted: collections.Counter[str] = collections.Counter()
         """Images by the notes of `images.decode`."""
+        self.sizes = [(0, 0)] * shape[0]
+        """Width and height that the file has, where the square is its middle."""
 
     def __setitem__(self, row: int, pixels: bytes) -> None:
         size = int(np.prod(self.shape[1:]))
@@ -92,6 +96,7 @@ class Pixels:
         self.landmarks[row] = decoded.landmarks
         self.num_several += decoded.num_faces > 1
         self.num_noted.update(decoded.notes)
+        self.sizes[row] = decoded.size
 
     def __getitem__(self, index: tuple[int, int]) -> UInt8[np.ndarray, "s s 3"]:
         row, part = index
@@ -218,7 +223,7 @@ def decode_one(
         middle = image.width // 2
         pieces = [image.crop((0, 0, middle, image.height)), image.crop((middle, 0, image.width, image.height))]
     enlarged = min(min(piece.size) for piece in pieces) < size
-    facts = {"enlarged": enlarged, "notes": image.info["notes"]}
+    facts = {"enlarged": enlarged, "notes": image.info["notes"], "size": image.info["size"]}
     return np.stack([images.to_square(piece, size) for piece in pieces]), facts
 
 

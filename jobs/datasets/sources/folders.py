@@ -43,6 +43,8 @@ from jobs.datasets.source import (
     weed,
 )
 
+ALIKE = 1.02
+"""Images whose ratios of width to height differ by a smaller factor lie apart by less than a pixel of 64, if at all."""
 MAX_LIST_BYTES = 100_000_000
 """Of --pairs: a million pairs have about 60 bytes each."""
 
@@ -400,7 +402,30 @@ def _make(
             if (domain, item.file) in index
         ]
     rejected += [*found.rejected.items(), *dropped, *torn, *alone]
-    return planned(plans, pixels, sorted(rejected), [note, *found.notes, *pixels.notes(), word], copies)
+    notes = [note, *found.notes, *pixels.notes(), *_shapes_apart([plan for _, plan in plans], pixels, names), word]
+    return planned(plans, pixels, sorted(rejected), notes, copies)
+
+
+def _shapes_apart(plans: Sequence[Plan], pixels: Pixels, names: Sequence[str]) -> list[str]:
+    """A note of pairs whose images differ in shape.
+
+    Each is cut to its own middle, and no other cut would be surer: the shapes do not tell whether the narrower image
+    is cut at its sides, squeezed, or taken with another lens.
+    """
+    pairs = [(plan.image[0], plan.target[0]) for plan in plans if plan.target is not None]
+    ratios = {}
+    for pair in pairs:
+        (w, h), (other_w, other_h) = (pixels.sizes[row] for row in pair)
+        if w and other_w:
+            ratios[pair] = max(w * other_h, other_w * h) / min(w * other_h, other_w * h)
+    apart = [pair for pair, ratio in ratios.items() if ratio > ALIKE]
+    if not apart:
+        return []
+    worst = max(apart, key=lambda pair: (ratios[pair], names[pair[0]]))
+    shown = ", ".join(f"{names[row]} {pixels.sizes[row][0]} x {pixels.sizes[row][1]}" for row in worst)
+    return [
+        f"{len(apart):,} of {len(pairs):,} pairs differ in shape and may lie apart: crop them alike (worst: {shown})"
+    ]
 
 
 PAIR = "~"
