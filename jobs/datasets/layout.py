@@ -9,6 +9,7 @@ What looks like a split and may be a domain is refused: a test image that is tra
 """
 
 import dataclasses
+import functools
 import itertools
 import posixpath
 import re
@@ -80,6 +81,7 @@ class Layout:
 # ------------------------------------------------------------------------------------------- splits
 
 
+@functools.lru_cache(maxsize=4096)
 def parse_split(folder: str) -> tuple[str, str] | None:
     """The split that a folder's name says and what else it says: trainA is (train, A), test_images (test, "").
 
