@@ -279,6 +279,19 @@ def test_every_claim_gets_its_verdict(plan: Plan, output: Path) -> None:
     assert found == {each.text: outcome for outcome, group in CLAIMS.items() for each in group}
 
 
+def test_no_claim_holds_or_fails_and_no_row_leads_on_a_few_images(
+    plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (section,) = plan.sections
+    results = Results(plan, str(output))
+    assert results.best(section.rows[:2], "female", "psnr") == section.rows[0]
+    monkeypatch.setattr(suite_results, "ENOUGH", len(IDS) + 1)
+    found = suite_results.verdicts(results)
+    assert {each.outcome for each in found} == {"not clear", "not measured"}
+    assert all(each.figures.endswith("200 images, too few to tell") for each in found if each.outcome == "not clear")
+    assert results.best(section.rows[:2], "female", "psnr") is None
+
+
 def test_a_verdicts_figures_are_those_that_were_measured(plan: Plan, output: Path) -> None:
     verdicts = {each.claim.text: each for each in suite_results.verdicts(Results(plan, str(output)))}
     more = verdicts["guided has more PSNR"]

@@ -412,6 +412,16 @@ def test_few_images_tell_no_gain_from_luck(results: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_sweep_that_could_not_judge_realism_says_so(results: dict[str, Any]) -> None:
+    told = "Realism was no objective: KID needs 20 validation images of each side."
+    assert told not in page_of(results)
+    del results["again"]["sampling"]["objectives"]["kid"]
+    for each in results["points"]:
+        each["objectives"] = each["objectives"] and {k: v for k, v in each["objectives"].items() if k != "kid"}
+    assert told in page_of(results)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_winner_without_a_rival_has_won_nothing(results: dict[str, Any]) -> None:
     results |= {"trials": results["trials"][:1], "best_trial": 0}
     assert "It is the only trial that came to its end: there is nothing to compare it with." in page_of(results)

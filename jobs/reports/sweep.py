@@ -310,6 +310,8 @@ def _sampled(sweep: Row, results: Row) -> dict[str, Any] | None:
         )
         seen_by = "Seen: in the search, which chose by these very figures."
         note = f"{rests_on(num) or outcomes} {seen_by} {_measured_on(again)}"
+    if "kid" not in (measured or objectives_of(points)):
+        note += f" Realism was no objective: KID needs {ENOUGH} validation images of each side."
     options = _option_lines(sweep["sampling_space"], list(values.values()))
     return {
         "options": Table(["", "chosen", "hand choice"], options, kind="chosen"),
