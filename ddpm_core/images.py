@@ -40,6 +40,8 @@ LARGE_PIXELS = 24_000_000
 """Where a square is wanted of a larger image, it is cut out and shrunk first, to four times its side or more."""
 STRIP_PIXELS = 2**20
 """Colours are converted strip by strip, so that the steps between take no memory to speak of."""
+BLOCK_BYTES = 2**26
+"""What Pillow allocates at a time: twice what glibc's malloc, which has a heap for each thread, ever keeps in these."""
 FORMATS = tuple("AVIF BMP DDS DIB GIF HEIF JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP".split())  # noqa: SIM905
 """What Pillow opens for us beside JPEG; of its other formats one starts a program (EPS), the rest hold no photos."""
 SUFFIXES = frozenset(
@@ -140,7 +142,7 @@ def decode(data: bytes, *, name: str = "image", square: int | None = None) -> Im
     square: the decoder leaves out detail that shrinking would lose, in half the time. Of other very large images comes
     their centred square, shrunk.
 
-    Over all threads no more than MAX_PIXELS are decoded at once, at 4 bytes (PNG, JPEG) to 16 (HEIF, JPEG 2000) a
+    Over all threads no more than MAX_PIXELS are decoded at once, at 4 bytes (PNG, JPEG, TIFF), 8 (HEIF, AVIF) or
     pixel, and without `square` 4 to 8 more for the result.
 
     Raises:
@@ -230,17 +232,19 @@ def _open(data: bytes, notes: list[str]) -> tuple[Image.Image, dict[bytes, bytes
 
 
 def _open_as_it_is(data: bytes) -> Image.Image:
+    _set_up_pillow()
     if data.startswith(b"\xff\xd8\xff"):
         # Not by Image.open: it counts the pixels before they are scaled, and takes a phone's previews for an animation.
         return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-    _know_heif()
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 @functools.cache
-def _know_heif() -> None:
-    """Pillow opens HEIF from now on; of a file only its images, no thumbnails and maps of depth."""
+def _set_up_pillow() -> None:
+    """Once a process: Pillow opens HEIF from now on, of a file only its images, no thumbnails and maps of depth; and it
+    gives the memory of large images back."""
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+    Image.core.set_block_size(BLOCK_BYTES)
 
 
 def _skip_thumbnails(image: TiffImagePlugin.TiffImageFile) -> None:
