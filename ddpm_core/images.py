@@ -142,8 +142,8 @@ def decode(data: bytes, *, name: str = "image", square: int | None = None) -> Im
     square: the decoder leaves out detail that shrinking would lose, in half the time. Of other very large images comes
     their centred square, shrunk.
 
-    Over all threads no more than MAX_PIXELS are decoded at once, at 4 bytes (PNG, JPEG, TIFF), 8 (HEIF, AVIF) or
-    pixel, and without `square` 4 to 8 more for the result.
+    Over all threads no more than MAX_PIXELS are decoded at once, at 4 bytes a pixel (PNG, JPEG, TIFF) to 9 (HEIF, AVIF,
+    progressive JPEG) and 19 (WebP, JPEG 2000), and without `square` 4 to 8 more for the result.
 
     Raises:
         InputError: one line naming the image: empty, not an image, truncated, animated, too small, too large,

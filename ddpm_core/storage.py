@@ -248,7 +248,8 @@ def check_size(uri: str, num_bytes: int, max_bytes: int | None) -> None:
     """Raises TooLargeError where a file has more bytes than are read."""
     if max_bytes is not None and num_bytes > max_bytes:
         raise TooLargeError(
-            f"{uri}: {num_bytes / 1e6:,.0f} MB; files of at most {max_bytes / 1e6:,.0f} MB are read: make it smaller"
+            f"{uri}: too large a file, {num_bytes / 1e6:,.0f} MB; "
+            f"at most {max_bytes / 1e6:,.0f} MB are read: scale it down"
         )
 
 

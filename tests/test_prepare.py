@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pyarrow.parquet
 import pytest
 from PIL import Image, ImageDraw
@@ -1124,6 +1127,40 @@ def test_what_cannot_be_read_is_set_aside_with_its_reason(tmp_path: Path) -> Non
     assert "1 image is smaller than 32 pixels and was enlarged" in read_card(str(tmp_path / "out")).notes
 
 
+BROKEN_EXIF = (
+    b"Exif\0\0II*\0\x08\0\0\0\x02\0\x00\x01\x09\0\x01\0\0\0\xfb\xff\xff\xff\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+)
+"""A negative width beside an orientation."""
+
+
+def test_what_decoders_raise_is_one_image_s_fault_and_what_was_done_is_noted(tmp_path: Path) -> None:
+    folder, image = tmp_path / "in/a", drawn(1)
+    save(drawn(2), tmp_path / "in/b/1.png")
+    pillow_heif.register_heif_opener()
+    save(image, folder / "exif.jpg", exif=BROKEN_EXIF)
+    save(drawn(3), folder / "again.jpg", exif=BROKEN_EXIF)
+    save(drawn(4), folder / "phone.heic")
+    save(drawn(5), folder / "profile.png", icc_profile=b"nonsense" * 20)
+    avif = save(image, folder / "damaged.avif")
+    avif.write_bytes(avif.read_bytes()[:-36] + bytes(36))
+    jpeg = save(drawn(6), folder / "cut.jpg")
+    jpeg.write_bytes(jpeg.read_bytes()[:-40] + b"\xff\xd9")
+    save(Image.new("RGBA", (40, 40)), folder / "clear.png")
+    with (folder / "huge.jpg").open("wb") as file:
+        file.truncate(images.MAX_BYTES + 1)
+    assert run("folders", "--source", tmp_path / "in", "--output", tmp_path / "out", "--image-size", 16) == 3
+    assert set(all_rows(tmp_path / "out")) == {"b/1.png", *(f"a/{n}" for n in
+                                               ("exif.jpg", "again.jpg", "phone.heic", "profile.png"))}  # fmt: skip
+    told = rejected(tmp_path / "out")
+    assert told["a/damaged.avif"].startswith("truncated or corrupt (")
+    assert told["a/cut.jpg"].startswith("truncated or corrupt (a part of its data is missing)")
+    assert told["a/clear.png"] == "fully transparent: there is nothing to see"
+    assert told["a/huge.jpg"].startswith("too large a file, 400 MB; at most 400 MB are read")
+    notes = read_card(str(tmp_path / "out")).notes
+    assert f"{images.EXIF_IGNORED} (2 images)" in notes
+    assert f"{images.PROFILE_IGNORED} (1 image)" in notes
+
+
 def test_a_file_that_may_not_be_read_is_set_aside(tmp_path: Path) -> None:
     """As another user: for root every file may be read."""
     path = save(drawn(1), tmp_path / "x.png")
@@ -1232,6 +1269,22 @@ def test_a_zip_packed_otherwise(tmp_path: Path) -> None:
         archive.writestr("a.jpg", b"picture")
     with pytest.raises(zipfile.BadZipFile, match="packed by method 12"):
         Archive(str(tmp_path / "x.zip")).read("a.jpg")
+
+
+def test_a_member_of_a_zip_is_unpacked_no_further_than_it_says(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.jpg", bytes(50_000_000))
+        archive.writestr("large.jpg", bytes(2_000_000))
+    content = (tmp_path / "x.zip").read_bytes()
+    (tmp_path / "y.zip").write_bytes(content.replace(struct.pack("<I", 50_000_000), struct.pack("<I", 5000)))
+    there = Archive(str(tmp_path / "y.zip"))
+    tracemalloc.start()
+    with pytest.raises(zipfile.BadZipFile):
+        there.read("bomb.jpg")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    with pytest.raises(storage.TooLargeError, match=r"large\.jpg: too large a file, 2 MB; at most 1 MB are read"):
+        there.read("large.jpg", max_bytes=1_000_000)
 
 
 def test_no_room_for_decoded_images(tmp_path: Path) -> None:

@@ -187,6 +187,19 @@ def test_a_header_carries_any_licence() -> None:
     assert api.header("CC-BY 4.0 (see https://x.org/a?b)") == "CC-BY 4.0 (see https://x.org/a?b)"
 
 
+def test_an_odd_image_is_taken_with_a_note_or_refused_in_one_line() -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x00\x01\x09\0\x01\0\0\0\xfb\xff\xff\xff\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+    files = {kind: io.BytesIO() for kind in ("JPEG", "AVIF", "PNG")}
+    Image.new("RGB", (64, 64)).save(files["JPEG"], "JPEG", exif=exif + bytes(4))
+    Image.new("RGB", (64, 64), (200, 60, 40)).save(files["AVIF"], "AVIF")
+    Image.new("RGBA", (64, 64)).save(files["PNG"], "PNG")
+    square, note = app.prepare(files["JPEG"].getvalue(), 16, ())
+    assert (square.shape, note) == ((16, 16, 3), images.EXIF_IGNORED)
+    for data in (files["AVIF"].getvalue()[:-36] + bytes(36), files["PNG"].getvalue()):
+        with pytest.raises(InputError, match=r"image: (truncated or corrupt|fully transparent)"):
+            app.prepare(data, 16, ())
+
+
 def test_a_body_without_length_is_refused_where_it_grows_too_large() -> None:
     taken = 0
 

@@ -216,6 +216,23 @@ def test_reading_prepares_as_training_did_and_keeps_the_reason(tmp_path: Path) -
     assert read["seed"].tolist() == [5, 5, 5]
 
 
+def test_an_odd_file_is_one_row_s_fault_or_has_a_note(tmp_path: Path) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x00\x01\x09\0\x01\0\0\0\xfb\xff\xff\xff\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+    Image.new("RGB", (40, 20)).save(tmp_path / "exif.jpg", exif=exif + bytes(4))
+    Image.new("RGB", (64, 64), (200, 60, 40)).save(tmp_path / "x.avif")
+    content = (tmp_path / "x.avif").read_bytes()
+    (tmp_path / "x.avif").write_bytes(content[:-36] + bytes(36))
+    (tmp_path / "raw.nef").write_bytes(b"II*\0")
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(images.MAX_BYTES + 1)
+    names = np.array(["exif.jpg", "x.avif", "raw.nef", "huge.jpg"])
+    (read,) = read_images({"id": names, "output": names}, root=str(tmp_path), image_size=16, to="night", seed=5)
+    assert (read["error"][0], read["note"][0]) == ("", images.EXIF_IGNORED)
+    for error, reason in zip(read["error"][1:], ["truncated or corrupt", "a raw photo", "400 MB"], strict=True):
+        assert reason in error
+        assert "\n" not in error
+
+
 @pytest.mark.parametrize(("to", "source", "truth"), [("night", "image", "target"), ("day", "target", "image")])
 def test_a_pair_is_read_from_either_side(to: str, source: str, truth: str) -> None:
     batch = {
