@@ -42,6 +42,8 @@ Spacing = Literal["trailing", "leading", "linspace"]
 Start = Literal["noise", "sdedit", "ddib"]
 Precision = Literal["auto", "fp32", "bf16"]
 Pairing = Literal["paired", "matched", "unpaired", "self"]
+Align = Literal["auto", "faces", "none"]
+"""auto: photos are aligned where the model was trained on aligned portraits. none: they are cut to centred squares."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,6 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,10 +25,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm_core import images
+from ddpm_core.config import Align
 from ddpm_core.errors import InputError
-
-Align = Literal["auto", "faces", "none"]
-"""auto: photos are aligned where the model was trained on aligned portraits. none: they are cut to centred squares."""
 
 CELEBA = (0.3901, 0.5143, 0.6126, 0.5140, 0.4983, 0.6497, 0.3978, 0.7508, 0.6003, 0.7490)
 """Where CelebA's faces have the points: the mean of those found in 999 of its aligned images, cut to squares. The

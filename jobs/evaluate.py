@@ -11,19 +11,21 @@ source, and for true pairs the best per-pixel linear colour map fitted on train.
 
 import contextlib
 import sys
+from collections.abc import Sequence
 
-from ddpm_core import storage
 from jobs.common import cli
-from jobs.evaluation.options import EvaluateArgs
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["compare"]:
+    if [*argv[:1]] == ["compare"]:
         from jobs.evaluation.compare import compare
 
         return compare(argv[1:])
+    from jobs.evaluation.options import EvaluateArgs
+
     args = cli.parse(EvaluateArgs, argv, prog="jobs.evaluate", description=__doc__)
+    from ddpm_core import storage
     from jobs.evaluation import driver  # seconds, which --help and a wrong flag need not wait for
     from jobs.evaluation.plan import finished, plan_evaluation
 

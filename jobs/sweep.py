@@ -13,17 +13,18 @@ The same command goes on where it was; a larger --num-trials or --num-points add
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
-from ddpm_core import storage
-from ddpm_core.errors import InputError
 from jobs.common import cli
-from jobs.training.presets import parse_from_preset
-from jobs.tuning.options import SweepArgs
+
+if TYPE_CHECKING:
+    from jobs.tuning.options import SweepArgs
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    from ddpm_core import storage
     from jobs.common.lock import exclusive  # seconds, which --help and a wrong flag need not wait for
     from jobs.tuning.plan import described, finished, plan_sweep, same_as_before
 
@@ -50,8 +51,12 @@ def main(argv: list[str] | None = None) -> int:
     return cli.DONE
 
 
-def parse(argv: list[str]) -> SweepArgs:
+def parse(argv: list[str]) -> "SweepArgs":
     """The preset first, then the flags that change it."""
+    from ddpm_core.errors import InputError
+    from jobs.training.presets import parse_from_preset
+    from jobs.tuning.options import SweepArgs
+
     for flag in ("--space", "--prefer"):
         if argv.count(flag) > 1:  # the last would silently be all
             raise InputError(f"{flag} is given {argv.count(flag)} times; give all of them behind one {flag}")

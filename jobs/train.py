@@ -9,20 +9,24 @@ The same command again resumes. Ctrl-C or a kill loses at most the steps since t
 import dataclasses
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from jobs.common import cli
-from jobs.training.options import TrainArgs
-from jobs.training.presets import parse_from_preset
+
+if TYPE_CHECKING:
+    from jobs.training.options import TrainArgs
 
 
 def main(argv: list[str] | None = None) -> int:
     times = {"command": time.time()}
     args = parse(sys.argv[1:] if argv is None else argv)
     from ddpm_core import checkpoint, storage  # seconds, which --help and a wrong flag need not wait for
+    from jobs.common import kinds
     from jobs.datasets.format import read_card
     from jobs.training import checks, driver, fitting, profiling, tracking
 
     dataset, run = storage.absolute(args.data, flag="--data"), storage.absolute(args.output, flag="--output")
+    kinds.check_output(run, "run", {"--data": dataset})
     card, asked = read_card(dataset), checks.with_absolute_encoder(args.options)
     options = fitting.fitted(asked, card, dataset, preset=args.preset, given=args.given)
     args = dataclasses.replace(args, options=options)
@@ -48,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     return cli.DONE
 
 
-def parse(argv: list[str]) -> TrainArgs:
+def parse(argv: list[str]) -> "TrainArgs":
+    from jobs.training.options import TrainArgs
+    from jobs.training.presets import parse_from_preset
+
     return parse_from_preset(TrainArgs, argv, prog="jobs.train", description=__doc__ or "")
 
 

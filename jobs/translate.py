@@ -7,15 +7,18 @@ Each image keeps its place and name, with the suffix .png. What cannot be read i
 new and changed images, and tries again those set aside.
 """
 
-import sys
+from collections.abc import Sequence
 
 from jobs.common import cli
-from jobs.translation import driver
-from jobs.translation.plan import TranslateArgs, plan_translation
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = cli.parse(TranslateArgs, sys.argv[1:] if argv is None else argv, prog="jobs.translate", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    from jobs.translation.options import TranslateArgs
+
+    args = cli.parse(TranslateArgs, argv, prog="jobs.translate", description=__doc__)
+    from jobs.translation import driver  # seconds, which --help and a wrong flag need not wait for
+    from jobs.translation.plan import plan_translation
+
     return driver.run(plan_translation(args))
 
 

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ddpm_core import config as configs
-from ddpm_core.config import ModelConfig, SamplingConfig
+from ddpm_core.config import Align, ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
-from ddpm_core.faces import Align
 from ddpm_core.translator import check_sampling
 
 

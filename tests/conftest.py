@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -129,6 +130,19 @@ def environment(**values: str | None) -> Iterator[None]:
         yield
     finally:
         put(before)
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """The signals taken as a command takes them."""
+    from jobs.common import stopping
+
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    stopping.install()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    stopping._installed = False
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,11 @@ MORE = {
     "ddpm_core/step_loop.py": {"greenlet"},
     "ddpm_core/images.py": {"pillow_heif"},
 }
-COMMANDS = {"prepare", "train", "sweep", "evaluate", "translate", "experiments", "benchmark"}
+COMMANDS = {"prepare", "train", "sweep", "evaluate", "translate", "experiments", "benchmark", "runs"}
 """Thin entry points, `python -m jobs.NAME`; nothing but tests and benchmarks imports them."""
 PACKAGES: dict[str, set[str]] = {
     "common": set(),
+    "inventory": {"common"},
     "reports": {"common"},
     "datasets": {"common"},
     "translation": {"datasets", "reports", "common"},

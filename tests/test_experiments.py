@@ -22,8 +22,8 @@ from ddpm_core import storage
 from ddpm_core.errors import InputError
 from jobs import experiments
 from jobs.common import lock
+from jobs.suite import driver, runner
 from jobs.suite import plan as suite_plan
-from jobs.suite import runner
 from jobs.suite.plan import Command, Figure, Measured, Plan, Section
 
 
@@ -531,7 +531,7 @@ def small_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         code("c", "print('{b}')", cost=60),
         name="mission",
     )
-    monkeypatch.setattr(experiments, "planned", lambda _: plan)
+    monkeypatch.setattr(driver, "planned", lambda _: plan)
     return flag
 
 

@@ -29,7 +29,7 @@ from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 from jobs.common import cli
-from jobs.translation.plan import TranslateArgs
+from jobs.translation.options import TranslateArgs
 from serve import api, app
 from serve.schemas import Arguments, Options, Query, complete, validate
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from conftest import S3Server
 from ddpm_core import storage
 from ddpm_core.errors import InputError
 from jobs import train
-from jobs.training import run_folder
+from jobs.common import stopping
+from jobs.training import loop, monitor, run_folder
 
 WITHOUT_END = ["--epochs", "100000"]
 HERE = ["--num-workers", "0"]
@@ -83,6 +85,45 @@ def test_killed_at_random_steps_a_run_ends_with_the_same_weights(ray_cluster, da
     assert losses(output) == losses(str(tmp_path / "whole"))
     assert run(dataset_folder, str(tmp_path / "by-three"), *to, "--num-workers", "3") == 0
     assert losses(str(tmp_path / "by-three")) == pytest.approx(losses(output), rel=1e-5)
+
+
+def test_a_run_that_is_told_to_end_stores_its_step_first(signals, dataset_folder, tmp_path, monkeypatch, capfd):
+    """SIGTERM in the midst of an epoch, checkpoints an hour apart: no step is lost, and nothing differs in the end."""
+    output, flags = str(tmp_path / "run"), ["--epochs", "4", "--global-batch-size", "8", *HERE]
+    post = monitor.StatusBoard.post
+
+    def told(board: monitor.StatusBoard, state: dict[str, Any]) -> bool:
+        if state["step"] == 6 and not state["start"]:
+            signal.raise_signal(signal.SIGTERM)
+        return post(board, state)
+
+    monkeypatch.setattr(monitor.StatusBoard, "post", told)
+    monkeypatch.setattr(loop, "POST_EVERY_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset_folder, output, *flags, *NEVER)
+    assert stopping.exit_code() == 143
+    assert run_folder.latest_checkpoint(output)[0] == 6
+    assert "train: step 6 is stored" in capfd.readouterr().err
+    assert run(dataset_folder, output, *flags) == 0
+    assert [attempt["step"] for attempt in chaos.attempts_of(output)] == [0, 6]
+    assert run(dataset_folder, str(tmp_path / "whole"), *flags) == 0
+    assert difference(output, str(tmp_path / "whole")) == 0
+    assert losses(output) == losses(str(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_driver_on_ray_that_is_told_to_end_stores_a_checkpoint(number, ray_cluster, dataset_folder, tmp_path):
+    output, address = str(tmp_path / "run"), {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with training(output, dataset_folder, *WITHOUT_END, *NEVER, env=address) as begun:
+        begun.wait(lambda: begun.reached > 10, "trains")
+        reached = begun.reached
+        begun.process.send_signal(number)
+        code, lines = begun.end()
+    assert code == 128 + number, lines
+    assert begun.saved >= reached
+    assert lines[-1].endswith("; the same command goes on from here")
+    assert not any("Traceback" in line or "***" in line for line in lines), lines
 
 
 # ------------------------------------------------------------------------------------------------ several nodes

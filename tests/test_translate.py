@@ -32,7 +32,8 @@ from jobs.translation import listing
 from jobs.translation.batch import Translate, expand_rows, read_images
 from jobs.translation.driver import open_output
 from jobs.translation.manifest import Manifest
-from jobs.translation.plan import TranslateArgs, plan_translation, remaining
+from jobs.translation.options import TranslateArgs
+from jobs.translation.plan import plan_translation, remaining
 
 
 def picture(seed: int, side: int = 16) -> np.ndarray:
@@ -648,7 +649,7 @@ def test_guides_that_cannot_lead_are_refused(folder: Path, tmp_path: Path, check
 def test_results_never_land_among_the_inputs(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
     (tmp_path / "link").symlink_to(folder)
     for output in (folder, folder / "out", tmp_path / "link" / "out"):
-        assert "lies in the input" in refused(command(checkpoint_folder, folder, output))
+        assert "--input; give a folder outside of it" in refused(command(checkpoint_folder, folder, output))
     # the parent of the input holds files that are not ours
     assert "is not empty" in refused(command(checkpoint_folder, folder, tmp_path))
     assert sorted(path.name for path in folder.iterdir()) == ["0", "1"]
@@ -761,4 +762,4 @@ def test_bucket_to_bucket(s3: Any, folder: Path, checkpoint_folder: str, capsys:
     capsys.readouterr()
     assert translate.main(argv) == cli.DONE
     assert "1 image to translate, 5 are done already" in capsys.readouterr().out
-    assert "lies in the input" in refused(command(f"{root}/checkpoint", f"{root}/in", f"{root}/in/out"))
+    assert "lies in --input" in refused(command(f"{root}/checkpoint", f"{root}/in", f"{root}/in/out"))

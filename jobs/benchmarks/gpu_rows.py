@@ -222,7 +222,7 @@ def kinds(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], te
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.synchronize()
     with (
-        cli.muted_stderr(),
+        cluster.muted_stderr(),
         torch.profiler.profile(activities=activities) as trace,
     ):  # it tells that it starts and stops
         stepper.step(*batch)

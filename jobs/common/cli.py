@@ -1,23 +1,33 @@
-"""What the command lines share: parsing, presets, exit codes, a quiet Ray."""
+"""What the command lines share: parsing, exit codes, a quiet Ray."""
 
 import argparse
+import ast
 import collections
 import contextlib
 import dataclasses
+import difflib
+import importlib
 import importlib.util
+import io
 import logging
 import os
+import pkgutil
 import re
+import select
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from ddpm_core.errors import InputError, printable
+from jobs.common import cluster, stopping
 
-DONE, FAILED, WRONG_INPUT, SET_ASIDE, INTERRUPTED = 0, 1, 2, 3, 130
-"""Exit codes: done; anything else; the user's input is wrong; batch work done but rows were set aside; Ctrl-C."""
+DONE, FAILED, WRONG_INPUT, SET_ASIDE = 0, 1, 2, 3
+"""Exit codes: done; anything else; the user's input is wrong; batch work done but rows were set aside. A signal gives
+`stopping.exit_code`."""
 
 T = TypeVar("T")
 
@@ -30,21 +40,43 @@ def parse(
     description: str | None = None,
     default: Any = None,
 ) -> Any:
-    """`argv` as an instance of the dataclass `cls`; an unknown or wrong option ends with one line and exit 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    lines: list[str] = []
-    try:
-        with contextlib.redirect_stderr(_Lines(lines)):
-            if importlib.util.find_spec("tyro") is None:
-                return _parsed_plainly(cls, argv, prog, description)
-            import tyro
+    """`argv` as an instance of the dataclass `cls`.
 
-            extra = {} if default is None else {"default": default}
-            return tyro.cli(cls, args=argv, prog=f"python -m {prog}", description=description, **extra)
+    Raises:
+        InputError: an option that there is not, a value that it does not take, a missing one; in one line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if importlib.util.find_spec("tyro") is None:
+        return _parsed_plainly(cls, argv, prog, description)
+    import tyro
+
+    told = io.StringIO()
+    extra: dict[str, Any] = {"prog": f"python -m {prog}", "description": description}
+    if default is not None:
+        extra["default"] = default
+    try:
+        with contextlib.redirect_stderr(told):
+            options = tyro.cli(cls, args=argv, **extra)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise InputError(_one_line(lines, prog)) from None
+    else:
+        if dataclasses.is_dataclass(options):
+            check_numbers(options)
+        return options
+
+    def known() -> list[str]:
+        """The options that --help lists, of the sub-command that was given if one was."""
+        told, words = io.StringIO(), [word for word in argv[:1] if not word.startswith("-")]
+        for given in (words, []):
+            silent = contextlib.redirect_stdout(told), contextlib.redirect_stderr(io.StringIO())
+            with silent[0], silent[1], contextlib.suppress(SystemExit):
+                tyro.cli(cls, args=[*given, "--help"], **extra)
+            if found := re.findall(r"--[a-z][\w.-]*\w", told.getvalue()):
+                return found
+        return []
+
+    raise InputError(f"{_complaint(_plain(told.getvalue()), argv, known)} (python -m {prog} --help lists the options)")
 
 
 def _parsed_plainly(cls: Any, argv: Sequence[str], prog: str, description: str | None) -> Any:
@@ -60,7 +92,96 @@ def _parsed_plainly(cls: Any, argv: Sequence[str], prog: str, description: str |
     for field in dataclasses.fields(cls):
         kind: Any = {"action": "store_true"} if hints[field.name] is bool else {"type": hints[field.name]}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **kind)
-    return cls(**vars(parser.parse_args(argv)))
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return cls(**vars(parser.parse_args(argv)))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        message = re.sub(r"^usage: .*? error: ", "", " ".join(told.getvalue().split()))
+        raise InputError(f"{message} (python -m {prog} --help lists the options)") from None
+
+
+def _plain(boxed: str) -> str:
+    """tyro's boxed message as one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
+    lines = [re.sub(r"^[\s│╭╰─╮╯├┤]+|[\s│╭╰─╮╯├┤]+$", "", line) for line in text.splitlines()]
+    body = " ".join(line for line in lines if line)
+    body = re.sub(r"\s*For full helptext.*$|\s*Argument helptext:.*$", "", body)
+    return re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error|Invalid choice)\s+", "", body)
+
+
+def _complaint(body: str, argv: list[str], known: Callable[[], list[str]]) -> str:
+    """What is wrong, and what was probably meant, out of tyro's message."""
+    from ddpm_core import config as configs
+
+    if found := re.search(r"(?:Available subcommands: |Expected one of \{)([\w, ]+)", body):
+        names = found[1].strip().split(", ")
+        given = next((word for word in argv if not word.startswith("-")), None)
+        if given is None or given in names:
+            return f"say first what to do: {', '.join(names)}"
+        return f"{given}{configs.did_you_mean(given, names)}: {', '.join(names)}"
+    if found := re.search(r"invalid choice '([^']*)' for argument '([^']*)'\. Expected one of \(([^)]*)\)", body):
+        names = sorted(name for each in found[3].split(",") if (name := each.strip(" '")) not in ("None", ""))
+        flag = f"{found[2]} " if found[2].startswith("-") else ""
+        return f"{flag}{found[1]}{configs.did_you_mean(found[1], names)}: {', '.join(names)}"
+    if found := re.search(
+        r"Error parsing (--[\w.-]+).*: (?:invalid literal for int|could not convert string to float)[^']*'([^']*)'",
+        body,
+    ):
+        return f"{found[1]} {found[2]} is not a {'whole ' if 'int()' in body else ''}number; give one"
+    if "nrecognized" in body:
+        names = known()
+        for word in argv:
+            flag = word.partition("=")[0].replace("_", "-")
+            if word.startswith("--") and flag not in names:
+                near = difflib.get_close_matches(flag, names, n=1)
+                return f"there is no option {word.partition('=')[0]}" + (f"; did you mean {near[0]}?" if near else "")
+        words = body.partition("nrecognized options:")[2].split(" Perhaps you meant")[0].strip()
+        return f"{words}: no option takes this; put it behind the option that it belongs to, or leave it out"
+    if "(required)" in body:
+        parts = body.partition(": ")[2].split("(required)")[:-1]
+        flags = [_argument(part.strip()) for part in parts]
+        return f"missing: {', '.join(flags)}; give {'it' if len(flags) == 1 else 'them'}"
+    return body or "wrong arguments"
+
+
+def _argument(told: str) -> str:
+    """An argument out of its line of --help: its flag, or what stands there of one without."""
+    flag = re.match(r"--[a-z][\w.-]*\w", told)
+    return flag[0] if flag else f"an argument ({re.sub(r'^[A-Z]+ ', '', told).rstrip('.')})"
+
+
+def check_numbers(options: Any, prefix: str = "--") -> None:
+    """Refuse whole numbers that no generator, tensor or table takes.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    from ddpm_core import config as configs
+
+    for field in dataclasses.fields(options):
+        value, name = getattr(options, field.name), field.name.replace("_", "-")
+        hidden = any(getattr(each, "name", None) == "" for each in getattr(field.type, "__metadata__", ()))
+        if dataclasses.is_dataclass(value):
+            check_numbers(value, prefix if hidden else f"{prefix}{name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and (name == "seed" or name.endswith("-seed")):
+                configs.check_seed(number, flag=prefix + name)
+            elif isinstance(number, int) and abs(number) > configs.MAX_SEED:
+                raise InputError(f"{prefix}{name} is {number}; it must be at most {configs.MAX_SEED}")
+
+
+def check_least(flags: dict[str, tuple[int | None, int]]) -> None:
+    """Refuse numbers below their least by the flag's name; None is no number.
+
+    Raises:
+        InputError: naming the flag, its value and the least.
+    """
+    for flag, (value, least) in flags.items():
+        if value is not None and value < least:
+            raise InputError(f"{flag} is {value}; it must be at least {least}")
 
 
 def set_aside(num: int, *, ok: bool) -> int:
@@ -86,51 +207,80 @@ def reasons_text(rows: Iterable[tuple[str, str]]) -> bytes:
     return "".join(f"{printable(name)}\t{printable(reason)}\n" for name, reason in rows).encode()
 
 
-class _Lines:
-    """A text stream that keeps what is written to it."""
-
-    def __init__(self, lines: list[str]) -> None:
-        self.lines = lines
-        self.encoding = "utf-8"
-
-    def write(self, text: str) -> int:
-        self.lines.append(text)
-        return len(text)
-
-    def flush(self) -> None: ...
-
-    def isatty(self) -> bool:
-        return False
-
-
-def _one_line(pieces: list[str], prog: str) -> str:
-    """The boxed message of tyro, or argparse's, as one line."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", "".join(pieces))
-    lines = [re.sub(r"^[\s│╭╰─╮╯├┤]+|[\s│╭╰─╮╯├┤]+$", "", line) for line in text.splitlines()]
-    body = " ".join(line for line in lines if line)
-    body = re.sub(r"^usage: .*? error: |\s*For full helptext.*$", "", body)
-    body = re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error|Invalid choice)\s+", "", body)
-    return f"{body or 'wrong arguments'} (python -m {prog} --help lists the options)"
-
-
 def run(main: Callable[[], int]) -> None:
-    """Run an entry point and end the process with its exit code; a user's mistake costs one line, no traceback."""
+    """Run an entry point and end the process with its exit code; a user's mistake costs one line, no traceback, and so
+    does a signal."""
+    stopping.install()
     try:
         code = main()
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        code = INTERRUPTED
+        print(f"\n{stopping.word()}; {stopping.GOES_ON}", file=sys.stderr)
+        code = stopping.exit_code()
     except Exception as error:
         cause = input_error(error)
-        if cause is None:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            code = 128 + signal.SIGPIPE
+        elif cause is None:
             traceback.print_exc()
             code = FAILED
         else:
             print(f"error: {cause}", file=sys.stderr)
             code = WRONG_INPUT
+    stopping.settle()
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def dispatch() -> None:
+    """`ddpm-translate NAME …`, which is `python -m jobs.NAME …`."""
+    run(lambda: named(sys.argv[1:]))
+
+
+def named(argv: Sequence[str]) -> int:
+    """Run the command that `argv` begins with, or list those there are; the exit code.
+
+    Raises:
+        InputError: there is no such command; or as the command does.
+    """
+    from ddpm_core import config as configs
+
+    there = commands()
+    if not argv or argv[0] in ("-h", "--help"):
+        print(
+            "usage: ddpm-translate COMMAND …, the same as python -m jobs.COMMAND …; COMMAND --help lists its options\n"
+        )
+        for name, about in there.items():
+            print(f"  {name:<12} {about}")
+        return DONE
+    name, *words = argv
+    if name not in there:
+        raise InputError(f"{name}{configs.did_you_mean(name, there)}: {', '.join(there)}")
+    module = importlib.import_module(f"jobs.{name}")
+    sys.argv = [str(module.__file__), *words]  # what records tell of the command is the same either way
+    return module.main(words)
+
+
+def commands() -> dict[str, str]:
+    """The entry points at the top of `jobs` and what each does, by the first line of its file."""
+    import jobs
+
+    found = {}
+    for module in pkgutil.iter_modules(jobs.__path__):
+        if not module.ispkg:
+            source = Path(jobs.__path__[0], f"{module.name}.py").read_text(encoding="utf-8")
+            found[module.name] = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+    return found
+
+
+def _nobody_reads() -> bool:
+    """Whether what we print goes to a program that has ended, such as `head`; from then on it goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def input_error(error: BaseException | None) -> InputError | None:
@@ -157,27 +307,15 @@ def input_error(error: BaseException | None) -> InputError | None:
 
 
 @contextlib.contextmanager
-def muted_stderr() -> Iterator[None]:
-    """Nothing written to file descriptor 2 is shown: what Ray's core says while it starts. Exceptions pass."""
-    sys.stderr.flush()
-    shown, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(shown, 2)
-        os.close(shown)
-        os.close(nowhere)
-
-
-@contextlib.contextmanager
 def ray_session(*, start: bool = True) -> Iterator[None]:
     """Ray, quiet: the cluster of RAY_ADDRESS or of the submitted job where there is one, else one started here.
 
     `start` False: only quiet; what runs in this process alone needs no cluster.
 
     Logs of workers stay in Ray's session folder; their errors come back as exceptions.
+
+    Raises:
+        InputError: there is none, and none can be started.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -198,8 +336,7 @@ def ray_session(*, start: bool = True) -> Iterator[None]:
 
     started = start and not ray.is_initialized()
     if started:
-        with muted_stderr():
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        cluster.init()
     context = ray.data.DataContext.get_current()
     context.use_datasource_v2 = False  # its start-up costs seconds on every execution and ignores block counts
     context.enable_progress_bars = False

@@ -55,6 +55,14 @@ def exclusive(output: str) -> Iterator[None]:
             storage.delete_file(uri)
 
 
+def holder(output: str) -> str | None:
+    """Who is at work in a folder, as far as driver.json says; None: nobody, or one that has ended."""
+    found, me = _driver(storage.join(output, "driver.json")), {"host": platform.node(), "pid": os.getpid()}
+    if found is None or _ended(found, me) or time.time() - found.get("renewed", 0) > SILENT_S + RENEW_S:
+        return None
+    return f"process {found['pid']} on {found['host']}"
+
+
 def _driver(uri: str) -> dict[str, Any] | None:
     """What driver.json says, where it says something."""
     try:

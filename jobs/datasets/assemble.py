@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from ddpm_core import images, provenance, storage
 from ddpm_core.errors import InputError, printable
-from jobs.common import cli, resume, workers
+from jobs.common import cli, kinds, resume, workers
 from jobs.common.progress import Progress, duration
 from jobs.datasets import duplicates, reading, source, writing
 from jobs.datasets.format import (
@@ -35,14 +35,17 @@ from jobs.datasets.scan import ContactSheet, Survey, digest, survey
 
 
 def check_apart(output: str, options: source.Common) -> None:
-    """The contact sheet must not be taken for one of the images at the next call."""
+    """The contact sheet must not be taken for one of the images at the next call.
+
+    Raises:
+        InputError: as `kinds.check_output`.
+    """
     sources = {"--source": options.source or ""}
     for domain in getattr(options, "domain", ()):
         name, _, uri = domain.partition("=")
         sources[f"--domain {name}"] = uri
-    for flag, uri in sources.items():
-        if uri and f"{output}/".startswith(storage.join(storage.absolute(uri, flag=flag), "")):
-            raise InputError(f"--output {output} lies in {flag}; give a folder outside of it")
+    there = {flag: storage.absolute(uri, flag=flag) for flag, uri in sources.items() if uri}
+    kinds.check_output(output, "data set", there)
 
 
 def make(output: str, draft: source.Draft, *, append: bool, overwrite: bool, num_workers: int | None) -> int:

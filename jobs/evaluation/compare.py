@@ -6,13 +6,13 @@ interval is so wide (Bonferroni) that all of them hold together with 95 %.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from ddpm_core import storage
-from jobs.common import cli
+from jobs.common import cli, kinds
 from jobs.reports.html import Line, Table, render
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Args:
     """Folder or s3:// prefix for compare.json and report.html."""
 
 
-def compare(argv: list[str]) -> int:
+def compare(argv: Sequence[str]) -> int:
     """The command."""
     args = cli.parse(Args, argv, prog="jobs.evaluate compare", description=__doc__)
     from jobs.evaluation.results import check_same, differences, read  # seconds, which --help need not wait for
@@ -43,6 +43,7 @@ def compare(argv: list[str]) -> int:
     a, b = (read(uri) for uri in uris)
     check_same(a, b)
     if output is not None:
+        kinds.check_output(output, "comparison", {})
         storage.check_writable(output)
     rows, left_out, level = differences(a, b)
     for line in as_text(a, b, rows, left_out, level):

@@ -9,7 +9,7 @@ from ddpm_core import config as configs
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.nets import Net
-from jobs.common import resume
+from jobs.common import cli, kinds, resume
 from jobs.datasets import cache
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.evaluation import worker
@@ -17,7 +17,8 @@ from jobs.evaluation.options import EvaluateArgs
 from jobs.evaluation.results import FORMAT, FORMAT_VERSION
 from jobs.evaluation.worker import Judges
 from jobs.translation import listing
-from jobs.translation.options import GuidanceNets, check_least, open_checkpoint
+from jobs.translation.opening import open_checkpoint
+from jobs.translation.options import GuidanceNets
 
 NUM_SHOWN = 10
 """Images in the grid, spread over the set."""
@@ -70,7 +71,8 @@ def plan_evaluation(args: EvaluateArgs) -> EvaluationJob:
         data=storage.absolute(args.data, flag="--data"),
         output=storage.absolute(args.output, flag="--output"),
     )
-    check_least(
+    kinds.check_output(args.output, "evaluation", {"--data": args.data})
+    cli.check_least(
         {
             "--num-images": (args.num_images, 0),
             "--num-diverse": (args.num_diverse, 0),

@@ -1,7 +1,9 @@
 """A training run as its driver sees it: the loop on Ray Train, lost workers, the end."""
 
+import concurrent.futures
 import functools
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,13 +13,16 @@ from ddpm_core import config as configs
 from ddpm_core import storage
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
-from jobs.common import cli
+from jobs.common import cli, stopping
 from jobs.training import monitor, profiling, run_folder
 from jobs.training.options import TrainArgs
 
 HANGS_S = 3600
 """How long workers wait for each other; rank 0 may be validating alone. One that is stopped or cut off is found dead by
 Ray within minutes."""
+
+ASKED_S = 2.0
+"""How long a run that is told to end may take to say that it will."""
 
 
 def check_cluster(args: TrainArgs) -> None:
@@ -119,10 +124,8 @@ def fit(
                 callbacks=[*callbacks],
             )
             try:
-                end = trainer(run_config=storing).fit().return_value or {}
+                end = _fit(trainer(run_config=storing), board).return_value or {}
                 break
-            except SystemExit:  # Ray's answer to Ctrl-C, with exit code 0: what comes next must not take it for done
-                raise KeyboardInterrupt from None
             except ray.train.TrainingFailedError as error:
                 step, _ = run_folder.latest_checkpoint(run)
                 failures = 1 if step > before else failures + 1
@@ -134,6 +137,9 @@ def fit(
                 profiling.note(times, "loss")
                 check_cluster(args)
         storage.delete_folder(attempts)
+        if "ended_at" in end:
+            print(f"train: step {end['ended_at']:,} is stored", file=sys.stderr, flush=True)
+            raise KeyboardInterrupt
         if end:
             raise DivergedError(
                 f"the losses were lost at step {end['diverged_at']:,} (not finite, or far above the first ones); the "
@@ -152,6 +158,32 @@ def no_room(args: TrainArgs, name: str, each: float, there: float) -> str:
         remedy = f"--num-workers {there // each:.0f} or fewer"
     needs = f"needs {each * args.workers[0]} {name}s, the cluster has {there:g}"
     return f"--num-workers {args.num_workers} with {each} {name} each {needs}: give {remedy}, {grows}"
+
+
+def _fit(trainer: Any, board: Any) -> Any:
+    """`trainer.fit()`; a signal lets the run store a checkpoint and end.
+
+    On Ray it has a thread of its own, so that this one is there for signals; Ray Train's handler of Ctrl-C, which it
+    sets in the main thread only, would end the run where it is.
+    """
+    if isinstance(board, monitor.StatusBoard):
+        with stopping.gently(board.stop):
+            return trainer.fit()
+    if threading.current_thread() is not threading.main_thread():  # a trial of a sweep
+        return trainer.fit()
+    import ray
+
+    result: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def fit() -> None:
+        try:
+            result.set_result(trainer.fit())
+        except BaseException as error:
+            result.set_exception(error)
+
+    with stopping.gently(lambda: ray.get(board.stop.remote(), timeout=ASKED_S)):
+        threading.Thread(target=fit, daemon=True).start()
+        return result.result()
 
 
 def resources_per_worker(args: TrainArgs) -> dict[str, float]:

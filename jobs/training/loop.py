@@ -29,7 +29,7 @@ from jobs.training.options import TrainOptions
 from jobs.training.run_folder import Run, latest_checkpoint, note_attempt
 from jobs.training.tracking import Tracking
 from jobs.training.validation import Validation
-from jobs.training.worker_state import SAVE, STOP, LossMeans, WorkerConsensus, WorkerState, is_finite, restore
+from jobs.training.worker_state import END, SAVE, STOP, LossMeans, WorkerConsensus, WorkerState, is_finite, restore
 
 POST_EVERY_S = 0.5
 """How often the driver hears how far we are."""
@@ -38,7 +38,7 @@ POST_EVERY_S = 0.5
 def train_loop(job: dict[str, Any]) -> dict[str, Any]:
     """One worker of `jobs.train`; `job` is plain data, as `driver.fit` makes it.
 
-    Returns where the losses ceased to be good, if they did, and the last good checkpoint.
+    Returns where the losses ceased to be good, if they did, and the last good checkpoint; or where it was told to end.
     """
     times = dict(job["times"])
     keep_memory()
@@ -76,7 +76,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
         if run:
             run.step(done, num_steps * options.global_batch_size / (time.monotonic() - clock))
             post(done, epoch=done // worker.steps_per_epoch, loss=consensus.loss, **run.status())
-        agreed = consensus.agree(losses, storing=run is not None and run.storing)
+        agreed = consensus.agree(losses, storing=run is not None and run.storing, ending=post.ending)
         trace()
         if run and step == start:
             profiling.note(times, "first step")
@@ -122,6 +122,11 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
             ray.train.report(report)  # a barrier, which the controller lets pass twice a second
             for callback in job["callbacks"]:
                 callback.after_report(None, [report], None)
+        if agreed & END and done < worker.total_steps:
+            if run:
+                run.stored(strict=True)
+                run.close("KILLED")
+            return {"ended_at": done}
         if epoch_ends:
             clock, num_steps, feed.waited_s = time.monotonic(), 0, 0.0
     if run:
@@ -200,16 +205,25 @@ def memory_errors(method: Objective, batch: Batch) -> Iterator[None]:
 
 
 class StatusPoster:
-    """What rank 0 notes on the driver's board, at most twice a second."""
+    """What rank 0 notes on the driver's board, at most twice a second, and what it hears there."""
 
     def __init__(self, board: Any, *, start: int, total: int) -> None:
         self.send = getattr(board.post, "remote", board.post)
         self.start, self.total = start, total
         self.sent_s = 0.0
+        self.answer: Any = False
 
     def __call__(self, done: int, **fields: Any) -> None:
         """So many steps are done; `fields` as `StatusBoard.post`'s."""
         now = time.monotonic()
         if now - self.sent_s >= POST_EVERY_S or done == self.total:
             self.sent_s = now
-            self.send({"step": done, "total": self.total, "start": self.start, **fields})
+            self.answer = self.send({"step": done, "total": self.total, "start": self.start, **fields})
+
+    @property
+    def ending(self) -> bool:
+        """Whether the run is to end, as far as the board has answered."""
+        if isinstance(self.answer, ray.ObjectRef) and ray.wait([self.answer], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayError):  # the board is gone, and the driver with it
+                self.answer = ray.get(self.answer)
+        return self.answer is True

@@ -30,12 +30,21 @@ class StatusBoard:
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
+        self.stopping = False
 
-    def post(self, state: dict[str, Any]) -> None:
-        """`state`: step, total, start (the step this attempt began at), and where known epoch, loss, validated and
+    def post(self, state: dict[str, Any]) -> bool:
+        """Returns whether the run is to store a checkpoint and end.
+
+        `state`: step, total, start (the step this attempt began at), and where known epoch, loss, validated and
         checkpoint (steps of the last one logged and stored), started (where the time until the first step went),
         warnings (a list of lines)."""
         self.state = state
+        return self.stopping
+
+    def stop(self) -> bool:
+        """Let the run end at its next step, with a checkpoint; whether it has come to a step at all."""
+        self.stopping = True
+        return bool(self.state)
 
     def look(self) -> dict[str, Any]:
         return self.state

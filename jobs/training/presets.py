@@ -178,7 +178,7 @@ def parse_from_preset(cls: type[T], argv: list[str], *, prog: str, description: 
 
 def preset_name(argv: list[str]) -> str:
     name = TrainArgs.preset
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         if flag == "--preset":
             name = value
         elif flag.startswith("--preset="):

@@ -29,7 +29,7 @@ def tracer(run: str | None) -> Callable[[], None]:
     """
     if run is None:
         return lambda: None
-    from jobs.common import cli  # not above: workers need its imports for nothing else
+    from jobs.common import cluster  # not above: workers need its imports for nothing else
 
     def write(trace: torch.profiler.profile) -> None:
         with tempfile.TemporaryDirectory(prefix="trace") as folder:
@@ -47,7 +47,7 @@ def tracer(run: str | None) -> Callable[[], None]:
 
     def done() -> None:
         if trace.step_num < NEEDED:
-            with cli.muted_stderr():  # the profiler tells that it starts and stops
+            with cluster.muted_stderr():  # the profiler tells that it starts and stops
                 trace.step()
                 if trace.step_num == NEEDED:
                     trace.stop()

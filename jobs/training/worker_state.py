@@ -27,9 +27,9 @@ from jobs.training.methods import Objective, objective
 from jobs.training.options import Parallel, TrainOptions
 from jobs.training.run_folder import latest_checkpoint, read_state
 
-SAVE, ASK, STOP = 1, 2, 4
-"""Flags that workers raise after a step: take a checkpoint; ask Ray whether a node is about to go; the losses are
-lost."""
+SAVE, ASK, STOP, END = 1, 2, 4, 8
+"""Flags that workers raise after a step: take a checkpoint; ask Ray whether a node is about to go; the losses are lost;
+the command was told to end."""
 ASK_EVERY_S = 3.0
 """How often Ray is asked."""
 WINDOW, DIVERGED = 100, 3.0
@@ -186,12 +186,14 @@ class WorkerConsensus:
         self.before: Tensor | None = None
         self.recent: collections.deque[float] = collections.deque(maxlen=WINDOW)
 
-    def agree(self, losses: dict[str, Tensor], *, storing: bool) -> int:
-        """SAVE, ASK and STOP, each if any worker raises it; `storing`: the last checkpoint is still on its way."""
+    def agree(self, losses: dict[str, Tensor], *, storing: bool, ending: bool) -> int:
+        """SAVE, ASK, STOP and END, each if any worker raises it; `storing`: the last checkpoint is still on its way.
+        `ending`: the driver says that the run is to end here; a checkpoint is taken then."""
         now = time.monotonic()
         flags = STOP * self._lost(losses)
         if self.rank == 0:
             flags |= SAVE * (self.leaving or (not storing and now - self.saved_s >= self.save_every_s))
+            flags |= (SAVE | END) * ending
             flags |= ASK * (now - self.asked_s >= ASK_EVERY_S)
         if self.group is not None:
             combined = torch.tensor(flags)

@@ -25,7 +25,7 @@ from ddpm_core.translator import NOT_FINITE
 from jobs.common import workers
 from jobs.datasets import reading
 from jobs.datasets.format import DatasetCard
-from jobs.translation import options
+from jobs.translation import opening
 from jobs.translation.options import GuidanceNets
 
 Batch = dict[str, np.ndarray]
@@ -57,7 +57,7 @@ class Translate:
         in `result`. `record`: what is told within each file of how it was made."""
         torch.set_num_threads(num_threads)
         loaded = checkpoint.load(checkpoint_uri, ema=ema)
-        self.translator = options.translator(loaded, GuidanceNets(**guides))
+        self.translator = opening.translator(loaded, GuidanceNets(**guides))
         self.sampling, self.output = sampling, output
         self.text = {RECORD: json.dumps(dict(record), sort_keys=True)} if record else {}
 

@@ -1,18 +1,13 @@
-"""What the commands that put a checkpoint to use have in common: their options, and the checks before Ray starts."""
+"""What one translation's command says; evaluations share how images are drawn."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from ddpm_core import checkpoint, encoders, storage
 from ddpm_core import config as configs
-from ddpm_core.checkpoint import Checkpoint
-from ddpm_core.config import SamplingConfig
-from ddpm_core.errors import InputError
-from ddpm_core.translator import Translator, check_sampling
+from ddpm_core.config import Align, SamplingConfig
 
 T = TypeVar("T")
 
@@ -51,103 +46,34 @@ class GuidanceNets:
     """Its weight."""
 
 
-LOADERS: dict[str, Callable[..., Any]] = {
-    "classifier": encoders.load_attribute_classifier,
-    "identity": encoders.load_identity_encoder,
-}
-"""What loads the net behind `--NAME-guidance`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TranslateArgs:
+    """What to translate, with what, into what."""
 
-
-def open_guidance_nets(guides: GuidanceNets) -> tuple[GuidanceNets, dict[str, Any]]:
-    """The guides by their checkpoints' own folders, and what tells results made with them from others ({} without).
-
-    Raises:
-        InputError: a scale without its net, or nothing that can be loaded, by the flag.
-    """
-    given, defaults = vars(guides), vars(GuidanceNets())
-    options: dict[str, Any] = {}
-    for name, load in LOADERS.items():
-        uri, scale = given[f"{name}_guidance"], given[f"{name}_scale"]
-        if uri is None:
-            if scale != defaults[f"{name}_scale"]:
-                raise InputError(f"--{name}-scale has no effect without --{name}-guidance; leave it out, or give both")
-            continue
-        uri = storage.absolute(uri, flag=f"--{name}-guidance")
-        folder, _ = checkpoint.resolve(uri)
-        try:
-            fingerprint = load(folder).fingerprint
-        except InputError as error:
-            raise InputError(f"--{name}-guidance: {error}") from None
-        given = {**given, f"{name}_guidance": folder}
-        options |= {f"{name}_guidance": fingerprint, f"{name}_scale": scale}
-    return GuidanceNets(**given), options
-
-
-def translator(loaded: Checkpoint, guides: GuidanceNets, *, device: str | None = None) -> Translator:
-    """`loaded`, led by `guides` as `open_guides` gives them.
-
-    Raises:
-        InputError: a guide that cannot lead this network.
-    """
-    fields = {"classifier": "classifier", "identity": "identity_encoder"}
-    nets: dict[str, Any] = {}
-    for name, load in LOADERS.items():
-        if (uri := getattr(guides, f"{name}_guidance")) is not None:
-            nets[fields[name]] = load(uri)
-            nets[f"{name}_scale"] = getattr(guides, f"{name}_scale")
-    return Translator(loaded, device=device, **nets)
-
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A checkpoint, checked against what a command wants of it."""
-
-    loaded: Checkpoint
-    domains: tuple[str, ...]
-    """The sides to produce."""
-    sampling: SamplingConfig
-    """Its sampling defaults with the command's in their place."""
-    guides: GuidanceNets
-    """Its guides, by their checkpoints' own folders."""
-    options: dict[str, Any]
-    """The sampling, the guides and the weights: what, of these, results depend on."""
-
-
-def open_checkpoint(
-    uri: str, domain: str | None, overrides: SamplingOverrides, *, ema: float | None, guides: GuidanceNets
-) -> Opened:
-    """The checkpoint of a command; `domain` None means every side it was trained to produce.
-
-    Raises:
-        InputError: no usable checkpoint, or it cannot do what is wanted, in one line.
-    """
-    loaded = checkpoint.load(uri, ema=ema)
-    guides, led = open_guidance_nets(guides)
-    ready = translator(loaded, guides, device="cpu")
-    domains = (domain,) if domain else loaded.config.target_domains or loaded.config.domains
-    try:
-        sampling = ready.options(**vars(overrides))
-        for name in domains:
-            check_sampling(loaded.config, sampling, name)
-    except InputError as error:
-        raise InputError(by_flags(str(error))) from None
-    options = {"checkpoint": loaded.fingerprint, **configs.to_dict(sampling), **led}
-    return Opened(loaded, tuple(domains), sampling, guides, options)
-
-
-def by_flags(message: str) -> str:
-    """A message of `ddpm_core`'s with sampling options called as the commands' flags: --num-steps, not
-    sampling.num-steps."""
-    named = re.sub(r"\bsampling\.([a-z_-]+)", lambda name: "--" + name[1].replace("_", "-"), message)
-    return re.sub(r"^unknown domain", "--domain: unknown domain", named)
-
-
-def check_least(flags: dict[str, tuple[int | None, int]]) -> None:
-    """Refuse numbers below their least by the flag's name; None is no number.
-
-    Raises:
-        InputError: naming the flag, its value and the least.
-    """
-    for flag, (value, least) in flags.items():
-        if value is not None and value < least:
-            raise InputError(f"{flag} is {value}; it must be at least {least}")
+    checkpoint: str
+    """A run (its best checkpoint) or a checkpoint folder, local or s3://."""
+    input: str
+    """Folder or s3:// prefix of images, searched to any depth; or a data set (holds dataset.json)."""
+    output: str
+    """Folder or s3:// prefix for the results; outside the input."""
+    domain: str
+    """The side to produce, such as night."""
+    sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
+    guides: Annotated[GuidanceNets, tyro.conf.arg(name="")] = GuidanceNets()
+    ema: float | None = None
+    """Weights averaged over this share of the training; those that validated best by default."""
+    seed: int = 0
+    """Another seed gives another result for each image."""
+    batch_size: int = 16
+    """Images the network sees at once; memory and speed, not results."""
+    num_workers: int | None = None
+    """Copies of the network; by default one for each GPU, or for each CPU where there is none. 0: this process alone,
+    without Ray."""
+    set_aside_ok: bool = False
+    """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
+    split: str = "test"
+    """Of a data set, the rows to translate."""
+    align: Align = "auto"
+    """faces: photos are turned and cut so that the largest face lies where the training images have theirs; those
+    without a face are set aside. auto: faces, where the checkpoint was trained on aligned portraits. none: photos are
+    cut to centred squares."""

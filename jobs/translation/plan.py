@@ -2,52 +2,19 @@
 
 import dataclasses
 import os
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from ddpm_core import config as configs
 from ddpm_core import faces, images, storage
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
+from jobs.common import cli, kinds
 from jobs.datasets.format import DatasetCard, find_card
 from jobs.translation.listing import Sources, check_dataset, list_sources, output_names, split_rows
 from jobs.translation.manifest import Manifest
-from jobs.translation.options import GuidanceNets, SamplingOverrides, check_least, open_checkpoint
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TranslateArgs:
-    """What to translate, with what, into what."""
-
-    checkpoint: str
-    """A run (its best checkpoint) or a checkpoint folder, local or s3://."""
-    input: str
-    """Folder or s3:// prefix of images, searched to any depth; or a data set (holds dataset.json)."""
-    output: str
-    """Folder or s3:// prefix for the results; outside the input."""
-    domain: str
-    """The side to produce, such as night."""
-    sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
-    guides: Annotated[GuidanceNets, tyro.conf.arg(name="")] = GuidanceNets()
-    ema: float | None = None
-    """Weights averaged over this share of the training; those that validated best by default."""
-    seed: int = 0
-    """Another seed gives another result for each image."""
-    batch_size: int = 16
-    """Images the network sees at once; memory and speed, not results."""
-    num_workers: int | None = None
-    """Copies of the network; by default one for each GPU, or for each CPU where there is none. 0: this process alone,
-    without Ray."""
-    set_aside_ok: bool = False
-    """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
-    split: str = "test"
-    """Of a data set, the rows to translate."""
-    align: faces.Align = "auto"
-    """faces: photos are turned and cut so that the largest face lies where the training images have theirs; those
-    without a face are set aside. auto: faces, where the checkpoint was trained on aligned portraits. none: photos are
-    cut to centred squares."""
+from jobs.translation.opening import open_checkpoint
+from jobs.translation.options import GuidanceNets, TranslateArgs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +48,8 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         output=storage.absolute(args.output, flag="--output"),
     )
     configs.check_seed(args.seed)
-    check_least({"--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 0)})
-    if inside(args.output, args.input):
-        raise InputError(
-            f"--output {args.output} lies in the input; results would be taken for images: write elsewhere"
-        )
+    cli.check_least({"--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 0)})
+    kinds.check_output(args.output, "translation", {"--input": args.input})
     opened = open_checkpoint(args.checkpoint, args.domain, args.sampling, ema=args.ema, guides=args.guides)
     loaded, sampling = opened.loaded, opened.sampling
     options = {
@@ -113,13 +77,6 @@ def check_image_name(output: str) -> None:
     """Raises InputError where a folder would be called as an image: results of one image lie in a folder too."""
     if os.path.splitext(output)[1].lower() in images.SUFFIXES:
         raise InputError(f"--output {output} is called as an image; give a folder, in which the results are to lie")
-
-
-def inside(uri: str, folder: str) -> bool:
-    """Whether `uri` is `folder` or lies in it, symbolic links resolved."""
-    if not storage.is_remote(uri) and not storage.is_remote(folder):
-        uri, folder = os.path.realpath(uri), os.path.realpath(folder)
-    return f"{uri.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
 
 
 def dataset_sources(args: TranslateArgs, card: DatasetCard, config: configs.ModelConfig) -> Sources:

@@ -13,7 +13,7 @@ from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import check_sampling
-from jobs.common import resume
+from jobs.common import cli, kinds, resume
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.evaluation import plan
 from jobs.evaluation.worker import Judges
@@ -21,7 +21,7 @@ from jobs.reports.metric_table import OBJECTIVES
 from jobs.training import checks, fitting, run_folder
 from jobs.training.options import TrainArgs, TrainOptions, stored_options
 from jobs.translation import listing
-from jobs.translation.options import GuidanceNets, check_least
+from jobs.translation.options import GuidanceNets
 from jobs.tuning import search_space as spaces
 from jobs.tuning.options import SweepArgs
 from jobs.tuning.search_space import Space
@@ -89,7 +89,8 @@ def plan_sweep(args: SweepArgs) -> SweepJob:
         output=storage.absolute(args.output, flag="--output"),
         checkpoint=None if args.checkpoint is None else storage.absolute(args.checkpoint, flag="--checkpoint"),
     )
-    check_least(
+    kinds.check_output(args.output, "sweep", {"--data": args.data})
+    cli.check_least(
         {
             "--num-trials": (args.num_trials, 1),
             "--num-points": (args.num_points, 0),
@@ -348,8 +349,6 @@ def same_as_before(job: SweepJob, told: Mapping[str, Any]) -> bool:
     """
     there = resume.read_record(storage.join(job.args.output, "sweep.json"), FORMAT, FORMAT_VERSION)
     if there is None:
-        if storage.exists(storage.join(job.args.output, "config.json")):
-            raise InputError(f"--output {job.args.output} holds a run; give another folder")
         return False
     there["options"] = stored_options(there.get("options", {}))
     resume.check_same(job.args.output, "a sweep", there, told, may_change=MAY_CHANGE)

@@ -1,0 +1,1 @@
+"""What the commands have left below a folder: listed, compared, removed."""
