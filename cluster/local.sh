@@ -107,6 +107,7 @@ start() {
   # What workers ask for the state of the cluster must be this one, whatever else of Ray runs on the machine.
   export RAY_AUTH_MODE=$auth RAY_API_SERVER_ADDRESS=$url
   unset RAY_ADDRESS
+  export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60} # `ray job stop` kills after 3 s otherwise
   export RAY_worker_niceness=${RAY_worker_niceness:-0} # by default Ray's workers get what everything else leaves
   start_node head --head --port="$gcs" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
     --ray-client-server-port="${agents[2]}" --dashboard-agent-listen-port="${agents[0]}" --temp-dir="$temp"

@@ -23,9 +23,18 @@ TODAY = [path for path in DOCS if path.name != "log.md"]
 SUBCOMMANDS = {
     "prepare": ("earth", "celeba", "day2night", "folders", "rendered", "inspect"),
     "evaluate": ("compare",),
+    "runs": ("list", "compare", "remove"),
     "benchmark": ("network", "data", "size", "train", "validation", "sweep", "gpu"),
 }
-FOREIGN_FLAGS = {"--working-dir", "--address", "--logdir", "--generate", "--data-binary", "--from-literal"}
+FOREIGN_FLAGS = {
+    "--working-dir",
+    "--runtime-env-json",
+    "--address",
+    "--logdir",
+    "--generate",
+    "--data-binary",
+    "--from-literal",
+}
 """Options of ray, tensorboard, curl and kubectl."""
 
 
