@@ -7,6 +7,7 @@ from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
 from jobs import experiments, train
 from jobs.common import cli
+from jobs.datasets import driver
 from jobs.evaluation.plan import EvaluateArgs
 from jobs.suite import mission
 from jobs.suite.plan import Command, Plan, argv, ordered
