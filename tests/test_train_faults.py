@@ -93,13 +93,13 @@ def test_a_run_that_is_told_to_end_stores_its_step_first(signals, dataset_folder
     post = monitor.StatusBoard.post
 
     def told(board: monitor.StatusBoard, state: dict[str, Any]) -> bool:
-        if state["step"] == 6 and not state["start"]:
+        if state["step"] == 6:
             signal.raise_signal(signal.SIGTERM)
         return post(board, state)
 
-    monkeypatch.setattr(monitor.StatusBoard, "post", told)
-    monkeypatch.setattr(loop, "POST_EVERY_S", 0.0)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(monitor.StatusBoard, "post", told)
+        patch.setattr(loop, "POST_EVERY_S", 0.0)
         run(dataset_folder, output, *flags, *NEVER)
     assert stopping.exit_code() == 143
     assert run_folder.latest_checkpoint(output)[0] == 6
