@@ -312,7 +312,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(dataset_folder: str, t
 
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text('{"format": "ddpm-translate"}')
+    (run / "environment.json").write_text("{}")
     with pytest.raises(InputError, match="holds a run"):
         told(run)
     other = tmp_path / "other"

@@ -873,7 +873,7 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
     [
         (["--data", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
         (["--preset", "dmo"], "did you mean 'demo'"),
-        (["--epohcs", "3"], "Unrecognized options: --epohcs"),
+        (["--epohcs", "3"], "there is no option --epohcs; did you mean --epochs?"),
         (["--epochs", "0"], "--epochs is 0; it must be positive"),
         (["--global-batch-size", "64"], "more than the 32 training rows; give at most 32"),
         (
