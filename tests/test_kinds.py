@@ -74,7 +74,7 @@ def test_an_output_of_its_own_is_taken(tmp_path: Path) -> None:
     check_output(str(tmp_path / "data-2"), "data set", {"--source": data})  # no part of its path
     check_output(str(run), "run", {"--data": data})
     check_output(str(run / "evaluation"), "evaluation", {"--data": data})
-    check_output("s3://bucket", "data set", {"--source": None, "--domain day": ""})
+    check_output(str(tmp_path), "data set", {"--source": None, "--domain day": ""})
 
 
 COMMANDS = {
@@ -141,7 +141,7 @@ def test_two_runs_side_by_side(there: Path, capsys: pytest.CaptureFixture[str]) 
     assert ["training.optim.learning_rate", "0.5", "0.25"] in lines
     assert ["torch", "2.8", "None"] in lines
     assert ["best", "validation", "loss", "0.5", "0.25"] in lines
-    with pytest.raises(InputError, match="^A is a run, B a data set: give two of one kind"):
+    with pytest.raises(InputError, match=r"^A is a run, B a data set: give two of one kind"):
         runs.main(["compare", str(there / "one"), str(there / "data")])
 
 

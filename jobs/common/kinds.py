@@ -68,10 +68,13 @@ def check_output(output: str, kind: KindName, inputs: Mapping[str, str | None], 
             raise InputError(f"{flag} {output} {where} {name}; give a folder outside of it")
         if inside(uri, output):
             raise InputError(f"{flag} {output} contains {name} {uri}; give a folder of its own")
-    for above in parents(output):
-        if storage.is_file(storage.join(above, KINDS["data set"].files[0])):
-            raise InputError(f"{flag} {output} lies in the data set {above}; give a folder outside of it")
-    there = kind_of(output)
+    try:
+        around = [each for each in parents(output) if storage.is_file(storage.join(each, KINDS["data set"].files[0]))]
+        there = kind_of(output)
+    except InputError:  # the store refuses: what writes there tells so
+        return
+    if around:
+        raise InputError(f"{flag} {output} lies in the data set {around[0]}; give a folder outside of it")
     if there is not None and there[0] != kind:
         raise InputError(f"{flag} {output} holds {a(there[0])}; give another folder")
 
