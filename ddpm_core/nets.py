@@ -280,7 +280,10 @@ class _SameConv(nn.Conv2d):
             total = max((math.ceil(side / stride) - 1) * stride + kernel - side, 0)
             pads.append((total // 2, total - total // 2))
         (top, bottom), (left, right) = pads
-        return super().forward(F.pad(x, (left, right, top, bottom)))
+        padding = (top, left)
+        if (bottom, right) != padding:  # a copy, which the convolution's own padding does without
+            x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 def _conv(inp: int, out: int, kernel: int, stride: int = 1, *, groups: int = 1) -> _SameConv:
@@ -336,6 +339,8 @@ class EfficientNetLite0(nn.Module):
         self._blocks = nn.ModuleList(blocks)
         self._conv_head, self._bn1 = _conv(320, 1280, 1), _norm(1280)
         self._fc = nn.Linear(1280, 1000)
+        # Half as fast again on CPUs as planes of one channel each.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1280"]:
         return self.perceive(images)[0]

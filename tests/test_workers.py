@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from test_append import fill
 from test_matching import write_encoder
@@ -90,13 +92,42 @@ def test_errors_come_out_as_they_were(on_ray: None, num_workers: int) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_worker_is_made_once_a_place(on_ray: None, num_workers: int) -> None:
-    pool = workers.pool(6, num_workers, threads_here=1)
+def test_a_worker_is_made_once_a_place(on_ray: None, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    pool = workers.pool(6, num_workers)
     assert pool.size == max(num_workers, 1)
     found = list(workers.piped(pairs, range(3), 3, Adder, {"start": 100}, pool))
     assert sorted(batch for batch, _ in found) == [[a, a + 1] for a in (0, 2, 10, 12, 20, 22)]
     counts = [seen - 100 for _, seen in found]
     assert counts == [2, 4, 6, 8, 10, 12] if num_workers == 0 else max(counts) < 12 or min(counts) == 2
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_batches", "gpus", "size", "num_threads"),
+    [(1, 9, 0, 1, 1), (2, 9, 0, 2, 1), (2, 1, 0, 1, 2), (2, 0, 0, 1, 2), (16, 9, 0, 4, 4), (16, 9, 1, 1, 16)],
+)
+def test_this_process_has_a_worker_for_each_core(
+    monkeypatch: pytest.MonkeyPatch, cores: int, num_batches: int, gpus: int, size: int, num_threads: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    pool = workers.pool(num_batches, 0)
+    assert (pool.size, pool.num_threads, pool.on_ray) == (size, num_threads, False)
+
+
+def test_workers_of_this_process_share_the_batches_and_keep_their_order() -> None:
+    """Two workers that wait for each other: neither may do two batches before the other has begun one."""
+    barrier = threading.Barrier(2, timeout=60)
+
+    class Meeting(Adder):
+        def __call__(self, batch: np.ndarray) -> tuple[list[int], int]:
+            barrier.wait()
+            return super().__call__(batch)
+
+    pool = workers.Pool(2, 1, {}, on_ray=False)
+    found = list(workers.piped(pairs, range(3), 3, Meeting, {"start": 0}, pool))
+    assert [batch for batch, _ in found] == [[a, a + 1] for a in (0, 2, 10, 12, 20, 22)]
+    assert sorted(seen for _, seen in found) == [2, 2, 4, 4, 6, 6]
 
 
 def test_fewer_workers_than_none_are_refused(tmp_path: Path) -> None:

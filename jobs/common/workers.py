@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +34,8 @@ WINDOW_BYTES = 64 * 2**20
 """Tasks that wait in Ray's object store, at most."""
 MAX_BLOCKS = 4096
 """Ray Data's bookkeeping grows with blocks; beyond this many they get larger instead."""
+MAX_HERE = 4
+"""Workers that share this process, at most: more of them wait for the interpreter's lock."""
 CPUS_PER_ACTOR = 0.5
 """Logical CPUs of one actor on a cluster without GPUs; what is left lets Ray Data's reading tasks be placed."""
 
@@ -85,15 +88,21 @@ def piped(
     pool: "Pool",
 ) -> Iterator[R]:
     """`worker(**make)` of each batch that `read` makes of a task; read ahead of the workers, one worker a place in
-    `pool`. Needs Ray running unless the pool is this process.
+    `pool`: an actor, or a thread of this process. Needs Ray running unless the pool is this process.
 
     Raises:
         InputError: as `read` or the worker raises it.
     """
     if not pool.on_ray:
-        one = worker(**make, num_threads=pool.num_threads)
-        for batches in mapped(read, tasks, num_tasks, num_workers=0):
-            yield from map(one, batches)
+        place = threading.local()
+
+        def run(batch: Any) -> R:
+            if not hasattr(place, "worker"):
+                place.worker = worker(**make, num_threads=pool.num_threads)
+            return place.worker(batch)
+
+        batches = itertools.chain.from_iterable(mapped(read, tasks, num_tasks, num_workers=0))
+        yield from _here(run, batches, 0, math.inf, num_threads=pool.size)
         return
     import ray.data
 
@@ -120,14 +129,19 @@ class Pool:
     on_ray: bool = True
 
 
-def pool(num_batches: int, num_workers: int | None, *, threads_here: int) -> Pool:
+def pool(num_batches: int, num_workers: int | None) -> Pool:
     """Workers for so many batches: this process for 0; by default a GPU each where the cluster has any, else a CPU.
 
     Raises:
         InputError: more workers than GPUs.
     """
     if num_workers == 0:
-        return Pool(1, threads_here, {}, on_ray=False)
+        import torch
+
+        # A worker on each core: the threads of a single one would wait for each other after every operation.
+        cores = torch.get_num_threads()
+        size = 1 if torch.cuda.is_available() else min(cores, MAX_HERE, max(num_batches, 1))
+        return Pool(size, cores // size, {}, on_ray=False)
     import ray
 
     there = ray.cluster_resources()
@@ -144,9 +158,11 @@ def pool(num_batches: int, num_workers: int | None, *, threads_here: int) -> Poo
 # -- in this process ----------------------------------------------------------------------------------------------
 
 
-def _here(function: Callable[[T], R], tasks: Iterator[T], num_tasks: int, limit_s: float) -> Iterator[R]:
+def _here(
+    function: Callable[[T], R], tasks: Iterator[T], num_tasks: int, limit_s: float, *, num_threads: int | None = None
+) -> Iterator[R]:
     """By threads, in order, until no task is left or those left are worth more than `limit_s` of CPU time."""
-    num_threads = os.cpu_count() or 1
+    num_threads = num_threads or os.cpu_count() or 1
     begun, done = time.process_time(), 0
     with concurrent.futures.ThreadPoolExecutor(num_threads) as threads:
         ahead: collections.deque[concurrent.futures.Future[R]] = collections.deque()

@@ -6,12 +6,10 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from ddpm_core import config as configs
 from ddpm_core import provenance, storage
@@ -58,10 +56,7 @@ def measure(job: EvaluationJob) -> tuple[dict[Key, Found], int]:
         "color_maps": fit_color_maps(job),
     }
     purposes = [purpose for plan in job.plans.values() for wishes in plan.values() for _, _, purpose in wishes]
-    # A thread for every other core: on two busy cores a second thread made the feature net four times slower.
-    threads = min(torch.get_num_threads(), max((os.cpu_count() or 1) // 2, 1))
-    num_batches = math.ceil(len(purposes) / job.args.batch_size)
-    pool = workers.pool(num_batches, job.args.num_workers, threads_here=threads)
+    pool = workers.pool(math.ceil(len(purposes) / job.args.batch_size), job.args.num_workers)
     rows = dataset_rows(
         job.args.data, job.card, job.plans, batch_size=job.args.batch_size, keep_truth=job.card.has_targets
     )

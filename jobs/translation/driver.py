@@ -8,8 +8,6 @@ import sys
 import time
 from typing import Any
 
-import torch
-
 from ddpm_core import config as configs
 from ddpm_core import images, provenance, storage
 from ddpm_core.config import SamplingConfig
@@ -88,7 +86,7 @@ def translate(job: TranslationJob, manifest: Manifest, todo: list[dict[str, Any]
     num_batches = math.ceil(len(todo) / args.batch_size)
     results = source_rows(job, todo).through(
         Translate,
-        workers.pool(num_batches, args.num_workers, threads_here=torch.get_num_threads()),
+        workers.pool(num_batches, args.num_workers),
         checkpoint_uri=job.loaded.path,
         ema=job.loaded.ema,
         sampling=configs.to_dict(job.sampling),
