@@ -171,14 +171,22 @@ def test_a_point_is_the_sampling_options_by_other_names(changes: dict[str, Any])
     [SamplingConfig(), SamplingConfig(guidance_scale=7.0, num_steps=100), SamplingConfig(num_steps=2, eta=0.5)],
 )
 def test_the_default_space_holds_what_the_checkpoint_says(sampling: SamplingConfig) -> None:
-    space = spaces.default_sampling(sampling, [0.05, 0.1])
+    space = spaces.default_sampling(sampling, [0.05, 0.1], 1000)
     point = spaces.sampling_values(sampling, 0.1)
     found = spaces.parameters(point, space)
     assert found is not None
     assert found["guidance_scale"] == sampling.guidance_scale
     assert found["ema"] == "0.1"
     assert ("sampler" in space) == (not sampling.eta)  # eta is ddim's alone
-    assert "ema" not in spaces.default_sampling(sampling, [0.1])
+    assert "ema" not in spaces.default_sampling(sampling, [0.1], 1000)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_timesteps", "low", "high"), [(8, 8, 4, 8), (1, 2, 1, 2), (5, 40, 4, 40), (100, 1000, 4, 100)]
+)
+def test_no_more_steps_are_tried_than_the_chain_has(num_steps: int, num_timesteps: int, low: int, high: int) -> None:
+    space = spaces.default_sampling(SamplingConfig(num_steps=num_steps), [], num_timesteps)
+    assert space["num_steps"].corners == [low, high]
 
 
 def test_the_default_learning_rates_hold_the_presets() -> None:

@@ -77,8 +77,10 @@ _SMALL = (
         "2",
     ),
     *("--unet.attn-resolutions", "16", "8", "--unet.head-channels", "32", "--unet.anchor-channels", "24"),
-    *("--diffusion.loss-weighting", "uniform"),
-    # The demo's own sampling options were found for the demo's network.
+    *("--unet.condition-channels", "48"),
+    *("--diffusion.loss-weighting", "uniform", "--diffusion.p-uncond", "0.2"),
+    # Not the demo's chain of as many steps as it samples with: numbers of steps are compared.
+    *("--diffusion.num-timesteps", "1000", "--diffusion.schedule", "linear"),
     *("--sampling.num-steps", "25", "--sampling.guidance-scale", "1", "--sampling.guidance-interval", "0", "1"),
     *("--sampling.guidance-rescale", "0"),
 )

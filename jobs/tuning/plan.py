@@ -190,7 +190,7 @@ def sampling_space(config: ModelConfig, given: Space) -> Space:
         InputError: values that the model cannot be sampled with.
     """
     kept = [float(length) for length in config.training.get("optim", {}).get("ema_sigma_rels", [])]
-    space = {**spaces.default_sampling(config.sampling, kept), **given}
+    space = {**spaces.default_sampling(config.sampling, kept, config.diffusion.num_timesteps), **given}
     base = spaces.sampling_values(config.sampling, None)
     for name, each in space.items():
         for corner in each.corners:

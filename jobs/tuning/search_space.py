@@ -271,15 +271,16 @@ def default_training(options: TrainOptions) -> Space:
     return {LEARNING_RATE: Range(low=min(2e-5, rate / 5), high=max(1e-2, rate * 5), log=True)}
 
 
-def default_sampling(sampling: SamplingConfig, emas: Sequence[float]) -> Space:
-    """Guidance, steps, sampler and EMA length, with what the checkpoint says inside."""
+def default_sampling(sampling: SamplingConfig, emas: Sequence[float], num_timesteps: int) -> Space:
+    """Guidance, steps, sampler and EMA length, with what the checkpoint says inside; `num_timesteps` has its chain."""
+    most = min(max(50, sampling.num_steps), num_timesteps)
     samplers = dict.fromkeys([sampling.sampler, "ddim", "dpm_solver"])
     found: Space = {
         "guidance_scale": Range(low=min(0.5, sampling.guidance_scale), high=max(4.0, sampling.guidance_scale)),
         "guidance_low": Range(low=0.0, high=0.5),
         "guidance_high": Range(low=0.55, high=1.0),
         "guidance_rescale": Range(low=0.0, high=1.0),
-        "num_steps": Range(low=min(4, sampling.num_steps), high=max(50, sampling.num_steps), log=True, integer=True),
+        "num_steps": Range(low=min(4, sampling.num_steps), high=most, log=True, integer=True),
     }
     if sampling.start != "ddib" and not sampling.eta:
         found["sampler"] = Choices(values={name: name for name in samplers})
