@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import torch, ray, tyro'
 	@touch $@
 
-demo: setup ## Earth by day to Earth by night: prepare, train, evaluate, translate (under 5 minutes on 2 cores)
+demo: setup ## Earth by day to Earth by night: prepare, train, evaluate, translate (4 to 5 minutes on 2 cores)
 	@$(BIN)/python -m jobs.prepare earth --image-size 32 --output $(RUNS)/earth/data
 	@$(BIN)/python -m jobs.train --preset demo --data $(RUNS)/earth/data --output $(RUNS)/earth/run --num-workers 2
 	@$(BIN)/python -m jobs.evaluate --checkpoint $(RUNS)/earth/run --data $(RUNS)/earth/data --output $(RUNS)/earth/evaluation --num-workers 0
