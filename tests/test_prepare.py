@@ -498,6 +498,7 @@ def test_a_name_is_one_images_fault(tmp_path: Path, capsys: pytest.CaptureFixtur
         "e\u0301.png",
         "\u00e9.png",
         "back\\slash.png",
+        "a.zip!b.png",
         "\x1b[31m.png",
         "\u2028.png",
         "a" * 100 + "/b.png",

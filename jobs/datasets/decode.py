@@ -229,11 +229,20 @@ def decode_one(
 
 def num_bytes(uri: str) -> int:
     """Size of a file, 0 where that is not known yet."""
-    file, bang, member = uri.partition(".zip!")
-    if not bang:
+    packed, member = in_archive(uri)
+    if not packed:
         return storage.local_size(uri)
-    info = archive(f"{file}.zip").members.get(member)
+    info = archive(packed).members.get(member)
     return info.file_size if info else 0
+
+
+def in_archive(uri: str) -> tuple[str, str]:
+    """The zip file and the member that a `File.uri` means; ("", "") for any other file, whatever its name."""
+    file, bang, member = uri.partition(".zip!")
+    return (f"{file}.zip", member) if bang and _is_archive(f"{file}.zip") else ("", "")
+
+
+_is_archive = functools.lru_cache(maxsize=64)(storage.is_file)
 
 
 def read_or_error(uri: str) -> bytes | InputError:
@@ -242,10 +251,10 @@ def read_or_error(uri: str) -> bytes | InputError:
         images.check_listed(uri)
     except InputError as error:
         return InputError(str(error).removeprefix(f"{uri}: "))
-    file, bang, member = uri.partition(".zip!")
+    packed, member = in_archive(uri)
     try:
-        if bang:
-            return archive(f"{file}.zip").read(member, max_bytes=images.MAX_BYTES)
+        if packed:
+            return archive(packed).read(member, max_bytes=images.MAX_BYTES)
         return storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
     except FileNotFoundError:
         return InputError("the file is gone")
