@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddpm_core.errors import InputError
-from jobs.common import cli
+from jobs.common import cli, cluster
 
 if TYPE_CHECKING:
     import pyarrow
@@ -238,8 +238,10 @@ class _Worker:
 def _results(rows: "ray.data.Dataset", *, prefetch_batches: int = 1) -> Iterator[Any]:
     """What the blocks hold; a worker's InputError as such, out of what Ray wraps around it."""
     try:
-        batches = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_batches)
-        for batch in batches:
+        batches = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_batches))
+        with cluster.slow(lambda: f"waiting for the first result: {cluster.free_cpus()}"):
+            first = [*itertools.islice(batches, 1)]
+        for batch in itertools.chain(first, batches):
             yield from map(pickle.loads, batch["result"].to_pylist())
     except Exception as error:
         if (cause := cli.input_error(error)) is not None:

@@ -16,8 +16,8 @@ from jobs.common import cli, resume, workers
 from jobs.common.progress import Progress
 from jobs.translation.batch import Batch, Source, Translate, dataset_rows, file_rows
 from jobs.translation.manifest import Manifest
-from jobs.translation.options import GuidanceNets
-from jobs.translation.plan import TranslateArgs, TranslationJob, remaining
+from jobs.translation.options import GuidanceNets, TranslateArgs
+from jobs.translation.plan import TranslationJob, remaining
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-results", 1
 NUM_PREVIEWS = 8
