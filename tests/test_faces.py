@@ -383,7 +383,7 @@ def test_translate_aligns_private_photos(
     told = capsys.readouterr()
     assert "2 images translated" in told.out
     assert "1 image with a note in manifest.parquet: the largest of several faces was taken (1)" in told.out
-    assert "3 of 5 images were set aside: no face was found (2), not an image, or of a kind" in told.err
+    assert "3 of 5 images were set aside: no face was found (2), truncated or corrupt (1)" in told.err
     rows = rows_of(output)
     assert {name: (row["status"], row["note"]) for name, row in rows.items()} == {
         "broken.jpg": ("rejected", ""),

@@ -186,8 +186,8 @@ def finish(job: TranslationJob, manifest: Manifest, preview: list[str] | None) -
         what = cli.tally(part for note in notes for part in note.split("; "))
         print(f"{counted(len(notes))} with a note in manifest.parquet: {what}")
     if job.sources.num_others:
-        others = "files are no images" if job.card is None else f"rows are {job.args.domain} already"
-        print(f"{job.sources.num_others:,} other {others}")
+        what = "files that are no images" if job.card is None else f"rows that are {job.args.domain} already"
+        print(f"passed over, {what}: {job.sources.num_others:,}")
     if bad:
         why = cli.tally(row["error"].removeprefix(f"{row['id']}: ") for row in bad)
         print(

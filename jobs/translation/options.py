@@ -53,7 +53,8 @@ class TranslateArgs:
     checkpoint: str
     """A run (its best checkpoint) or a checkpoint folder, local or s3://."""
     input: str
-    """Folder or s3:// prefix of images, searched to any depth; or a data set (holds dataset.json)."""
+    """Folder or s3:// prefix of images, searched to any depth; one image; a pattern such as 'photos/*.jpg', where *
+    also stands for folders; or a data set (holds dataset.json)."""
     output: str
     """Folder or s3:// prefix for the results; outside the input."""
     domain: str
