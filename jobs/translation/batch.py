@@ -7,7 +7,6 @@ its owner should know, mostly "").
 
 import concurrent.futures
 import functools
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 
 from ddpm_core import checkpoint, faces, images, storage
 from ddpm_core.errors import InputError
@@ -165,16 +163,16 @@ def read_image(name: str, *, root: str, image_size: int, template: tuple[float, 
                 return portrait.pixels, "", portrait.note
             photo = images.decode(data, name=name, square=image_size)
             square = images.to_square(photo, image_size)
-            halves = [TWO_IMAGES] if looks_like_two(data, square) else []
+            halves = [TWO_IMAGES] if looks_like_two(photo.info["size"], square) else []
             return square, "", "; ".join([*photo.info["notes"], *halves])
         except InputError as error:
             return _black(image_size), str(error), ""
 
 
-def looks_like_two(data: bytes, square: UInt8[np.ndarray, "s s 3"]) -> bool:
-    """Whether an image file, of which `square` is the middle, looks like two images side by side: exactly twice as wide
-    as high (many panoramas are), and across the middle it changes far more than anywhere else."""
-    width, height = Image.open(io.BytesIO(data)).size
+def looks_like_two(size: tuple[int, int], square: UInt8[np.ndarray, "s s 3"]) -> bool:
+    """Whether an image of that width and height, of which `square` is the middle, looks like two side by side: exactly
+    twice as wide as high (many panoramas are), and across the middle it changes far more than anywhere else."""
+    width, height = size
     if width != 2 * height:
         return False
     columns = square.astype(np.float32)
