@@ -312,7 +312,10 @@ def card(config: ModelConfig) -> str:
     sampling = config.sampling
     sides = ", ".join(config.target_domains or config.domains)
     kind = {"diffusion": "conditional DDPM", "pix2pix": "pix2pix generator", "cyclegan": "CycleGAN generator"}
-    diffusion = config.diffusion
+    diffusion, origin = config.diffusion, config.origin
+    begun = (
+        "" if origin is None else f"| began with the weights of | {origin.checkpoint} (trained on {origin.data}) |\n"
+    )
     how = f"""| prediction, schedule, loss | {diffusion.prediction}, {diffusion.schedule}, {diffusion.loss} |
 | sampling defaults | {sampling.sampler}, {sampling.num_steps} steps, guidance {sampling.guidance_scale} |
 """
@@ -324,6 +327,6 @@ A {kind[config.method]} that turns {config.image_size} x {config.image_size} ima
 |---|---|
 | data | {config.data.name} (hash `{config.data.content_hash}`), pairing {config.data.pairing} |
 | licence of the data, which binds this checkpoint and what is made with it | {config.data.licence} |
-{how if config.method == "diffusion" else ""}
+{begun}{how if config.method == "diffusion" else ""}
 Load it with `ddpm_core.checkpoint.load(folder)` or give the folder to anything that takes `--checkpoint`.
 """

@@ -218,6 +218,24 @@ class DataCard:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The checkpoint whose weights a training began with."""
+
+    checkpoint: str = ""
+    """Its folder."""
+    fingerprint: str = ""
+    """Hash of its file of weights."""
+    ema: float | None = None
+    """The length of the EMA whose weights they are, where it is known."""
+    domains: tuple[str, ...] = ()
+    """Names of the sides that it knew."""
+    data: str = "unknown"
+    """Name of the data set it was trained on."""
+    licence: str = "unknown"
+    """Licence of those images."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """All of a checkpoint's `config.json`."""
 
@@ -243,6 +261,8 @@ class ModelConfig:
     """Sampling defaults; a run's `best.json` overrides them."""
     data: DataCard = DataCard()
     """The data it was trained on."""
+    origin: Origin | None = None
+    """Whose weights its training began with; None: fresh ones."""
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The training options, for the record."""
 

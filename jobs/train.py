@@ -23,13 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     from ddpm_core import checkpoint, storage  # seconds, which --help and a wrong flag need not wait for
     from jobs.common import kinds
     from jobs.datasets.format import read_card
-    from jobs.training import checks, driver, fitting, profiling, tracking
+    from jobs.training import checks, driver, fitting, origin, profiling, tracking
 
     dataset, run = storage.absolute(args.data, flag="--data"), storage.absolute(args.output, flag="--output")
     kinds.check_output(run, "run", {"--data": dataset})
-    card, asked = read_card(dataset), checks.with_absolute_encoder(args.options)
-    options = fitting.fitted(asked, card, dataset, preset=args.preset, given=args.given)
-    args = dataclasses.replace(args, options=options)
+    card, asked = read_card(dataset), checks.with_absolute_uris(args.options)
+    options = fitting.fitted(asked, card, dataset, run, preset=args.preset, given=args.given)
+    args = dataclasses.replace(args, output=run, options=options)
     if args.mlflow is not None:
         args = dataclasses.replace(args, mlflow=tracking.mlflow_uri(args.mlflow))
     config = checks.configured(args, dataset)
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"already trained: {run}")
         return cli.DONE
     storage.check_writable(run)
-    for line in fitting.notes(asked, options, card):
+    for line in (*fitting.notes(asked, options, card), *origin.notes(config)):
         print(f"train: {line}", file=sys.stderr, flush=True)
     profiling.note(times, "imports")
     try:

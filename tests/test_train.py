@@ -30,7 +30,7 @@ from jobs import train, translate
 from jobs.common import cli
 from jobs.datasets import cache, writing
 from jobs.datasets.format import DatasetCard, Row, read_card
-from jobs.training import checks, driver, fitting, loop, methods, validation, worker_state
+from jobs.training import checks, driver, fitting, loop, methods, origin, validation, worker_state
 from jobs.training.batches import (
     Batch,
     HostBatch,
@@ -993,7 +993,7 @@ def test_splits_with_nothing_to_make_or_to_show_are_refused(tmp_path, val, flags
 def options_on(dataset: str, preset: str, *flags: str) -> tuple[TrainOptions, list[str]]:
     """What a command's options come to on a data set, and what is said of it."""
     args, card = train.parse(["--data", dataset, "--output", "x", "--preset", preset, *flags]), read_card(dataset)
-    options = fitting.fitted(args.options, card, dataset, preset=preset, given=args.given)
+    options = fitting.fitted(args.options, card, dataset, "x", preset=preset, given=args.given)
     checks.check_fit(card, checks.model_config(card, options), dataclasses.replace(args, options=options))
     return options, [*fitting.notes(args.options, options, card)]
 
@@ -1054,6 +1054,106 @@ def test_a_preset_aims_at_a_domain_that_is_there(tmp_path, preset, flags, domain
     with pytest.raises(InputError) as error:
         options_on(dataset, preset, *flags)
     assert expected in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def origin_run(tmp_path_factory) -> Path:
+    """A checkpoint, untrained, of a network for 32 px that makes night and dusk, under another licence."""
+    folder = tmp_path_factory.mktemp("origin")
+    unet = dataclasses.replace(PRESETS["smoke"].options.unet, num_res_blocks=2, attn_resolutions=(16,))
+    config = ModelConfig(
+        image_size=32,
+        domains=("night", "dusk"),
+        unet=unet,
+        diffusion=DiffusionConfig(prediction="v", max_snr=7.0),
+        data=DataCard(name="before", licence="CC-BY-4.0"),
+    )
+    torch.manual_seed(3)
+    network = checkpoint.build(config)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    for name, content in checkpoint.files(network.state_dict(), config).items():
+        storage.write_bytes(str(folder / name), content)
+    return folder
+
+
+def test_a_run_begins_with_anothers_weights_and_ends_the_same_when_it_was_interrupted(
+    dataset_folder, origin_run, tmp_path, capsys
+):
+    """On images of another size, with one domain in common; the origin is gone when it goes on."""
+    gone = shutil.copytree(origin_run, tmp_path / "origin")
+    begin = [*HERE, "--init-from", str(gone), "--max-train-images", "16"]
+    assert run(dataset_folder, tmp_path / "whole", *begin) == 0
+    assert f"begins with the weights of {gone} (before: night, dusk); new here: day; licence CC0 + CC-BY-4.0" in (
+        capsys.readouterr().err
+    )
+    assert run(dataset_folder, tmp_path / "run", *begin, "--epochs", "1") == 0
+    shutil.rmtree(gone)
+    assert run(dataset_folder, tmp_path / "run", *begin) == 0
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "run")[name]), name
+    found = checkpoint.load(str(tmp_path / "run"))
+    assert (found.config.unet.num_res_blocks, found.config.unet.attn_resolutions) == (2, (8,))  # the same level
+    assert (found.config.diffusion.prediction, found.config.diffusion.max_snr) == ("v", 7.0)
+    assert found.config.data.licence == "CC0 + CC-BY-4.0"
+    assert "began with the weights of" in Path(found.path, "card.md").read_text()
+
+
+def test_what_begins_with_anothers_weights_has_them_and_knows_domains_by_name(origin_run):
+    options = dataclasses.replace(PRESETS["smoke"].options, init_from=str(origin_run))
+    options = origin.adopted(options, 16, "/nowhere", ())
+    config = dataclasses.replace(config_for(options), domains=("day", "night"))
+    config = origin.with_origin(config, options, "/nowhere")
+    torch.manual_seed(0)
+    network = checkpoint.build(config)
+    fresh = network.domain_embedding.weight.detach().clone()
+    origin.begin(network, config)
+    there = checkpoint.load(str(origin_run)).model.state_dict()
+    labels = there.pop("domain_embedding.weight")
+    for name, tensor in there.items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+    assert torch.equal(network.domain_embedding.weight, torch.stack([fresh[0], labels[0], labels[2]]))
+    other = dataclasses.replace(config, origin=dataclasses.replace(config.origin, fingerprint="another"))
+    with pytest.raises(InputError, match="holds other weights than when this run was first begun with them"):
+        origin.begin(network, other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--unet.num-res-blocks", "1"],
+            "--unet.num-res-blocks: the network of --init-from {origin} has 2, not 1; leave",
+        ),
+        (["--unet.source-mask"], "--unet.source-mask: the network of --init-from {origin} has False, not True"),
+        (
+            ["--diffusion.prediction", "eps"],
+            "--diffusion.prediction: the network of --init-from {origin} has v, not eps",
+        ),
+        (["--method", "cyclegan"], "--init-from has no effect with --method cyclegan; leave it out"),
+        (["--init-from", "/nowhere"], "--init-from /nowhere: no checkpoint here"),
+        (["--init-from", ""], "--init-from is empty"),
+        (["--unet.num-res-blocks", "2", "--unet.dropout", "0.1", "--diffusion.loss", "mse"], None),
+    ],
+)
+def test_what_cannot_be_begun_with_is_named(dataset_folder, origin_run, tmp_path, flags, message):
+    args = train.parse(
+        [*SMOKE, "--data", dataset_folder, "--output", str(tmp_path), "--init-from", str(origin_run), *flags]
+    )
+    card = read_card(dataset_folder)
+
+    def configured() -> TrainOptions:
+        options = checks.with_absolute_uris(args.options)
+        options = fitting.fitted(options, card, dataset_folder, str(tmp_path), preset="smoke", given=args.given)
+        checks.configured(dataclasses.replace(args, options=options), dataset_folder)
+        return options
+
+    if message is None:
+        assert (configured().unet.dropout, configured().diffusion.loss) == (0.1, "mse")
+        return
+    with pytest.raises(InputError) as error:
+        configured()
+    assert message.format(origin=origin_run) in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,24 @@ from ddpm_core.config import DataCard, ModelConfig
 from ddpm_core.errors import InputError
 from jobs.common import resume
 from jobs.datasets.format import DatasetCard, read_card
-from jobs.training import profiling, run_folder
+from jobs.training import origin, profiling, run_folder
 from jobs.training.encoders import informed, resolved
 from jobs.training.methods import has_effect
 from jobs.training.options import TrainArgs, TrainOptions, stored_options
 from jobs.training.presets import PRESETS
 
 
-def with_absolute_encoder(options: TrainOptions) -> TrainOptions:
+def with_absolute_uris(options: TrainOptions) -> TrainOptions:
     """The workers run in other folders than the command."""
-    if (uri := options.identity_encoder) is None:
-        return options
-    return dataclasses.replace(options, identity_encoder=storage.absolute(uri, flag="--identity-encoder"))
+
+    def there(uri: str | None, flag: str) -> str | None:
+        return None if uri is None else storage.absolute(uri, flag=flag)
+
+    return dataclasses.replace(
+        options,
+        identity_encoder=there(options.identity_encoder, "--identity-encoder"),
+        init_from=there(options.init_from, "--init-from"),
+    )
 
 
 def configured(args: TrainArgs, dataset: str) -> ModelConfig:
@@ -34,7 +40,7 @@ def configured(args: TrainArgs, dataset: str) -> ModelConfig:
     check_fit(card, config, args)
     if config.method in configs.ENCODERS:
         config = informed(config, args.options, card, dataset)
-    return config
+    return origin.with_origin(config, args.options, args.output)
 
 
 def model_config(card: DatasetCard, options: TrainOptions) -> ModelConfig:

@@ -11,20 +11,21 @@ from ddpm_core import config as configs
 from ddpm_core.errors import InputError
 from jobs.datasets import cache
 from jobs.datasets.format import DatasetCard
-from jobs.training import checks
+from jobs.training import checks, origin
 from jobs.training.batches import training_rows
 from jobs.training.options import TrainOptions
 
 
 def fitted(
-    options: TrainOptions, card: DatasetCard, dataset: str, *, preset: str, given: Collection[str]
+    options: TrainOptions, card: DatasetCard, dataset: str, run: str, *, preset: str, given: Collection[str]
 ) -> TrainOptions:
-    """`given`: the flags that the command names.
+    """`run`: the folder of the run. `given`: the flags that the command names.
 
     Raises:
-        InputError: the preset makes a side that the data do not have, and which one is meant is not plain.
+        InputError: the preset makes a side that the data do not have, and which one is meant is not plain; or what
+            `--init-from` names does not do.
     """
-    options = _directed(options, card, preset, given)
+    options = origin.adopted(_directed(options, card, preset, given), card.image_size, run, given)
     rows = _num_rows(options, card, dataset)
     if 0 < rows < options.global_batch_size and "--global-batch-size" not in given:
         options = dataclasses.replace(options, global_batch_size=rows)

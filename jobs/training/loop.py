@@ -59,11 +59,20 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
     if start and worker.validates(start):  # the worker before us may have died over it
         validate_again(worker, validation, run)
 
+    def save(step: int, *, strict: bool) -> None:
+        """All workers must call it."""
+        state = {**method.state_dict(), "losses": mean_losses.state_dict(), "first_loss": consensus.first_loss}
+        weights = distributed.gathered(ema.state_dict())
+        if run:
+            run.save(step, weights, state, strict=strict)
+
     sampler, pin = Sampler(worker.train, config, options), worker.device.type == "cuda"
     feed = Prefetcher(sampler, worker.rows, worker.share, start=start, stop=worker.total_steps, pin=pin)
     trace = profiling.tracer(job["run"] if job["profile"] and run else None)
     profiling.note(times, "network")
     mean_losses, clock, num_steps = worker.losses, time.monotonic(), 0
+    if config.origin and not start:  # from here on the run has its weights itself
+        save(0, strict=True)
     for step, draw in enumerate(feed, start=start):
         torch.manual_seed(seeded("dropout", options.seed, step, worker.rank).initial_seed())  # inside the network
         rate = learning_rate(options, step, worker.total_steps)
@@ -109,12 +118,9 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
             if run:
                 run.flush()
         if agreed & SAVE or row or worker.keeps(done):
-            state = {**method.state_dict(), "losses": mean_losses.state_dict(), "first_loss": consensus.first_loss}
-            weights = distributed.gathered(ema.state_dict())
-            if run:
-                run.save(done, weights, state, strict=epoch_ends)
-                if consensus.leaving:  # not a step more than this one may be lost
-                    run.stored(strict=False)
+            save(done, strict=epoch_ends)
+            if run and consensus.leaving:  # not a step more than this one may be lost
+                run.stored(strict=False)
         if row:
             if run:
                 run.promote(row, of_epochs=options.epochs)

@@ -92,7 +92,7 @@ class Diffusion:
     looks_at = (
         *("unet.", "diffusion.", "sampling.", "accumulate", "gradient_checkpointing", "compile"),
         *("target_domain", "pairing", "optim.weight_decay", "optim.grad_clip"),
-        *("identity_encoder", "identity_weight", "perceptual_weight"),
+        *("identity_encoder", "identity_weight", "perceptual_weight", "init_from"),
     )
     comparable, num_measured = True, 1
     validated, files = staticmethod(only_loss), staticmethod(checkpoint.files)

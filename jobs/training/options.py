@@ -74,6 +74,9 @@ class TrainOptions:
     """Compute activations again instead of keeping them: large images in less memory, for one more forward pass."""
     compile: bool = False
     """torch.compile the network's repeated blocks."""
+    init_from: str | None = None
+    """Begin with the weights of this run or checkpoint, local or s3://, on other data, domains or image size. The
+    network, the diffusion and the sampling come from there unless given; optimiser, averages and steps begin anew."""
     identity_encoder: str | None = None
     """Checkpoint of an encoder, local or s3://, that says how alike two images are to the losses below."""
     identity_weight: float = 0.0

@@ -21,7 +21,7 @@ from ddpm_core.ema import EMA
 from ddpm_core.errors import InputError
 from jobs.datasets import cache
 from jobs.datasets.cache import SplitArrays
-from jobs.training import distributed
+from jobs.training import distributed, origin
 from jobs.training.batches import Share, training_rows
 from jobs.training.methods import Objective, objective
 from jobs.training.options import Parallel, TrainOptions
@@ -137,10 +137,12 @@ def restore(job: dict[str, Any]) -> WorkerState:
     torch.manual_seed(options.seed)
     parallel: Parallel = job["parallel"] if share.world > 1 else "ddp"
     method = objective(config, options, device, parallel)
-    ema = EMA(method.network, sigma_rels=options.optim.ema_sigma_rels)
     # Rank 0 says which, or workers that look while an older one is dropped could begin at different steps.
     start, folder = broadcast_from_rank_zero(latest_checkpoint(job["run"]))
     state = read_state(folder) if folder else {}
+    if config.origin and not folder:
+        origin.begin(method.network, config)
+    ema = EMA(method.network, sigma_rels=options.optim.ema_sigma_rels)
     worker = WorkerState(
         config=config,
         options=options,

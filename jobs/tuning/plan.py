@@ -104,7 +104,7 @@ def plan_sweep(args: SweepArgs) -> SweepJob:
             "--batch-size": (args.batch_size, 1),
         }
     )
-    options = checks.with_absolute_encoder(args.options)
+    options = checks.with_absolute_uris(args.options)
     card = read_card(args.data)
     training, given_sampling = spaces.parse(args.space)
     sampling: Space | None = None
@@ -119,7 +119,7 @@ def plan_sweep(args: SweepArgs) -> SweepJob:
             raise InputError("--num-points 0 with --checkpoint: there is nothing left to do; give 1 or more")
         config, sampling = loaded.config, sampling_space(loaded.config, given_sampling)
     else:
-        options = fitting.fitted(options, card, args.data, preset=args.preset, given=args.given)
+        options = fitting.fitted(options, card, args.data, args.output, preset=args.preset, given=args.given)
         training = {**spaces.default_training(options), **training}
         if any(name in spaces.OF_LOSS for name in training):
             options = dataclasses.replace(options, validation_loss_config=options.diffusion)
