@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from jobs.common import progress
-from jobs.common.progress import Progress, duration
+from jobs.common import cli, progress
+from jobs.common.progress import Progress, Waiting, duration
 
 
 class Clock:
@@ -187,3 +187,19 @@ def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch: pytest.MonkeyPatch,
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_what_is_waited_for_is_said_when_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Waiting, "FIRST_S", 0.02)
+    with Waiting("train") as waiting:
+        waiting.at("")
+        waiting.at("starting Ray")
+        deadline = time.monotonic() + 60
+        said = ""
+        with cli.muted_stderr():  # as Ray is started
+            while "starting Ray" not in said and time.monotonic() < deadline:
+                time.sleep(0.01)
+                said += capfd.readouterr().err
+    assert said == "train: starting Ray\n"

@@ -107,7 +107,7 @@ def _plain(boxed: str) -> str:
     """tyro's boxed message as one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
     lines = [re.sub(r"^[\s│╭╰─╮╯├┤]+|[\s│╭╰─╮╯├┤]+$", "", line) for line in text.splitlines()]
-    body = " ".join(line for line in lines if line)
+    body = " ".join(line for line in lines if line.strip("-"))
     body = re.sub(r"\s*For full helptext.*$|\s*Argument helptext:.*$", "", body)
     return re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error|Invalid choice)\s+", "", body)
 

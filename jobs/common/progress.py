@@ -1,8 +1,10 @@
 """How far a long step is: a bar on a terminal, a plain line now and then in a log."""
 
 import collections
+import io
 import os
 import sys
+import threading
 import time
 from typing import TextIO
 
@@ -164,6 +166,48 @@ class Progress:
     def _line(self, note: str, *, left: bool = True) -> None:
         self.last_line = time.monotonic()
         print(f"{self.description}: {self._text(self._mean_rate(), note, left=left)}", file=self.stream, flush=True)
+
+
+class Waiting:
+    """Says on stderr what a command waits for, if it takes long: after `FIRST_S`, and again ever more rarely.
+
+    with Waiting("train") as waiting:
+        waiting.at("starting Ray")
+    """
+
+    FIRST_S = 2.0
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.what, self.since, self.next_s = "", 0.0, 0.0
+        self.over = threading.Event()
+        try:  # of its own: Ray's start is muted
+            self.stream: TextIO = os.fdopen(os.dup(sys.stderr.fileno()), "w")
+        except (OSError, io.UnsupportedOperation):
+            self.stream = sys.stderr
+        self.thread = threading.Thread(target=self._speak, daemon=True)
+        self.thread.start()
+
+    def at(self, what: str) -> None:
+        """From here on it is this; nothing if empty."""
+        self.what, self.since, self.next_s = what, time.monotonic(), self.FIRST_S
+
+    def _speak(self) -> None:
+        while not self.over.wait(self.FIRST_S / 4):
+            what, passed = self.what, time.monotonic() - self.since
+            if what and passed >= self.next_s:
+                so_far = "" if self.next_s == self.FIRST_S else f" ({duration(passed)} so far)"
+                print(f"{self.description}: {what}{so_far}", file=self.stream, flush=True)
+                self.next_s = max(10.0, 2 * self.next_s)
+
+    def __enter__(self) -> "Waiting":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+        if self.stream is not sys.stderr:
+            self.stream.close()
 
 
 def duration(seconds: float) -> str:

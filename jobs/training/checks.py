@@ -85,6 +85,7 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
         InputError: naming the flag and what would be right.
     """
     options, (_, workers) = args.options, args.workers
+    configs.check_seed(options.seed)
     positive = {
         "--epochs": options.epochs,
         "--global-batch-size": options.global_batch_size,
@@ -97,7 +98,7 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
         "--optim.grad-clip": options.optim.grad_clip,
     }
     for flag, value in positive.items():
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise InputError(f"{flag} is {value}; it must be positive")
     lengths = options.optim.ema_sigma_rels
     if not lengths or len({checkpoint.ema_file(each) for each in lengths}) < len(lengths):
@@ -105,8 +106,14 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
     if not all(0 < each < 0.28 for each in lengths):
         raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; each must lie between 0 and 0.28")
     check_batch(card, args)
-    if args.keep_every_epochs < 0:
-        raise InputError(f"--keep-every-epochs is {args.keep_every_epochs}; it must be 0 or more")
+    for flag, number in {
+        "--keep-every-epochs": args.keep_every_epochs,
+        "--max-failures": args.max_failures,
+        "--wait-for-nodes-s": args.wait_for_nodes_s,
+        "--optim.warmup-steps": options.optim.warmup_steps,
+    }.items():
+        if number < 0:
+            raise InputError(f"{flag} is {number}; it must be 0 or more")
     if not args.checkpoint_every_minutes > 0:
         raise InputError(f"--checkpoint-every-minutes is {args.checkpoint_every_minutes}; it must be positive")
     if len(config.domains) < 2 and config.method not in configs.ENCODERS:

@@ -1,12 +1,14 @@
 """A training run as its driver sees it: the loop on Ray Train, lost workers, the end."""
 
 import concurrent.futures
+import contextlib
 import functools
+import os
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ddpm_core import config as configs
@@ -14,6 +16,7 @@ from ddpm_core import storage
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
 from jobs.common import cli, stopping
+from jobs.common.progress import Waiting
 from jobs.training import monitor, profiling, run_folder
 from jobs.training.options import TrainArgs
 
@@ -59,6 +62,7 @@ def fit(
     times: profiling.Times,
     *,
     spread: bool = True,
+    waiting: Waiting | None = None,
     callbacks: Sequence[Any] = (),
 ) -> None:
     """Run the loop on Ray Train, the data read and decoded once onto the nodes' disks.
@@ -77,11 +81,14 @@ def fit(
     from jobs.training.loop import train_loop
 
     local = not args.workers[1]
+    waits_for = waiting.at if waiting else lambda what: None
     if not local:
         check_cluster(args)
+        waits_for("")
         if spread:
             cache.spread(dataset, ("train", "val"), resource="GPU" if args.use_gpu else "CPU")
     profiling.note(times, "data")
+    waits_for("the first step" if local else "the workers, which load the network and the images, and the first step")
     # Only now that we can begin: a command that trains there ends when it sees it.
     owner = uuid.uuid4().hex
     for name, content in run_folder.describe(run, config, owner).items():
@@ -114,7 +121,7 @@ def fit(
         ),
     )
     failures = 0
-    with monitor.monitored(board, run):
+    with _threads(args.cpus_per_worker if local else None), monitor.monitored(board, run, lambda: waits_for("")):
         while True:
             before, _ = run_folder.latest_checkpoint(run)
             storing = ray.train.RunConfig(
@@ -184,6 +191,21 @@ def _fit(trainer: Any, board: Any) -> Any:
     with stopping.gently(lambda: ray.get(board.stop.remote(), timeout=ASKED_S)):
         threading.Thread(target=fit, daemon=True).start()
         return result.result()
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """This process' PyTorch with as many threads as a worker has (--cpus-per-worker), unless OMP_NUM_THREADS says
+    otherwise; None: as it is. Networks this small lose by a second thread on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    if number is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(number, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def resources_per_worker(args: TrainArgs) -> dict[str, float]:

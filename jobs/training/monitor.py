@@ -51,12 +51,14 @@ class StatusBoard:
 
 
 @contextlib.contextmanager
-def monitored(board: Any, run_uri: str) -> Iterator[None]:
-    """While it lasts, show how far the run is; at its end, write the report once more and say how it ended.
+def monitored(board: Any, run_uri: str, begun: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """While it lasts, show how far the run is; at its end, write the report once more and say how it ended. `begun` is
+    called at the first step.
 
     An exception is told in the report as a failure, or as its `outcome` says if it has one.
     """
     watch = Monitor(board, run_uri)
+    watch.begun = begun
     watch.thread.start()
     state, message = "finished", ""
     try:
@@ -78,6 +80,7 @@ class Monitor:
         self.board, self.uri = board, run_uri
         self.write = self._write_report if write is None else write
         self.state: dict[str, Any] = {}
+        self.begun: Callable[[], None] = lambda: None
         self.bar: Progress | None = None
         self.images_per_step = 0
         self.seen: collections.deque[tuple[float, int]] = collections.deque()
@@ -120,6 +123,7 @@ class Monitor:
         self._report_if_due(now)
 
     def _begin(self, state: dict[str, Any]) -> None:
+        self.begun()
         with contextlib.suppress(FileNotFoundError):
             config = storage.read_json(storage.join(self.uri, "config.json"))
             self.images_per_step = config.get("training", {}).get("global_batch_size", 0)
@@ -130,6 +134,7 @@ class Monitor:
             initial=state["start"],
             rate_unit="image" if self.images_per_step else None,
             rate_scale=self.images_per_step or 1,
+            warms_up=True,
         )
 
     def _report_if_due(self, now: float) -> None:

@@ -251,7 +251,12 @@ class Run:
         if not known or row["loss"] <= best["metric"]["loss"] or not self.comparable:
             best = {
                 "checkpoint": folder_of(row["step"]),
-                "metric": {"name": "val/loss", "loss": row["loss"], "step": row["step"]},
+                "metric": {
+                    "name": "val/loss",
+                    "loss": row["loss"],
+                    "step": row["step"],
+                    **({"num_images": row["num_images"]} if "num_images" in row else {}),
+                },
                 "ema_sigma_rel": row["ema_sigma_rel"],
                 **configs.to_dict(self.config.sampling),
             }

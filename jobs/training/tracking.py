@@ -365,6 +365,10 @@ def mlflow_uri(text: str) -> str:
     if scheme not in ("", "file") or not text:
         raise InputError(f"--mlflow {text}: give a server (http://…), a database (sqlite:///…) or a local folder")
     folder = Path(text.removeprefix("file://").removeprefix("file:"))
-    if folder.suffix == ".db" or folder.is_file():
+    try:
+        is_database = folder.suffix == ".db" or folder.is_file()
+    except OSError as error:
+        raise InputError(f"--mlflow {text[:80]}: {error.strerror}; give a local folder") from None
+    if is_database:
         return f"sqlite:///{folder.absolute()}"
     return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
