@@ -61,7 +61,7 @@ def test_a_run_in_this_process_is_told_as_running_then_finished(run: str, capsys
     assert "<progress" not in page
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("train: 40 of 40 steps, ")
-    assert "images a second, took " in last
+    assert "took " in last
 
 
 def test_a_board_that_is_an_actor_is_watched_too(run: str, ray_cluster: None) -> None:
