@@ -50,7 +50,7 @@ def trained(args: "TrainArgs", times: dict[str, float], waiting: Waiting) -> int
     for line in (*fitting.notes(asked, options, card), *origin.notes(config)):
         print(f"train: {line}", file=sys.stderr, flush=True)
     profiling.note(times, "imports")
-    waiting.at("starting Ray" if args.workers[1] else "loading Ray")
+    waiting.at("" if args.workers[1] else "loading Ray")  # its start speaks for itself
     try:
         with cli.ray_session(start=args.workers[1] > 0):
             profiling.note(times, "Ray")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from jobs.common import cli, progress
+from jobs.common import cluster, progress
 from jobs.common.progress import Progress, Waiting, duration
 
 
@@ -198,7 +198,7 @@ def test_what_is_waited_for_is_said_when_it_takes_long(
         waiting.at("starting Ray")
         deadline = time.monotonic() + 60
         said = ""
-        with cli.muted_stderr():  # as Ray is started
+        with cluster.muted_stderr():  # as Ray is started
             while "starting Ray" not in said and time.monotonic() < deadline:
                 time.sleep(0.01)
                 said += capfd.readouterr().err
