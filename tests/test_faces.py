@@ -397,7 +397,7 @@ def test_translate_aligns_private_photos(
     wanted = Translator(checkpoint.load(portraits))(square[None], "night")[0]
     assert np.abs(np.asarray(Image.open(output / "me.png")).astype(int) - wanted).max() <= 1
 
-    with pytest.raises(InputError, match="holds results with align = faces, this command says None"):
+    with pytest.raises(InputError, match="holds results with --align faces, this command says None"):
         translate.main([*argv, "--output", str(output), "--align", "none"])
     plain = tmp_path / "plain"
     assert translate.main([*argv, "--output", str(plain), "--align", "none"]) == cli.SET_ASIDE

@@ -650,8 +650,10 @@ def test_results_never_land_among_the_inputs(folder: Path, tmp_path: Path, check
     (tmp_path / "link").symlink_to(folder)
     for output in (folder, folder / "out", tmp_path / "link" / "out"):
         assert "--input; give a folder outside of it" in refused(command(checkpoint_folder, folder, output))
-    # the parent of the input holds files that are not ours
-    assert "is not empty" in refused(command(checkpoint_folder, folder, tmp_path))
+    assert "contains --input" in refused(command(checkpoint_folder, folder, tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "letter.txt").write_text("hello")
+    assert "is not empty" in refused(command(checkpoint_folder, folder, tmp_path / "theirs"))
     assert sorted(path.name for path in folder.iterdir()) == ["0", "1"]
 
 
