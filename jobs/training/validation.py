@@ -119,7 +119,9 @@ class Validation:
         for domain in sorted({*domains.tolist()}):
             mine = np.flatnonzero(domains == domain)[self.mine.rank :: self.mine.world]
             if len(mine):
-                translated = translate(sources[mine], self.config.domains[domain])
+                # A network that is lost still gets its images, black ones: that the run diverged, its losses tell.
+                result = translate.attempt(sources[mine], self.config.domains[domain])
+                translated = result.images * result.finite[:, None, None, None]
                 made[torch.as_tensor(mine, device=self.device)] = torch.as_tensor(translated, device=self.device)
         columns = {"source": sources, "translated": self._sum_over_workers(made).cpu().numpy()}
         if truths is not None:
