@@ -137,7 +137,8 @@ def signals() -> Iterator[None]:
     """The signals taken as a command takes them."""
     from jobs.common import stopping
 
-    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    # whoever started the tests may have had one ignored (nohup)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in stopping.SIGNALS}
     stopping.install()
     yield
     for number, handler in before.items():

@@ -106,7 +106,7 @@ def test_the_gpu_benchmark_needs_little_but_pytorch(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.benchmark", "gpu", "--device", "cpu", "--tiny", "--output", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert [row["outcome"] for row in rows] == [gpu.MEASURED] * len(gpu.plan())
     assert [line.split("  ")[0] for line in done.stdout.splitlines()[: len(rows)]] == [row.name for row in gpu.plan()]

@@ -157,6 +157,7 @@ class Hook:
         if name == imported:
             signal.raise_signal(getattr(signal, number))
 
+signal.signal(getattr(signal, number), signal.SIG_DFL)  # whoever started the tests may have had it ignored (nohup)
 sys.meta_path.insert(0, Hook())
 sys.argv = sys.argv[3:]
 runpy.run_module(module, run_name="__main__")
@@ -178,10 +179,14 @@ runpy.run_module(module, run_name="__main__")
         ("prepare earth --output o", "PIL.Image", "SIGHUP", "stopped by SIGHUP"),
     ],
 )
-def test_a_signal_during_imports_costs_one_line(line: str, imported: str, number: str, said: str) -> None:
+def test_a_signal_during_imports_costs_one_line(
+    line: str, imported: str, number: str, said: str, tmp_path: Path
+) -> None:
     name, *words = line.split()
     command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED, imported, number, f"jobs.{name}", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert done.stderr == f"\n{said}; the same command goes on from here\n"
     assert done.returncode == 128 + getattr(signal, number)
     assert done.stdout == ""

@@ -188,7 +188,7 @@ class WorkerConsensus:
         self.before: Tensor | None = None
         self.recent: collections.deque[float] = collections.deque(maxlen=WINDOW)
 
-    def agree(self, losses: dict[str, Tensor], *, storing: bool, ending: bool) -> int:
+    def agree(self, losses: dict[str, Tensor], *, storing: bool, ending: bool = False) -> int:
         """SAVE, ASK, STOP and END, each if any worker raises it; `storing`: the last checkpoint is still on its way.
         `ending`: the driver says that the run is to end here; a checkpoint is taken then."""
         now = time.monotonic()
