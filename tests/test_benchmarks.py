@@ -100,6 +100,7 @@ NOT_THERE = (
 )
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_needs_little_but_pytorch(tmp_path: Path) -> None:
     """Every row, on a CPU and in small, on a machine that has only PyTorch, numpy and jaxtyping."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_THERE}))\n")

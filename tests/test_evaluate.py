@@ -367,7 +367,8 @@ def test_a_classifier_that_sees_night_everywhere_is_found_out(
     assert {"diversity", "copied"}.isdisjoint(night["methods"]["model"]["metrics"])
 
 
-@pytest.mark.parametrize(("pairing", "number"), [("paired", "2"), pytest.param("matched", "1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("pairing", "number"), [("paired", "2"), ("matched", "1")])
 def test_any_number_of_workers_gives_the_same_figures(
     ray_cluster: None,
     tmp_path: Path,

@@ -308,6 +308,7 @@ def test_pix2pix_learns_to_invert_colours() -> None:
         assert (made + picture).abs().mean() < 0.1 * (2 * picture).abs().mean()  # the identity is off by 2 |x|
 
 
+@pytest.mark.slow
 def test_cyclegan_learns_to_invert_colours_without_pairs() -> None:
     ours = trainer("cyclegan", gan=GANConfig(channels=12, num_res_blocks=1, num_discriminator_levels=1))
     for step in range(100):

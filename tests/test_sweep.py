@@ -74,7 +74,7 @@ def model_of(run: Path) -> ModelConfig:
 
 def test_ray_tune_and_this_process_find_the_same(ray_cluster: None, dataset_folder: str, tmp_path: Path) -> None:
     """Two trainings and two sampling trials, each kind one after the other and two at a time by Ray Tune."""
-    flags = ["--epochs", "2", "--early-stopping", "none", "--search", "random", "--num-images", "4"]
+    flags = ["--epochs", "1", "--early-stopping", "none", "--search", "random", "--num-images", "4"]
     flags += ["--space", "sampling.num_steps=1:3", "--num-trials", "2", "--num-points", "2", "--max-concurrent", "2"]
     found = {}
     for name, workers in {"here": "0", "ray": "1"}.items():
@@ -94,6 +94,7 @@ def test_ray_tune_and_this_process_find_the_same(ray_cluster: None, dataset_fold
     assert fresh[0] == pytest.approx(fresh[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_trial_that_lags_behind_is_stopped_and_its_report_says_so(dataset_folder: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     argv = command(dataset_folder, output, *HERE, "--epochs", "3", "--grace-epochs", "1", "--num-points", "0")

@@ -1084,6 +1084,7 @@ def origin_run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_anothers_weights_and_ends_the_same_when_it_was_interrupted(
     dataset_folder, origin_run, tmp_path, capsys
 ):

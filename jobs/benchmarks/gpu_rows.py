@@ -20,6 +20,7 @@ from ddpm_core.errors import InputError
 from jobs.benchmarks import contenders
 from jobs.benchmarks.contenders import Layout, Network, Stepper
 from jobs.benchmarks.gpu import FAILED, MEASURED, NETWORKS, NO_ROOM, Row
+from jobs.common import cluster
 
 GIB = 2**30
 ROUNDS, TURN_S, MOST_CALLS = 5, 0.4, 200

@@ -50,7 +50,7 @@ def rests_on(num: int, what: str = "image", *, subject: str = "This") -> str:
 
 
 def bootstrap(
-    values: Float[np.ndarray, "n"], *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, level: float = 0.95
+    values: Float[np.ndarray, " n"], *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, level: float = 0.95
 ) -> Interval:
     """Mean of per-image values with its percentile bootstrap interval; of rates (0 and 1 only), Wilson's.
 
@@ -83,14 +83,14 @@ def _resampled(values: np.ndarray, seed: int, num_resamples: int, level: float) 
     return _hull(found, Interval(found.mean, found.mean - half, found.mean + half), within=(-math.inf, math.inf))
 
 
-def student_half(values: Float[np.ndarray, "n"], *, level: float = 0.95) -> float:
+def student_half(values: Float[np.ndarray, " n"], *, level: float = 0.95) -> float:
     """Half the width of Student's interval of the mean of two values or more."""
     spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return student_quantile((1 + level) / 2, float(len(values) - 1)) * spread
 
 
 def difference(
-    ours: Float[np.ndarray, "n"], theirs: Float[np.ndarray, "n"], *, seed: int = 0, level: float = 0.95
+    ours: Float[np.ndarray, " n"], theirs: Float[np.ndarray, " n"], *, seed: int = 0, level: float = 0.95
 ) -> Interval:
     """Mean of ours minus theirs on the same images: the bootstrap over images; of two rates, Agresti and Min's."""
     if _is_rate(ours) and _is_rate(theirs):
@@ -127,7 +127,7 @@ def _normal_quantile(level: float) -> float:
     return statistics.NormalDist().inv_cdf((1 + level) / 2)
 
 
-def subsets_interval(values: Float[np.ndarray, "subsets"], *, level: float = 0.95) -> Interval:
+def subsets_interval(values: Float[np.ndarray, " subsets"], *, level: float = 0.95) -> Interval:
     """Mean over the subsets, and the range that holds 95 % of them (at another level, that of a normal law)."""
     mean = float(values.mean())
     if level == 0.95:

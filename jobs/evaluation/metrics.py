@@ -85,7 +85,7 @@ def _tensor(images: Images) -> Tensor:
     return torch.tensor(images).permute(0, 3, 1, 2).float()
 
 
-def psnr(images: Images, references: Images) -> Float[np.ndarray, "b"]:
+def psnr(images: Images, references: Images) -> Float[np.ndarray, " b"]:
     """Of each image to its reference, in dB."""
     values = peak_signal_noise_ratio(
         _tensor(images), _tensor(references), data_range=255.0, reduction="none", dim=(1, 2, 3)
@@ -93,7 +93,7 @@ def psnr(images: Images, references: Images) -> Float[np.ndarray, "b"]:
     return values.clamp(max=MAX_PSNR).numpy().astype(np.float64)
 
 
-def ssim(images: Images, references: Images, *, batch_size: int = 64) -> Float[np.ndarray, "b"]:
+def ssim(images: Images, references: Images, *, batch_size: int = 64) -> Float[np.ndarray, " b"]:
     """Of each image to its reference, 1 = identical.
 
     Raises:
@@ -116,7 +116,7 @@ def ssim(images: Images, references: Images, *, batch_size: int = 64) -> Float[n
 # -- two sets of images ---------------------------------------------------------------------------------------
 
 
-def kid(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, seed: int = 0) -> Float[np.ndarray, "subsets"]:
+def kid(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, seed: int = 0) -> Float[np.ndarray, " subsets"]:
     """KID of random subsets of half of the images, without replacement and of equal size; equal (n, m, seed)
     give the same subsets.
 
@@ -214,7 +214,7 @@ def rank_1(
     return (own > rivals + 1e-9).astype(np.float64)
 
 
-def diversity(features: Float[np.ndarray, "n k d"]) -> Float[np.ndarray, "n"]:
+def diversity(features: Float[np.ndarray, "n k d"]) -> Float[np.ndarray, " n"]:
     """Mean distance among k samples of each source.
 
     Raises:
@@ -270,7 +270,7 @@ def _nearest(queries: np.ndarray, gallery: np.ndarray) -> Values:
 # -- estimates and verdicts -------------------------------------------------------------------------------------
 
 
-def estimate(metric: str, values: Float[np.ndarray, "b"], *, seed: int = 0, level: float = 0.95) -> Interval:
+def estimate(metric: str, values: Float[np.ndarray, " b"], *, seed: int = 0, level: float = 0.95) -> Interval:
     """Mean of values of each image, or of kid of each subset; NaN where it was not measured."""
     if metric == "kid":
         return subsets_interval(values, level=level)
@@ -278,7 +278,7 @@ def estimate(metric: str, values: Float[np.ndarray, "b"], *, seed: int = 0, leve
 
 
 def difference(
-    metric: str, ours: Float[np.ndarray, "b"], theirs: Float[np.ndarray, "b"], *, seed: int = 0, level: float = 0.95
+    metric: str, ours: Float[np.ndarray, " b"], theirs: Float[np.ndarray, " b"], *, seed: int = 0, level: float = 0.95
 ) -> Interval:
     """Mean of ours minus theirs, on the same images or subsets."""
     if metric == "kid":
@@ -305,8 +305,8 @@ class Verdict:
 def verdict(
     metric: str,
     against: str,
-    ours: Float[np.ndarray, "b"],
-    theirs: Float[np.ndarray, "b"],
+    ours: Float[np.ndarray, " b"],
+    theirs: Float[np.ndarray, " b"],
     *,
     seed: int = 0,
     level: float = 0.95,
