@@ -449,10 +449,10 @@ def test_the_endpoint_aligns_private_photos(endpoint: str, portraits: str, holid
     assert send("us.jpg").headers["x-note"] == "the largest of several faces was taken (2)"
     answer = send("sea.jpg")
     assert answer.status_code == 422
-    assert answer.json()["error"].startswith("image: no face was found; turn the photo upright")
+    assert answer.json()["detail"].startswith("image: no face was found; turn the photo upright")
     assert send("sea.jpg", align="none").status_code == 200
     assert send("broken.jpg").status_code == 400
-    assert "align is 'face'" in send("me.jpg", align="face").json()["error"]
+    assert "align is 'face'" in send("me.jpg", align="face").json()["detail"]
     assert httpx.get(f"{endpoint}/v1/model", timeout=300).json()["data"]["landmarks"] == list(faces.CELEBA)
 
 

@@ -55,7 +55,8 @@ def prepare(source: str, output: str, num_workers: int = 2) -> Any:
 def told(process: Any, timeout_s: float = 400) -> tuple[int, str]:
     """Exit code and the one line of error, of a process that has to end."""
     _, err = process.communicate(timeout=timeout_s)
-    lines = [line for line in err.splitlines() if not line.startswith(("decode:", "write:", "match:"))]
+    progress = ("decode:", "write:", "match:", "starting Ray", "waiting for")
+    lines = [line for line in err.splitlines() if not line.startswith(progress)]
     assert len(lines) <= 1, err
     return process.returncode, lines[0] if lines else ""
 
