@@ -374,7 +374,7 @@ def test_inspect_refusals(first: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- survival
 
 KILL_AT = {
-    "listing": "folders.domains_in = hang",
+    "listing": "folders.list_images = hang",
     "decoding": "decode.Pixels.__setitem__ = hang",
     "first shard": "storage.write_bytes = after('train/part-', write)",
     "last shard": "storage.write_bytes = after('test/part-', write)",
