@@ -864,7 +864,7 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
     right = Translator(loaded)(source, "night")[0]
     found = np.asarray(Image.open(tmp_path / "made/test-000.png"), int)
     assert np.abs(found - right).max() <= 1
-    with pytest.raises(InputError, match="num_steps: no effect on pix2pix"):
+    with pytest.raises(InputError, match="--num-steps: no effect on pix2pix"):
         translate.main([*where, *made, "--num-steps", "3"])
 
 
