@@ -81,8 +81,8 @@ class Unavailable(Exception):
 class Backend(Protocol):
     """What does the work."""
 
-    async def read(self, data: bytes, template: tuple[float, ...]) -> Read:
-        """Raises InputError for what is no usable image."""
+    async def read(self, data: bytes, template: tuple[float, ...], deadline: float) -> Read:
+        """Raises InputError for what is no usable image; TimeoutError, Unavailable where nobody reads it by then."""
 
     async def translate(self, job: Job) -> Done:
         """Raises Full, Late, Unavailable, InputError."""
@@ -351,16 +351,17 @@ class Endpoint:
         if self.bodies >= MAX_BODIES:
             raise later(429, "too many requests are being sent")
         self.bodies += 1
+        deadline = time.time() + self.arguments.timeout_s
         try:
             body = await read_body(request, self.arguments.max_body_bytes, self.arguments.body_timeout_s)
             sent = await parse_body(body, request.headers)
             del body
             query = merged(query, understood(sent.fields) if understood else sent.fields)
             options = self.options(query)
-            read = await self.backend.read(sent.image, faces.template_for(self.config.data.landmarks, query.align))
+            template = faces.template_for(self.config.data.landmarks, query.align)
+            read = await self.backend.read(sent.image, template, deadline)
         finally:
             self.bodies -= 1
-        deadline = time.time() + self.arguments.timeout_s
         return Job(read.square, options, client, deadline), query, read.note
 
     def options(self, query: Query) -> Options:

@@ -137,16 +137,21 @@ class RayBackend:
     def __init__(self, model: DeploymentHandle, reader: DeploymentHandle, size: int) -> None:
         self.model, self.reader, self.size = model, reader, size
 
-    async def read(self, data: bytes, template: tuple[float, ...]) -> Read:
-        return await _asked(lambda: self.reader.read.remote(data, self.size, template))
+    async def read(self, data: bytes, template: tuple[float, ...], deadline: float) -> Read:
+        return await _asked(lambda: self.reader.read.remote(data, self.size, template), deadline)
 
     async def translate(self, job: Job) -> Done:
         return await _asked(lambda: self.model.translate.remote(job), job.deadline)
 
     async def stream(self, job: Job) -> AsyncIterator[tuple[int, np.ndarray] | Done]:
         with _in_our_words():
-            async for each in self.model.options(stream=True).stream.remote(job):
-                yield each
+            steps = aiter(self.model.options(stream=True).stream.remote(job))
+            while True:
+                async with _until(job.deadline):  # not around the yield, where others' time passes
+                    step = await anext(steps, None)
+                if step is None:
+                    return
+                yield step
 
     async def stats(self) -> Mapping[str, float]:
         return await _asked(lambda: self.model.stats.remote())
@@ -158,7 +163,7 @@ async def _asked(ask: Callable[[], Awaitable[T]], deadline: float | None = None)
         response = ask()
         try:
             with _in_our_words():
-                async with asyncio.timeout(None if deadline is None else max(deadline - time.time(), 0) + GRACE_S):
+                async with _until(deadline):
                     return await response
         except Unavailable:
             if last:
@@ -167,6 +172,11 @@ async def _asked(ask: Callable[[], Awaitable[T]], deadline: float | None = None)
             response.cancel()  # type: ignore[attr-defined]  # nobody waits any more: its places are free
             raise
     raise AssertionError
+
+
+def _until(deadline: float | None) -> asyncio.Timeout:
+    """Raises TimeoutError a little after that time: whoever has not answered by then is dead."""
+    return asyncio.timeout(None if deadline is None else max(deadline - time.time(), 0) + GRACE_S)
 
 
 @contextlib.contextmanager

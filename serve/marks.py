@@ -1,12 +1,13 @@
 """Answers as files: what is in them tells machines that they were generated."""
 
 import io
-from typing import Any
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, PngImagePlugin
+from PIL import Image
+
+from ddpm_core import images
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
@@ -29,12 +30,8 @@ def xmp(checkpoint: str, licence: str, options: str) -> str:
 
 def encode(image: UInt8[np.ndarray, "h w 3"], kind: str, packet: str) -> bytes:
     """A file of `kind` that carries the XMP packet, "" for none; nothing of the source's own metadata is in it."""
-    buffer, made = io.BytesIO(), Image.fromarray(image)
-    extra: dict[str, Any] = {"xmp": packet.encode()} if packet else {}
     if kind == "png":
-        text = PngImagePlugin.PngInfo()
-        if packet:
-            text.add_itxt("XML:com.adobe.xmp", packet)
-        extra = {"pnginfo": text}
-    made.save(buffer, kind.upper(), **extra, **({} if kind == "png" else {"quality": 95}))
+        return images.encode_png(image, text={"XML:com.adobe.xmp": packet} if packet else {})
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind.upper(), quality=95, **({"xmp": packet.encode()} if packet else {}))
     return buffer.getvalue()

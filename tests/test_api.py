@@ -38,7 +38,7 @@ class Local:
         self.engine = Engine(translate, max_rows=8, max_waiting=100)
         self.translate, self.stream = self.engine.translate, self.engine.stream
 
-    async def read(self, data: bytes, template: tuple[float, ...]) -> api.Read:
+    async def read(self, data: bytes, template: tuple[float, ...], deadline: float) -> api.Read:
         return await asyncio.to_thread(app.prepare, data, self.config.image_size, template)
 
     async def stats(self) -> Mapping[str, float]:
