@@ -651,7 +651,9 @@ def _watch(api: fastapi.FastAPI, metrics: Metrics) -> None:
     async def watched(
         request: fastapi.Request, answer_to: Callable[[fastapi.Request], Awaitable[fastapi.Response]]
     ) -> fastapi.Response:
-        begun, name = time.perf_counter(), secrets.token_hex(8)
+        begun = time.perf_counter()
+        given = request.headers.get("x-request-id", "")  # by Serve's proxy, which puts it into the answer as well
+        name = given[:64] or secrets.token_hex(8)
         try:
             answer = await answer_to(request)
         except Exception as error:  # one that came after the answer had begun, or that no handler is for
@@ -672,7 +674,8 @@ def _watch(api: fastapi.FastAPI, metrics: Metrics) -> None:
                 }
             )
         )
-        answer.headers["X-Request-Id"] = name
+        if not given:
+            answer.headers["X-Request-Id"] = name
         for key, value in SAFE_HEADERS.items():
             answer.headers.setdefault(key, value)
         return answer

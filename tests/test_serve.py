@@ -244,6 +244,7 @@ def test_a_image_in_a_image_out(endpoint: str, checkpoint_folder: str) -> None:
     answer = httpx.post(f"{endpoint}/v1/translate", params=query, content=png(), timeout=300)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "image/png"
+    assert len(answer.headers.get_list("x-request-id")) == 1
     assert json.loads(answer.headers["x-options"]) == {**configs.to_dict(SamplingConfig()), **query}
     assert answer.headers["x-licence"] == "unknown"
     assert "model;dur=" in answer.headers["server-timing"]

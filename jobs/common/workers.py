@@ -239,7 +239,9 @@ def _results(rows: "ray.data.Dataset", *, prefetch_batches: int = 1) -> Iterator
     """What the blocks hold; a worker's InputError as such, out of what Ray wraps around it."""
     try:
         batches = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_batches))
-        with cluster.slow(lambda: f"waiting for the first result: {cluster.free_cpus()}"):
+        with cluster.slow(
+            lambda: f"waiting for the first result, while workers start and load what they need: {cluster.free_cpus()}"
+        ):
             first = [*itertools.islice(batches, 1)]
         for batch in itertools.chain(first, batches):
             yield from map(pickle.loads, batch["result"].to_pylist())
