@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
 
-from ddpm_core import colour, containers, storage
+from ddpm_core import colour, containers
 from ddpm_core.errors import InputError
 
 MAX_PIXELS = 100_000_000
@@ -116,15 +116,14 @@ _decoding = Budget(MAX_PIXELS)
 """Pixels that are decoded at once."""
 
 
-def check_listed(name: str, num_bytes: int = 0) -> None:
-    """What a folder's listing tells of a file, before it is read.
+def check_kind(name: str, first_bytes: bytes) -> None:
+    """Raises InputError for a file that ends like one of UNREADABLE and does not begin like an image that is read.
 
-    Raises:
-        InputError: its ending is one of UNREADABLE, or (TooLargeError) it is larger than MAX_BYTES.
+    Raw photos are known by their ending alone: many begin like a TIFF.
     """
-    if reason := UNREADABLE.get(posixpath.splitext(name)[1].lower()):
+    reason = UNREADABLE.get(posixpath.splitext(name)[1].lower())
+    if reason and (reason == UNREADABLE[".dng"] or not looks_like_image(first_bytes)):
         raise InputError(f"{name}: {reason}")
-    storage.check_size(name, num_bytes, MAX_BYTES)
 
 
 def looks_like_image(first_bytes: bytes) -> bool:

@@ -331,29 +331,49 @@ def num_bytes(uri: str) -> int:
         InputError: something else is, whose reading may never end: a folder, a pipe, a device.
     """
     info = _info(uri)
-    if info.type.name == "NotFound":
+    if info is None:
         raise FileNotFoundError(uri)
     if not info.is_file:
         raise InputError(f"{uri} is not a file")
-    return int(info.size)
+    return info.num_bytes
 
 
 def mtime_ns(uri: str) -> int:
     """When a file was changed last, in nanoseconds; 0 where that is not known."""
-    return _info(uri).mtime_ns or 0
+    info = _info(uri)
+    return info.mtime_ns if info else 0
 
 
 def exists(uri: str) -> bool:
-    return _info(uri).type.name != "NotFound"
+    return _info(uri) is not None
 
 
 def is_file(uri: str) -> bool:
-    return _info(uri).is_file
+    info = _info(uri)
+    return info is not None and info.is_file
 
 
-def _info(uri: str) -> "pyarrow.fs.FileInfo":
+class _Info(NamedTuple):
+    """What is at a URI."""
+
+    is_file: bool
+    num_bytes: int
+    mtime_ns: int
+
+
+def _info(uri: str) -> _Info | None:
+    """None where there is nothing."""
+    if not is_remote(uri):
+        with contextlib.suppress(FileNotFoundError), user_errors(uri):
+            try:
+                there = os.stat(uri)  # not by pyarrow, which takes no names that are not UTF-8
+            except NotADirectoryError:
+                return None
+            return _Info(stat.S_ISREG(there.st_mode), there.st_size, there.st_mtime_ns)
+        return None
     fs, path = filesystem(uri)
-    return with_retries(uri, lambda: fs.get_file_info(path))
+    info = with_retries(uri, lambda: fs.get_file_info(path))
+    return None if info.type.name == "NotFound" else _Info(info.is_file, info.size or 0, info.mtime_ns or 0)
 
 
 class Entry(NamedTuple):
@@ -363,6 +383,13 @@ class Entry(NamedTuple):
     mtime_ns: int
     real: str
     """Where it lies once links are followed; "" on S3, which has none."""
+    path: str
+    """Below the folder, as the file system has it; `as_text` of it is the file's name everywhere else."""
+
+
+def as_text(path: str) -> str:
+    """A path as valid Unicode: bytes that are no UTF-8, which Python holds as U+DC80 to U+DCFF, become %80 to %FF."""
+    return re.sub(r"[\ud800-\udfff]", lambda byte: f"%{ord(byte[0]) & 0xFF:02X}", path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,10 +397,10 @@ class Tree:
     """What lies below a folder; paths are relative to it."""
 
     files: dict[str, Entry] = dataclasses.field(default_factory=dict)
-    """Sorted by path; a path is valid Unicode."""
+    """By `as_text` of their paths, sorted."""
     faults: dict[str, str] = dataclasses.field(default_factory=dict)
     """What is there and cannot be read, with the reason and the remedy: dangling links, pipes, folders that may not be
-    entered (with a slash at the end), names that are no text (as far as they can be printed)."""
+    entered (with a slash at the end); names as they are printed."""
     skipped: list[str] = dataclasses.field(default_factory=list)
     """Files and folders that the caller did not want."""
     num_again: int = 0
@@ -405,7 +432,7 @@ def _remote_tree(uri: str, recursive: bool, skip: Callable[[str], bool]) -> Tree
         if unwanted:
             skipped.add("/".join(parts[: unwanted[0]]))
         elif info.is_file:
-            files[path] = Entry(info.size or 0, info.mtime_ns or 0, "")
+            files[path] = Entry(info.size or 0, info.mtime_ns or 0, "", path)
     return Tree(dict(sorted(files.items())), skipped=sorted(skipped))
 
 
@@ -448,7 +475,16 @@ class _Walk:
             except OSError as error:
                 self._fault(f"{path}/", f"a folder that cannot be read ({error.strerror}); check its owner and mode")
         skipped = [printable(path) for path in sorted(self.skipped)]
-        return Tree(dict(sorted(self.files.items())), dict(sorted(self.faults.items())), skipped, self.num_again)
+        return Tree(dict(sorted(self._named().items())), dict(sorted(self.faults.items())), skipped, self.num_again)
+
+    def _named(self) -> dict[str, Entry]:
+        """The files by their paths as text; whose text is another's own path is a fault."""
+        odd = [path for path in self.files if as_text(path) != path]
+        entries = {path: self.files.pop(path) for path in sorted(odd)}
+        for path, entry in entries.items():
+            if self.files.setdefault(as_text(path), entry) is not entry:
+                self._fault(path, f"its name is not valid UTF-8, and {as_text(path)} is another's; rename one")
+        return self.files
 
     def _read(self, folder: str, real: str) -> None:
         self.seen.add(real)
@@ -471,10 +507,8 @@ class _Walk:
                 (self.links if linked else self.folders).append((path, real))
         elif not stat.S_ISREG(there.st_mode):
             self._fault(path, "a pipe, socket or device, not a file; remove it")
-        elif re.search(r"[\ud800-\udfff]", path):
-            self._fault(path, "its name is not valid UTF-8; rename it")
         else:
-            self.files[path] = Entry(there.st_size, there.st_mtime_ns, real)
+            self.files[path] = Entry(there.st_size, there.st_mtime_ns, real, path)
 
     def _fault(self, path: str, reason: str) -> None:
         self.faults[printable(path)] = reason
@@ -538,6 +572,8 @@ def check_writable(uri: str, *, flag: str = "--output") -> None:
     """
     probe = join(uri, f".write-probe-{uuid.uuid4().hex[:8]}")
     try:
+        with user_errors(uri):
+            uri.encode()  # pyarrow takes no other names
         write_bytes(probe, b"")
         fs, path = filesystem(probe)
         with contextlib.suppress(FileNotFoundError):

@@ -138,15 +138,16 @@ def test_other_files_do_not_look_like_images(data: bytes) -> None:
     assert not images.looks_like_image(data[:32])
 
 
-def test_what_a_listing_tells() -> None:
+def test_an_ending_tells_what_is_not_read_unless_the_file_begins_like_an_image() -> None:
     assert not images.SUFFIXES & images.UNREADABLE.keys()
-    images.check_listed("a/x.HEIC")
-    images.check_listed("a/README")
+    images.check_kind("a/x.HEIC", b"")
+    images.check_kind("a/README", b"")
     for name in ("x.DNG", "x.mov", "x.pdf", "x.jxl", "a.jpg/x.CR2"):
         with pytest.raises(InputError, match=rf"{name}: .*, which is not read; export it as JPEG or PNG"):
-            images.check_listed(name)
-    with pytest.raises(InputError, match=r"x\.jpg: too large a file, 1,000 MB; at most 400 MB are read"):
-        images.check_listed("x.jpg", 10**9)
+            images.check_kind(name, b"no image")
+    images.check_kind("x.psd", encoded(picture(), "JPEG"))
+    with pytest.raises(InputError, match="a raw photo"):
+        images.check_kind("x.nef", encoded(picture(), "TIFF"))
 
 
 def bomb() -> bytes:

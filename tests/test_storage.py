@@ -153,6 +153,7 @@ def test_a_tree_as_people_have_it(tmp_path: Path) -> None:
         "again/3.jpg": 5,
         "day/1.jpg": 4,
         "day/link.jpg": 4,
+        "day/caf%E9.jpg": 0,
         "day/sub/2.jpg": 4,
         "hidden/9.jpg": 4,
     }
@@ -161,7 +162,6 @@ def test_a_tree_as_people_have_it(tmp_path: Path) -> None:
     assert there.num_again == 4  # self, up, ring, and deep below more
     assert {name: reason.split(";")[0] for name, reason in there.faults.items()} == {
         "day/annex.jpg": "a link of git-annex whose content is not here",
-        "day/caf\\xe9.jpg": "its name is not valid UTF-8",
         "day/dvc.jpg": "a link of DVC whose content is not here",
         "day/gone.jpg": "a link whose target is not there (/nowhere/x\\ny.jpg)",
         "day/loop.jpg": "a link that leads to itself",
@@ -191,10 +191,31 @@ def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: 
 
 
 def test_a_path_that_is_no_text(tmp_path: Path) -> None:
+    """It is read, and nothing is written there."""
     path = os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff")
-    for deed in (storage.exists, storage.is_file, storage.delete_file):
-        with pytest.raises(storage.UnusableNameError, match=r"/bad\\xff: a name that is not valid UTF-8; rename it$"):
+    assert not storage.exists(path)
+    storage.write_bytes(path, b"four")
+    assert storage.is_file(path)
+    assert storage.num_bytes(path) == 4
+    assert storage.mtime_ns(path) == os.stat(path).st_mtime_ns
+    for deed in (storage.delete_file, storage.check_writable):
+        with pytest.raises(InputError, match=r"/bad\\xff: a name that is not valid UTF-8; rename it$"):
             deed(path)
+    names = [b"a\xff/\x80\xe9.jpg", b"a%FF/%80%E9.jpg", b"\xc3\xa9.jpg", b"100%.jpg"]
+    for name in names:
+        storage.write_bytes(os.fsdecode(os.fsencode(tmp_path) + b"/in/" + name), name)
+    there = storage.tree(str(tmp_path / "in"))
+    assert {name: os.fsencode(entry.path) for name, entry in there.files.items()} == {
+        "100%.jpg": b"100%.jpg",
+        "a%FF/%80%E9.jpg": b"a%FF/%80%E9.jpg",
+        "\u00e9.jpg": b"\xc3\xa9.jpg",
+    }
+    reason = "its name is not valid UTF-8, and a%FF/%80%E9.jpg is another's; rename one"
+    assert there.faults == {r"a\xff/\x80\xe9.jpg": reason}
+    os.unlink(tmp_path / "in/a%FF/%80%E9.jpg")
+    entry = storage.tree(str(tmp_path / "in")).files["a%FF/%80%E9.jpg"]
+    assert os.fsencode(entry.path) == names[0]
+    assert storage.read_bytes(storage.join(str(tmp_path / "in"), entry.path)) == names[0]
 
 
 def test_what_a_remote_listing_leaves_out(s3: Any) -> None:

@@ -40,9 +40,9 @@ def picture(seed: int, side: int = 16) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
 
 
-def put(path: Path, seed: int, side: int = 16) -> Path:
+def put(path: Path, seed: int, side: int = 16, *, format: str | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(seed, side)).save(path)
+    Image.fromarray(picture(seed, side)).save(path, format)
     return path
 
 
@@ -131,19 +131,32 @@ def test_all_that_is_an_image_is_listed_to_any_depth(tmp_path: Path) -> None:
     (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "again").symlink_to(".")
     (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"1")
+    for name in ("photo", "photo.dat", "clip.mp4"):
+        put(tmp_path / "z" / name, 1, format="PNG")
     os.mkfifo(tmp_path / "pipe.png")
     found = listing.list_sources(str(tmp_path))
     good = {row["id"]: row for row in found.rows if not row["error"]}
     bad = {row["id"]: row["error"] for row in found.rows if row["error"]}
-    assert list(good) == ["b.JPG", "x/y/a.png"]
+    assert list(good) == ["b.JPG", "caf%E9.jpg", "x/y/a.png", "z/clip.mp4", "z/photo", "z/photo.dat"]
+    assert good["caf%E9.jpg"]["path"] == os.fsdecode(b"caf\xe9.jpg")
     assert good["b.JPG"]["size"] == 5
     assert good["b.JPG"]["mtime_ns"] == (tmp_path / "b.JPG").stat().st_mtime_ns
-    assert sorted(bad) == ["caf\\xe9.jpg", "e.jxl", "f.DNG", "gone.jpg", "pipe.png"]
+    assert sorted(bad) == ["e.jxl", "f.DNG", "gone.jpg", "pipe.png"]
     assert "JPEG XL, which is not read; export it" in bad["e.jxl"]
-    assert "not valid UTF-8" in bad["caf\\xe9.jpg"]
     assert "target is not there" in bad["gone.jpg"]
     assert found.num_others == 1
     assert any("system files and folders passed over" in note for note in found.notes)
+
+
+def test_a_bucket_tells_images_by_their_content_too(s3: Any, tmp_path: Path) -> None:
+    content = put(tmp_path / "x.png", 1).read_bytes()
+    uri = f"{s3.uri}/{tmp_path.name}"
+    for name, data in {"photo": content, "a/photo.dat": content, "note": b"text", "notes.txt": content}.items():
+        storage.write_bytes(f"{uri}/{name}", data)
+    found = listing.list_sources(uri)
+    assert [row["id"] for row in found.rows] == ["a/photo.dat", "photo"]
+    assert found.num_others == 2
+    assert [row["id"] for row in listing.list_sources(f"{uri}/photo").rows] == ["photo"]
 
 
 def test_an_input_may_be_one_image_or_a_pattern(tmp_path: Path) -> None:
@@ -207,7 +220,8 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
 def test_reading_prepares_as_training_did_and_keeps_the_reason(tmp_path: Path) -> None:
     put(tmp_path / "wide.png", 1, side=40)
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    batch = {"id": np.array(["wide.png", "bad.jpg", "gone.png"]), "output": np.array(["1", "2", "3"])}
+    names = np.array(["wide.png", "bad.jpg", "gone.png"])
+    batch = {"id": names, "path": names, "output": np.array(["1", "2", "3"])}
     (read,) = read_images(batch, root=str(tmp_path), image_size=16, to="night", seed=5)
     right = images.to_square(images.decode((tmp_path / "wide.png").read_bytes()), 16)
     assert np.array_equal(read["image"][0], right)
@@ -227,7 +241,9 @@ def test_an_odd_file_is_one_row_s_fault_or_has_a_note(tmp_path: Path) -> None:
     with (tmp_path / "huge.jpg").open("wb") as file:
         file.truncate(images.MAX_BYTES + 1)
     names = np.array(["exif.jpg", "x.avif", "raw.nef", "huge.jpg"])
-    (read,) = read_images({"id": names, "output": names}, root=str(tmp_path), image_size=16, to="night", seed=5)
+    (read,) = read_images(
+        {"id": names, "path": names, "output": names}, root=str(tmp_path), image_size=16, to="night", seed=5
+    )
     assert (read["error"][0], read["note"][0]) == ("", images.EXIF_IGNORED)
     for error, reason in zip(read["error"][1:], ["truncated or corrupt", "a raw photo", "400 MB"], strict=True):
         assert reason in error
@@ -386,14 +402,22 @@ def test_a_name_is_at_most_one_rows_fault(tmp_path: Path, checkpoint_folder: str
     names = ["x" * 251 + ".png", "x" * 250 + ".webp", "dir.png", "dir.png.png", "dir.jpg", "Dir.PNG.webp", "a\nb.png"]
     for number, name in enumerate(names):
         put(source / name, number)
-    (source / os.fsdecode(b"caf\xe9.jpg")).write_bytes((source / "dir.png").read_bytes())
+    for name in (b"caf\xe9.jpg", b"th\xe9.jpg", b"th%E9.jpg", b"d\xe9/1", b"photo", b"photo.jpg", b"photo.png"):
+        put(source / os.fsdecode(name), 3, format="PNG")
     put(source / "preview.png" / "sub" / "1.png", 5)
     argv = command(checkpoint_folder, source, output)
     assert translate.main(argv) == cli.SET_ASIDE
     rows = manifest(output)
     bad = {name for name, row in rows.items() if row["status"] == "rejected"}
-    assert bad == {"caf\\xe9.jpg"}
-    assert (output / "rejected.txt").read_text().startswith("caf\\xe9.jpg\t")
+    assert bad == {"th\\xe9.jpg"}
+    assert (output / "rejected.txt").read_text().startswith("th\\xe9.jpg\t")
+    outputs = {name: row["output"] for name, row in rows.items()}
+    assert (outputs["caf%E9.jpg"], outputs["d%E9/1"]) == ("caf%E9.png", "d%E9/1.png")
+    assert [outputs[f"photo{ending}"] for ending in ("", ".jpg", ".png")] == [
+        "photo.png",
+        "photo.jpg.png",
+        "photo.png.png",
+    ]
     written = {path.relative_to(output).as_posix() for path in output.rglob("*.png")} - {"preview.png"}
     assert written == {row["output"] for row in rows.values() if row["status"] == "ok"}
     before = {name: (output / name).stat().st_mtime_ns for name in written}

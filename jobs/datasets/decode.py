@@ -247,15 +247,14 @@ _is_archive = functools.lru_cache(maxsize=64)(storage.is_file)
 
 def read_or_error(uri: str) -> bytes | InputError:
     """An image's bytes. What is wrong with one file sets it aside; a store that refuses stops the work."""
-    try:
-        images.check_listed(uri)
-    except InputError as error:
-        return InputError(str(error).removeprefix(f"{uri}: "))
     packed, member = in_archive(uri)
     try:
         if packed:
-            return archive(packed).read(member, max_bytes=images.MAX_BYTES)
-        return storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
+            content = archive(packed).read(member, max_bytes=images.MAX_BYTES)
+        else:
+            content = storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
+        images.check_kind(member or uri, content)
+        return content
     except FileNotFoundError:
         return InputError("the file is gone")
     except (zipfile.BadZipFile, KeyError) as error:

@@ -294,7 +294,8 @@ def _items(source: str, listing: Listing, places: Sequence[_Place]) -> tuple[lis
     taken: dict[str, Item] = {}
     places = sorted(places, key=lambda place: (not real[place.path].endswith(f"/{place.path}"), place))
     for path, within, around in places:
-        item = Item(file=within, uri=storage.join(source, path), split=around or splits[within])
+        uri = storage.join(source, listing.images[path].path)
+        item = Item(file=within, uri=uri, split=around or splits[within])
         taken.setdefault(real[path], item)
     items = sorted(taken.values(), key=lambda item: item.file)
     for one, two in itertools.pairwise(items):

@@ -5,7 +5,7 @@ import concurrent.futures
 import dataclasses
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
@@ -20,7 +20,8 @@ PLAIN = re.compile(
     r"\.(txt|[ct]sv|jsonl?|xml|ya?ml|toml|ini|md|rst|html?|log|py|ipynb|sh|mat|np[yz]|pth?|pkl|h5|hdf5|safetensors|parquet"
     r"|db|sqlite|lmdb|tfrecord|zip|tar|t?gz|bz2|xz|7z|rar|dvc|docx|xlsx|xmp|aae|mp3|wav)"
 )
-"""Endings of files that are no images for certain; into others the listing looks."""
+"""Endings of files that are no images for certain: they are not opened. Into others the listing looks, unless they end
+like images."""
 HEAD_BYTES = 32
 """What is read of those."""
 PACKED = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
@@ -31,7 +32,7 @@ class Listing:
     """What lies below a folder; paths are relative to it."""
 
     images: dict[str, storage.Entry]
-    """Files that end like images which are read, sorted."""
+    """Files that end or begin like images which are read, sorted."""
     rejected: dict[str, str]
     """What stands there as an image and cannot be read, with the reason and the remedy."""
     others: dict[str, storage.Entry]
@@ -75,16 +76,25 @@ def list_images(uri: str) -> Listing:
         InputError: `uri` may not be read.
     """
     tree = storage.tree(uri, skip=is_system)
+    named = {path for path in tree.files if _suffix(path) in images.SUFFIXES}
+    heads = _heads(uri, {path: entry for path, entry in tree.files.items() if path not in named})
     found: dict[str, storage.Entry] = {}
     others: dict[str, storage.Entry] = {}
     rejected = {path: reason for path, reason in tree.faults.items() if path.endswith("/") or _maybe_image(path)}
     for path, entry in tree.files.items():
+        head = heads.get(path, b"")
         try:
-            images.check_listed(path, entry.num_bytes if _suffix(path) in images.SUFFIXES else 0)
+            if isinstance(head, InputError):
+                raise head
+            images.check_kind(path, head)
+            if path in named or images.looks_like_image(head):
+                storage.check_size(path, entry.num_bytes, images.MAX_BYTES)
+                found[path] = entry
+                continue
         except InputError as error:
             rejected[path] = error.args[0].removeprefix(f"{path}: ")
-        (found if _suffix(path) in images.SUFFIXES and path not in rejected else others)[path] = entry
-    rejected |= _without_ending(uri, others) | _not_pulled(tree.files)
+        others[path] = entry
+    rejected |= _not_pulled(tree.files)
     notes = [_system_note(tree.skipped)] if tree.skipped else []
     if tree.num_again:
         link = "link to a folder" if tree.num_again == 1 else "links to folders"
@@ -100,23 +110,27 @@ def _maybe_image(path: str) -> bool:
     return _suffix(path) in images.SUFFIXES | images.UNREADABLE.keys() | {""}
 
 
-def _without_ending(uri: str, others: Iterable[str]) -> dict[str, str]:
-    """Images whose name does not say that they are."""
+def _heads(uri: str, files: Mapping[str, storage.Entry]) -> dict[str, bytes | InputError]:
+    """How the files begin whose names do not tell what they are, or why that cannot be read.
 
-    def head(path: str) -> bytes:
+    Raises:
+        InputError: the store refuses.
+    """
+
+    def head(path: str) -> bytes | InputError:
+        file = storage.join(uri, files[path].path)
         try:
-            return storage.read_bytes(storage.join(uri, path), first=HEAD_BYTES)
-        except (InputError, FileNotFoundError):
+            return storage.read_bytes(file, first=HEAD_BYTES)
+        except FileNotFoundError:
             return b""
+        except InputError as error:
+            if storage.is_remote(uri) and not isinstance(error, storage.UnusableNameError):
+                raise
+            return InputError(str(error).removeprefix(f"{file}: "))
 
-    unknown = [path for path in others if not PLAIN.fullmatch(_suffix(path)) and _suffix(path) not in images.UNREADABLE]
+    unknown = [path for path in files if not PLAIN.fullmatch(_suffix(path))]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        heads = list(pool.map(head, unknown))
-    return {
-        path: f"an image, but its name does not end like one ({_suffix(path) or 'no ending'}); rename it"
-        for path, begins in zip(unknown, heads, strict=True)
-        if images.looks_like_image(begins)
-    }
+        return dict(zip(unknown, pool.map(head, unknown), strict=True))
 
 
 def _not_pulled(files: Iterable[str]) -> dict[str, str]:

@@ -145,7 +145,8 @@ def _sources(note: dict[str, Any], names: Sequence[str]) -> list[Pixels]:
     if note["options"].get("align") == "faces":
         template = faces.template_for(tuple(config["data"]["landmarks"]), "faces")
     found = [
-        read_image(name, root=asked["input"], image_size=config["image_size"], template=template) for name in names
+        read_image(name, name, root=asked["input"], image_size=config["image_size"], template=template)
+        for name in names
     ]
     if wrong := [error for _, error, _ in found if error]:
         raise FileNotFoundError(wrong[0])

@@ -111,12 +111,15 @@ def file_rows(
     seed: int,
     batch_size: int,
 ) -> Source:
-    """Rows of the images `items` (id = path below `root`, output).
+    """Rows of the images `items` (id, path below `root`, output).
 
     `template`: landmarks that faces are aligned to, () to take images as they are.
     """
     tasks = [
-        {name: np.array([item[name] for item in items[start : start + batch_size]]) for name in ("id", "output")}
+        {
+            name: np.array([item[name] for item in items[start : start + batch_size]])
+            for name in ("id", "path", "output")
+        }
         for start in range(0, len(items), batch_size)
     ]
     read = functools.partial(read_images, root=root, image_size=image_size, template=template, to=to, seed=seed)
@@ -129,9 +132,10 @@ def read_images(
     """Each file read and prepared as training did it; what cannot be read gets its reason in `error`."""
     with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as threads:
         one = functools.partial(read_image, root=root, image_size=image_size, template=template)
-        read = list(threads.map(one, batch["id"].tolist()))
+        read = list(threads.map(one, batch["id"].tolist(), batch["path"].tolist()))
     rows = {
-        **batch,
+        "id": batch["id"],
+        "output": batch["output"],
         "to": np.array([to] * len(read)),
         "seed": np.full(len(read), seed, np.int64),
         "image": np.stack([image for image, _, _ in read]),
@@ -141,17 +145,19 @@ def read_images(
     return [rows]
 
 
-def read_image(name: str, *, root: str, image_size: int, template: tuple[float, ...]) -> tuple[np.ndarray, str, str]:
+def read_image(
+    name: str, path: str, *, root: str, image_size: int, template: tuple[float, ...]
+) -> tuple[np.ndarray, str, str]:
     """(image, "", note) or (black, why not, "").
 
     Raises:
         InputError: the storage itself is gone, which no single image is to blame for.
     """
-    uri = storage.join(root, name)
+    uri = storage.join(root, path)
     with images.reading.take(storage.local_size(uri)):
         try:
-            images.check_listed(name)
             data = storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
+            images.check_kind(name, data)
         except FileNotFoundError:
             return _black(image_size), f"{name}: gone since the folder was listed", ""
         except InputError as error:

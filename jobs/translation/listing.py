@@ -27,9 +27,10 @@ class Sources:
     """What is to be translated, where it comes from files."""
 
     root: str
-    """The folder or prefix that `id` is a path below."""
+    """The folder or prefix that `path` is below."""
     rows: list[dict[str, Any]]
-    """id, size, mtime_ns and error of each image, sorted by id; `error` says why it cannot even be read, mostly ""."""
+    """id, path, size, mtime_ns and error of each image, sorted by id: the id is `storage.as_text` of the path below the
+    root; `error` says why it cannot even be read, mostly ""."""
     num_others: int
     """Files that are no images."""
     notes: list[str]
@@ -44,8 +45,8 @@ def list_sources(uri: str) -> Sources:
     """
     if storage.is_file(uri):
         folder, _, name = uri.rpartition("/")
-        row = {"id": name, "size": storage.num_bytes(uri), "mtime_ns": storage.mtime_ns(uri), "error": ""}
-        return Sources(folder, [row], 0, [])
+        row = {"id": storage.as_text(name), "path": name, "size": storage.num_bytes(uri)}
+        return Sources(folder, [row | {"mtime_ns": storage.mtime_ns(uri), "error": ""}], 0, [])
     root, pattern = uri, "*"
     if not storage.exists(uri) and (fixed := re.match(r"([^*?\[]*)/[^/]*[*?\[]", uri)):
         root, pattern = fixed[1], uri[len(fixed[1]) + 1 :]
@@ -57,7 +58,13 @@ def list_sources(uri: str) -> Sources:
         return fnmatch.fnmatchcase(name, pattern)
 
     rows = {
-        name: {"id": name, "size": entry.num_bytes, "mtime_ns": entry.mtime_ns, "error": ""}
+        name: {
+            "id": name,
+            "path": entry.path,
+            "size": entry.num_bytes,
+            "mtime_ns": entry.mtime_ns,
+            "error": "",
+        }
         for name, entry in there.images.items()
         if wanted(name)
     }
@@ -68,7 +75,7 @@ def list_sources(uri: str) -> Sources:
         if wanted(name):
             # a name that is no text is told as it is printed, and another file may be called so
             own = f"{name} (as printed)" if name in rows else name
-            rows[own] = {"id": own, "size": 0, "mtime_ns": 0, "error": f"{own}: {reason}"}
+            rows[own] = {"id": own, "path": name, "size": 0, "mtime_ns": 0, "error": f"{own}: {reason}"}
     others = [name for name in there.others if wanted(name) and name not in there.rejected]
     return Sources(root, [rows[name] for name in sorted(rows)], len(others), there.notes)
 

@@ -69,8 +69,8 @@ def draft(options: Options) -> Draft:
         raise InputError(f"--source {source}: there are images in {one}/ and none in {gone}/; both are needed")
     splits = layout.splits_within(listing.images)
     items = [
-        Item(file=file, uri=storage.join(source, file), split=splits[file])
-        for file in listing.images
+        Item(file=file, uri=storage.join(source, entry.path), split=splits[file])
+        for file, entry in listing.images.items()
         if all(layout.pure_split(folder) for folder in file.split("/")[:-1])
     ]
     if not items:
