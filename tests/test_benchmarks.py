@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic, and that what they compare takes turns."""
 
+import asyncio
 import concurrent.futures
 import importlib
 import json
@@ -16,9 +17,13 @@ import pytest
 import torch
 from conftest import ROOT
 
+from ddpm_core import checkpoint
+from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
+from ddpm_core.translator import Translator, check_sampling
 from jobs import benchmark
 from jobs.benchmarks import contenders, gpu, gpu_rows, training, validation
+from jobs.benchmarks import serve as benchmark_serve
 from jobs.training.presets import PRESETS
 
 
@@ -245,10 +250,37 @@ def test_what_the_gpu_benchmarks_rows_come_to() -> None:
 def test_the_ways_to_serve_take_turns(
     tmp_path: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "serve --seconds 0.3 --rounds 1 --clients 1 4 --loads 0.5 --short-steps 1 --long-steps 2 --num-threads 1"
+    words = "serve --seconds 0.3 --rounds 1 --clients 1 4 --loads 0.7 --short-steps 1 --long-steps 2 --num-threads 1"
     assert benchmark.main([*words.split(), "--checkpoint", checkpoint_folder, "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "serve.json").read_text())
     assert [row["clients"] for row in found["closed"]] == [1, 4]
     assert all(row[way] > 0 for row in found["closed"] for way in ("steps", "batches", "single"))
     assert found["open"][0]["steps images_per_s"] > 0
-    assert "of raw" in capsys.readouterr().out
+    assert [goal["value"] > 0 for goal in found["goals"] if "lone" not in goal["what"]] == [True] * 3
+    told = capsys.readouterr().out
+    assert "p95 of short requests at load 0.7, steps / batches" in told
+    assert told.count("reached") + told.count("MISSED") == 4
+
+
+def test_the_ways_to_serve_have_a_network_of_their_own_that_takes_any_number_of_steps() -> None:
+    config = benchmark_serve.network(None).config
+    options = benchmark_serve.Options()
+    for steps in (options.short_steps, options.long_steps):
+        check_sampling(config, SamplingConfig(num_steps=steps, guidance_scale=options.guidance_scale), "night")
+
+
+def test_requests_of_equal_options_are_batched_and_a_failing_batch_fails_its_own(checkpoint_folder: str) -> None:
+    bench = benchmark_serve.Bench(
+        Translator(checkpoint.load(checkpoint_folder), device="cpu"), benchmark_serve.Options()
+    )
+    jobs = [bench.job(0, 2), bench.job(1, 2), bench.job(0, 3), bench.job(0, 5000), bench.job(2, 2)]
+    server = bench.server("batches")
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*map(server.translate, jobs), return_exceptions=True)
+
+    first, second, other, wrong, third = asyncio.run(main())
+    server.close()
+    assert isinstance(wrong, InputError)
+    assert other.batch_size == 1
+    assert first.batch_size + second.batch_size + third.batch_size in (5, 9)  # 1, 2, 2 or 3, 3, 3
