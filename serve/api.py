@@ -175,12 +175,21 @@ async def parse_body(body: bytes, headers: Headers) -> Sent:
     Raises:
         HTTPException: 400 for a form or JSON that holds no image.
     """
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = _content_type(headers)
     if kind == "multipart/form-data":
         return await _parse_form(body, headers)
     if kind == "application/json":
         return _parse_json(body)
     return Sent(body, {})
+
+
+def holds_fields(headers: Headers) -> bool:
+    """Whether the body may hold options beside the image."""
+    return _content_type(headers) in ("multipart/form-data", "application/json")
+
+
+def _content_type(headers: Headers) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def _parse_form(body: bytes, headers: Headers) -> Sent:
@@ -348,6 +357,12 @@ class Endpoint:
             HTTPException, InputError: what is wrong with it, in one line.
         """
         client = self.door.client(request)
+
+        def asked(fields: dict[str, Any]) -> tuple[Query, Options]:
+            whole = merged(query, understood(fields) if understood else fields)
+            return whole, self.options(whole)
+
+        early = None if holds_fields(request.headers) else asked({})  # what is wrong is said before a body is read
         if self.bodies >= MAX_BODIES:
             raise later(429, "too many requests are being sent")
         self.bodies += 1
@@ -356,8 +371,7 @@ class Endpoint:
             body = await read_body(request, self.arguments.max_body_bytes, self.arguments.body_timeout_s)
             sent = await parse_body(body, request.headers)
             del body
-            query = merged(query, understood(sent.fields) if understood else sent.fields)
-            options = self.options(query)
+            query, options = early or asked(sent.fields)
             template = faces.template_for(self.config.data.landmarks, query.align)
             read = await self.backend.read(sent.image, template, deadline)
         finally:

@@ -347,6 +347,31 @@ def test_tokens_are_read_from_a_file(tmp_path: Any) -> None:
         app.read_tokens(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize(
+    ("url", "status", "message"),
+    [
+        ("/v1/translate?domain=nigth", 422, "did you mean 'night'?"),
+        ("/v1/translate/stream?domain=night&num_steps=5000", 422, "must not exceed"),
+        ("/v1/translate?domain=night&start=sdedit&strength=0.01", 422, "strength is 0.01"),
+        ("/v1/translate?domain=night", 403, "accept_licence=true"),
+        ("/v1/images/edits", 400, "prompt is missing"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_body_is_read(local: Local, url: str, status: int, message: str) -> None:
+    licence = "research only" if status == 403 else "CC0"
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, licence=licence))
+    begun = []
+
+    async def body() -> AsyncIterator[bytes]:
+        begun.append(1)
+        yield png()
+
+    answer = ask(made(local, config), "POST", url, content=body(), headers={"Content-Type": "image/png"})
+    assert answer.status_code == status, answer.text
+    assert message in detail(answer)
+    assert not begun
+
+
 # -- clients that do not behave -------------------------------------------------------------------------------------
 
 
