@@ -1107,6 +1107,23 @@ def test_a_run_begins_with_anothers_weights_and_ends_the_same_when_it_was_interr
     assert "began with the weights of" in Path(found.path, "card.md").read_text()
 
 
+@pytest.mark.slow
+def test_several_workers_begin_with_anothers_weights_from_a_bucket(
+    dataset_folder, origin_run, ray_cluster, s3, tmp_path
+):
+    """As one process with the same weights on its disk, to rounding: whole and shared among the workers."""
+    uri = f"{s3.uri}/{tmp_path.name}/origin"
+    for name in storage.list_files(str(origin_run)):
+        storage.write_bytes(f"{uri}/{name}", storage.read_bytes(f"{origin_run}/{name}"))
+    flags = ["--max-train-images", "16", "--epochs", "1", *LENGTHS]
+    assert run(dataset_folder, tmp_path / "here", *HERE, *flags, "--init-from", str(origin_run)) == 0
+    for parallel in ("ddp", "fsdp"):
+        workers = ["--num-workers", "2", "--parallel", parallel]
+        assert run(dataset_folder, tmp_path / parallel, *workers, *flags, "--init-from", uri) == 0
+        assert_alike(tmp_path / "here", tmp_path / parallel)
+        assert checkpoint.read_config(str(tmp_path / parallel)).origin.checkpoint == uri
+
+
 def test_what_begins_with_anothers_weights_has_them_and_knows_domains_by_name(origin_run):
     options = dataclasses.replace(PRESETS["smoke"].options, init_from=str(origin_run))
     options = origin.adopted(options, 16, "/nowhere", ())
