@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ddpm_core.norms import GroupNorm
+
 
 def zeroed(module: nn.Module) -> nn.Module:
     """Set a layer's parameters to zero: the branch behind it starts as nothing."""
@@ -76,7 +78,7 @@ class LinearAttention(nn.Module):
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
         self.num_heads = num_heads(channels, head_channels)
-        self.norm = nn.GroupNorm(1, channels)
+        self.norm = GroupNorm(1, channels)
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.out = zeroed(nn.Linear(channels, channels))
 
@@ -94,7 +96,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
         self.num_heads = num_heads(channels, head_channels)
-        self.norm = nn.GroupNorm(1, channels)
+        self.norm = GroupNorm(1, channels)
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.out = zeroed(nn.Linear(channels, channels))
 
@@ -114,8 +116,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads(channels, head_channels)
         self.num_tokens = num_tokens
-        self.norm = nn.GroupNorm(1, channels)
-        self.condition_norm = nn.GroupNorm(1, condition_channels)
+        self.norm = GroupNorm(1, channels)
+        self.condition_norm = GroupNorm(1, condition_channels)
         self.q = nn.Linear(channels, channels, bias=False)
         self.kv = nn.Linear(condition_channels, 2 * channels, bias=False)
         self.out = zeroed(nn.Linear(channels, channels))

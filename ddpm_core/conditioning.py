@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from ddpm_core.norms import GroupNorm
+
 
 def drop(
     condition: Float[Tensor, "b 3 h w"],
@@ -55,8 +57,8 @@ class ConditionEncoder(nn.Module):
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.levels = nn.ModuleList(
             nn.Sequential(
-                nn.GroupNorm(8, channels),
-                nn.SiLU(),
+                GroupNorm(8, channels, silu=True),
+                nn.Identity(),  # older checkpoints count it
                 nn.Conv2d(channels, channels, 3, stride=1 if level == 0 else 2, padding=1),
             )
             for level in range(num_levels)

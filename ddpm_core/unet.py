@@ -27,6 +27,7 @@ from ddpm_core.attention import CrossAttention, LinearAttention, SelfAttention, 
 from ddpm_core.conditioning import Anchor, ConditionEncoder
 from ddpm_core.config import ModelConfig, UNetConfig, check, stride
 from ddpm_core.errors import InputError
+from ddpm_core.norms import GroupNorm
 
 IMAGE_CHANNELS = 3
 
@@ -83,7 +84,7 @@ class UNet(nn.Module):
             ]
             grow = nn.Identity() if level == 0 else Upsample(width, widths[level - 1])
             self.up.append(Up(blocks, attentions, grow))
-        self.out_norm = group_norm(widths[0])
+        self.out_norm = group_norm(widths[0], silu=True)
         masks = unet.patch_size**2 if unet.source_mask else 0
         self.out = zeroed(nn.Conv2d(widths[0], pixels + masks, 3, padding=1))
         # Most of eps and v is a linear function of x_t: without this path the first thousand steps go into learning it.
@@ -147,7 +148,7 @@ class UNet(nn.Module):
         h = self.middle_out(self.middle_attention(h), embedding, *shown[-1])
         for level, see in zip(self.up, reversed(shown), strict=True):
             h = level(h, embedding, see, skips)
-        h = F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), unet.patch_size)
+        h = F.pixel_shuffle(self.out(self.out_norm(h)), unet.patch_size)
         with torch.autocast(x_t.device.type, enabled=False):
             return self._finished(h.to(x_t), x_t, source, embedding.to(x_t), show_mask)
 
@@ -213,10 +214,10 @@ class Block(nn.Module):
         super().__init__()
         own = out_channels - (unet.anchor_channels if "anchor" in unet.injection else 0)
         self.recompute = False
-        self.norm_in = group_norm(in_channels)
+        self.norm_in = group_norm(in_channels, silu=True)
         self.conv_in = nn.Conv2d(in_channels, own, 3, padding=1)
         self.modulation = nn.Linear(embedding_channels, 2 * own)
-        self.norm_out = group_norm(own)
+        self.norm_out = group_norm(own, silu=True)
         self.dropout = nn.Dropout(unet.dropout)
         self.conv_out = zeroed(nn.Conv2d(own, own, 3, padding=1))
         self.skip = nn.Identity() if in_channels == own else nn.Conv2d(in_channels, own, 1)
@@ -239,10 +240,8 @@ class Block(nn.Module):
         return self.compute(x, embedding, features, anchor)
 
     def compute(self, x: Tensor, embedding: Tensor, features: Tensor, anchor: Tensor | None) -> Tensor:
-        h = self.conv_in(F.silu(self.norm_in(x)))
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = self.norm_out(h) * (1 + scale) + shift
-        h = self.attention(self.skip(x) + self.conv_out(self.dropout(F.silu(h))))
+        h = self.norm_out(self.conv_in(self.norm_in(x)), self.modulation(embedding))
+        h = self.attention(self.skip(x) + self.conv_out(self.dropout(h)))
         if self.cross_attention is not None:
             h = self.cross_attention(h, features)
         return h if anchor is None else torch.cat([h, anchor.to(h)], dim=1)
@@ -267,9 +266,9 @@ def identical(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int, *, silu: bool = False) -> GroupNorm:
     """Groups of at least eight channels."""
-    return nn.GroupNorm(math.gcd(channels, max(1, min(32, channels // 8))), channels)
+    return GroupNorm(math.gcd(channels, max(1, min(32, channels // 8))), channels, silu=silu)
 
 
 def timestep_embedding(t: Int64[Tensor, " b"], channels: int) -> Float[Tensor, "b c"]:
