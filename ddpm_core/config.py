@@ -39,9 +39,11 @@ Loss = Literal["huber", "mse"]
 Weighting = Literal["uniform", "snr", "min_snr"]
 Sampler = Literal["ddpm", "ddim", "dpm_solver"]
 Spacing = Literal["trailing", "leading", "linspace"]
-Start = Literal["noise", "sdedit", "ddib"]
+Start = Literal["noise", "sdedit", "ddib", "residual", "flowedit"]
+FROM_SIDE: tuple[Start, ...] = ("ddib", "residual", "flowedit")
+"""Ways that need to know which side the source is on, and show the network none of it but through x_t."""
 Precision = Literal["auto", "fp32", "bf16"]
-Pairing = Literal["paired", "matched", "unpaired", "self"]
+Pairing = Literal["paired", "matched", "unpaired", "self", "none", "synthetic"]
 Align = Literal["auto", "faces", "none"]
 """auto: photos are aligned where the model was trained on aligned portraits. none: they are cut to centred squares."""
 
@@ -136,10 +138,12 @@ class SamplingConfig:
     guidance_rescale: float = 0.0
     """Pull the guided prediction's spread back to the plain one's, 0 not at all, 1 wholly (Lin et al. 2024)."""
     start: Start = "noise"
-    """noise: pure noise. sdedit: the source with noise of `strength` (Meng et al. 2022). ddib: the noise that DDIM
-    finds for the source in its own domain (Su et al. 2023); the last two for networks trained without pairs."""
+    """noise: pure noise. Four ways for networks trained without pairs: sdedit: the source with noise of `strength`
+    (Meng et al. 2022). ddib: the noise that DDIM finds for the source in its own domain (Su et al. 2023). residual:
+    the source, and what drawing it from that noise as the wanted domain differs from drawing it as its own. flowedit:
+    the same difference without finding a noise (Kulikov et al. 2024)."""
     strength: float = 1.0
-    """Of sdedit: share of the chain that is noised and drawn again."""
+    """Of sdedit, residual and flowedit: share of the chain that is noised and drawn again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,7 +209,7 @@ class DataCard:
     content_hash: str = ""
     """Hash of the data set's shards."""
     pairing: str = "unpaired"
-    """How sources and targets were paired in training: paired, matched or unpaired."""
+    """How sources and targets were paired in training, as the option --pairing has it."""
     mean_color: tuple[float, ...] = (0.0, 0.0, 0.0)
     """Mean colour of the training images, in [-1, 1]."""
     landmarks: tuple[float, ...] = ()
@@ -247,8 +251,9 @@ class ModelConfig:
     """The sides this network was trained to produce; empty means all of them."""
     method: Method = "diffusion"
     """The conditional diffusion model, a GAN baseline, or an encoder."""
-    shown: Literal["source", "structure"] = "source"
-    """What the condition is: the source itself, or its structure alone, so that the domain's label makes the rest."""
+    shown: Literal["source", "structure", "nothing"] = "source"
+    """What the condition is: the source itself; its structure alone, so that the domain's label makes the rest; or
+    nothing, for a prior of all sides that an image is edited with."""
     unet: UNetConfig = UNetConfig()
     """The network."""
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -452,10 +457,13 @@ def check_sampling(sampling: SamplingConfig, num_timesteps: int) -> None:
         raise InputError(f"sampling.strength is {sampling.strength}; it must lie in (0, 1]")
     if sampling.eta and sampling.sampler != "ddim":
         raise InputError(f"sampling.eta has no effect on the sampler {sampling.sampler}; it is ddim's")
-    if sampling.strength != 1 and sampling.start != "sdedit":
-        raise InputError(f"sampling.strength has no effect with sampling.start {sampling.start}; it is sdedit's")
-    if sampling.start == "ddib" and (sampling.sampler != "ddim" or sampling.eta):
-        raise InputError("sampling.start ddib goes there and back by DDIM; it needs sampler ddim and eta 0")
+    if sampling.strength != 1 and sampling.start in ("noise", "ddib"):
+        raise InputError(
+            f"sampling.strength has no effect with sampling.start {sampling.start}; it is of sdedit, residual and "
+            "flowedit"
+        )
+    if sampling.start in FROM_SIDE and (sampling.sampler != "ddim" or sampling.eta):
+        raise InputError(f"sampling.start {sampling.start} has steps of its own; it needs sampler ddim and eta 0")
 
 
 def override_sampling(config: ModelConfig, overrides: Mapping[str, Any]) -> SamplingConfig:

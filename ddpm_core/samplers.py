@@ -11,7 +11,7 @@ generators         one for each image: an image's result does not depend on its 
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int64
@@ -188,6 +188,67 @@ def check_invertible(timesteps: Int64[Tensor, " n"], alphas_cumprod: Float[Tenso
         raise InputError("sampling.num-steps is 1: one step from pure noise cannot be inverted; take at least 2")
 
 
+def residual_edit(
+    denoiser: Denoiser,
+    both: Denoiser,
+    x_0: Float[Tensor, "b c h w"],
+    *,
+    timesteps: Int64[Tensor, " n"],
+    alphas_cumprod: Float[Tensor, " T"],
+    prediction: Prediction,
+    num_fixed_point_steps: int = 1,
+    callback: Callback | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """x_0 + (x_0 drawn as the wanted side - x_0 drawn as its own), both by DDIM from the noise that `invert` finds.
+
+    What the network blurs it blurs in both, and the difference cancels it; equal sides give back x_0 to the last bit.
+    `denoiser` knows x_0's own side; `both`, called with 2b images, the own side in the first b and the wanted in the
+    others. Costs `num_fixed_point_steps` evaluations of the one and one of the other a step.
+
+    Raises:
+        ValueError, InputError: as `invert`.
+    """
+    chain: Any = {"timesteps": timesteps, "alphas_cumprod": alphas_cumprod, "prediction": prediction}
+    x_t = invert(denoiser, x_0, num_fixed_point_steps=num_fixed_point_steps, **chain)
+
+    def changed(drawn: Float[Tensor, "n c h w"]) -> Float[Tensor, "b c h w"]:
+        own, wanted = drawn.chunk(2)
+        return x_0 + (wanted - own)
+
+    told = (lambda done, drawn: callback(done, changed(drawn))) if callback else None
+    return changed(ddim(both, torch.cat([x_t, x_t]), generators=[], clip=False, callback=told, **chain))
+
+
+def flow_edit(
+    both: Denoiser,
+    x_0: Float[Tensor, "b c h w"],
+    *,
+    timesteps: Int64[Tensor, " n"],
+    alphas_cumprod: Float[Tensor, " T"],
+    prediction: Prediction,
+    generators: list[torch.Generator],
+    callback: Callback | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """x_0 + delta without inversion (FlowEdit, Kulikov et al. 2024, algorithm 1), for any schedule.
+
+    With tau = s / (a + s), which is FlowEdit's time, and fresh noise at each step:
+
+        D     = x_0 predicted as the wanted side at a (x_0 + delta) + s noise - as its own at a x_0 + s noise
+        delta = delta + (tau - tau_prev) / tau (D - delta)
+
+    `both` as in `residual_edit`; one evaluation of it a step.
+    """
+    delta = torch.zeros_like(x_0)
+    for i, (t, abar, abar_prev) in enumerate(_steps(timesteps, alphas_cumprod)):
+        noise = math.sqrt(1 - abar) * draw_noise(generators, x_0)
+        x_t = torch.cat([math.sqrt(abar) * x_0 + noise, math.sqrt(abar) * (x_0 + delta) + noise])
+        own, wanted = _predict(both, x_t, t, alphas_cumprod, prediction, clip=False).x_0.chunk(2)
+        delta = delta + (1 - _flow_time(abar_prev) / _flow_time(abar)) * (wanted - own - delta)
+        if callback:
+            callback(i + 1, x_0 + delta)
+    return x_0 + delta
+
+
 def sdedit_start(
     x_0: Float[Tensor, "b c h w"],
     timesteps: Int64[Tensor, " n"],
@@ -243,6 +304,12 @@ def _predict(
 
 def _batch(t: int, like: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
     return torch.full((len(like),), t, dtype=torch.int64, device=like.device)
+
+
+def _flow_time(abar: float) -> float:
+    """tau = s / (a + s), from 0 for the clean image to 1 for pure noise."""
+    a, s = math.sqrt(abar), math.sqrt(1 - abar)
+    return s / (a + s)
 
 
 def _half_log_snr(abar: float) -> float:

@@ -21,7 +21,7 @@ from ddpm_core import config as configs
 from ddpm_core import guidance, images, samplers, schedule
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.conditioning import structure
-from ddpm_core.config import ModelConfig, SamplingConfig, domain_attributes
+from ddpm_core.config import FROM_SIDE, ModelConfig, SamplingConfig, domain_attributes
 from ddpm_core.diffusion import draw_noise, seeded
 from ddpm_core.encoders import AttributeClassifier, IdentityEncoder
 from ddpm_core.errors import InputError
@@ -31,9 +31,18 @@ from ddpm_core.precision import autocast, in_float32, resolve
 Preview = Callable[[int, UInt8[np.ndarray, "b h w 3"]], None]
 """Called after each step with the number of steps done and how the images look by then."""
 Progress = Callable[[int, int], None]
-"""Called after each step with the number of steps done and of all steps (the way there, of start ddib, is not one)."""
+"""Called after each step with the number of steps done and of all steps (the way to the noise, of starts ddib and
+residual, is none)."""
 NUM_FIXED_POINT_STEPS = 3
-"""Evaluations for each step of the inversion that start ddib makes."""
+"""Evaluations for each step of the inversion that starts ddib and residual make."""
+
+
+SHOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "source": lambda pictures: pictures,
+    "structure": structure,
+    "nothing": torch.zeros_like,
+}
+"""What the network is shown of the source, by `ModelConfig.shown`."""
 
 
 class Translated(NamedTuple):
@@ -58,13 +67,18 @@ def check_sampling(
     """
     configs.check_sampling(sampling, config.diffusion.num_timesteps)
     target_index(config, domain)
-    if source_domain is not None and sampling.start != "ddib":
+    if source_domain is not None and sampling.start not in FROM_SIDE:
         raise InputError(f"source_domain has no effect with sampling.start {sampling.start}; leave it out")
     if config.method != "diffusion":
         return
     _timesteps(config, sampling)
-    if sampling.start == "ddib":
-        _source_index(config, domain, source_domain)
+    if config.shown == "nothing" and sampling.start == "noise":
+        raise InputError(
+            "sampling.start noise: this network is shown nothing of the source, so what it draws has nothing of it; "
+            "take start flowedit, residual, sdedit or ddib"
+        )
+    if sampling.start in FROM_SIDE:
+        _source_index(config, sampling, domain, source_domain)
 
 
 def target_index(config: ModelConfig, domain: str) -> int:
@@ -80,13 +94,13 @@ def target_index(config: ModelConfig, domain: str) -> int:
     return index
 
 
-def _source_index(config: ModelConfig, domain: str, source_domain: str | None) -> int:
+def _source_index(config: ModelConfig, sampling: SamplingConfig, domain: str, source_domain: str | None) -> int:
     """Index of the side the images are on, by default the other of two."""
     others = [name for name in config.domains if name != domain]
     if source_domain is None and len(others) != 1:
         raise InputError(
-            f"sampling.start ddib: the images may be on any of the sides {', '.join(others)}; give source_domain "
-            "(of the library's Translator), or take another start"
+            f"sampling.start {sampling.start}: the images may be on any of the sides {', '.join(others)}; give "
+            "source_domain (of the library's Translator), or take another start"
         )
     return target_index(config, source_domain or others[0])
 
@@ -99,9 +113,9 @@ def _timesteps(config: ModelConfig, sampling: SamplingConfig) -> Int64[Tensor, "
     """
     num_timesteps = config.diffusion.num_timesteps
     timesteps = samplers.SPACINGS[sampling.spacing](num_timesteps, sampling.num_steps)
-    if sampling.start == "sdedit":
-        return samplers.sdedit_timesteps(timesteps, sampling.strength, num_timesteps)
-    if sampling.start == "ddib":
+    if sampling.start in ("sdedit", "residual", "flowedit"):
+        timesteps = samplers.sdedit_timesteps(timesteps, sampling.strength, num_timesteps)
+    if sampling.start in ("ddib", "residual"):
         samplers.check_invertible(timesteps, schedule.alphas_cumprod(config.diffusion))
     return timesteps
 
@@ -164,10 +178,10 @@ class Translator:
         """
         sampling = configs.override_sampling(self.config, overrides)
         nets = {"classifier": self.classifier, "identity": self.identity_encoder}
-        if sampling.start == "ddib" and (led := [name for name, net in nets.items() if net is not None]):
+        if sampling.start in FROM_SIDE and (led := [name for name, net in nets.items() if net is not None]):
             raise InputError(
-                f"{' and '.join(led)} guidance does not go with sampling.start ddib, whose way back must be the way "
-                "there; leave it out"
+                f"{' and '.join(led)} guidance does not go with sampling.start {sampling.start}, which draws by the "
+                "sides' labels alone; leave it out"
             )
         return sampling
 
@@ -225,12 +239,12 @@ class Translator:
         sampling = self.options(**overrides)
         check_sampling(self.config, sampling, domain, source_domain=source_domain)
         target = target_index(self.config, domain)
-        source = _source_index(self.config, domain, source_domain) if sampling.start == "ddib" else None
+        source = _source_index(self.config, sampling, domain, source_domain) if sampling.start in FROM_SIDE else None
         pictures = self._squares(pictures)
         if len(pictures) == 0:
             return Translated(pictures, np.ones(0, bool))
         source_images = images.to_tensor(pictures, self.device)
-        condition = structure(source_images) if self.config.shown == "structure" else source_images
+        condition = SHOWN[self.config.shown](source_images)
         if self.config.method != "diffusion":
             x_0 = self.network(condition, _labels(target, condition))
             _told(callback, progress, 1)(1, x_0)
@@ -272,42 +286,64 @@ class Translator:
         sampling: SamplingConfig,
         told: Callable[[int], samplers.Callback],
     ) -> Float[Tensor, "b 3 h w"]:
-        """x_0 for each of the images; `source` is the side they are on where start is ddib."""
+        """x_0 for each of the images; `source` is the side they are on where start needs to know."""
         chain: Any = {"alphas_cumprod": self.alphas_cumprod, "prediction": self.config.diffusion.prediction}
         timesteps = _timesteps(self.config, sampling)
+        chain["timesteps"] = timesteps
+        if source is not None:
+            return self._edit(pictures, target, source, generators, sampling, chain, told(len(timesteps)))
         x_T = draw_noise(generators, condition)
         if sampling.start == "sdedit":
-            x_T, timesteps = samplers.sdedit_start(
+            x_T, _ = samplers.sdedit_start(
                 pictures, timesteps, sampling.strength, noise=x_T, alphas_cumprod=self.alphas_cumprod
-            )
-        elif source is not None:
-            # x_T will hold the image, so the network is shown none: the label alone makes the difference
-            condition = torch.zeros_like(condition)
-            plain = self._classifier_free(self.network, condition, source, guidance_scale=1.0)
-            x_T = samplers.invert(
-                plain, pictures, timesteps=timesteps, num_fixed_point_steps=NUM_FIXED_POINT_STEPS, **chain
             )
         sampler = samplers.SAMPLERS[sampling.sampler]
         if sampling.eta:
             sampler = functools.partial(samplers.ddim, eta=sampling.eta)
         return sampler(
-            self._denoiser(pictures, condition, target, sampling),
+            self._denoiser(pictures, condition, _labels(target, condition), sampling),
             x_T,
-            timesteps=timesteps,
             generators=generators,
-            clip=source is None,  # inversion does not clip: the way back must not either
             callback=told(len(timesteps)),
             **chain,
+        )
+
+    def _edit(
+        self,
+        pictures: Float[Tensor, "b 3 h w"],
+        target: int,
+        source: int,
+        generators: list[torch.Generator],
+        sampling: SamplingConfig,
+        chain: dict[str, Any],
+        callback: samplers.Callback,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """x_0 by a way that shows the network none of the image but through x_t: the sides' labels make the
+        difference."""
+        own, wanted = _labels(source, pictures), _labels(target, pictures)
+        nothing = torch.zeros_like(pictures)
+        plain = self._classifier_free(self.network, nothing, own, guidance_scale=1.0)
+        if sampling.start == "ddib":
+            x_T = samplers.invert(plain, pictures, num_fixed_point_steps=NUM_FIXED_POINT_STEPS, **chain)
+            denoiser = self._denoiser(pictures, nothing, wanted, sampling)
+            # inversion does not clip: the way back must not either
+            return samplers.ddim(denoiser, x_T, generators=generators, clip=False, callback=callback, **chain)
+        both = self._denoiser(pictures, torch.cat([nothing, nothing]), torch.cat([own, wanted]), sampling)
+        if sampling.start == "flowedit":
+            return samplers.flow_edit(both, pictures, generators=generators, callback=callback, **chain)
+        return samplers.residual_edit(
+            plain, both, pictures, num_fixed_point_steps=NUM_FIXED_POINT_STEPS, callback=callback, **chain
         )
 
     def _denoiser(
         self,
         pictures: Float[Tensor, "b 3 h w"],
-        condition: Float[Tensor, "b 3 h w"],
-        domain: int,
+        condition: Float[Tensor, "n 3 h w"],
+        domain: Int64[Tensor, " n"],
         sampling: SamplingConfig,
     ) -> Denoiser:
-        """The network with all of the configured guidance."""
+        """The network with all of the configured guidance, n the number of `pictures` or, without nets that lead,
+        twice that."""
         plain = self._classifier_free(self.network, condition, domain, guidance_scale=1.0)
         guided = self._classifier_free(
             self.network,
@@ -323,7 +359,7 @@ class Translator:
             guided = guidance.autoguidance(guided, weak, self.guide_scale)
         chain: Any = {"alphas_cumprod": self.alphas_cumprod, "prediction": self.config.diffusion.prediction}
         if self.classifier is not None:
-            attribute, present = _asked(self.config, domain)
+            attribute, present = _asked(self.config, int(domain[0]))
             log_prob = in_float32(functools.partial(self.classifier.log_prob, attribute, present))
             guided = guidance.classifier_guidance(guided, log_prob, self.classifier_scale, **chain)
         if self.identity_encoder is not None:
@@ -332,10 +368,9 @@ class Translator:
         return guidance.limited(guided, plain, sampling.guidance_interval, len(self.alphas_cumprod))
 
     def _classifier_free(
-        self, network: Network, condition: Float[Tensor, "b 3 h w"], domain: int, **scales: Any
+        self, network: Network, condition: Float[Tensor, "b 3 h w"], domain: Int64[Tensor, " b"], **scales: Any
     ) -> Denoiser:
-        labels, num_domains = _labels(domain, condition), len(self.config.domains)
-        return guidance.classifier_free(network, condition, labels, num_domains=num_domains, **scales)
+        return guidance.classifier_free(network, condition, domain, num_domains=len(self.config.domains), **scales)
 
 
 def _labels(domain: int, like: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:

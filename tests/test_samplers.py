@@ -13,7 +13,19 @@ import torch
 from ddpm_core.config import DiffusionConfig
 from ddpm_core.diffusion import q_sample, seeded, training_target
 from ddpm_core.errors import InputError
-from ddpm_core.samplers import SAMPLERS, SPACINGS, ddim, ddpm, dpm_solver, invert, sdedit_start, trailing
+from ddpm_core.samplers import (
+    SAMPLERS,
+    SPACINGS,
+    ddim,
+    ddpm,
+    dpm_solver,
+    flow_edit,
+    invert,
+    residual_edit,
+    sdedit_start,
+    sdedit_timesteps,
+    trailing,
+)
 from ddpm_core.schedule import alphas_cumprod
 
 MEAN, SPREAD = 0.3, 0.2
@@ -22,13 +34,13 @@ ZERO_ABAR = alphas_cumprod(DiffusionConfig(zero_terminal_snr=True, prediction="v
 EACH = pytest.mark.parametrize("name", SAMPLERS)
 
 
-def optimal(prediction="eps", abars=ABAR):
-    """The best denoiser for N(MEAN, SPREAD^2), in the wanted form."""
+def optimal(prediction="eps", abars=ABAR, mean=MEAN):
+    """The best denoiser for N(mean, SPREAD^2), in the wanted form."""
 
     def denoise(x_t, t):
         abar = abars[t].reshape(-1, 1, 1, 1)
-        z = (x_t - abar.sqrt() * MEAN) / (abar * SPREAD**2 + 1 - abar)
-        x_0, eps = MEAN + abar.sqrt() * SPREAD**2 * z, (1 - abar).sqrt() * z
+        z = (x_t - abar.sqrt() * mean) / (abar * SPREAD**2 + 1 - abar)
+        x_0, eps = mean + abar.sqrt() * SPREAD**2 * z, (1 - abar).sqrt() * z
         return training_target(prediction, x_0, t, eps, abars)
 
     return denoise
@@ -436,3 +448,81 @@ def test_sdedit_keeps_what_its_strength_leaves():
         close(result, ode(q_sample(x_0, left[:1], x_T, ABAR), abar, 1.0), 0.02)
         distances.append((result - x_0).abs().mean().item())
     assert distances[0] < distances[1] < distances[2]
+
+
+# -- editing: two sides, N(MEAN, SPREAD^2) and N(OTHER, SPREAD^2) -----------------------------------------------------
+
+OTHER = -0.4
+CHAINS = pytest.mark.parametrize(
+    ("prediction", "abars"),
+    [("eps", ABAR), ("v", ABAR), ("x_0", ABAR), ("v", ZERO_ABAR)],
+    ids=["eps", "v", "x_0", "zero-terminal"],
+)
+
+
+def two_sides(prediction, abars, other=OTHER):
+    """Of 2b images the first b as the own side, the others as the wanted one."""
+    sides = torch.tensor([MEAN, other], dtype=torch.float64)
+
+    def denoise(x_t, t):
+        mean = sides.repeat_interleave(len(x_t) // 2).reshape(-1, 1, 1, 1)
+        return optimal(prediction, abars, mean)(x_t, t)
+
+    return denoise
+
+
+def edited(edit, num_steps, prediction="eps", abars=ABAR, *, strength=0.6, other=OTHER, **options):
+    """x_0 and what an edit makes of it."""
+    x_0, both = MEAN + SPREAD * noise(3, 8), two_sides(prediction, abars, other)
+    timesteps = sdedit_timesteps(trailing(len(abars), num_steps), strength, len(abars))
+    chain = {"timesteps": timesteps, "alphas_cumprod": abars, "prediction": prediction, **options}
+    if edit is residual_edit:
+        return x_0, residual_edit(optimal(prediction, abars), both, x_0, **chain)
+    return x_0, flow_edit(both, x_0, generators=[seeded("edit", i) for i in range(len(x_0))], **chain)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("edit", [residual_edit, flow_edit])
+@CHAINS
+def test_equal_sides_give_back_the_source_to_the_last_bit(prediction, abars, edit, strength):
+    x_0, result = edited(edit, 7, prediction, abars, strength=strength, other=MEAN)
+    assert torch.equal(result, x_0)
+
+
+@CHAINS
+def test_a_linear_denoiser_moves_all_images_alike(prediction, abars):
+    """However few the steps: what the inversion misses is in both and cancels, and so does the noise."""
+    for edit in (residual_edit, flow_edit):
+        x_0, result = edited(edit, 5, prediction, abars)
+        moved = result - x_0
+        close(moved, moved.mean().expand_as(moved))
+        assert moved.mean() < -0.1
+
+
+@pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
+def test_residual_editing_moves_by_what_the_chain_allows(strength):
+    """z is kept between the sides: the image moves by (OTHER - MEAN) (1 - a c / sqrt(a^2 c^2 + s^2))."""
+    x_0, result = edited(residual_edit, 1000, strength=strength, num_fixed_point_steps=5)
+    abar = ABAR[round(1000 * strength) - 1].item()
+    left = math.sqrt(abar) * SPREAD / math.sqrt(abar * SPREAD**2 + 1 - abar)
+    close(result - x_0, torch.full_like(x_0, (OTHER - MEAN) * (1 - left)), 2e-3)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 20])
+@CHAINS
+def test_flow_editing_follows_its_recursion(prediction, abars, num_steps):
+    """What is missing of OTHER - MEAN shrinks at each step by 1 - (1 - tau_prev / tau) s^2 / (a^2 c^2 + s^2)."""
+    x_0, result = edited(flow_edit, num_steps, prediction, abars, strength=1.0)
+    abar = abars[trailing(1000, num_steps)]
+    tau = (1 - abar).sqrt() / (abar.sqrt() + (1 - abar).sqrt())
+    after = torch.cat([tau[1:], torch.zeros(1, dtype=tau.dtype)])
+    missing = (1 - (1 - after / tau) * (1 - abar) / (abar * SPREAD**2 + 1 - abar)).prod()
+    close(result - x_0, ((OTHER - MEAN) * (1 - missing)).expand_as(x_0))
+
+
+@pytest.mark.parametrize("edit", [residual_edit, flow_edit])
+def test_previews_of_an_edit_end_in_its_result(edit):
+    seen = []
+    _, result = edited(edit, 5, callback=lambda done, x_0: seen.append((done, x_0)))
+    assert [done for done, _ in seen] == [1, 2, 3]
+    close(seen[-1][1], result)

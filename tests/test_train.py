@@ -536,7 +536,8 @@ def test_what_the_network_is_shown(dataset_folder):
 
     def batch(**changes) -> Batch:
         options = TrainOptions(max_shift=3, **changes)
-        config = dataclasses.replace(config_for(options), shown="structure" if options.pairing == "self" else "source")
+        shown = {"self": "structure", "none": "nothing"}.get(options.pairing, "source")
+        config = dataclasses.replace(config_for(options), shown=shown)
         return Sampler(rows_of, config, options).train(rows, 0).to(CPU, shown=config.shown)
 
     def pairs(found: Batch) -> int:
@@ -553,6 +554,22 @@ def test_what_the_network_is_shown(dataset_folder):
     found = batch(pairing="self")
     assert torch.equal(found.condition, structure(found.x_0))
     assert torch.equal(found.x_0, batch().x_0)
+    found = batch(pairing="none")
+    assert not found.condition.any()
+    assert torch.equal(found.x_0, batch().x_0)
+
+
+def test_what_a_model_made_is_shown_and_never_made(dataset_folder):
+    rows_of, rows = loaded(dataset_folder), np.arange(32)
+    for wanted, serving in ((None, 32), ("day", 32), ("night", 0)):  # each row's own image is a day
+        options = TrainOptions(flip=False, target_domain=wanted)
+        config = config_for(options)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, pairing="synthetic"))
+        assert len(training_rows(rows_of, config, options)) == serving
+        batch = Sampler(rows_of, config, options).train(rows, 0)
+        assert np.array_equal(batch.target, rows_of.images(rows))
+        assert np.array_equal(batch.source, rows_of.targets(rows))
+        assert not batch.domain.any()
 
 
 def test_each_epoch_visits_every_row_once_in_its_own_order():
@@ -635,7 +652,7 @@ def test_validation_gives_the_same_numbers_every_time_and_picks_the_best_length(
 @pytest.mark.parametrize("target", [None, "day", "night"])
 @pytest.mark.parametrize(
     ("paired", "pairing"),
-    [(True, "paired"), (True, "unpaired"), (True, "self"), (False, "unpaired"), (False, "self")],
+    [*((True, each) for each in ("paired", "unpaired", "self", "none")), (False, "unpaired"), (False, "none")],
 )
 def test_what_is_shown_of_a_run_are_different_images_of_the_sides_that_are_left(
     dataset_folder, tmp_path, paired, pairing, target
@@ -926,6 +943,10 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
         (["--optim.ema-sigma-rels", "0.1", "0.1"], "give one or more different lengths"),
         (["--pairing", "matched"], "--pairing matched: gradients was prepared paired; prepare it anew for that"),
         (["--method", "pix2pix", "--pairing", "unpaired"], "pix2pix learns from pairs; leave it out, or give --method"),
+        (["--method", "pix2pix", "--pairing", "none"], "--pairing none: pix2pix has to be shown something"),
+        (["--pairing", "none"], "give --preset prior, or --sampling.start flowedit"),
+        (["--pairing", "none", "--sampling.start", "ddib", "--target-domain", "day"], "leave --target-domain out"),
+        (["--pairing", "synthetic"], "was prepared paired; prepare it anew for that"),
         (["--method", "cyclegan", "--pairing", "self"], "--pairing self: cyclegan would learn to copy"),
         (["--max-train-images", "0"], "--max-train-images is 0; it must be positive"),
         (["--max-shift", "16"], "--max-shift is 16; it must lie between 0 and 15"),

@@ -176,6 +176,9 @@ def test_none_is_the_default():
         ({"eta": 0.5, "sampler": "ddpm"}, "eta has no effect"),
         ({"strength": 0.5}, "strength has no effect"),
         ({"start": "ddib", "sampler": "ddpm"}, "ddib"),
+        ({"start": "residual", "eta": 0.5}, "residual has steps of its own"),
+        ({"start": "flowedit", "sampler": "dpm_solver"}, "flowedit has steps of its own"),
+        ({"start": "flowedit", "strength": 0.1}, "strength is 0.1: none of the 4 steps is left"),
         ({"start": "sdedit", "strength": 0.1}, "strength is 0.1: none of the 4 steps is left; give at least 0.25"),
         ({"source_domain": "day"}, "source_domain has no effect"),
         ({"start": "ddib", "source_domain": "dusk"}, "unknown domain 'dusk'"),
@@ -210,6 +213,9 @@ def test_no_images_give_no_images():
         ({"target_domains": ("day",)}, {}, "not trained to produce 'night'"),
         ({"domains": ("day", "dusk")}, {}, "unknown domain 'night'"),
         ({}, {"num_steps": 1001}, "num-steps is 1001"),
+        ({"shown": "nothing"}, {}, "shown nothing of the source.*take start flowedit"),
+        ({"shown": "nothing"}, {"start": "flowedit", "strength": 0.5}, ""),
+        ({"domains": ("day", "dusk", "night")}, {"start": "flowedit"}, "on any of the sides day, dusk"),
         ({}, {"start": "sdedit", "strength": 0.01, "num_steps": 1000}, ""),
         ({}, {"start": "sdedit", "strength": 0.01, "num_steps": 50, "spacing": "leading"}, ""),
         ({"diffusion": V_PREDICTION}, {"start": "ddib", "num_steps": 2}, ""),
@@ -297,7 +303,13 @@ def test_no_values_are_no_image():
 
 @pytest.mark.parametrize(
     ("overrides", "steps"),
-    [({}, 4), ({"start": "sdedit", "strength": 0.5}, 2), ({"start": "ddib"}, 4), ({"sampler": "dpm_solver"}, 4)],
+    [
+        ({}, 4),
+        ({"start": "sdedit", "strength": 0.5}, 2),
+        ({"start": "ddib"}, 4),
+        ({"start": "flowedit"}, 4),
+        ({"sampler": "dpm_solver"}, 4),
+    ],
     ids=str,
 )
 def test_progress_is_told_step_by_step(overrides, steps):
@@ -317,6 +329,8 @@ WAYS = pytest.mark.parametrize(
         {"eta": 0.7},
         {"start": "sdedit", "strength": 0.5},
         {"start": "ddib"},
+        {"start": "residual", "strength": 0.5},
+        {"start": "flowedit", "strength": 0.5, "guidance_scale": 2.0},
         {"guidance_scale": 2.0, "domain_guidance_scale": 3.0, "guidance_rescale": 0.5, "guidance_interval": [0.2, 0.9]},
     ],
     ids=str,
@@ -341,7 +355,7 @@ def test_the_same_call_gives_the_same_result(overrides):
 def test_the_seed_matters_where_noise_is_drawn(overrides):
     translate, sources = translator(), pictures()
     results = [translate(sources, "night", seed=seed, **overrides) for seed in (0, 1)]
-    assert np.array_equal(*results) == (overrides.get("start") == "ddib")
+    assert np.array_equal(*results) == (overrides.get("start") in ("ddib", "residual"))
 
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
@@ -365,6 +379,9 @@ def test_a_network_for_zero_terminal_snr_works_with_everything(sampler, spacing)
         ({"guidance_scale": 2.0, "guidance_interval": [0.3, 0.8]}, [3, 6, 6, 3]),  # shares 1, 0.75, 0.5, 0.25
         ({"start": "sdedit", "strength": 0.5, "sampler": "dpm_solver"}, [3, 3]),
         ({"start": "ddib"}, [3] * 4 * 3 + [3] * 4),
+        ({"start": "residual", "strength": 0.5}, [3] * 2 * 3 + [6] * 2),
+        ({"start": "flowedit", "strength": 0.75}, [6] * 3),
+        ({"start": "flowedit", "guidance_scale": 2.0}, [12] * 4),
     ],
     ids=str,
 )
@@ -409,6 +426,21 @@ def test_ddib_shows_the_network_no_image_and_the_right_labels():
     )
     translate(pictures(1), "night", start="ddib")
     assert seen == [(0.0, 0)] * 12 + [(0.0, 1)] * 4
+
+
+@pytest.mark.parametrize("start", ["residual", "flowedit"])
+def test_an_edit_shows_the_network_no_image_and_both_labels(start):
+    translate, seen = translator(), []
+    translate.model.register_forward_pre_hook(lambda module, args: seen.append((args[2].abs().max().item(), args[3])))
+    translate(pictures(1), "night", start=start, guidance_scale=2.0)
+    assert {shown for shown, _ in seen} == {0.0}
+    assert [labels.tolist() for _, labels in seen][-4:] == [[2, 2, 0, 1]] * 4  # no domain, its own and the wanted one
+
+
+def test_an_edit_to_the_images_own_side_is_the_image():
+    translate, sources = translator(), pictures()
+    for start in ("residual", "flowedit"):
+        assert np.array_equal(translate(sources, "day", start=start, source_domain="day", strength=0.5), sources)
 
 
 def test_ddib_must_know_the_images_side():

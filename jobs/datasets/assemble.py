@@ -34,13 +34,13 @@ from jobs.datasets.format import (
 from jobs.datasets.scan import ContactSheet, Survey, digest, survey
 
 
-def check_apart(output: str, options: source.Common) -> None:
+def check_apart(output: str, options: source.Output) -> None:
     """The contact sheet must not be taken for one of the images at the next call.
 
     Raises:
         InputError: as `kinds.check_output`.
     """
-    sources = {"--source": options.source or ""}
+    sources = {f"--{name}": getattr(options, name, None) or "" for name in ("source", "data", "checkpoint")}
     for domain in getattr(options, "domain", ()):
         name, _, uri = domain.partition("=")
         sources[f"--domain {name}"] = uri
@@ -66,6 +66,7 @@ def make(output: str, draft: source.Draft, *, append: bool, overwrite: bool, num
     with workers.session(num_workers), tempfile.TemporaryDirectory(prefix="ddpm-prepare-") as scratch:
         made = draft.make(Path(scratch))
         card = write(output, draft.card, made) if before is None else extend(output, draft.card, made, before)
+        made.clean()
     seconds = max(time.monotonic() - started, 1e-3)
     rows = sum(card.splits.values()) - (0 if before is None else sum(before.splits.values()))
     summarise(output, card, f"{rows:,} rows in {duration(seconds)}, {rows / seconds:.3g} a second")

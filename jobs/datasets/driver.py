@@ -10,7 +10,7 @@ from ddpm_core.errors import InputError
 from jobs.common import cli
 from jobs.datasets import assemble, source
 from jobs.datasets.inspect import Inspect, inspect
-from jobs.datasets.sources import celeba, day2night, earth, folders, rendered
+from jobs.datasets.sources import celeba, day2night, earth, folders, pairs, rendered
 
 Command = (
     Annotated[earth.Options, tyro.conf.subcommand("earth")]
@@ -18,6 +18,7 @@ Command = (
     | Annotated[day2night.Options, tyro.conf.subcommand("day2night")]
     | Annotated[folders.Options, tyro.conf.subcommand("folders")]
     | Annotated[rendered.Options, tyro.conf.subcommand("rendered")]
+    | Annotated[pairs.Options, tyro.conf.subcommand("pairs")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
 )
 DRAFTS: dict[type, Callable[[Any], source.Draft]] = {
@@ -26,6 +27,7 @@ DRAFTS: dict[type, Callable[[Any], source.Draft]] = {
     day2night.Options: day2night.draft,
     folders.Options: folders.draft,
     rendered.Options: rendered.draft,
+    pairs.Options: pairs.draft,
 }
 
 

@@ -120,7 +120,7 @@ class DatasetCard:
     """Names of the sides; a row's `domain` is an index into them."""
     pairing: Pairing
     """paired: true counterparts. matched: nearest neighbours as proxies. unpaired: no targets. self: none either, the
-    network is shown the structure of the very image it is to make."""
+    network is shown the structure of the very image it is to make. synthetic: targets made by a model, to be shown."""
     attribute_names: tuple[str, ...] = ()
     """What the numbers of the column `attributes` stand for."""
     prepared_by: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -154,7 +154,7 @@ class DatasetCard:
     @property
     def has_targets(self) -> bool:
         """Whether rows have counterparts."""
-        return self.pairing in ("paired", "matched")
+        return self.pairing in ("paired", "matched", "synthetic")
 
     def num_images(self, split: str, domain: str) -> int:
         """Images of a domain in a split: every pair has one of either, other rows are of one domain."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ddpm_core import config as configs
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
 from jobs.datasets import decode, duplicates, reading
@@ -21,15 +22,11 @@ from jobs.datasets.scan import name_hash, survey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Common:
-    """Options of every source."""
+class Output:
+    """Options of every command that makes a data set."""
 
     output: str
     """Folder or s3://bucket/prefix for the data set."""
-    source: str | None = None
-    """Folder or s3://bucket/prefix that holds the images."""
-    image_size: int = 64
-    """Side of the square images, in pixels."""
     encoding: Encoding = "raw"
     """How images are stored: raw (needs no decoding) and png are exact, jpeg takes about half the room."""
     overwrite: bool = False
@@ -39,6 +36,16 @@ class Common:
     num_workers: int | None = None
     """0: this process alone, without Ray; more: so many tasks at a time on Ray. By itself: this process, and Ray for
     what would take it long."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common(Output):
+    """Options of every source of images."""
+
+    source: str | None = None
+    """Folder or s3://bucket/prefix that holds the images."""
+    image_size: int = 64
+    """Side of the square images, in pixels."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,8 @@ class Made:
     """Images that come twice."""
     notes: Sequence[str] = ()
     """What a reader of results should know."""
+    clean: Callable[[], None] = lambda: None
+    """Takes away what was kept to go on with, once the data set is whole."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,10 +128,20 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def prepared_by(command: str, options: Common) -> dict[str, Any]:
+def prepared_by(command: str, options: Output) -> dict[str, Any]:
     """The command and every option that decides the rows; which files are read, `fingerprint` tells."""
-    elsewhere = ("output", "source", "overwrite", "set_aside_ok", "num_workers", "append", "domain", "pairs")
-    values = {key: value for key, value in dataclasses.asdict(options).items() if key not in elsewhere}
+    elsewhere: tuple[str, ...] = (
+        "output",
+        "source",
+        "overwrite",
+        "set_aside_ok",
+        "num_workers",
+        "append",
+        "domain",
+        "pairs",
+    )
+    elsewhere += ("data", "checkpoint", "classifier", "identity_encoder")
+    values = {key: value for key, value in configs.to_dict(options).items() if key not in elsewhere}
     return {"command": command, **values}
 
 

@@ -24,6 +24,8 @@ PAIRS = {
     "matched": "matched pairs: each image with a similar one of somebody or somewhere else",
     "unpaired": "no pairs",
     "self": "no pairs: each image with its own structure",
+    "none": "no pairs: a prior of both sides, with which images are edited",
+    "synthetic": "synthetic pairs: each image with its other side as a model made it",
 }
 
 

@@ -91,7 +91,10 @@ class HostBatch:
         x_0 = moved(there(self.target), flip, shift)
         if self.labels.shape[1]:
             x_0 = lit(x_0, there(self.brightness))
-        condition = conditioning.structure(x_0) if shown == "structure" else moved(there(self.source), flip, shift)
+        if shown == "source":
+            condition = moved(there(self.source), flip, shift)
+        else:
+            condition = conditioning.structure(x_0) if shown == "structure" else torch.zeros_like(x_0)
         rest = (self.domain, self.t, self.noise, self.dropped, self.domain_dropped, self.labels)
         return Batch(x_0, condition, *map(there, rest))
 
@@ -130,7 +133,7 @@ def training_rows(data: Labels, config: ModelConfig, options: TrainOptions) -> n
         people, index, counts = np.unique(data.identity, return_inverse=True, return_counts=True)
         serving = (people != NOBODY) & ((counts > 1) | has_counterparts(data, config))
         rows = rows[serving[index]]
-    elif not data.has_targets and options.target_domain is not None:
+    elif options.target_domain is not None and not (data.has_targets and both_ways(config)):
         rows = rows[data.domain == configs.domain_index(config, options.target_domain)]
     return rows if options.max_train_images is None else evenly(rows, options.max_train_images)
 
@@ -138,6 +141,11 @@ def training_rows(data: Labels, config: ModelConfig, options: TrainOptions) -> n
 def has_counterparts(data: Labels, config: ModelConfig) -> bool:
     """Whether rows have true ones, which show the same person or place; those of matched sets show somebody else."""
     return data.has_targets and config.data.pairing == "paired"
+
+
+def both_ways(config: ModelConfig) -> bool:
+    """Whether either image of a pair may be what the network makes; those that a model made are shown only."""
+    return config.data.pairing != "synthetic"
 
 
 def evenly(rows: np.ndarray, most: int) -> np.ndarray:
@@ -149,17 +157,17 @@ def evenly(rows: np.ndarray, most: int) -> np.ndarray:
 class Sampler:
     """Draws batches of (x_0, condition, domain, t, noise) whose every number is a function of its sample's id.
 
-    The condition is the counterpart of x_0 where there are pairs, any image of the other side where there are none or
-    `pairing` is unpaired, and x_0 itself where it is self. CycleGAN draws it from the other side of whatever there is,
-    since to learn without pairs is what it is for.
+    x_0 is either side of a pair, but never one that a model made. The condition is its counterpart where there are
+    pairs, any image of the other side where there are none or `pairing` is unpaired, and x_0 itself where it is self or
+    none. CycleGAN draws it from the other side of whatever there is, since to learn without pairs is what it is for.
 
     An encoder looks at x_0: either side of a true pair, else the row's own image. Its condition, which only
     validation looks at, is another image of the same person.
     """
 
     def __init__(self, data: SplitArrays, config: ModelConfig, options: TrainOptions) -> None:
-        self.data, self.options, self.diffusion = data, options, config.diffusion
-        self.itself = config.shown == "structure"
+        self.data, self.config, self.options, self.diffusion = data, config, options, config.diffusion
+        self.itself = config.shown != "source"
         self.mismatched = config.method == "cyclegan" or options.pairing == "unpaired"
         wanted = options.target_domain
         self.wanted = None if wanted is None else configs.domain_index(config, wanted)
@@ -209,7 +217,7 @@ class Sampler:
             return domain, self.data.images(rows), self.data.images(self.truth.partners(rows, to_other))
         if self.data.has_targets:
             forward = to_side < 0.5 if self.wanted is None else domain != self.wanted
-            domain = np.where(forward, 1 - domain, domain)
+            domain = np.where(forward & both_ways(self.config), 1 - domain, domain)
             target = self.showing(rows, domain)
             if self.itself:
                 return domain, target, target

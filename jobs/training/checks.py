@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from ddpm_core import checkpoint, encoders, gan, storage
 from ddpm_core import config as configs
@@ -46,6 +47,7 @@ def configured(args: TrainArgs, dataset: str) -> ModelConfig:
 def model_config(card: DatasetCard, options: TrainOptions) -> ModelConfig:
     """All that defines the model: the data set's facts and the options, checked together."""
     pairing, wanted = options.pairing or card.pairing, options.target_domain
+    shown: dict[str, Any] = {"self": "structure", "none": "nothing"} if options.method == "diffusion" else {}
     if wanted is not None and wanted not in card.domains:
         known = f"{configs.did_you_mean(wanted, card.domains)}: {', '.join(card.domains)}"
         raise InputError(f"--target-domain: unknown domain {wanted!r}{known}")
@@ -54,7 +56,7 @@ def model_config(card: DatasetCard, options: TrainOptions) -> ModelConfig:
         domains=card.domains,
         target_domains=() if wanted is None else (wanted,),
         method=options.method,
-        shown="structure" if pairing == "self" and options.method == "diffusion" else "source",
+        shown=shown.get(pairing, "source"),
         unet=options.unet,
         diffusion=options.diffusion,
         gan=options.gan,
@@ -130,7 +132,7 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
 def num_rows(card: DatasetCard, options: TrainOptions) -> int:
     """Training rows that serve the wanted direction, as far as the card tells."""
     wanted, rows = options.target_domain, card.splits.get("train", 0)
-    if wanted is not None and not card.has_targets:
+    if wanted is not None and card.pairing not in ("paired", "matched"):
         rows = card.domain_counts.get("train", {}).get(wanted, 0)
     return min(rows, rows if options.max_train_images is None else options.max_train_images)
 
@@ -176,7 +178,7 @@ def check_rows(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
                 )
     rows = num_rows(card, options)
     if rows < options.global_batch_size:
-        of = "" if card.has_targets or wanted is None else f" of {wanted}"
+        of = "" if wanted is None or card.pairing in ("paired", "matched") else f" of {wanted}"
         raise InputError(
             f"--global-batch-size {options.global_batch_size} is more than the {rows} training rows{of}; "
             f"give at most {rows}"
@@ -204,7 +206,12 @@ def check_method(card: DatasetCard, args: TrainArgs) -> None:
                     f"--global-batch-size {options.global_batch_size} cannot be shared equally by {workers} workers, "
                     f"as {method} needs; {options.global_batch_size // workers * workers or workers} can"
                 )
-    if options.pairing not in (None, card.pairing, "unpaired", "self"):
+    if card.pairing == "synthetic" and (options.pairing not in (None, "synthetic") or method == "cyclegan"):
+        raise InputError(
+            f"{card.name} has targets made by a model, to be shown beside real images and for nothing else; train on "
+            "the data that they were made from"
+        )
+    if options.pairing not in (None, card.pairing, "unpaired", "self", "none"):
         raise InputError(
             f"--pairing {options.pairing}: {card.name} was prepared {card.pairing}; prepare it anew for that"
         )
@@ -212,6 +219,8 @@ def check_method(card: DatasetCard, args: TrainArgs) -> None:
         raise InputError(
             f"--pairing self: {method} would learn to copy; leave it out, or train with --method diffusion"
         )
+    if options.pairing == "none":
+        check_prior(options)
     if not 0 <= options.max_shift < card.image_size:
         raise InputError(f"--max-shift is {options.max_shift}; it must lie between 0 and {card.image_size - 1}")
     if method == "pix2pix" and options.pairing == "unpaired":
@@ -224,6 +233,25 @@ def check_method(card: DatasetCard, args: TrainArgs) -> None:
     for name in sorted(given):
         if not has_effect(name, options):
             raise InputError(f"--{name.replace('_', '-')} has no effect with --method {method}; leave it out")
+
+
+def check_prior(options: TrainOptions) -> None:
+    """Refuse what a network that is shown no source cannot learn, or not be sampled by.
+
+    Raises:
+        InputError: naming the flag and what would be right.
+    """
+    if options.method != "diffusion":
+        raise InputError(f"--pairing none: {options.method} has to be shown something; leave it out")
+    if options.target_domain is not None:
+        raise InputError("--pairing none needs both sides to tell what differs between them; leave --target-domain out")
+    if options.identity_weight:
+        raise InputError("--identity-weight has no effect with --pairing none, which shows nobody to be like")
+    if options.sampling.start == "noise":
+        raise InputError(
+            "--pairing none: the network is shown nothing of the source, so --sampling.start noise would give images "
+            "that have nothing of it; give --preset prior, or --sampling.start flowedit, residual, sdedit or ddib"
+        )
 
 
 def check_added_losses(options: TrainOptions) -> None:

@@ -57,7 +57,9 @@ class TrainOptions:
     """Train this direction only; without it one network learns every direction."""
     pairing: Pairing | None = None
     """What the network is shown beside x_0, as the data set was prepared unless given. paired, matched: the
-    counterpart. unpaired: any image of another side. self: the structure of the very image it is to make."""
+    counterpart. unpaired: any image of another side. self: the structure of the very image it is to make. none:
+    nothing, for a prior of all sides that images are edited with (--sampling.start flowedit). synthetic: the other side
+    as a model made it (jobs.prepare pairs)."""
     flip: bool = True
     """Mirror source and target together, half of the time."""
     max_shift: int = 0

@@ -49,6 +49,21 @@ _MEMORY_64 = "2 GiB of a GPU and 0.22 for each image of its share (measured)"
 _MEMORY_128 = "2 GiB of a GPU and 0.73 for each image of its share (reckoned)"
 """From what is kept for the backward pass, which is 92 % of all at 64 px. A batch of 128 does not fit into 80 GiB."""
 _NOT_RUN = "not run yet at full length"
+_TWO_FOLDERS = TrainOptions(
+    global_batch_size=32,
+    max_val_images=256,
+    unet=UNetConfig(
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attn_resolutions=(16, 8),
+        condition_channels=48,
+        source_mask=True,
+        patch_size=2,
+    ),
+    diffusion=DiffusionConfig(prediction="x_0", p_uncond=0.1, p_uncond_domain=0.15),
+    optim=OptimConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=50, ema_sigma_rels=(0.1,)),
+)
+"""Of a prior and of its student, which is the same network; at 32 px."""
 
 PRESETS: dict[str, Preset] = {
     "smoke": Preset(
@@ -119,6 +134,30 @@ PRESETS: dict[str, Preset] = {
             target_domain="night",
             max_val_images=128,
             optim=OptimConfig(learning_rate=2e-4, warmup_steps=50, ema_sigma_rels=(0.1,)),
+        ),
+    ),
+    "prior": Preset(
+        about="two folders, no pairs: a prior of both sides, with which images are edited (--sampling.start flowedit)",
+        command="--num-workers 2",
+        time=_NOT_RUN,
+        expect="what the sides differ in changes, the rest stays to the pixel",
+        options=dataclasses.replace(
+            _TWO_FOLDERS,
+            pairing="none",
+            epochs=16,
+            sampling=SamplingConfig(num_steps=17, guidance_scale=3.0, start="flowedit", strength=0.7),
+        ),
+    ),
+    "student": Preset(
+        about="then: learns to draw from the pairs that a prior made (jobs.prepare pairs, --init-from the prior)",
+        command="--num-workers 2",
+        time=_NOT_RUN,
+        expect="sharper than the prior's edits, in a quarter of the evaluations",
+        options=dataclasses.replace(
+            _TWO_FOLDERS,
+            epochs=10,
+            sampling=SamplingConfig(num_steps=10, guidance_scale=1.0),
+            optim=dataclasses.replace(_TWO_FOLDERS.optim, learning_rate=7e-4),
         ),
     ),
     "identity-encoder": Preset(

@@ -18,7 +18,7 @@ from ddpm_core.translator import Translator
 from jobs.common.intervals import student_half
 from jobs.datasets.cache import SplitArrays
 from jobs.reports.grids import labelled_grid
-from jobs.training.batches import Sampler, Share, evenly, stratified_timesteps, training_rows
+from jobs.training.batches import Sampler, Share, both_ways, evenly, stratified_timesteps, training_rows
 from jobs.training.methods import Objective
 from jobs.training.options import TrainOptions
 
@@ -132,17 +132,18 @@ class Validation:
         """Different images of a side that is left (n s s 3), the side that each is turned into (n), and where the
         network learns from pairs their counterparts."""
         sampler, data, wanted = self.sampler, self.sampler.data, self.sampler.wanted
-        if data.has_targets and not sampler.mismatched and not sampler.itself:
+        pairs = data.has_targets and both_ways(self.config)
+        if pairs and not sampler.mismatched and not sampler.itself:
             rows = evenly(self.rows, NUM_IMAGES)
             draw = sampler.validation(rows, np.zeros(len(rows), np.int64))
             return draw.source.numpy(), draw.domain.numpy(), draw.target.numpy()
         # What the sampler draws as a source may come twice, or be of the very side that is wanted.
-        rows = np.arange(len(data)) if data.has_targets or wanted is None else np.flatnonzero(data.domain != wanted)
+        rows = np.arange(len(data)) if pairs or wanted is None else np.flatnonzero(data.domain != wanted)
         rows = evenly(rows, NUM_IMAGES)
         sides = data.domain[rows].astype(np.int64)
-        if data.has_targets:  # a pair has an image of either side
+        if pairs:  # a pair has an image of either side
             sides = np.arange(len(rows)) % 2 if wanted is None else np.full(len(rows), 1 - wanted)
-        sources = sampler.showing(rows, sides) if data.has_targets else data.images(rows)
+        sources = sampler.showing(rows, sides) if pairs else data.images(rows)
         to = (sides + 1) % len(self.config.domains) if wanted is None else np.full(len(rows), wanted)
         return sources, to, None
 
