@@ -136,7 +136,7 @@ def test_true_pairs_are_measured_to_the_truth(
     assert evaluate.main(argv) == cli.DONE
     assert "evaluated already" in capsys.readouterr().out
     assert (output / "metrics.json").stat().st_mtime_ns == stamp
-    with pytest.raises(InputError, match=r"num_steps = 2, this command says 1"):
+    with pytest.raises(InputError, match=r"--num-steps 2, this command says 1"):
         evaluate.main([*argv, "--num-steps", "1"])
 
 
@@ -345,7 +345,7 @@ def test_judges_are_right_where_the_answer_is_known(
     spread = evaluation_metrics.diversity(torch.stack(features, dim=1).numpy())
     assert means["model"]["diversity"] == pytest.approx(spread.mean(), rel=1e-3)
     # other judges are another evaluation
-    with pytest.raises(InputError, match=r"classifier_net = \w+, this command says None"):
+    with pytest.raises(InputError, match=r"--classifier \w+, this command says None"):
         evaluate.main(argv[: argv.index("--classifier")])
 
 

@@ -187,7 +187,9 @@ def test_another_suite_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     there = json.loads((tmp_path / "plan.json").read_text())
     assert [command["key"] for command in there["plan"]["commands"]] == ["a", "b"]
     assert there["environment"]["packages"]["torch"]
-    with pytest.raises(InputError, match=f"{tmp_path} holds the suite test of size smoke, this command says test of "):
+    with pytest.raises(
+        InputError, match=f"{tmp_path} holds --suite test --size smoke, this command says --suite test --size "
+    ):
         suite_plan.keep(plan_of(code("a", "pass"), size="cpu"), str(tmp_path))
     (tmp_path / "plan.json").write_text("[]")
     with pytest.raises(InputError, match=r"plan\.json is not a plan"):

@@ -171,6 +171,8 @@ def test_what_is_not_to_be_removed_stays(there: Path, tmp_path: Path) -> None:
     (study / "driver.json").write_text(json.dumps(driver))
     assert f"is at work (process {os.getpid()} on" in refused(str(study), "--yes")
     assert sorted(os.listdir(there)) == ["data", "evaluation", "one", "study", "two"]
+    assert runs.main(["remove", str(there / "two"), "--yes", "--force"]) == 0
+    assert sorted(os.listdir(there)) == ["data", "evaluation", "one", "study"]
 
 
 def test_an_empty_place_is_told(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_set_of_an_older_format_is_replaced_when_asked(tmp_path: Path) -> None
 
 def test_another_data_set_is_not_overwritten_unasked(earth_set: Path, tmp_path: Path) -> None:
     message = refused("earth", "--output", earth_set, "--image-size", 32)
-    assert "image_size 64, asked for 32" in message
+    assert "--image-size 64, asked for 32" in message
     assert "--overwrite" in message
 
 

@@ -1,12 +1,13 @@
 """What an earlier command left in a folder: read, compared, refused in one line."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from ddpm_core.errors import InputError
-from jobs.common.resume import check_same, differences, read_record
+from jobs.common.resume import check_same, differences, flags_of, read_record
 
 
 def test_differences_have_dotted_names_and_what_is_missing_is_none() -> None:
@@ -23,6 +24,28 @@ def test_the_first_difference_is_named_but_for_what_may_change() -> None:
     with pytest.raises(InputError, match=r"with data_seed = 0, this command says 1; begin anew$"):
         check_same("out", "a run", old, new, may_change=["data"], remedy="begin anew")
     check_same("out", "a run", old, new, may_change=["data", "data_seed"])
+
+
+@dataclasses.dataclass
+class Options:
+    num_steps: int = 1
+    unet: None = None
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("num_steps", "--num-steps 1"),
+        ("num_steps_more", "num_steps_more = 1"),
+        ("unet.model_channels", "--unet.model-channels 1"),
+        ("training.unet.dropout", "--unet.dropout 1"),
+        ("hash", "hash = 1"),
+    ],
+)
+def test_an_option_is_named_as_its_flag(name: str, told: str) -> None:
+    flags = flags_of(Options) | flags_of(Options, "training.")
+    with pytest.raises(InputError, match=f"^out holds a run with {told}, this command says 2; give"):
+        check_same("out", "a run", {name: 1}, {name: 2}, flags=flags)
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_the_same_command_again_does_nothing(
     argv = command(dataset_folder, swept, *FLAGS, *HERE, "--num-trials", "4", "--num-points", "3")
     assert sweep.main(argv) == cli.DONE
     assert "tuned already" in capsys.readouterr().out
-    with pytest.raises(InputError, match="holds a sweep with search = random, this command says tpe"):
+    with pytest.raises(InputError, match="holds a sweep with --search random, this command says tpe"):
         sweep.main([*argv, "--search", "tpe"])
     assert times() == before
 

@@ -137,7 +137,7 @@ def test_the_same_command_again_has_nothing_to_do(two_epochs, dataset_folder, ca
 
 
 def test_other_options_are_refused_by_name(two_epochs, dataset_folder):
-    with pytest.raises(InputError, match=r"training\.seed = 0, this command says 7"):
+    with pytest.raises(InputError, match=r"holds a run with --seed 0, this command says 7"):
         run(dataset_folder, two_epochs, *LENGTHS, "--seed", "7")
 
 

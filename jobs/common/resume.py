@@ -1,6 +1,8 @@
 """Whether a folder holds this very job: what an earlier command left there, and how it differs from this one."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ddpm_core import storage
@@ -35,20 +37,28 @@ def check_same(
     new: Mapping[str, Any],
     *,
     may_change: Sequence[str] = (),
-    flags: Collection[str] = (),
+    flags: Mapping[str, str] = MappingProxyType({}),
     remedy: str = "give the old value back, or a new --output folder",
 ) -> None:
     """Refuse to go on with what `folder` holds if it was made with other options.
 
-    `may_change`: dotted names that may differ, with all below them. `flags`: names that are flags of the command.
+    `may_change`: dotted names that may differ, with all below them. `flags`: the command's flag by the name in the
+    record, as `flags_of` gives them; it stands for all below it, too.
 
     Raises:
         InputError: naming the first difference with its old and new value.
     """
     for name, was, now in differences(old, new):
         if not any(f"{name}.".startswith(f"{each}.") for each in may_change):
-            option = f"--{name.replace('_', '-')}" if name in flags else f"{name} ="
+            flag = next((each for each in flags if f"{name}.".startswith(f"{each}.")), None)
+            option = f"{name} =" if flag is None else f"{flags[flag]}{name.removeprefix(flag).replace('_', '-')}"
             raise InputError(f"{folder} holds {holds} with {option} {was}, this command says {now}; {remedy}")
+
+
+def flags_of(options: Any, below: str = "") -> dict[str, str]:
+    """The flag of each option of a dataclass that records hold as BELOW.NAME; of grouped ones the flag's beginning."""
+    fields = {f"{below}{field.name}": field.name for field in dataclasses.fields(options)}
+    return {name: f"--{field.replace('_', '-')}" for name, field in fields.items()}
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

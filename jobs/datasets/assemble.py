@@ -113,7 +113,7 @@ def existing(output: str, wanted: DatasetCard, before: DatasetCard | None) -> Da
 def difference(there: DatasetCard, wanted: DatasetCard) -> str:
     """What tells two data sets apart, in a few words."""
     for name, old, new in resume.differences(there.prepared_by, wanted.prepared_by):
-        return f"{name} {old}, asked for {new}"
+        return f"{name if name == 'command' else '--' + name.replace('_', '-')} {old}, asked for {new}"
     return "made from other files"
 
 

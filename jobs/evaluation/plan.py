@@ -25,6 +25,17 @@ NUM_SHOWN = 10
 NUM_SAMPLES = 3
 """Results of different seeds of those whose diversity is measured, and shown."""
 JUDGE_FLAGS = {"features": "--feature-net", "classifier": "--classifier", "identity": "--identity-net"}
+FLAGS = {
+    **{
+        name: flag
+        for options in (EvaluateArgs, SamplingConfig, GuidanceNets)
+        for name, flag in resume.flags_of(options).items()
+        if name not in ("checkpoint", "data", "classifier_guidance", "identity_guidance")
+    },
+    "domains": "--domain",
+    **{f"{name}_net": flag for name, flag in JUDGE_FLAGS.items()},
+}
+"""Options of a record that are flags; of data and nets it has fingerprints, of `--domain` all domains."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +214,7 @@ def finished(job: EvaluationJob) -> bool:
     uri = storage.join(job.args.output, "metrics.json")
     if (there := resume.read_record(uri, FORMAT, FORMAT_VERSION)) is None:
         return False
-    resume.check_same(job.args.output, "an evaluation", there.get("options", {}), job.options)
+    resume.check_same(job.args.output, "an evaluation", there.get("options", {}), job.options, flags=FLAGS)
     return True
 
 

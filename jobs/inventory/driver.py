@@ -95,8 +95,11 @@ def remove(options: Remove) -> int:
     if os.path.islink(uri):
         raise InputError(f"URI {uri} is a link; give the folder itself: {os.path.realpath(uri)}")
     minutes = found.QUIET.seconds // 60
-    if not there.is_complete and (who := there.driver) is not None:
-        raise InputError(f"{uri} is at work ({who}); stop it, and wait until nothing was written for {minutes} minutes")
+    if not options.force and not there.is_complete and (who := there.driver) is not None:
+        raise InputError(
+            f"{uri} is at work ({who}); stop it, and wait until nothing was written for {minutes} minutes or give "
+            "--force"
+        )
     for other in found.below(uri):
         if other.uri != uri and other.kind not in found.PARTS.get(there.kind, set()):
             raise InputError(f"{uri} also holds {kinds.a(other.kind)}, {other.uri}; remove that first, or move it away")

@@ -32,6 +32,8 @@ class Remove:
     """Folder or s3:// prefix."""
     yes: bool = False
     """Do not ask."""
+    force: bool = False
+    """Delete it although a command is at work there, or was minutes ago."""
 
 
 Command = (

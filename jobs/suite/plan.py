@@ -254,8 +254,8 @@ def keep(plan: Plan, output: str) -> None:
         storage.check_writable(output)
     elif (was := [there.get("plan", {}).get(fact) for fact in ("name", "size")]) != [plan.name, plan.size]:
         raise InputError(
-            f"{output} holds the suite {was[0]} of size {was[1]}, this command says {plan.name} of size {plan.size}; "
-            "give a new --output folder"
+            f"{output} holds --suite {was[0]} --size {was[1]}, this command says --suite {plan.name} "
+            f"--size {plan.size}; give a new --output folder"
         )
     content = {
         "format": FORMAT,

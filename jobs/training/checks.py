@@ -289,7 +289,10 @@ def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
     data = [{"data": {**values["data"], "pairing": None}} for values in (old, new)]
     remedy = "another --data, or it was replaced or appended to since: give the old data back, or a new --output folder"
     resume.check_same(run, "a run on other data", *data, remedy=remedy)
-    resume.check_same(run, "a run", old, new, may_change=["training.epochs"])  # a run may be extended
+    asked = [{"training": values["training"]} for values in (old, new)]  # what follows from it comes after it
+    for before, now in (asked, (old, new)):
+        flags = resume.flags_of(TrainOptions, "training.")
+        resume.check_same(run, "a run", before, now, may_change=["training.epochs"], flags=flags)  # may be extended
     best = run_folder.read_best(run)
     if (epochs := best.get("epochs", 0)) > options.epochs:
         raise InputError(

@@ -1,7 +1,6 @@
 """A translation as its driver sees it: sources through the network, the manifest, the end."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import sys
@@ -22,14 +21,12 @@ from jobs.translation.plan import TranslationJob, remaining
 FORMAT, FORMAT_VERSION = "ddpm-translate-results", 1
 NUM_PREVIEWS = 8
 """Images shown in preview.png."""
-FLAGS = frozenset(
-    field.name
-    for field in (
-        *dataclasses.fields(TranslateArgs),
-        *dataclasses.fields(SamplingConfig),
-        *dataclasses.fields(GuidanceNets),
-    )
-) - {"checkpoint", "classifier_guidance", "identity_guidance"}
+FLAGS = {
+    name: flag
+    for options in (TranslateArgs, SamplingConfig, GuidanceNets)
+    for name, flag in resume.flags_of(options).items()
+    if name not in ("checkpoint", "classifier_guidance", "identity_guidance")
+}
 """Options of a record that are flags; of the nets it has the weights' fingerprints."""
 
 

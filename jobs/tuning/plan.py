@@ -339,6 +339,14 @@ def described(job: SweepJob) -> dict[str, Any]:
 
 MAY_CHANGE = ("uri", "command", "environment", "num_trials", "num_points", "prefer", "rule", "data.uri", "preset")
 """What a later command of the same sweep may say differently."""
+FLAGS = {
+    "seed": "--search-seed",
+    **{name: f"--{name.replace('_', '-')}" for name in ("preset", "checkpoint", "search", "num_images", "domain")},
+    "early_stopping.grace_epochs": "--grace-epochs",
+    "early_stopping.reduction_factor": "--reduction-factor",
+    **resume.flags_of(TrainOptions, "options."),
+}
+"""Options of a record that are flags."""
 
 
 def same_as_before(job: SweepJob, told: Mapping[str, Any]) -> bool:
@@ -351,7 +359,7 @@ def same_as_before(job: SweepJob, told: Mapping[str, Any]) -> bool:
     if there is None:
         return False
     there["options"] = stored_options(there.get("options", {}))
-    resume.check_same(job.args.output, "a sweep", there, told, may_change=MAY_CHANGE)
+    resume.check_same(job.args.output, "a sweep", there, told, may_change=MAY_CHANGE, flags=FLAGS)
     return bool(there["prefer"] == told["prefer"])
 
 
