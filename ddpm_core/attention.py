@@ -8,7 +8,9 @@ All take and return maps, b c h w, and add to their input; output projections st
 starts as the identity. Inside they work on tokens, b n c with n = h w: of a channels_last map these are a view.
 """
 
+import functools
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 
 from ddpm_core.norms import GroupNorm
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def zeroed(module: nn.Module) -> nn.Module:
+
+def zeroed(module: Module) -> Module:
     """Set a layer's parameters to zero: the branch behind it starts as nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -63,17 +67,31 @@ def attend(
 
 def position_encoding(h: int, w: int, channels: int, like: Tensor) -> Float[Tensor, "1 c h w"]:
     """Sine and cosine of the relative position on the map, so that maps of different size agree on places."""
-    bands = max(channels // 4, 1)
-    frequencies = math.pi * 2.0 ** (torch.arange(bands, device=like.device) * (5 / bands))
-    y = ((torch.arange(h, device=like.device) + 0.5) / h)[:, None] * frequencies
-    x = ((torch.arange(w, device=like.device) + 0.5) / w)[:, None] * frequencies
-    rows = torch.cat([y.sin(), y.cos()], 1).T[:, :, None].expand(-1, h, w)
-    columns = torch.cat([x.sin(), x.cos()], 1).T[:, None, :].expand(-1, h, w)
-    return torch.cat([rows, columns])[None, :channels].to(like)
+    return _position_encoding(h, w, channels, like.dtype, like.device)
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(64)
+def _position_encoding(
+    h: int, w: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "1 c h w"]:
+    with torch.inference_mode(False):  # it serves training too
+        bands = max(channels // 4, 1)
+        frequencies = math.pi * 2.0 ** (torch.arange(bands, device=device) * (5 / bands))
+        y = ((torch.arange(h, device=device) + 0.5) / h)[:, None] * frequencies
+        x = ((torch.arange(w, device=device) + 0.5) / w)[:, None] * frequencies
+        rows = torch.cat([y.sin(), y.cos()], 1)[:, None].expand(h, w, -1)
+        columns = torch.cat([x.sin(), x.cos()], 1)[None].expand(h, w, -1)
+        of_places = torch.cat([rows, columns], 2)[:, :, :channels].to(dtype).contiguous()
+        return of_places.permute(2, 0, 1)[None]
 
 
 class LinearAttention(nn.Module):
-    """Efficient attention (Shen et al. 2021): softmax over features for queries and over places for keys."""
+    """Efficient attention (Shen et al. 2021): softmax over features for queries and over places for keys.
+
+    The queries read from a matrix for each image, so that what stands around it is multiplied with it and not with the
+    map: values and what comes before the output projection are never computed for all places.
+    """
 
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
@@ -83,11 +101,16 @@ class LinearAttention(nn.Module):
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        q, k, v = (heads(part, self.num_heads) for part in self.qkv(tokens(self.norm(x))).chunk(3, dim=2))
-        q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
-        k = k.softmax(dim=-2)
-        context = k.to(v).transpose(-1, -2) @ v  # b heads d d: no n by n matrix anywhere
-        return x + as_map(self.out(merged(q.to(context) @ context)), x)
+        places = tokens(self.norm(x))
+        of_q, of_k, of_v = self.qkv.weight.chunk(3)
+        q = F.linear(places, of_q).unflatten(2, (self.num_heads, -1))
+        k = of_k @ places.transpose(1, 2)  # b c n: the softmax goes along memory
+        with torch.autocast(x.device.type, enabled=False):  # which would give float32; inside sums are so anyway
+            q, k = q.softmax(dim=-1).flatten(2), k.softmax(dim=-1)
+        read = (k @ places).unflatten(1, (self.num_heads, -1))
+        of_v, of_out = of_v.unflatten(0, (self.num_heads, -1)), self.out.weight.unflatten(1, (self.num_heads, -1))
+        read = torch.einsum("bkic,kjc,okj->bkio", read, of_v, of_out).flatten(1, 2) * of_v.shape[1] ** -0.5
+        return x + as_map(torch.baddbmm(self.out.bias, q, read), x)
 
 
 class SelfAttention(nn.Module):

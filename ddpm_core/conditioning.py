@@ -5,6 +5,8 @@ The null condition is an image of zeros (mid-grey, no information) and the null 
 compares against them.
 """
 
+import functools
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
@@ -87,8 +89,17 @@ class Anchor(nn.Module):
     def forward(self, features: Float[Tensor, "b k h w"]) -> Float[Tensor, "b c h w"]:
         written = self.project(features)
         if self.landmarks:
-            written = written * landmark_mask(self.landmarks, self.radius, *written.shape[2:]).to(written)
+            written = written * _mask(self.landmarks, self.radius, *written.shape[2:], written.dtype, written.device)
         return written
+
+
+@functools.lru_cache(64)
+def _mask(
+    landmarks: tuple[float, ...], radius: float, h: int, w: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "1 1 h w"]:
+    """`landmark_mask` where it is needed, once."""
+    with torch.inference_mode(False):  # it serves training too
+        return landmark_mask(landmarks, radius, h, w).to(device, dtype)
 
 
 def landmark_mask(landmarks: tuple[float, ...], radius: float, h: int, w: int) -> Float[Tensor, "1 1 h w"]:

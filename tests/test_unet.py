@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_core.attention import CrossAttention, LinearAttention, SelfAttention, attend, num_heads
+from ddpm_core.attention import (
+    CrossAttention,
+    LinearAttention,
+    SelfAttention,
+    attend,
+    num_heads,
+    position_encoding,
+)
 from ddpm_core.conditioning import Anchor, drop, landmark_mask
 from ddpm_core.config import DiffusionConfig, ModelConfig, UNetConfig, stride
 from ddpm_core.diffusion import seeded
@@ -210,6 +217,27 @@ def test_both_ways_of_attending_agree():
 def test_heads_share_any_number_of_channels_evenly(channels, head_channels, heads):
     assert num_heads(channels, head_channels) == heads
     assert channels % heads == 0
+
+
+def test_what_depends_on_places_alone_is_computed_once_and_serves_training_too():
+    with torch.inference_mode():
+        first = position_encoding(6, 9, 16, torch.zeros(1))
+    assert position_encoding(6, 9, 16, torch.zeros(3)) is first
+    assert not first.is_inference()
+    assert first.shape == (1, 16, 6, 9)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    assert position_encoding(6, 9, 16, torch.zeros(1).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_map_leaves_linear_attention_in_another_dtype(dtype: torch.dtype):
+    attention, x = LinearAttention(32, 16), torch.randn(1, 32, 8, 8).to(dtype).requires_grad_()
+    kept: list[torch.Tensor] = []
+    keeping = torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each)
+    with keeping, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = attention(x)
+    assert y.dtype == dtype
+    assert {each.dtype for each in kept if each.numel() >= x.numel()} == {dtype}
 
 
 def test_cross_attention_at_every_depth_starts_as_the_baseline():
