@@ -97,4 +97,6 @@ def seeded(*parts: int | str) -> torch.Generator:
 def draw_noise(generators: list[torch.Generator], like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """N(0, I) for a batch, each image from its own generator, so that no image's draw depends on its batch."""
     noise = [torch.randn(like.shape[1:], generator=generator, dtype=torch.float32) for generator in generators]
-    return torch.stack(noise).to(like)
+    drawn = torch.stack(noise)
+    # From pinned memory a copy waits for nothing that the GPU has still to do.
+    return (drawn.pin_memory() if like.is_cuda else drawn).to(like, non_blocking=True)

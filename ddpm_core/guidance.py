@@ -69,7 +69,8 @@ def classifier_free(
     shown = {"show_mask": True} if held else {}
 
     def guided(x_t: Float[Tensor, "b c h w"], t: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-        outputs = network(x_t.repeat(n, 1, 1, 1), t.repeat(n), all_conditions, all_domains, **shown).to(x_t).chunk(n)
+        inputs = x_t.repeat(n, 1, 1, 1), t.to(x_t.device).repeat(n), all_conditions, all_domains
+        outputs = network(*inputs, **shown).to(x_t).chunk(n)
         mixed = torch.stack([weight * output for weight, output in zip(weights, outputs, strict=True)]).sum(0)
         if held:
             mixed, own, m = mixed[:, :-1], outputs[-1][:, :-1], outputs[-1][:, -1:]
@@ -97,7 +98,7 @@ def autoguidance(denoiser: Denoiser, weak_denoiser: Denoiser, scale: float) -> D
 
 def limited(guided: Denoiser, plain: Denoiser, interval: tuple[float, float], num_timesteps: int) -> Denoiser:
     """`guided` at the timesteps whose share of the chain, (t + 1) / T, lies in `interval`; `plain` at the others
-    (Kynkäänniemi et al. 2024)."""
+    (Kynkäänniemi et al. 2024). Which is which is seen without waiting for a GPU where t is on the CPU."""
     low, high = interval
     if (low, high) == (0, 1):
         return guided
@@ -109,7 +110,7 @@ def limited(guided: Denoiser, plain: Denoiser, interval: tuple[float, float], nu
             return guided(x_t, t)
         if not inside.any():
             return plain(x_t, t)
-        return torch.where(inside[:, None, None, None], guided(x_t, t), plain(x_t, t))
+        return torch.where(inside.to(x_t.device)[:, None, None, None], guided(x_t, t), plain(x_t, t))
 
     return denoiser
 
@@ -132,7 +133,7 @@ def classifier_guidance(
 
     def guided(x_t: Float[Tensor, "b c h w"], t: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         a, s = signal_and_noise(alphas_cumprod, t, x_t)
-        gradient = _gradient(lambda x: log_prob(x, t.clone()), x_t)
+        gradient = _gradient(lambda x: log_prob(x, t.to(x.device, copy=True)), x_t)
         move = torch.where(a > 0, scale * s**2 / a, 0) * gradient
         return _with_x_0_moved(denoiser(x_t, t), move, prediction, a, s)
 

@@ -5,6 +5,7 @@ timesteps          the visited t, descending
 abar, abar_prev    alphas_cumprod at a visited step and at the next one, which is less noisy; after the last step
                    comes the clean image, abar_prev = 1. The first abar may be 0 (pure noise)
 a, s               sqrt(abar), sqrt(1 - abar): x_t = a x_0 + s noise
+t                  of a denoiser: on the CPU, as alphas_cumprod had best be
 generators         one for each image: an image's result does not depend on its batch
 """
 
@@ -303,7 +304,8 @@ def _predict(
 
 
 def _batch(t: int, like: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
-    return torch.full((len(like),), t, dtype=torch.int64, device=like.device)
+    """On the CPU: what depends on it is decided, and small tables looked up, without waiting for a GPU."""
+    return torch.full((len(like),), t, dtype=torch.int64)
 
 
 def _flow_time(abar: float) -> float:

@@ -18,13 +18,14 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ddpm_core import config as configs
-from ddpm_core import guidance, images, samplers, schedule
+from ddpm_core import graphs, guidance, images, samplers, schedule
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.conditioning import structure
 from ddpm_core.config import FROM_SIDE, ModelConfig, SamplingConfig, domain_attributes
 from ddpm_core.diffusion import draw_noise, seeded
 from ddpm_core.encoders import AttributeClassifier, IdentityEncoder
 from ddpm_core.errors import InputError
+from ddpm_core.graphs import Graphed
 from ddpm_core.guidance import Denoiser, Network
 from ddpm_core.precision import autocast, in_float32, resolve
 
@@ -155,7 +156,7 @@ class Translator:
         self.dtype = resolve(precision, self.device)
         self.network = self._in_precision(self.model)
         """Every pass of the model goes through it."""
-        self.alphas_cumprod = schedule.alphas_cumprod(self.config.diffusion).to(self.device)
+        self.alphas_cumprod = schedule.alphas_cumprod(self.config.diffusion)  # on the CPU, as samplers' t
         self.guide_scale = guide_scale
         self.guide: Network | None = None
         if guide is not None:
@@ -274,7 +275,7 @@ class Translator:
             with autocast(self.device, self.dtype):
                 return model(*inputs, **shown)
 
-        return network
+        return Graphed(network) if graphs.can_be_captured(model) else network
 
     def _sample(
         self,

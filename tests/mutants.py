@@ -204,7 +204,11 @@ MUTANTS = [
     Mutant("guidance", "share = (t + 1) / num_timesteps", "share = 1 - (t + 1) / num_timesteps"),
     Mutant("guidance", "(low <= share) & (share <= high)", "(low <= share) | (share <= high)"),
     Mutant("guidance", "(low <= share) & (share <= high)", "(low <= share) & (share < high)"),
-    Mutant("guidance", "torch.where(inside[:, None, None, None], guided(x_t, t), plain(x_t, t))", "guided(x_t, t)"),
+    Mutant(
+        "guidance",
+        "torch.where(inside.to(x_t.device)[:, None, None, None], guided(x_t, t), plain(x_t, t))",
+        "guided(x_t, t)",
+    ),
     Mutant("guidance", "scale * s**2 / a, 0)", "scale * s / a, 0)"),
     Mutant("guidance", "torch.where(a > 0, scale * s**2 / a, 0)", "(scale * s**2 / a)"),
     Mutant("guidance", "scale * s**2 / a, 0) * gradient", "-scale * s**2 / a, 0) * gradient"),

@@ -10,9 +10,10 @@ import math
 import pytest
 import torch
 
-from ddpm_core.config import DiffusionConfig
+from ddpm_core.config import DiffusionConfig, Prediction
 from ddpm_core.diffusion import q_sample, seeded, training_target
 from ddpm_core.errors import InputError
+from ddpm_core.guidance import classifier_free, limited
 from ddpm_core.samplers import (
     SAMPLERS,
     SPACINGS,
@@ -526,3 +527,26 @@ def test_previews_of_an_edit_end_in_its_result(edit):
     _, result = edited(edit, 5, callback=lambda done, x_0: seen.append((done, x_0)))
     assert [done for done, _ in seen] == [1, 2, 3]
     close(seen[-1][1], result)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x_0"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_sampler_waits_for_the_device(sampler: str, prediction: Prediction):
+    """A meta tensor has no values: whoever asks for one fails, where with a GPU he would wait."""
+    x_T = torch.zeros(2, 3, 4, 4, device="meta")
+
+    def network(x_t, t, condition, domain):
+        assert t.device == x_t.device
+        return 0.5 * x_t
+
+    network_of = {"condition": x_T, "domain": torch.zeros(2, dtype=torch.int64, device="meta"), "num_domains": 2}
+    guided, plain = (classifier_free(network, **network_of, guidance_scale=scale) for scale in (1.5, 1.0))
+    x_0 = SAMPLERS[sampler](
+        limited(guided, plain, (0.2, 0.7), 10),
+        x_T,
+        timesteps=trailing(10, 5),
+        alphas_cumprod=alphas_cumprod(DiffusionConfig(num_timesteps=10)),
+        prediction=prediction,
+        generators=[seeded("a"), seeded("b")],
+    )
+    assert x_0.shape == x_T.shape

@@ -17,6 +17,7 @@ from torch import Tensor
 from ddpm_core import guidance, precision, provenance, samplers, schedule
 from ddpm_core.config import DiffusionConfig, SamplingConfig
 from ddpm_core.errors import InputError
+from ddpm_core.graphs import Graphed
 from jobs.benchmarks import contenders
 from jobs.benchmarks.contenders import Layout, Network, Stepper
 from jobs.benchmarks.gpu import FAILED, MEASURED, NETWORKS, NO_ROOM, Row
@@ -171,7 +172,7 @@ def forward(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], 
     batch = stepper.random_batch(machine.batch_size(row))[:3]
     ways: dict[str, Callable[..., Tensor]] = {"launched": stepper.eps}
     if machine.is_gpu:
-        ways["graph"] = Graph(stepper.eps)
+        ways["graph"] = Graphed(stepper.eps)
     with torch.no_grad():
         tell(first_s=machine.timed(lambda: stepper.eps(*batch)))
         results = {name: way(*batch).clone() for name, way in ways.items()}
@@ -186,7 +187,7 @@ def sample(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], t
     x_T, condition, domain, _ = stepper.random_batch(machine.batch_size(row))
     domain = torch.zeros_like(domain)
     chain, sampling = DiffusionConfig(), SamplingConfig(num_steps=3) if machine.tiny else SamplingConfig()
-    abar = schedule.alphas_cumprod(chain).to(machine.device)
+    abar = schedule.alphas_cumprod(chain)
 
     def evaluate(*inputs: Tensor) -> Tensor:
         with precision.autocast(machine.device, machine.dtype):
@@ -203,7 +204,7 @@ def sample(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], t
 
     ways: dict[str, Callable[..., Tensor]] = {"launched": evaluate}
     if machine.is_gpu:
-        ways["graph"] = Graph(evaluate)
+        ways["graph"] = Graphed(evaluate)
     with torch.no_grad():
         results = {name: drawn(way, 2).clone() for name, way in ways.items()}
         calls = {name: functools.partial(drawn, way, sampling.num_steps) for name, way in ways.items()}
@@ -314,36 +315,6 @@ class Memory:
             "peak_gib": (torch.cuda.max_memory_allocated() - self.allocated) / GIB,
             "reserved_gib": (torch.cuda.max_memory_reserved() - self.reserved) / GIB,
         }
-
-
-class Graph:
-    """A call as a CUDA graph of the shapes that it is first asked with; each call overwrites the last one's result."""
-
-    def __init__(self, call: Callable[..., Tensor]) -> None:
-        self.call = call
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        if self.graph is None:
-            self._capture(inputs)
-        assert self.graph is not None
-        for kept, given in zip(self.inputs, inputs, strict=True):
-            kept.copy_(given)
-        self.graph.replay()
-        return self.output
-
-    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        self.inputs = [each.clone() for each in inputs]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries set themselves up, which cannot be captured
-            for _ in range(2):
-                self.call(*self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.output = self.call(*self.inputs)
-        self.graph = graph
 
 
 def difference(results: Mapping[str, Tensor]) -> dict[str, float]:
