@@ -473,6 +473,47 @@ def test_a_profile_that_cannot_be_used_is_ignored_and_told(mode: str, profile: b
     assert image.info["notes"] == (images.PROFILE_IGNORED,)
 
 
+def inks_profile() -> bytes:
+    """An ICC profile of four inks (lut8, ICC.1:2001-04, 6.5.7) to CIE L*a*b*, far from Pillow's own idea of CMYK."""
+    levels = np.linspace(0, 1, 9)
+    c, m, y, k = np.meshgrid(levels, levels, levels, levels, indexing="ij")
+    lightness = (100 - 42 * c - 50 * m - 10 * y) * (1 - 0.9 * k) / 100
+    a = (-37 * c + 74 * m - 5 * y) * (1 - k)
+    b = (-50 * c - 3 * m + 93 * y) * (1 - k)
+    table = np.stack([lightness.clip(0, 1) * 255, a + 128, b + 128], axis=-1).clip(0, 255).round().astype(np.uint8)
+    ramp = np.arange(256, dtype=np.uint8).tobytes()
+    identity = struct.pack(">9i", *(np.eye(3, dtype=int) * 65536).ravel().tolist())
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 9, 0]) + identity + 4 * ramp + table.tobytes() + 3 * ramp
+    text = b"desc" + bytes(4) + struct.pack(">I", 5) + b"inks\0" + bytes(78)
+    tags = {b"desc": text, b"wtpt": b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061), b"A2B0": lut}
+    index, body = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        index += struct.pack(">4sII", name, 128 + 4 + 12 * len(tags) + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    size = struct.pack(">I", 128 + len(index) + len(body))
+    header = size + bytes(4) + b"\x02\x10\0\0prtrCMYKLab " + bytes(12) + b"acsp"
+    return header.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061).ljust(60, b"\0") + index + body
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_inks_are_what_their_profile_says(kind: str) -> None:
+    """JPEG as Photoshop writes it: Adobe's marker, and inks the other way round."""
+    inks = [(10, 200, 30, 20), (255, 0, 0, 0), (0, 0, 255, 0), (0, 0, 0, 200), (90, 60, 60, 120), (0, 0, 0, 0)]
+    profile = inks_profile()
+    theirs, ours = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    far = 0
+    for ink in inks:
+        flat = Image.new("CMYK", (16, 16), ink)
+        data = encoded(flat, kind, icc_profile=profile, **({"quality": 100} if kind == "JPEG" else {}))
+        assert (b"Adobe" in data) == (kind == "JPEG")
+        image = images.decode(data)
+        right = ImageCms.profileToProfile(flat, theirs, ours, outputMode="RGB").getpixel((8, 8))
+        np.testing.assert_allclose(center(image, 0.5, 0.5), right, atol=3)
+        assert image.info["notes"] == ()
+        far = max(far, np.abs(np.subtract(right, flat.convert("RGB").getpixel((0, 0)))).max())
+    assert far > 60, "the profile decides"
+
+
 def test_lab_is_read() -> None:
     lab = ImageCms.profileToProfile(
         Image.new("RGB", (16, 16), (200, 60, 40)),
