@@ -1,5 +1,6 @@
 """Watching: what the terminal and the report say of a run, by two kinds of board, whatever happens."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -10,10 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from jobs.training import monitor
+from ddpm_core.config import ModelConfig, SamplingConfig
+from jobs.training import loop, monitor
 from jobs.training.monitor import Monitor, StatusBoard
+from jobs.training.presets import PRESETS
+from jobs.training.worker_state import WorkerState
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +197,34 @@ def test_the_rate_is_of_the_last_minute_and_forgets_lost_workers(run: str, monke
         now[0] += 1
     status = watch.status("running")
     assert status["images_per_s"] == pytest.approx(10 * 32, rel=0.02)
-    assert status["left_s"] == pytest.approx((40 - 990) / 10, rel=0.02)
-    board.post(state(500, start=500))
+    board.post(state(500, start=500, left_s=90.0))
     watch._look()
     assert watch.steps_per_s() == 0
+    assert watch.status("running")["left_s"] == 90.0
+
+
+def test_the_time_left_has_the_validations_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten epochs of 20 steps of 1 s, a validation of 30 s after every fourth epoch and the last."""
+    options = dataclasses.replace(
+        PRESETS["smoke"].options, epochs=10, validate_every_epochs=4, global_batch_size=16, sampling=SamplingConfig()
+    )
+    options = dataclasses.replace(options, optim=dataclasses.replace(options.optim, ema_sigma_rels=(0.05, 0.1)))
+    fields = {**dict.fromkeys(field.name for field in dataclasses.fields(WorkerState)), "rows": np.arange(330)}
+    worker = WorkerState(**{**fields, "options": options, "config": ModelConfig(sampling=options.sampling)})
+    now = [50.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    pace = loop.Pace(worker, 120)
+    assert pace.left_s(0) is None
+    for done in range(1, 201):
+        now[0] += 7.0 if done == 1 else 1.0  # the first warms up
+        pace.step()
+        if done == 79:  # 120 images by two lengths, and six drawn in 50 steps
+            assert pace.left_s(done) == pytest.approx(121 + 3 * (240 + 300) / 16 / 3)
+        if worker.validates(done):
+            now[0] += 30.0
+            pace.validated()
+        if done == 80:
+            assert pace.left_s(done) == pytest.approx(120 + 2 * 30)
+        if done == 160:
+            assert pace.left_s(done) == pytest.approx(40 + 30)
+    assert pace.left_s(200) == 0

@@ -326,6 +326,24 @@ def test_folders_paired_by_name(two_folders: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(("num_pairs", "held_out"), [(6, 1), (2, 0)])
+def test_pairs_are_split_among_themselves(tmp_path: Path, capsys: Any, num_pairs: int, held_out: int) -> None:
+    """However many images have no counterpart or cannot be read; a split that stays empty is spoken of."""
+    for number in range(num_pairs):
+        for domain in ("day", "night"):
+            save(drawn(number), tmp_path / "in" / domain / f"pair-{number}.png")
+    for number in range(30):
+        save(drawn(number), tmp_path / "in" / ("day", "night")[number % 2] / f"alone-{number}.png")
+        (tmp_path / "in/day" / f"broken-{number}.png").write_bytes(b"no image")
+        save(drawn(number), tmp_path / "in/night" / f"broken-{number}.png")
+    out = tmp_path / "out"
+    flags = ("--pairing", "paired", "--image-size", 8, "--num-workers", 0, "--set-aside-ok")
+    assert run("folders", "--source", tmp_path / "in", "--output", out, *flags) == 0
+    assert read_card(str(out)).splits == {"train": num_pairs - 2 * held_out, "val": held_out, "test": held_out}
+    told = "no rows for val: jobs.train does not take it; prepare it again with more images"
+    assert (told in capsys.readouterr().out) == (not held_out)
+
+
 def test_folders_anywhere_named_on_the_command_line(two_folders: Path, tmp_path: Path) -> None:
     domains = ("--domain", f"a={two_folders}/cat", "--domain", f"b={two_folders}/dog")
     assert run("folders", *domains, "--output", tmp_path / "out", "--image-size", 8) == 0

@@ -104,15 +104,15 @@ class Progress:
         elif self._passed(self.last_line) >= min(max(self.every_s, self._passed(self.started) / LINES), LONGEST_S):
             self._line(note)
 
-    def at(self, count: int, note: str = "") -> None:
-        """So many are done in all; fewer than before where some were lost."""
+    def at(self, count: int, note: str = "", *, left_s: float | None = None) -> None:
+        """So many are done in all; fewer than before where some were lost. `note`, `left_s`: as `update`'s."""
         lost = max(self.count - count, 0)
         self.count -= lost
         self.initial -= lost
         if self.begun is not None:  # they took their time: the rate stays
             self.begun = (self.begun[0], self.begun[1] - lost)
         self.marks = collections.deque((when, count - lost) for when, count in self.marks)
-        self.update(count - self.count, note)
+        self.update(count - self.count, note, left_s=left_s)
 
     def close(self) -> None:
         """End the bar, or write the last line; either says how long it took."""

@@ -268,6 +268,8 @@ def summarise(output: str, card: DatasetCard, speed: str = "") -> None:
     sides = " and ".join(card.domains) if len(card.domains) == 2 else ", ".join(card.domains)
     line = f"{output}: {counts} rows of {card.image_size} px, {card.pairing}, {sides}; {card.licence}"
     print(printable("; ".join(filter(None, [line, speed]))))
+    if empty := [split for split in ("train", "val") if not card.splits.get(split)]:
+        print(f"no rows for {' and '.join(empty)}: jobs.train does not take it; prepare it again with more images")
     aside = "no image set aside"
     if card.num_rejected:
         why = cli.tally(line["reason"] for line in read_lines(output, REJECTED, card))

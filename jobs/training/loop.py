@@ -8,6 +8,7 @@ A step is an optimiser step over all workers; `steps_per_epoch` = rows // global
 epoch to epoch.
 """
 
+import collections
 import contextlib
 import ctypes
 import math
@@ -28,7 +29,7 @@ from jobs.training.methods import Diffusion, Objective
 from jobs.training.options import TrainOptions
 from jobs.training.run_folder import Run, latest_checkpoint, note_attempt
 from jobs.training.tracking import Tracking
-from jobs.training.validation import Validation
+from jobs.training.validation import NUM_IMAGES, Validation
 from jobs.training.worker_state import END, SAVE, STOP, LossMeans, WorkerConsensus, WorkerState, is_finite, restore
 
 POST_EVERY_S = 0.5
@@ -71,6 +72,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
     trace = profiling.tracer(job["run"] if job["profile"] and run else None)
     profiling.note(times, "network")
     mean_losses, clock, num_steps = worker.losses, time.monotonic(), 0
+    pace = Pace(worker, len(validation.rows))
     if config.origin and not start:  # from here on the run has its weights itself
         save(0, strict=True)
     for step, draw in enumerate(feed, start=start):
@@ -82,9 +84,11 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
         done, num_steps = step + 1, num_steps + 1
         ema.update(method.network, done)
         mean_losses.add(losses)
+        pace.step()
         if run:
             run.step(done, num_steps * options.global_batch_size / (time.monotonic() - clock))
-            post(done, epoch=done // worker.steps_per_epoch, loss=consensus.loss, **run.status())
+            epoch = done // worker.steps_per_epoch
+            post(done, epoch=epoch, loss=consensus.loss, left_s=pace.left_s(done), **run.status())
         agreed = consensus.agree(losses, storing=run is not None and run.storing, ending=post.ending)
         trace()
         if run and step == start:
@@ -128,6 +132,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
             ray.train.report(report)  # a barrier, which the controller lets pass twice a second
             for callback in job["callbacks"]:
                 callback.after_report(None, [report], None)
+            pace.validated()
         if agreed & END and done < worker.total_steps:
             if run:
                 run.stored(strict=True)
@@ -208,6 +213,48 @@ def memory_errors(method: Objective, batch: Batch) -> Iterator[None]:
             f"a worker's share of a step, {len(batch.t)} images, does not fit into the GPU's memory "
             f"({str(error).split('.')[0]}); {method.what_fits(batch) if isinstance(method, Diffusion) else fewer}"
         ) from None
+
+
+class Pace:
+    """How long the rest of a run takes: steps by the last of them, validations by the last one. Before the first, one
+    counts as its images do in a step, of whose time the forward pass is a third."""
+
+    RECENT = 100
+
+    def __init__(self, worker: WorkerState, num_rows: int) -> None:
+        """`num_rows`: images of a validation."""
+        self.worker = worker
+        options, sampling = worker.options, worker.config.sampling
+        drawn = NUM_IMAGES * sampling.num_steps if options.method == "diffusion" else 0
+        forward = num_rows * len(options.optim.ema_sigma_rels) + drawn
+        self.steps_a_validation = forward / options.global_batch_size / 3
+        self.recent: collections.deque[float] = collections.deque(maxlen=self.RECENT)
+        """Seconds of steps; not of the first, which warms up."""
+        self.validation_s: float | None = None
+        self.at: float | None = None
+
+    def step(self) -> None:
+        """A step is done."""
+        now = time.monotonic()
+        if self.at is not None:
+            self.recent.append(now - self.at)
+        self.at = now
+
+    def validated(self) -> None:
+        """A validation is done, with all that comes with it, since the last step."""
+        if self.at is not None:
+            now = time.monotonic()
+            self.validation_s, self.at = now - self.at, now
+
+    def left_s(self, done: int) -> float | None:
+        """Of a run at that step; None while nothing is known."""
+        if not self.recent:
+            return None
+        step_s = sum(self.recent) / len(self.recent)
+        each_s = self.steps_a_validation * step_s if self.validation_s is None else self.validation_s
+        first = done // self.worker.steps_per_epoch + 1
+        ends = range(first * self.worker.steps_per_epoch, self.worker.total_steps + 1, self.worker.steps_per_epoch)
+        return (self.worker.total_steps - done) * step_s + each_s * sum(map(self.worker.validates, ends))
 
 
 class StatusPoster:

@@ -36,8 +36,8 @@ class StatusBoard:
         """Returns whether the run is to store a checkpoint and end.
 
         `state`: step, total, start (the step this attempt began at), and where known epoch, loss, validated and
-        checkpoint (steps of the last one logged and stored), started (where the time until the first step went),
-        warnings (a list of lines)."""
+        checkpoint (steps of the last one logged and stored), left_s (seconds), started (where the time until the first
+        step went), warnings (a list of lines)."""
         self.state = state
         return self.stopping
 
@@ -119,7 +119,7 @@ class Monitor:
             print(f"train: {started}", file=sys.stderr, flush=True)
         if self.bar is not None:
             loss = state.get("loss")
-            self.bar.at(state["step"], "" if loss is None else f"loss {loss:.3g}")
+            self.bar.at(state["step"], "" if loss is None else f"loss {loss:.3g}", left_s=state.get("left_s"))
         self._report_if_due(now)
 
     def _begin(self, state: dict[str, Any]) -> None:
@@ -167,14 +167,13 @@ class Monitor:
     def status(self, state: str, message: str = "") -> dict[str, Any]:
         """What the report says of how far the run is."""
         steps_per_s = self.steps_per_s()
-        left = self.state["total"] - self.state["step"]
         return {
             **self.state,
             "state": state,
             "message": message,
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "images_per_s": steps_per_s * self.images_per_step,
-            "left_s": left / steps_per_s if steps_per_s else None,
+            "left_s": self.state.get("left_s"),
         }
 
     def steps_per_s(self) -> float:

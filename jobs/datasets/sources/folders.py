@@ -363,9 +363,7 @@ def _make(
 ) -> Made:
     there, domains = rows_there(options), found.domains
     torn: list[tuple[str, str]] = []
-    if pairs is None:
-        splits, note = assign_splits(domains, kept_names(there, list(domains), pairing))
-    else:
+    if pairs is not None:
         splits, torn, note = split_pairs(pairs, there)
         domains = {domain: [item for item in of if (domain, item.file) in splits] for domain, of in domains.items()}
     flat = [(domain, item) for domain, items in domains.items() for item in items]
@@ -378,12 +376,19 @@ def _make(
         encoding=options.encoding,
         template=template,
     )
+    if pairs is None:
+        used = {name for name, ok in zip(names, pixels.ok, strict=True) if ok}
+        rows = {domain: [item for item in of if f"{domain}/{item.file}" in used] for domain, of in domains.items()}
+        if pairing == "paired":  # of what has no counterpart none is held out: there is no row of it
+            both = set.intersection(*({item.name for item in of} for of in rows.values()))
+            rows = {domain: [item for item in of if item.name in both] for domain, of in rows.items()}
+        splits, note = assign_splits(rows, kept_names(there, list(domains), pairing))
     order = list(domains)
     earlier = images_there(there, order) if pairing == "paired" else there
     copies, dropped, word = weed(
         pixels,
         names,
-        [splits[domain, item.file] for domain, item in flat],
+        [splits.get((domain, item.file), "train") for domain, item in flat],
         options,
         known=[not {name, posixpath.splitext(name)[0]}.isdisjoint(earlier) for name in names],
         groups=[order.index(domain) for domain, _ in flat] if pairing == "paired" else None,
