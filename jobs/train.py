@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 def trained(args: "TrainArgs", times: dict[str, float], waiting: Waiting) -> int:
     """The exit code."""
     from ddpm_core import checkpoint, storage  # seconds, which --help and a wrong flag need not wait for
+    from ddpm_core.errors import InputError
     from jobs.common import kinds
     from jobs.common.intervals import ENOUGH
     from jobs.datasets.format import read_card
@@ -59,6 +60,8 @@ def trained(args: "TrainArgs", times: dict[str, float], waiting: Waiting) -> int
         print(f"error: {error}", file=sys.stderr)
         return cli.FAILED
     best, found = checkpoint.resolve(run)
+    if "metric" not in found:
+        raise InputError(f"{run} was removed or begun anew by another command while it was trained; train it again")
     if (chosen_on := found["metric"].get("num_images", ENOUGH)) < ENOUGH:
         print(f"the best checkpoint is the best of {chosen_on} validation images: too few to tell it from the others")
     print(f"best checkpoint: {best}\nreport: {storage.join(run, 'report.html')}")
