@@ -43,11 +43,13 @@ _ENCODER = TrainOptions(
     max_val_images=1024,
     optim=OptimConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=50, weight_decay=0.05),
 )
-_OF_AN_H100 = "{} hours of one H100 (reckoned from the 483 images/s of celeba-64 there)"
+_OF_AN_H100 = (
+    "{} hours of one H100 at the 483 images/s of celeba-64 measured there before norms were kernels, not since"
+)
 """138 GFLOP an image of 64 px and 355 of 128 px."""
-_MEMORY_64 = "2 GiB of a GPU and 0.22 for each image of its share (measured)"
-_MEMORY_128 = "2 GiB of a GPU and 0.73 for each image of its share (reckoned)"
-"""From what is kept for the backward pass, which is 92 % of all at 64 px. A batch of 128 does not fit into 80 GiB."""
+_MEMORY_64 = "2 GiB of a GPU and 0.09 for each image of its share (reckoned, not measured)"
+_MEMORY_128 = "2 GiB of a GPU and 0.30 for each image of its share (reckoned, not measured)"
+"""From what is kept for the backward pass, which by the same reckoning was 92 % of what was measured (docs/results.md)."""
 _NOT_RUN = "not run yet at full length"
 _TWO_FOLDERS = TrainOptions(
     global_batch_size=32,
@@ -176,7 +178,7 @@ PRESETS: dict[str, Preset] = {
         about="CelebA at 64 px, 54 epochs, Huber loss, 20 % condition dropout, linear schedule",
         command="--num-workers 8 --use-gpu --cpus-per-worker 4",
         time=_OF_AN_H100.format("5"),
-        memory=f"{_MEMORY_64}: 32 take 9, 256 take 58",
+        memory=f"{_MEMORY_64}: 32 take 5, 256 take 25",
         expect=_NOT_RUN,
         options=TrainOptions(global_batch_size=256, unet=MISSION_64),
     ),
@@ -184,7 +186,7 @@ PRESETS: dict[str, Preset] = {
         about="the same recipe at 128 px",
         command="--num-workers 8 --use-gpu --cpus-per-worker 4",
         time=_OF_AN_H100.format("13"),
-        memory=f"{_MEMORY_128}: 16 take 14, 32 take 25",
+        memory=f"{_MEMORY_128}: 16 take 7, 128 take 41",
         expect=_NOT_RUN,
         options=TrainOptions(global_batch_size=128, unet=MISSION_128),
     ),
@@ -192,7 +194,7 @@ PRESETS: dict[str, Preset] = {
         about="the same recipe on 18,000 pairs of Day2Night at 64 px",
         command="--num-workers 1 --use-gpu --cpus-per-worker 4",
         time=_OF_AN_H100.format("0.6"),
-        memory=f"{_MEMORY_64}: 64 take 16",
+        memory=f"{_MEMORY_64}: 64 take 8",
         expect=_NOT_RUN,
         options=TrainOptions(global_batch_size=64, unet=MISSION_64),
     ),
@@ -200,7 +202,7 @@ PRESETS: dict[str, Preset] = {
         about="the same recipe at 128 px",
         command="--num-workers 1 --use-gpu --cpus-per-worker 4",
         time=_OF_AN_H100.format("1.4"),
-        memory=f"{_MEMORY_128}: 32 take 25",
+        memory=f"{_MEMORY_128}: 32 take 12",
         expect=_NOT_RUN,
         options=TrainOptions(global_batch_size=32, unet=MISSION_128),
     ),
