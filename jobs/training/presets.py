@@ -49,7 +49,7 @@ _OF_AN_H100 = (
 """138 GFLOP an image of 64 px and 355 of 128 px."""
 _MEMORY_64 = "2 GiB of a GPU and 0.09 for each image of its share (reckoned, not measured)"
 _MEMORY_128 = "2 GiB of a GPU and 0.30 for each image of its share (reckoned, not measured)"
-"""From what is kept for the backward pass, which by the same reckoning was 92 % of what was measured (docs/results.md)."""
+"""From what is kept for the backward pass: 92 % of all, when both were known (docs/results.md)."""
 _NOT_RUN = "not run yet at full length"
 _TWO_FOLDERS = TrainOptions(
     global_batch_size=32,
