@@ -390,14 +390,16 @@ class Endpoint:
 
     def encoded(self, job: Job, done: Done, kind: str) -> bytes:
         options = json.dumps(job.options.arguments())
-        return encode(done.image, kind, xmp(self.settings.checkpoint, self.config.data.licence, options))
+        return encode(
+            done.image, kind, xmp(done.checkpoint or self.settings.checkpoint, self.config.data.licence, options)
+        )
 
     def headers(self, job: Job, done: Done, note: str, begun: float) -> dict[str, str]:
         total_ms = (time.perf_counter() - begun) * 1000
         timing = f"queue;dur={done.queue_ms:.1f}, model;dur={done.model_ms:.1f}, total;dur={total_ms:.1f}"
         return {
             "X-Licence": header(self.config.data.licence),
-            "X-Checkpoint": header(self.settings.checkpoint),
+            "X-Checkpoint": header(done.checkpoint or self.settings.checkpoint),
             "X-Options": json.dumps(job.options.arguments()),
             "X-Batch-Size": f"{done.batch_size:.1f}",
             "Server-Timing": timing,
@@ -516,7 +518,7 @@ EDITS_BODY = {
                     "properties": {
                         "image": {"type": "string", "format": "binary"},
                         "prompt": {"type": "string", "description": "The domain to translate to."},
-                        "seed": {"type": "integer"},
+                        "seed": {"type": "integer", "minimum": 0, "maximum": configs.MAX_SEED},
                         "n": {"type": "integer", "enum": [1]},
                         "response_format": {"type": "string", "enum": ["b64_json"]},
                         "output_format": {"type": "string", "enum": list(MEDIA_TYPES)},

@@ -84,7 +84,13 @@ class Model:
         domain = (pinned.config.target_domains or pinned.config.domains)[0]
         for size in sizes or [1]:  # the first pass of a size is slow: nobody is to wait for it
             self.translator(np.zeros((size, side, side, 3), np.uint8), domain)
-        self.engine = Engine(self.translator, max_rows=rows, max_waiting=arguments.queue_length, sizes=sizes)
+        self.engine = Engine(
+            self.translator,
+            max_rows=rows,
+            max_waiting=arguments.queue_length,
+            sizes=sizes,
+            checkpoint=pinned.name,
+        )
 
     async def translate(self, job: Job) -> Done:
         return await self.engine.translate(job)
@@ -104,7 +110,12 @@ class Model:
             torch.ones(1, device=self.translator.device).item()
 
 
-@ray.serve.deployment(graceful_shutdown_timeout_s=30, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+@ray.serve.deployment(
+    graceful_shutdown_timeout_s=30,
+    ray_actor_options={"num_cpus": 0},
+    max_ongoing_requests=1000,
+    max_surge_percent=100,
+)
 class Reader:
     """Image files to squares, in a process of its own: decoding and looking for faces hold up nobody, and a decoder
     that dies takes nothing with it."""
@@ -197,6 +208,7 @@ def _in_our_words() -> Any:
 @ray.serve.deployment(
     graceful_shutdown_timeout_s=60,
     ray_actor_options={"num_cpus": 0},  # shares the machine with the model; beside it there is little to do
+    max_surge_percent=100,
     max_ongoing_requests=10_000,  # it bounds what it takes itself, and answers the others at once
 )
 @ray.serve.ingress()
@@ -255,9 +267,10 @@ def build_app(args: dict[str, Any]) -> ray.serve.Application:
     held = arguments.max_batch_size + arguments.queue_length
     """Requests at one replica, at work or waiting; Ray's own queue only has to take those on their way there."""
     model = Model.options(  # type: ignore[attr-defined]
-        num_replicas=arguments.num_replicas,
+        **arguments.scaling,
         max_ongoing_requests=held + 16,  # and whoever asks how it is
-        max_queued_requests=held * arguments.num_replicas,
+        max_queued_requests=held * (arguments.max_replicas or arguments.num_replicas),
+        max_surge_percent=arguments.max_surge_percent,
         ray_actor_options={"num_cpus": arguments.num_cpus or 1, "num_gpus": arguments.replica_gpus},
     ).bind(arguments, pinned)
     settings = Settings(arguments, loaded.config, pinned.name, tokens)

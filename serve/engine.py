@@ -54,6 +54,8 @@ class Done:
     """From there to its end."""
     batch_size: float
     """Images in a pass that it was part of, on average."""
+    checkpoint: str = ""
+    """What made it, while a rollout has two of them at work."""
 
 
 class Full(Exception):
@@ -130,8 +132,18 @@ class FairQueue:
 class Engine:
     """A translator shared by many."""
 
-    def __init__(self, translator: Translator, *, max_rows: int, max_waiting: int, sizes: Sequence[int] = ()) -> None:
-        """`max_rows`, `sizes`: as `StepLoop`. `max_waiting`: requests beyond those that share passes."""
+    def __init__(
+        self,
+        translator: Translator,
+        *,
+        max_rows: int,
+        max_waiting: int,
+        sizes: Sequence[int] = (),
+        checkpoint: str = "",
+    ) -> None:
+        """`max_rows`, `sizes`: as `StepLoop`. `max_waiting`: requests beyond those that share passes. `checkpoint`: its
+        name in the answers."""
+        self.checkpoint = checkpoint
         self.steps = StepLoop(translator, max_rows=max_rows, sizes=sizes)
         self.max_waiting = max_waiting
         self.queue = FairQueue()
@@ -254,7 +266,7 @@ class Engine:
         self.counts["done"] += 1
         queue_ms, model_ms = (ticket.started - ticket.arrived) * 1000, (time.monotonic() - ticket.started) * 1000
         company = translation.num_images / max(translation.num_passes, 1)
-        ticket.answer(Done(translation.result(), queue_ms, model_ms, company))
+        ticket.answer(Done(translation.result(), queue_ms, model_ms, company, self.checkpoint))
 
     def _drop(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from ddpm_core import config as configs
 from ddpm_core.config import Align, ModelConfig, SamplingConfig
@@ -27,6 +27,15 @@ class Arguments(BaseModel):
     """Places in one pass of the network: an image takes one, under guidance two. They join and leave at any step."""
     num_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
     """Copies of the model, each with its own share of CPUs and GPUs."""
+    max_replicas: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Copies are added up to so many while each has more than `max_batch_size` requests, and taken away again."""
+    upscale_delay_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Of `max_replicas`: how long there must be too many requests before a copy is added."""
+    downscale_delay_s: Annotated[float, Field(gt=0, le=86400)] = 300.0
+    """Of `max_replicas`: how long there must be few before one is taken away."""
+    max_surge_percent: Annotated[int, Field(ge=0, le=100)] = 100
+    """Copies started beside the old ones when the application is deployed again; the old ones stop once these are warm.
+    0 where there is no room for more: the old ones then stop first, and are missed if the new ones do not start."""
     num_cpus: Annotated[int, Field(ge=1)] | None = None
     """CPUs reserved and threads used by each replica. Unset: one reserved, a thread for each core used."""
     num_gpus: Annotated[float, Field(ge=0)] | None = None
@@ -53,6 +62,30 @@ class Arguments(BaseModel):
         return (
             -(-self.max_queued_requests // self.num_replicas) if self.max_queued_requests else 8 * self.max_batch_size
         )
+
+    @model_validator(mode="after")
+    def _bounds(self) -> "Arguments":
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}; it must be at least num_replicas, {self.num_replicas}"
+            )
+        return self
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """How many copies there are, as Ray Serve's deployments take it."""
+        if self.max_replicas is None:
+            return {"num_replicas": self.num_replicas}
+        config = {
+            "min_replicas": self.num_replicas,
+            "max_replicas": self.max_replicas,
+            "target_ongoing_requests": self.max_batch_size,
+            "upscale_delay_s": self.upscale_delay_s,
+            "downscale_delay_s": self.downscale_delay_s,
+            "metrics_interval_s": min(self.upscale_delay_s / 2, 10.0),
+            "look_back_period_s": min(self.upscale_delay_s, 30.0),
+        }
+        return {"num_replicas": "auto", "autoscaling_config": config}
 
     @property
     def replica_gpus(self) -> float:
@@ -141,6 +174,8 @@ def validate(cls: type[M], values: dict[str, Any]) -> M:
 
 def explain(problem: Any, cls: type[BaseModel]) -> str:
     """One of pydantic's problems as a line that names the field, its value and what would be right."""
+    if not problem["loc"]:  # of several fields together
+        return str(problem["ctx"]["error"])
     *_, name = [part for part in problem["loc"] if isinstance(part, str)]  # not the place within a tuple
     if problem["type"] == "extra_forbidden":
         fields = cls.model_fields

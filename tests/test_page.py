@@ -4,7 +4,10 @@ import base64
 import dataclasses
 import io
 import json
+import re
+import shlex
 import shutil
+import subprocess
 import tempfile
 import time
 import urllib.parse
@@ -127,6 +130,78 @@ def test_a_person_translates_a_image(page: webdriver.Chrome, checkpoint_folder: 
     wait((tmp_path / "day-day.png").exists)
     with Image.open(tmp_path / "day-day.png") as saved:
         assert np.abs(np.asarray(saved, int) - expected).max() <= 1  # the model's own pixels, not the enlarged ones
+
+
+def test_results_are_compared_kept_and_repeated_by_a_command(page: webdriver.Chrome, tmp_path: Path) -> None:
+    day_image(tmp_path)
+
+    def translate(seed: int) -> np.ndarray:
+        page.find_element(By.ID, "seed").send_keys(Keys.CONTROL, "a")
+        page.find_element(By.ID, "seed").send_keys(str(seed), Keys.ENTER)
+        wait(lambda: text(page, "result-note").endswith(f"seed {seed}"))
+        return pixels(page, "result")
+
+    page.find_element(By.ID, "file").send_keys(str(tmp_path / "day.png"))
+    wait(lambda: "day.png" in text(page, "source-note"))
+    first, second = translate(0), translate(1)
+    assert not np.array_equal(first, second)
+
+    compare = page.find_element(By.ID, "compare")
+    assert compare.accessible_name
+    compare.send_keys(*[Keys.ARROW_RIGHT] * 5)
+    assert page.execute_script("return getComputedStyle(document.getElementById('before')).clipPath").startswith(
+        "inset"
+    )
+    assert page.execute_script("return document.getElementById('outcome').style.getPropertyValue('--cut')") == "30%"
+    assert np.array_equal(pixels(page, "before"), pixels(page, "source"))
+    page.save_screenshot(str(tmp_path / "wide.png"))
+
+    newer, older = page.find_elements(By.CSS_SELECTOR, "#past button")
+    assert newer.get_attribute("aria-current") == "true"
+    older.send_keys(Keys.ENTER)
+    wait(lambda: text(page, "result-note").endswith("seed 0"))
+    assert np.array_equal(pixels(page, "result"), first)
+
+    page.find_element(By.CSS_SELECTOR, "#request summary").send_keys(Keys.ENTER)
+    command = shlex.split(text(page, "curl"))
+    subprocess.run([*command, "-s"], cwd=tmp_path, check=True, timeout=300)
+    newer.send_keys(Keys.ENTER)
+    wait(lambda: text(page, "result-note").endswith("seed 1"))
+    address = page.find_element(By.ID, "download").get_attribute("href")
+    file = page.execute_async_script(
+        "const [url, end] = arguments, image = new Image();"
+        "image.onload = () => { const paper = Object.assign(document.createElement('canvas'),"
+        "{width: image.width, height: image.height}); paper.getContext('2d').drawImage(image, 0, 0);"
+        "end(paper.toDataURL('image/png').split(',')[1]); }; image.src = url;",
+        address,
+    )
+    with Image.open(tmp_path / "result.png") as by_curl, Image.open(io.BytesIO(base64.b64decode(file))) as by_page:
+        difference = np.asarray(by_curl, int) - np.asarray(by_page.convert("RGB"), int)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone_in_either_light(page: webdriver.Chrome, tmp_path: Path, scheme: str) -> None:
+    phone = {"width": 375, "height": 812, "deviceScaleFactor": 2, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    page.refresh()
+    wait(lambda: text(page, "about").startswith("A diffusion model"))
+    assert page.find_element(By.ID, "photo").is_displayed()  # a phone has a camera
+    assert page.find_element(By.ID, "camera").get_attribute("capture") == "environment"
+    page.find_element(By.ID, "camera").send_keys(str(day_image(tmp_path)))
+    wait(lambda: "day.png" in text(page, "source-note"))
+    page.execute_script("document.getElementById('translate').click()")
+    wait(lambda: text(page, "status").startswith("Done in"))
+    page.find_element(By.CSS_SELECTOR, "#request summary").send_keys(Keys.ENTER)
+    assert page.execute_script("return document.documentElement.scrollWidth") == 375
+    ground = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground))) > 380) == (scheme == "light")
+    assert "generated" in text(page, "generated")
+    data = page.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})["data"]
+    (tmp_path / f"{scheme}.png").write_bytes(base64.b64decode(data))
 
 
 def test_every_sampling_option_has_a_control_and_a_changed_one_reaches_the_query(

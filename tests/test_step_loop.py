@@ -86,6 +86,19 @@ def test_a_real_network_agrees_to_a_rounding(method: Any, source_mask: bool) -> 
         assert np.abs(translation.result() - right).max() <= 1
 
 
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.0), ("bf16", 0.02)])
+def test_company_changes_few_values_by_more_than_a_rounding(precision: str, share: float) -> None:
+    """What `Translator` and docs/serving.md state, with one request among others of other options."""
+    translate, sources = Translator(network(TINY), device="cpu", precision=precision), pictures(8)
+    options: list[dict[str, Any]] = [{"num_steps": 4 + i % 3, "guidance_scale": 1.0 + i % 2} for i in range(8)]
+    loop = StepLoop(translate, max_rows=100)
+    joined = [loop.add(source, "night", **each) for source, each in zip(sources, options, strict=True)]
+    list(drain(loop))
+    alone = [translate(source[None], "night", **each)[0] for source, each in zip(sources, options, strict=True)]
+    difference = np.abs(np.stack([each.result() for each in joined]).astype(int) - np.stack(alone))
+    assert (difference > 1).mean() <= share
+
+
 def test_passes_are_shared_and_a_newcomer_joins_at_the_next() -> None:
     translate, source = by_row(), pictures(1)[0]
     rows, loop = translate.network.rows, StepLoop(translate, max_rows=8)  # type: ignore[attr-defined]
