@@ -6,9 +6,13 @@ import dataclasses
 import http.client
 import io
 import json
+import math
+import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -20,6 +24,9 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import safetensors.torch
+import torch
+import yaml
 from conftest import ROOT, S3Server, free_port
 from PIL import Image
 
@@ -50,6 +57,8 @@ def test_arguments_are_typed_and_unknown_ones_refused() -> None:
         validate(Arguments, {"checkpoint": "x", "max_batchsize": "4"})
     with pytest.raises(InputError, match="checkpoint is missing; give checkpoint=VALUE"):
         validate(Arguments, {})
+    with pytest.raises(InputError, match=r"^max_replicas is 1; it must be at least num_replicas, 2$"):
+        validate(Arguments, {"checkpoint": "x", "num_replicas": "2", "max_replicas": "1"})
     with pytest.raises(InputError, match="num_replicas is '0': input should be greater than or equal to 1"):
         validate(Arguments, {"checkpoint": "x", "num_replicas": "0"})
 
@@ -388,11 +397,7 @@ def test_a_replica_killed_under_load_costs_nobody_an_answer(endpoint: str, check
         return httpx.post(f"{endpoint}/pair/v1/translate", params=query, content=png(i % 3), timeout=300)
 
     right = [send(i).content for i in range(6)]
-    victim = next(
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if " ".join(p.info["cmdline"] or []).startswith("ray::ServeReplica:pair:Model")
-    )
+    victim = replicas("pair")[0]
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         answers = [pool.submit(send, i % 6) for i in range(48)]
         time.sleep(1)
@@ -405,3 +410,180 @@ def test_a_replica_killed_under_load_costs_nobody_an_answer(endpoint: str, check
             one, other = (np.asarray(Image.open(io.BytesIO(data)), int) for data in (answer.content, right[i % 6]))
             assert np.abs(one - other).max() <= 1
     ray.serve.delete("pair")
+
+
+def replicas(application: str, deployment: str = "Model") -> list[psutil.Process]:
+    """The processes of a deployment."""
+    title = f"ray::ServeReplica:{application}:{deployment}"
+    found = psutil.process_iter(["cmdline"])
+    return [each for each in found if " ".join(each.info["cmdline"] or []).startswith(title)]
+
+
+def until(true: Any) -> None:
+    deadline = time.monotonic() + 300
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)), int)
+
+
+class Load:
+    """Clients that ask again as soon as they are answered, until the block ends; a refusal is waited for."""
+
+    def __init__(self, address: str, clients: int, **query: Any) -> None:
+        self.address, self.query = address, {"domain": "night", **query}
+        self.answers: list[tuple[int, int, str, bytes]] = []
+        """Image, status, checkpoint and body of each."""
+        self.stop, self.pool = threading.Event(), concurrent.futures.ThreadPoolExecutor(clients)
+        self.clients = clients
+
+    def __enter__(self) -> "Load":
+        self.running = [self.pool.submit(self._client, number) for number in range(self.clients)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.pool.shutdown()
+        for client in self.running:
+            client.result()
+
+    def _client(self, number: int) -> None:
+        with httpx.Client(timeout=300) as http:
+            while not self.stop.is_set():
+                number = (number + 1) % 4
+                answer = http.post(f"{self.address}/v1/translate", params=self.query, content=png(number))
+                body = answer.content if answer.status_code == 200 else answer.text.encode()
+                self.answers.append((number, answer.status_code, answer.headers.get("x-checkpoint", ""), body))
+                if answer.status_code == 429:
+                    self.stop.wait(float(answer.headers["retry-after"]) / 4)
+
+
+@pytest.mark.slow
+def test_a_better_checkpoint_is_rolled_out_under_load_and_a_broken_one_never_serves(
+    endpoint: str, checkpoint_folder: str, tmp_path: Path
+) -> None:
+    import ray.serve
+
+    run = tmp_path / "run"
+    copy(checkpoint_folder, str(run))
+    args = {"checkpoint": str(run), "device": "cpu", "precision": "fp32"}
+
+    def deploy(wait: bool = True) -> None:
+        application = app.build_app(args)
+        if not wait:  # between its check and the start of the new copies
+            (run / "checkpoints/3/model.safetensors").unlink()
+        target = ray.serve.RunTarget(application, name="roll", route_prefix="/roll")
+        ray.serve.run_many([target], wait_for_applications_running=wait)
+
+    def better(number: int, seed: int) -> None:
+        """Other weights, which the run finds best."""
+        old, folder = run / "checkpoints/1", run / f"checkpoints/{number}"
+        tensors = safetensors.torch.load((old / "model.safetensors").read_bytes())
+        torch.manual_seed(seed)
+        changed = {name: each + 0.01 * torch.randn_like(each) for name, each in tensors.items()}
+        config = checkpoint.load(str(old)).config
+        folder.mkdir()
+        for name, data in checkpoint.files(changed, config).items():
+            (folder / name).write_bytes(data)
+        (run / "best.json").write_text(json.dumps({"checkpoint": f"checkpoints/{number}"}))
+
+    def expected() -> tuple[str, list[np.ndarray]]:
+        made = [httpx.post(f"{endpoint}/roll/v1/translate?domain=night&num_steps=20", content=png(i)) for i in range(4)]
+        return made[0].headers["x-checkpoint"], [pixels(each.content) for each in made]
+
+    deploy()
+    right = dict([expected()])
+    with Load(f"{endpoint}/roll", 6, num_steps=20) as load:
+        better(2, seed=2)
+        deploy()
+        until(lambda: len(replicas("roll")) == 1)
+        count = len(load.answers)
+        until(lambda: len(load.answers) > count + 20)
+    right.update([expected()])
+    assert len(right) == 2
+    assert {status for _, status, _, _ in load.answers} == {200}
+    assert {name for _, _, name, _ in load.answers} == right.keys()
+    for number, _, name, body in load.answers:
+        assert np.abs(pixels(body) - right[name][number]).max() <= 1
+
+    served = expected()[0]
+    better(3, seed=3)
+    with Load(f"{endpoint}/roll", 2, num_steps=20) as load:
+        deploy(wait=False)
+        until(lambda: ray.serve.status().applications["roll"].status in ("DEPLOY_FAILED", "UNHEALTHY"))
+        count = len(load.answers)
+        until(lambda: len(load.answers) > count + 20)
+    assert {(status, name) for _, status, name, _ in load.answers} == {(200, served)}
+    assert "model.safetensors" in str(ray.serve.status().applications["roll"])
+    ray.serve.delete("roll")
+
+
+@pytest.mark.slow
+def test_twice_as_many_as_can_be_served_get_right_answers_or_429_from_ever_the_same_memory(
+    endpoint: str, checkpoint_folder: str
+) -> None:
+    """Copies of the model come with the load and go after it. DDPM_SOAK_S: for so many seconds."""
+    import ray.serve
+
+    args = {"checkpoint": checkpoint_folder, "device": "cpu", "precision": "fp32", "max_batch_size": "4"}
+    scaling = {"max_replicas": "2", "upscale_delay_s": "2", "downscale_delay_s": "4"}
+    ray.serve.run(app.build_app({**args, **scaling, "max_queued_requests": "4"}), name="soak", route_prefix="/soak")
+    query = {"num_steps": 30, "guidance_scale": 2}
+    url, params = f"{endpoint}/soak/v1/translate", {"domain": "night", **query}
+    right = [pixels(httpx.post(url, params=params, content=png(i), timeout=300).content) for i in range(4)]
+    assert len(replicas("soak")) == 1
+
+    def memory() -> int:
+        names = ("Model", "Reader", "Gateway")
+        return sum(each.memory_info().rss for name in names for each in replicas("soak", name))
+
+    with Load(f"{endpoint}/soak", 32, **query) as load:
+        until(lambda: len(replicas("soak")) == 2)
+        until(lambda: ray.serve.status().applications["soak"].deployments["Model"].status == "HEALTHY")
+        count = len(load.answers)
+        until(lambda: sum(answer[1] == 200 for answer in load.answers[count:]) > 150)  # all of it is warm
+        before = memory()
+        time.sleep(float(os.environ.get("DDPM_SOAK_S", "100")))
+        after = memory()
+    assert {status for _, status, _, _ in load.answers} == {200, 429}
+    for number, status, _, body in load.answers:
+        assert status == 429 or np.abs(pixels(body) - right[number]).max() <= 1
+    assert after < before + 30 * 2**20
+    until(lambda: len(replicas("soak")) == 1)
+    assert httpx.post(url, params=params, content=png(), timeout=300).status_code == 200
+    ray.serve.delete("soak")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not installed")
+def test_every_panel_of_the_endpoints_dashboard_shows_something(endpoint: str, tmp_path: Path) -> None:
+    """Its queries, asked of a real Prometheus that scrapes as cluster/monitoring says."""
+    monitoring, port = ROOT / "cluster/monitoring", free_port()
+    config = yaml.safe_load((monitoring / "prometheus.yml").read_text())
+    (job,) = [each for each in config["scrape_configs"] if each["job_name"] == "endpoint"]
+    job["static_configs"][0]["targets"] = [urllib.parse.urlsplit(endpoint).netloc]
+    (tmp_path / "prometheus.yml").write_text(
+        yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": [job]})
+    )
+    flags = {"config.file": tmp_path / "prometheus.yml", "storage.tsdb.path": tmp_path / "data"}
+    flags["web.listen-address"] = f"127.0.0.1:{port}"  # type: ignore[assignment]
+    command = ["prometheus", *(f"--{name}={value}" for name, value in flags.items())]
+    panels = json.loads((monitoring / "endpoint.json").read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+
+    def values(query: str) -> list[float]:
+        answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": query}, timeout=300).json()
+        assert answer["status"] == "success", answer
+        return [float(each["value"][1]) for each in answer["data"]["result"]]
+
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+            with Load(endpoint, 2, num_steps=20):
+                until(lambda: all(any(map(math.isfinite, values(query))) for query in queries))
+        finally:
+            server.terminate()
+    assert len(queries) >= 8
