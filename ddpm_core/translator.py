@@ -124,9 +124,9 @@ def _timesteps(config: ModelConfig, sampling: SamplingConfig) -> Int64[Tensor, "
 class Translator:
     """A checkpoint ready to translate batches.
 
-    The result for an image is a function of its pixels, the seed and the options, not of its batch but for a
-    rounding: on CPUs matrix products of fewer than six rows, and group norms that threads share, add up in another order.
-    In float32 that is 1 of 255 at most; in bf16 mostly so.
+    The result for an image is a function of its pixels, the seed and the options, not of its batch but for a rounding:
+    on CPUs, matrix products of fewer than six rows and group norms that threads share add up in another order. In
+    float32 that is 1 of 255 at most; in bf16 single values may differ by more.
     """
 
     def __init__(
