@@ -15,9 +15,11 @@ from jobs.common import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from jobs.datasets import driver
+    from jobs.datasets.options import Command
 
-    options = cli.parse(driver.Command, argv, prog="jobs.prepare", description=__doc__)
+    options = cli.parse(Command, argv, prog="jobs.prepare", description=__doc__)
+    from jobs.datasets import driver  # seconds, which --help and a wrong flag need not wait for
+
     return driver.run(options)
 
 

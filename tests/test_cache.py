@@ -18,6 +18,7 @@ from test_dataset_format import SIZE, card, edit_card, pixels, rows, splits
 from ddpm_core.errors import InputError
 from jobs.datasets import cache as datasets_cache
 from jobs.datasets import format, reading, writing
+from jobs.datasets.options import Encoding
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def dataset(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
-def test_read_back(cache: Path, tmp_path: Path, encoding: format.Encoding) -> None:
+def test_read_back(cache: Path, tmp_path: Path, encoding: Encoding) -> None:
     writing.write_dataset(str(tmp_path / "set"), splits(), card(encoding=encoding))
     read = datasets_cache.load(str(tmp_path / "set"), "val")
     assert read.ids == [f"{number:05d}" for number in range(30, 40)]

@@ -7,7 +7,7 @@ from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
 from jobs import experiments, train
 from jobs.common import cli
-from jobs.datasets import driver
+from jobs.datasets.options import Command as Prepare
 from jobs.evaluation.plan import EvaluateArgs
 from jobs.suite import mission
 from jobs.suite.plan import Command, Plan, argv, ordered
@@ -45,7 +45,7 @@ def test_every_command_is_one_that_a_user_could_type(size: str) -> None:
             assert (args.align in ("auto", "none"), args.num_workers) == (True, 0)
         else:
             assert command.module == "jobs.prepare"
-            args = cli.parse(driver.Command, words, prog="jobs.prepare")
+            args = cli.parse(Prepare, words, prog="jobs.prepare")
             assert (args.output, args.num_workers) == (f"/suite/{command.key}", 0)
     assert len(distinct) > 40
 

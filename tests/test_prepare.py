@@ -32,6 +32,7 @@ from jobs.datasets.archive import Archive
 from jobs.datasets.format import FORMAT_VERSION, SPLITS, read_card
 from jobs.datasets.layout import Item
 from jobs.datasets.listing import Listing
+from jobs.datasets.options import Earth
 from jobs.datasets.source import split_names
 from jobs.datasets.sources import earth, folders
 
@@ -144,7 +145,7 @@ def test_val_and_test_tiles_are_disjoint_and_spread_over_the_continents(earth_se
 
 def test_shares_of_land(earth_set: Path) -> None:
     day = np.asarray(Image.open(earth.MAPS / "day.avif").convert("RGB"))
-    options = earth.Options(output="x", stride=64)
+    options = Earth(output="x", stride=64)
     tiles = {split: len(of) for split, of in earth.select_tiles(earth.Sums.of(day), options).items()}
     assert tiles["val"] / sum(tiles.values()) == pytest.approx(0.10, abs=0.02)
     assert tiles["test"] / sum(tiles.values()) == pytest.approx(0.15, abs=0.02)

@@ -37,7 +37,8 @@ from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
 from jobs.common import cli
 from jobs.datasets import cache, writing
-from jobs.datasets.format import DatasetCard, Encoding, Row
+from jobs.datasets.format import DatasetCard, Row
+from jobs.datasets.options import Encoding
 from jobs.training import batches
 from jobs.training.options import TrainOptions
 

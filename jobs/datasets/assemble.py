@@ -31,10 +31,11 @@ from jobs.datasets.format import (
     find_card,
     missing_shards,
 )
+from jobs.datasets.options import Output
 from jobs.datasets.scan import ContactSheet, Survey, digest, survey
 
 
-def check_apart(output: str, options: source.Output) -> None:
+def check_apart(output: str, options: Output) -> None:
     """The contact sheet must not be taken for one of the images at the next call.
 
     Raises:

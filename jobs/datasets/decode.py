@@ -19,7 +19,7 @@ from jobs.common import workers
 from jobs.common.progress import Progress
 from jobs.datasets import writing
 from jobs.datasets.archive import archive
-from jobs.datasets.format import Encoding
+from jobs.datasets.options import Encoding
 from jobs.datasets.scan import mark
 
 IMAGES_PER_TASK, FACES_PER_TASK = 64, 8

@@ -1,37 +1,27 @@
-"""What `jobs.prepare` is asked for, and who does it."""
+"""Which part does what `jobs.prepare` is asked for."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from ddpm_core import storage
 from ddpm_core.errors import InputError
 from jobs.common import cli
 from jobs.datasets import assemble, source
-from jobs.datasets.inspect import Inspect, inspect
+from jobs.datasets.inspect import inspect
+from jobs.datasets.options import CelebA, Command, Day2Night, Earth, Folders, Inspect, MadePairs, Rendered
 from jobs.datasets.sources import celeba, day2night, earth, folders, pairs, rendered
 
-Command = (
-    Annotated[earth.Options, tyro.conf.subcommand("earth")]
-    | Annotated[celeba.Options, tyro.conf.subcommand("celeba")]
-    | Annotated[day2night.Options, tyro.conf.subcommand("day2night")]
-    | Annotated[folders.Options, tyro.conf.subcommand("folders")]
-    | Annotated[rendered.Options, tyro.conf.subcommand("rendered")]
-    | Annotated[pairs.Options, tyro.conf.subcommand("pairs")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-)
 DRAFTS: dict[type, Callable[[Any], source.Draft]] = {
-    earth.Options: earth.draft,
-    celeba.Options: celeba.draft,
-    day2night.Options: day2night.draft,
-    folders.Options: folders.draft,
-    rendered.Options: rendered.draft,
-    pairs.Options: pairs.draft,
+    Earth: earth.draft,
+    CelebA: celeba.draft,
+    Day2Night: day2night.draft,
+    Folders: folders.draft,
+    Rendered: rendered.draft,
+    MadePairs: pairs.draft,
 }
 
 
-def run(options: Any) -> int:
+def run(options: Command) -> int:
     """Make, extend or show a data set, by options of Command; the exit code.
 
     Raises:

@@ -21,7 +21,7 @@ within a shard, and of the two tables lines whose `version` is above dataset.jso
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -30,11 +30,10 @@ from jaxtyping import UInt8
 from ddpm_core import storage
 from ddpm_core.config import Pairing, from_dict
 from ddpm_core.errors import InputError
+from jobs.datasets.options import Encoding
 
 FORMAT_VERSION = 2
 """Version of the layout above; raised when an older reader would misread a newer data set."""
-
-Encoding = Literal["raw", "png", "jpeg"]
 
 MAKE_AGAIN = "make the data set again with python -m jobs.prepare"
 """The remedy for a data set that cannot be read."""

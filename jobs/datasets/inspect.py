@@ -1,11 +1,9 @@
 """What a data set holds: its card, mean images, a contact sheet."""
 
 import collections
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import tyro
 
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
@@ -20,18 +18,8 @@ from jobs.datasets.format import (
     missing_shards,
     read_card,
 )
+from jobs.datasets.options import Inspect
 from jobs.datasets.scan import survey
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Inspect:
-    """Show what a data set holds: its card, the mean image of each domain, a contact sheet."""
-
-    uri: tyro.conf.Positional[str]
-    """The data set."""
-    output: str | None = None
-    """Folder or s3://bucket/prefix for mean.png and contact_sheet.png; by default beside the data set, NAME-inspect."""
-
 
 # ------------------------------------------------------------------------------------------------- inspect
 

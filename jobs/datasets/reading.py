@@ -13,7 +13,8 @@ from jaxtyping import UInt8
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
 from jobs.common import workers
-from jobs.datasets.format import MAKE_AGAIN, SCHEMA, DatasetCard, Encoding, IndexRow, Shard, read_card
+from jobs.datasets.format import MAKE_AGAIN, SCHEMA, DatasetCard, IndexRow, Shard, read_card
+from jobs.datasets.options import Encoding
 
 COLUMNS = ("id", "domain", "image", "target")
 ROWS_IN_PIECE, PIECE_BYTES = 1024, 64 * 2**20

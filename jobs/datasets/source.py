@@ -1,6 +1,6 @@
-"""What the sources of images share: options, checks, splits by name, duplicates.
+"""What the sources of images share: checks, splits by name, duplicates.
 
-A source is a module with an `Options` dataclass and `draft(options) -> Draft`. `draft` does every check that is
+A source is a class of `options` and a module with `draft(options) -> Draft`. `draft` does every check that is
 cheap and reads no image; `Draft.make` does the work.
 """
 
@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,47 +16,10 @@ from ddpm_core import config as configs
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
 from jobs.datasets import decode, duplicates, reading
-from jobs.datasets.format import DatasetCard, Encoding, IndexRow, Row, find_card, read_card
+from jobs.datasets.format import DatasetCard, IndexRow, Row, find_card, read_card
 from jobs.datasets.listing import PACKED
+from jobs.datasets.options import Common, FromFiles
 from jobs.datasets.scan import name_hash, survey
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Output:
-    """Options of every command that makes a data set."""
-
-    output: str
-    """Folder or s3://bucket/prefix for the data set."""
-    encoding: Encoding = "raw"
-    """How images are stored: raw (needs no decoding) and png are exact, jpeg takes about half the room."""
-    overwrite: bool = False
-    """Replace another data set at --output."""
-    set_aside_ok: bool = False
-    """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
-    num_workers: int | None = None
-    """0: this process alone, without Ray; more: so many tasks at a time on Ray. By itself: this process, and Ray for
-    what would take it long."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Common(Output):
-    """Options of every source of images."""
-
-    source: str | None = None
-    """Folder or s3://bucket/prefix that holds the images."""
-    image_size: int = 64
-    """Side of the square images, in pixels."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FromFiles(Common):
-    """Options of sources that read the user's own images."""
-
-    append: bool = False
-    """Add the images that are not in the data set at --output yet to it, as its next version."""
-    duplicates: Literal["report", "drop"] = "report"
-    """Images that come twice, exactly or nearly: list them in duplicates.parquet, or also set the copies aside (first
-    in training, then in validation)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

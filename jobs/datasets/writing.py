@@ -28,13 +28,13 @@ from jobs.datasets.format import (
     SCHEMA,
     SPLITS,
     DatasetCard,
-    Encoding,
     IndexRow,
     Row,
     Shard,
     find_card,
     missing_shards,
 )
+from jobs.datasets.options import Encoding
 
 NOT_ALONE = "another program wrote there at the same time; give the same command again"
 ROWS_PER_GROUP = 256

@@ -19,7 +19,6 @@ import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -33,9 +32,9 @@ from jobs.datasets.decode import File, Pixels
 from jobs.datasets.format import SPLITS, DatasetCard, IndexRow, Row
 from jobs.datasets.layout import SPLIT_WORDS
 from jobs.datasets.listing import image_files, list_images, parts
+from jobs.datasets.options import CelebA
 from jobs.datasets.source import (
     Draft,
-    FromFiles,
     Made,
     check_common,
     fingerprint,
@@ -58,26 +57,6 @@ MARGIN = 100
 """Landmarks may lie outside of the image by this much, in pixels."""
 LINES_AT_ONCE = 1000
 """Lines of a table that are text cells at a time: Python's strings take twenty times the room of the numbers."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(FromFiles):
-    """CelebA, from your own copy (non-commercial research only)."""
-
-    domain_attribute: str = "Male"
-    """The attribute that tells the two domains apart."""
-    pairing: Literal["matched", "unpaired", "self"] = "matched"
-    """matched: the most similar image of the other domain as target. unpaired: no targets. self: none either, the
-    network is to be shown the image's own structure."""
-    identity_encoder: str | None = None
-    """Folder or s3:// prefix of an identity encoder: matches are looked for among people who look alike."""
-    match_correlation: float = 0.3
-    """Attributes that correlate with the domain's by this much or more (lipstick, beard) say the same as the domain
-    and are not compared when matching, or a few images would match nearly everything; above 1 compares all."""
-    limit: int | None = None
-    """Take this many images only (spread over all of them), for trying."""
-    seed: int = 0
-    """Decides between equally good matches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +83,7 @@ class Face:
     """x y of five points, pixels of the aligned image."""
 
 
-def draft(options: Options) -> Draft:
+def draft(options: CelebA) -> Draft:
     """Raises InputError where files, columns, the attribute or the images are missing or do not fit."""
     check_common(options)
     if options.limit is not None and options.limit < 1:
@@ -140,7 +119,7 @@ def draft(options: Options) -> Draft:
     return Draft(card=card, make=lambda scratch: _make(faces, rejected, notes, column, options, there, scratch))
 
 
-def _check_matching(options: Options) -> None:
+def _check_matching(options: CelebA) -> None:
     """Raises InputError for options of matching that cannot work or have no effect."""
     if not options.match_correlation > 0:
         raise InputError(f"--match-correlation is {options.match_correlation}; it must be positive")
@@ -148,7 +127,7 @@ def _check_matching(options: Options) -> None:
         raise InputError(f"--identity-encoder has no effect with --pairing {options.pairing}; leave it out")
 
 
-def _encoder(options: Options) -> str | None:
+def _encoder(options: CelebA) -> str | None:
     """Hash of the identity encoder's files, that tells one from another wherever it lies; None without one.
 
     Raises:
@@ -174,7 +153,7 @@ def domain_names(attribute: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------- files
 
 
-def _files(options: Options) -> tuple[str, dict[str, int], dict[str, str]]:
+def _files(options: CelebA) -> tuple[str, dict[str, int], dict[str, str]]:
     """The folder, the size of each file below it, and what cannot be read there with the reason.
 
     What zip files hold is archive.zip!path, where the lists or the images are packed; `--source` may be one itself.
@@ -340,7 +319,7 @@ def _faces(
     others: Mapping[str, Table | None],
     photos: Mapping[str, str],
     unread: Mapping[str, str],
-    options: Options,
+    options: CelebA,
     there: Mapping[str, IndexRow],
 ) -> tuple[list[Face], list[tuple[str, str]], list[str]]:
     """Images that are there, with what is known of them, sorted by name; those that cannot be used; notes."""
@@ -421,7 +400,7 @@ def _check_identities(faces: Sequence[Face]) -> None:
 
 
 def match_faces(
-    faces: Sequence[Face], embeddings: np.ndarray | None, column: int, options: Options
+    faces: Sequence[Face], embeddings: np.ndarray | None, column: int, options: CelebA
 ) -> tuple[np.ndarray, list[str]]:
     """(n,) index of each face's counterpart in `faces`, and how good the matches are, in words.
 
@@ -477,7 +456,7 @@ def _make(
     unsplit: Sequence[tuple[str, str]],
     notes: Sequence[str],
     column: int,
-    options: Options,
+    options: CelebA,
     there: Mapping[str, IndexRow],
     scratch: Path,
 ) -> Made:
@@ -505,7 +484,7 @@ def _make(
     )
 
 
-def _embeddings(pixels: Pixels, where: np.ndarray, options: Options) -> np.ndarray | None:
+def _embeddings(pixels: Pixels, where: np.ndarray, options: CelebA) -> np.ndarray | None:
     """(n, e) int8 of the images at these places, None where no encoder is given."""
     if options.identity_encoder is None:
         return None

@@ -7,7 +7,6 @@ SOURCE/day/…  SOURCE/night/…         (or Day, NIGHT) counterparts have equal
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from ddpm_core import storage
 from ddpm_core.errors import InputError
@@ -16,9 +15,9 @@ from jobs.datasets.decode import File
 from jobs.datasets.format import DatasetCard
 from jobs.datasets.layout import Item
 from jobs.datasets.listing import list_images
+from jobs.datasets.options import Day2Night
 from jobs.datasets.source import (
     Draft,
-    FromFiles,
     Made,
     check_common,
     fingerprint,
@@ -33,17 +32,7 @@ from jobs.datasets.sources.folders import Plan
 DOMAINS = ("day", "night")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(FromFiles):
-    """True pairs of the same place by day and by night."""
-
-    left: Literal["auto", "day", "night"] = "auto"
-    """Side-by-side images: what the left half shows. auto: day is where the images are brighter on average."""
-    licence: str = "unknown"
-    """Licence of the images; it travels to checkpoints and outputs."""
-
-
-def draft(options: Options) -> Draft:
+def draft(options: Day2Night) -> Draft:
     """Raises InputError where neither layout is found, or images or counterparts are missing."""
     check_common(options)
     source = source_folder(options, "pix2pix's folder of side-by-side images, or one with day/ and night/")
@@ -96,7 +85,7 @@ def draft(options: Options) -> Draft:
 
 
 def _make(
-    items: Sequence[Item], unread: Mapping[str, str], found: Sequence[str], options: Options, scratch: Path
+    items: Sequence[Item], unread: Mapping[str, str], found: Sequence[str], options: Day2Night, scratch: Path
 ) -> Made:
     there = rows_there(options)
     kept = {layout.item_name(name): row.split for name, row in there.items()}

@@ -22,6 +22,7 @@ from ddpm_core.errors import InputError
 from jobs.datasets import source
 from jobs.datasets.format import DatasetCard, Row
 from jobs.datasets.listing import image_files
+from jobs.datasets.options import Earth
 
 MAPS = Path(__file__).with_name("earth_maps")
 LICENCE = "public domain (credit: NASA Blue Marble / Earth at Night)"
@@ -37,17 +38,7 @@ MIN_CONTRAST = 4.0
 """Tiles by day whose grey levels spread less (standard deviation) are plain ice or plain forest: nothing to learn."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(source.Common):
-    """The Earth by day and by night, from the maps that ship with the project (or others in --source)."""
-
-    stride: int | None = None
-    """Pixels between training tiles; half a tile unless given. Validation and test tiles never overlap."""
-    min_land: float = 0.25
-    """Keep tiles with at least this share of land."""
-
-
-def draft(options: Options) -> source.Draft:
+def draft(options: Earth) -> source.Draft:
     """Raises InputError where the maps are missing or the sizes do not fit."""
     source.check_common(options)
     if options.image_size > BLOCK:
@@ -109,7 +100,7 @@ def _map_file(folder: str, domain: str) -> str:
     return found[0]
 
 
-def _make(options: Options, content: dict[str, bytes]) -> source.Made:
+def _make(options: Earth, content: dict[str, bytes]) -> source.Made:
     day, night = (np.asarray(images.decode(content[domain], name=f"the {domain} map")) for domain in DOMAINS)
     if day.shape != night.shape or day.shape[1] != 2 * day.shape[0]:
         raise InputError(
@@ -161,7 +152,7 @@ class Sums(NamedTuple):
         return [(of[bottom, right] - of[top, right] - of[bottom, left] + of[top, left]) / size**2 for of in self]
 
 
-def select_tiles(sums: Sums, options: Options) -> dict[str, list[tuple[int, int]]]:
+def select_tiles(sums: Sums, options: Earth) -> dict[str, list[tuple[int, int]]]:
     """(top, left) of each split's tiles, sorted: enough land, some contrast, not polar."""
     size, (height, width) = options.image_size, (side - 1 for side in sums.land.shape)
     train_stride = options.stride if options.stride is not None else max(size // 2, 1)
@@ -180,7 +171,7 @@ def select_tiles(sums: Sums, options: Options) -> dict[str, list[tuple[int, int]
     return {split: sorted(of) for split, of in tiles.items()}
 
 
-def disjoint_land_tiles(sums: Sums, options: Options) -> int:
+def disjoint_land_tiles(sums: Sums, options: Earth) -> int:
     """Tiles there would be in all if none overlapped."""
     disjoint = dataclasses.replace(options, stride=options.image_size)
     return sum(len(of) for of in select_tiles(sums, disjoint).values())

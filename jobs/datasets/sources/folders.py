@@ -18,9 +18,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from ddpm_core import faces, storage
 from ddpm_core.errors import InputError
@@ -29,9 +27,9 @@ from jobs.datasets.decode import File, Pixels
 from jobs.datasets.format import SPLITS, DatasetCard, IndexRow, Row, find_card
 from jobs.datasets.layout import Item, Layout, item_name
 from jobs.datasets.listing import list_images
+from jobs.datasets.options import Folders, FromFiles
 from jobs.datasets.source import (
     Draft,
-    FromFiles,
     Made,
     check_common,
     fingerprint,
@@ -49,28 +47,7 @@ MAX_LIST_BYTES = 100_000_000
 """Of --pairs: a million pairs have about 60 bytes each."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(FromFiles):
-    """Two or more folders of your own, one a domain."""
-
-    domain: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=URI, once for each domain; without it every folder in --source is a domain."""
-    pairing: Literal["unpaired", "paired", "self"] = "unpaired"
-    """paired: images of equal name (up to the ending) in two folders show the same. unpaired: training shows the
-    network any image of another domain. self: it shows the structure of the very image to make."""
-    pairs: str | None = None
-    """A CSV file that says which images are pairs: the first line names two domains, each other line an image of
-    either, by its path in the domain's folder (or in --source)."""
-    align: Literal["none", "faces"] = "none"
-    """faces: portraits are turned and cut so that the largest face lies where CelebA has its own; those without a face
-    are set aside. none: images are cut to centred squares."""
-    name: str = "folders"
-    """Name of the data set."""
-    licence: str = "unknown"
-    """Licence of the images; it travels to checkpoints and outputs."""
-
-
-def draft(options: Options) -> Draft:
+def draft(options: Folders) -> Draft:
     """Raises InputError where folders, images or counterparts are missing."""
     check_common(options)
     if options.domain:
@@ -99,7 +76,7 @@ def draft(options: Options) -> Draft:
     )
 
 
-def _as_before(domains: dict[str, list[Item]], options: Options) -> dict[str, list[Item]]:
+def _as_before(domains: dict[str, list[Item]], options: Folders) -> dict[str, list[Item]]:
     """With --append: the domains of the data set that is there, some of which may bring nothing new."""
     card = find_card(storage.absolute(options.output, flag="--output")) if options.append else None
     if card is None or not set(domains) <= set(card.domains) or not any(domains.values()):

@@ -10,7 +10,6 @@ What is made is kept beside --output until the data set is whole, so that the sa
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import io
 import math
@@ -33,6 +32,7 @@ from jobs.common import cli, workers
 from jobs.common.progress import Progress
 from jobs.datasets import decode, reading, source
 from jobs.datasets.format import DatasetCard, Row, read_card
+from jobs.datasets.options import MadePairs
 
 SPLITS = ("train", "val")
 """Those that training looks at: of the others only real images are of use."""
@@ -45,25 +45,7 @@ NOT_TURNED, NOT_FINITE = -1, -2
 Batch = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(source.Output):
-    """The other side of each image of a data set without pairs, made by a checkpoint: pairs to train on."""
-
-    data: str
-    """The data set without pairs: a folder or s3:// prefix that holds dataset.json."""
-    checkpoint: str
-    """What makes the other side, mostly a prior (jobs.train --preset prior): a run or checkpoint, local or s3://."""
-    weights: tuple[float, ...] = (2.0, 2.5, 3.0, 4.0)
-    """Guidance weights to try, the least first; without a classifier only the first is tried."""
-    classifier: str | None = None
-    """Encoder of --method attributes, or a TorchScript file, that says which side an image is on."""
-    identity_encoder: str | None = None
-    """Encoder that tells people or places apart: of the weights that turn an image the one is taken that keeps most."""
-    seed: int = 0
-    """Of the noise."""
-
-
-def draft(options: Options) -> source.Draft:
+def draft(options: MadePairs) -> source.Draft:
     """Raises InputError where data, checkpoint and nets do not go together."""
     if options.num_workers is not None and options.num_workers < 0:
         raise InputError(f"--num-workers is {options.num_workers}; it must be 0 or more")

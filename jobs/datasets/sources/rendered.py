@@ -13,7 +13,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -23,10 +22,9 @@ from jobs.common import workers
 from jobs.common.progress import Progress
 from jobs.datasets import decode, source
 from jobs.datasets.format import SPLITS, DatasetCard, Row
+from jobs.datasets.options import Rendered, Scene
 from jobs.datasets.sources import rendered_landscapes, rendered_portraits
 from jobs.datasets.sources.rendered_svg import SIDE, Sheet
-
-Scene = Literal["portraits", "landscapes"]
 
 DRAWN_BY: dict[Scene, Callable[[Mapping[str, float], int], Sheet]] = {
     "portraits": rendered_portraits.portrait,
@@ -46,25 +44,7 @@ MAX_INDEX = 10**8
 """Ids have eight digits, so that they sort as numbers do."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(source.Common):
-    """Portraits (female, male) or landscapes (day, night) drawn by this program, each with its exact counterpart."""
-
-    scene: Scene = "portraits"
-    """What to draw."""
-    count: int = 10_000
-    """How many people or places."""
-    seed: int = 0
-    """Which people or places."""
-    first: int = 0
-    """Index of the first; more of the same set begin where it ends."""
-    pairing: Literal["paired", "unpaired", "self"] = "paired"
-    """paired: everyone in both domains. unpaired, self: everyone in one domain only, without a counterpart."""
-    append: bool = False
-    """Add the indices that are not in the data set at --output yet to it, as its next version."""
-
-
-def draft(options: Options) -> source.Draft:
+def draft(options: Rendered) -> source.Draft:
     """Raises InputError where an option is out of range."""
     check(options)
     scene = options.scene
@@ -83,7 +63,7 @@ def draft(options: Options) -> source.Draft:
     return source.Draft(card=card, make=lambda scratch: _make(options, scratch))
 
 
-def check(options: Options) -> None:
+def check(options: Rendered) -> None:
     source.check_common(options)
     if options.source is not None:
         raise InputError("--source is given, and rendered draws its images itself; leave --source out")
@@ -157,7 +137,7 @@ class Task:
         return (0, 1) if self.paired else (domain_of(self.seed, index),)
 
 
-def _make(options: Options, scratch: Path) -> source.Made:
+def _make(options: Rendered, scratch: Path) -> source.Made:
     task = Task(
         scene=options.scene,
         seed=options.seed,
