@@ -150,9 +150,9 @@ def signals() -> Iterator[None]:
 def ray_cluster(s3_address: "S3Server") -> Iterator[None]:
     """One Ray for the session: four logical CPUs, so that Train workers never take all of them from Ray Data.
 
-    Its workers have imported torch when they are asked for, and stay when they are idle. They know the S3 server, which
-    is started for the first test that asks for it. Ray Train needs a dashboard (without one it takes its controller for
-    dead), so there is one.
+    Its workers stay when they are idle. They do not import torch beforehand: of the ten actors of a training one needs
+    it. They know the S3 server, which is started for the first test that asks for it. Ray Train needs a dashboard
+    (without one it takes its controller for dead), so there is one.
     """
     import logging
 
@@ -162,7 +162,6 @@ def ray_cluster(s3_address: "S3Server") -> Iterator[None]:
     port = free_port()
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray puts unix sockets below it
     workers = {
-        "RAY_preload_python_modules": "torch",
         "RAY_idle_worker_killing_time_threshold_ms": "120000",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}",
         "PYTHONPATH": str(ROOT),

@@ -66,10 +66,10 @@ def weights(run_folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def two_epochs(ray_cluster, dataset_folder, tmp_path_factory) -> Path:
-    """A run of two epochs, four steps, by one worker, with two lengths of EMA."""
+def two_epochs(dataset_folder, tmp_path_factory) -> Path:
+    """A run of two epochs, four steps, with two lengths of EMA."""
     output = tmp_path_factory.mktemp("runs") / "run"
-    assert run(dataset_folder, output, *LENGTHS) == 0
+    assert run(dataset_folder, output, *LENGTHS, *HERE) == 0
     return output
 
 
@@ -131,7 +131,7 @@ def test_every_length_of_the_ema_can_be_picked_afterwards(two_epochs):
 
 def test_the_same_command_again_has_nothing_to_do(two_epochs, dataset_folder, capsys):
     before = (two_epochs / "metrics.jsonl").stat().st_mtime_ns
-    assert run(dataset_folder, two_epochs, *LENGTHS) == 0
+    assert run(dataset_folder, two_epochs, *LENGTHS, *HERE) == 0
     assert "already trained" in capsys.readouterr().out
     assert (two_epochs / "metrics.jsonl").stat().st_mtime_ns == before
 
@@ -141,17 +141,28 @@ def test_other_options_are_refused_by_name(two_epochs, dataset_folder):
         run(dataset_folder, two_epochs, *LENGTHS, "--seed", "7")
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, dataset_folder, tmp_path):
-    """Here in this process, there by a worker of Ray."""
-    assert run(dataset_folder, tmp_path / "run", *LENGTHS, *HERE, "--epochs", "1") == 0
-    assert run(dataset_folder, tmp_path / "run", *LENGTHS, *HERE) == 0
-    whole = metrics_of(two_epochs)
-    resumed = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    for one, two in zip(whole, resumed, strict=True):
+@pytest.mark.parametrize(
+    "workers", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.ray]), pytest.param(2, marks=pytest.mark.ray)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, dataset_folder, tmp_path, workers, request):
+    """Begun in this process, resumed here or by workers of Ray: bit for bit, but where two share the sums."""
+    if workers:
+        request.getfixturevalue("ray_cluster")
+    output = tmp_path / "run"
+    assert run(dataset_folder, output, *LENGTHS, *HERE, "--epochs", "1") == 0
+    assert run(dataset_folder, output, *LENGTHS, "--num-workers", str(workers)) == 0
+    if workers == 2:
+        assert json.loads((output / "environment.json").read_text())["attempts"][-1]["num_workers"] == 2
+        assert [row["loss"] for row in metrics_of(output)] == pytest.approx(
+            [row["loss"] for row in metrics_of(two_epochs)], rel=1e-4
+        )
+        assert_alike(two_epochs, output)
+        return
+    for one, two in zip(metrics_of(two_epochs), metrics_of(output), strict=True):
         clocks = {"images_per_s": 0, "data_wait_share": 0}
         assert one | clocks == two | clocks
     for name, tensor in weights(two_epochs).items():
-        assert torch.equal(tensor, weights(tmp_path / "run")[name]), name
+        assert torch.equal(tensor, weights(output)[name]), name
 
 
 def assert_alike(one: Path, other: Path) -> None:
@@ -162,14 +173,16 @@ def assert_alike(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_unequal_workers_compute_what_one_does(two_epochs, dataset_folder, tmp_path):
+def test_three_unequal_workers_compute_what_one_does(ray_cluster, two_epochs, dataset_folder, tmp_path):
     """Of 16 images a step they take 5, 5 and 6."""
     assert run(dataset_folder, tmp_path / "run", *LENGTHS, "--num-workers", "3") == 0
     assert_alike(two_epochs, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_a_sharded_network_computes_what_a_whole_one_does_and_resumes_it(two_epochs, dataset_folder, tmp_path):
+def test_a_sharded_network_computes_what_a_whole_one_does_and_resumes_it(
+    ray_cluster, two_epochs, dataset_folder, tmp_path
+):
     """Half by a process alone, half by two that share the network, and the other way round: what AdamW kept is laid out
     differently in memory, and must come through."""
     here, sharded = HERE, ["--num-workers", "2", "--parallel", "fsdp"]
