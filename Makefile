@@ -7,6 +7,9 @@ READY := .venv/.ready
 # Says how long a target took, whether it came to a good end or not.
 timed = @start=$$(date +%s); $(1); code=$$?; echo "make $@: $$(( $$(date +%s) - start )) s"; exit $$code
 
+# Nearly every command and test starts further processes, which would all compile what they import.
+unexport PYTHONDONTWRITEBYTECODE
+
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 

@@ -7,6 +7,7 @@ not found exactly once is an error, so that the list follows the code.
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import shutil
@@ -253,13 +254,29 @@ def copy_to(folder: Path, modules: list[str]) -> list[str]:
     """ddpm_core and the modules' tests, so that the copy is what the tests import; returns the tests' paths."""
     shutil.copytree(ROOT / "ddpm_core", folder / "ddpm_core", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "tests").mkdir()
-    tests = [f"tests/{name}.py" for module in modules for name in TESTS[module]]
+    tests = sorted({f"tests/{name}.py" for module in modules for name in TESTS[module]})
     for path in ["pyproject.toml", "tests/conftest.py", *tests]:
         shutil.copy(ROOT / path, folder / path)
-    return sorted(set(tests))
+    return tests
 
 
-def passes(folder: Path, tests: list[str]) -> bool:
+class QuickestFirst:
+    """What a fault breaks is mostly seen by a quick test."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        """`seconds`: of each test, where it is known; those of the tests that are run are put there."""
+        self.seconds = seconds
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.seconds[report.nodeid] = report.duration
+
+
+def passes(folder: Path, tests: list[str], seconds: dict[str, float]) -> bool:
     """Whether the tests in `folder` pass; in this process, which is good for nothing else afterwards.
 
     Raises:
@@ -267,41 +284,54 @@ def passes(folder: Path, tests: list[str]) -> bool:
     """
     os.chdir(folder)
     sys.path.insert(0, str(folder))
-    tempfile.tempdir = str(folder)
+    sys.dont_write_bytecode = False
     with open(folder / "said", "w+") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--timeout=300", *tests])
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--timeout=300", "-m", "not slow"]
+        code = pytest.main([*options, *tests], plugins=[QuickestFirst(seconds)])
         if code not in (0, 1, 2):  # 2: a fault that is met at import
             said.seek(0)
             raise RuntimeError(said.read()[-4000:])
     return code == 0
 
 
-def is_caught(mutant: Mutant) -> bool:
+def is_caught(mutant: Mutant, clean: Path, seconds: dict[str, float]) -> bool:
+    """`clean`: a copy without a fault in which the tests have run, so that only what differs is compiled."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        tests = copy_to(folder, [mutant.module])
+        folder = Path(name, "copy")
+        shutil.copytree(clean, folder)
         (folder / "ddpm_core" / f"{mutant.module}.py").write_text(faulty(mutant))
-        return not passes(folder, tests)
+        tempfile.tempdir = name
+        return not passes(folder, [f"tests/{name}.py" for name in TESTS[mutant.module]], seconds)
 
 
-def pass_without_a_fault(modules: list[str]) -> bool:
-    with tempfile.TemporaryDirectory() as name:
-        return passes(Path(name), copy_to(Path(name), modules))
+def without_a_fault(clean: Path, modules: list[str]) -> dict[str, float]:
+    """Makes a copy and runs the tests there; the seconds of each.
+
+    Raises:
+        RuntimeError: one fails.
+    """
+    seconds: dict[str, float] = {}
+    if not passes(clean, copy_to(clean, modules), seconds):
+        raise RuntimeError("the tests fail without any fault: mend them first\n" + (clean / "said").read_text()[-4000:])
+    return seconds
 
 
 def main() -> int:
     modules = sys.argv[1:] or list(TESTS)
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     torch.set_num_threads(1)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # some take seconds to import, and these tests use none
     mutants = [mutant for mutant in MUTANTS if mutant.module in modules]
     for mutant in mutants:
         faulty(mutant)
     start, survivors = time.monotonic(), []
     # Each in a fork of this process, which has imported what takes long, and nothing of ddpm_core.
-    with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:
-        if not pool.apply(pass_without_a_fault, (modules,)):
-            raise RuntimeError("the tests fail without any fault: mend them first")
-        for mutant, caught in zip(mutants, pool.imap(is_caught, mutants), strict=True):
+    with (
+        tempfile.TemporaryDirectory() as clean,
+        multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool,
+    ):
+        seconds = pool.apply(without_a_fault, (Path(clean), modules))
+        test = functools.partial(is_caught, clean=Path(clean), seconds=seconds)
+        for mutant, caught in zip(mutants, pool.imap(test, mutants), strict=True):
             old, new = (" ".join(text.split()) for text in (mutant.old, mutant.new))
             print(
                 f"{'caught  ' if caught else 'SURVIVED'}  {mutant.module:10} {old}  →  {new or '(nothing)'}", flush=True
