@@ -21,7 +21,7 @@ DOCS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
 TODAY = [path for path in DOCS if path.name != "log.md"]
 """What must name the options of today; the log may name those that went."""
 SUBCOMMANDS = {
-    "prepare": ("earth", "celeba", "day2night", "folders", "rendered", "inspect"),
+    "prepare": ("earth", "celeba", "day2night", "folders", "rendered", "pairs", "inspect"),
     "evaluate": ("compare",),
     "runs": ("list", "compare", "remove"),
     "benchmark": ("network", "data", "size", "train", "validation", "sweep", "gpu"),

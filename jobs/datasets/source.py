@@ -18,7 +18,7 @@ from ddpm_core.errors import InputError
 from jobs.datasets import decode, duplicates, reading
 from jobs.datasets.format import DatasetCard, IndexRow, Row, find_card, read_card
 from jobs.datasets.listing import PACKED
-from jobs.datasets.options import Common, FromFiles
+from jobs.datasets.options import Common, FromFiles, Output
 from jobs.datasets.scan import name_hash, survey
 
 
