@@ -86,7 +86,7 @@ NAMES = "--data d --output o"
     ("line", "message"),
     [
         ("prepare folder --source a --output b", "folder (did you mean 'folders'?); known are: earth, celeba, "),
-        ("prepare", "say first what to do: earth, celeba, day2night, folders, rendered, inspect"),
+        ("prepare", "say first what to do: earth, celeba, day2night, folders, rendered, pairs, inspect"),
         ("prepare folders --sorce x --output y", "there is no option --sorce; did you mean --source?"),
         (f"train {NAMES} --presett demo", "there is no option --presett; did you mean --preset?"),
         (
