@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant("samplers", "(x_prev + math.sin(d) * v) / math.cos(d)", "(x_prev - math.sin(d) * v) / math.cos(d)"),
     Mutant("samplers", "(x_prev + math.sin(d) * v) / math.cos(d)", "(x_prev + math.sin(d) * v)"),
     Mutant("samplers", "(x_prev + math.sin(d) * v) / math.cos(d)", "(x_t + math.sin(d) * v) / math.cos(d)"),
-    Mutant("samplers", "alphas_cumprod, prediction, clip=False)", "alphas_cumprod, prediction, clip=True)"),
+    Mutant("samplers", "clip=False)\n            v =", "clip=True)\n            v ="),
     Mutant("samplers", 'training_target("v", pred.x_0', "training_target(prediction, pred.x_0"),
     Mutant("samplers", "timesteps < round(strength * num_timesteps)", "timesteps <= round(strength * num_timesteps)"),
     Mutant(
@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant("guidance", "if domain_scale != 0 or rescaled:", "if True:"),
     Mutant("guidance", "if domain_scale != 0 or rescaled:", "if domain_scale != 0:"),
     Mutant("guidance", "x_t.repeat(n, 1, 1, 1)", "x_t.repeat_interleave(n, 0)"),
-    Mutant("guidance", "t.repeat(n), all_conditions", "t.repeat_interleave(n), all_conditions"),
+    Mutant("guidance", ".repeat(n), all_conditions", ".repeat_interleave(n), all_conditions"),
     Mutant("guidance", "own = outputs[-1][:, : x_t.shape[1]]", "own = outputs[0][:, : x_t.shape[1]]"),
     Mutant("guidance", "own + (1 - m) * (mixed - own)", "own + m * (mixed - own)"),
     Mutant("guidance", "outputs[-1][:, -1:]", "outputs[0][:, -1:]"),
