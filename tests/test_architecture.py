@@ -18,7 +18,7 @@ MORE = {
     "ddpm_core/images.py": {"pillow_heif"},
     "ddpm_core/norm_kernels.py": {"triton"},
 }
-COMMANDS = {"prepare", "train", "sweep", "evaluate", "translate", "experiments", "benchmark", "runs"}
+COMMANDS = {"prepare", "train", "sweep", "evaluate", "translate", "experiments", "recipe", "benchmark", "runs"}
 """Thin entry points, `python -m jobs.NAME`; nothing but tests and benchmarks imports them."""
 PACKAGES: dict[str, set[str]] = {
     "common": set(),

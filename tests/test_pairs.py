@@ -13,6 +13,7 @@ from test_prepare import refused, rejected, run
 
 from ddpm_core import checkpoint, storage
 from ddpm_core.config import DiffusionConfig, ModelConfig, SamplingConfig, UNetConfig
+from ddpm_core.errors import InputError
 from ddpm_core.unet import UNet
 from jobs.datasets import reading, writing
 from jobs.datasets.format import DatasetCard, Row, read_card
@@ -198,6 +199,16 @@ def test_what_no_weight_turns_is_set_aside_and_counted(two_sides: str, prior: st
         "made night by every one of --weights, it is still taken for day",
         "made day by every one of --weights, it is still taken for night",
     }
+
+
+def test_a_prior_that_turns_nothing_is_told_of(two_sides: str, prior: str, tmp_path: Path) -> None:
+    class Nobody(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(images), 2)
+
+    judge = write_net(tmp_path / "judge.pt", Nobody())
+    with pytest.raises(InputError, match="none of the 32 training images is taken for the other side"):
+        prepare(two_sides, prior, tmp_path / "pairs", "--classifier", judge, "--weights", 2)
 
 
 def test_the_same_command_goes_on_where_it_was_killed(

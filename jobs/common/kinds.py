@@ -8,7 +8,9 @@ from typing import Any, Literal, NamedTuple
 from ddpm_core import storage
 from ddpm_core.errors import InputError
 
-KindName = Literal["data set", "run", "checkpoint", "sweep", "evaluation", "comparison", "translation", "experiments"]
+KindName = Literal[
+    "data set", "run", "checkpoint", "sweep", "evaluation", "comparison", "translation", "experiments", "recipe"
+]
 
 
 class Kind(NamedTuple):
@@ -27,6 +29,7 @@ KINDS: dict[KindName, Kind] = {
     "comparison": Kind(("compare.json",), "ddpm-translate-comparison"),
     "translation": Kind(("run.json",), "ddpm-translate-results"),
     "experiments": Kind(("plan.json",), "ddpm-translate-suite"),
+    "recipe": Kind(("recipe.json",), "ddpm-translate-recipe"),
 }
 
 

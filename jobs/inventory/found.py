@@ -18,9 +18,10 @@ PARTS: dict[kinds.KindName, set[kinds.KindName]] = {
     "run": {"checkpoint"},
     "sweep": {"run", "checkpoint"},
     "experiments": set(kinds.KINDS),
+    "recipe": set(kinds.KINDS),
 }
 """Folders of other kinds that belong to one."""
-LISTED_APART: set[kinds.KindName] = {"experiments"}
+LISTED_APART: set[kinds.KindName] = {"experiments", "recipe"}
 """Those whose parts are listed by themselves, too."""
 
 
@@ -81,6 +82,8 @@ class Found:
             return bool(self.record.get("complete"))
         if self.kind == "experiments":
             return self._num_done == self._num_commands
+        if self.kind == "recipe":
+            return "evaluation/metrics.json" in self.files
         return True
 
     @property

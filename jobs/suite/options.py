@@ -1,4 +1,4 @@
-"""What the command of the experiments says."""
+"""What the commands of the experiments and of the recipe say."""
 
 import dataclasses
 from typing import Literal
@@ -30,3 +30,21 @@ class Args:
     """Run so many commands at a time on this machine, without Ray; by default Ray spreads them, one on each CPU."""
     dry_run: bool = False
     """List the commands that are missing, as you could type them, and do nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeArgs:
+    """Which folders, how large, and where to."""
+
+    source: str
+    """Folder or s3:// prefix with a sub-folder of images for each of the two sides."""
+    output: str
+    """Folder or s3:// prefix for everything: it is a --checkpoint of every command from the first network on."""
+    preset: Literal["cpu", "gpu"] = "cpu"
+    """cpu: 32 px, some 20 minutes on two cores. gpu: 64 px and a larger network; not run yet."""
+    image_size: int | None = None
+    """Side of the square images, in pixels; by default the preset's."""
+    num_workers: int = 1
+    """Processes (cpu) or GPUs (gpu) of each training; 0 trains in one process without Ray."""
+    seed: int = 0
+    """Of everything random."""

@@ -151,6 +151,11 @@ def _make(
                     np.savez(file, image=made["image"], taken=made["taken"])
                     storage.write_bytes(storage.join(parts, _file(made["first"])), file.getvalue())
                     put(made["first"], made)
+    if not (taken[: card.splits["train"]] >= 0).any():
+        raise InputError(
+            f"none of the {card.splits['train']:,} training images is taken for the other side when it is edited; train the "
+            "prior for longer, or give larger --weights"
+        )
     rejected: list[tuple[str, str]] = []
     counted = collections.Counter(taken.tolist())
     weights = make["weights"] if make["classifier"] else make["weights"][:1]
