@@ -153,8 +153,8 @@ def _make(
                     put(made["first"], made)
     if not (taken[: card.splits["train"]] >= 0).any():
         raise InputError(
-            f"none of the {card.splits['train']:,} training images is taken for the other side when it is edited; train the "
-            "prior for longer, or give larger --weights"
+            f"none of the {card.splits['train']:,} training images is taken for the other side when it is edited; "
+            "train the prior for longer, or give larger --weights"
         )
     rejected: list[tuple[str, str]] = []
     counted = collections.Counter(taken.tolist())
