@@ -115,7 +115,8 @@ def keep(args: RecipeArgs, output: str, source: str) -> None:
     record = storage.join(output, "recipe.json")
     with contextlib.suppress(FileNotFoundError):
         there = storage.read_json(record)
-        resume.check_same(output, "a recipe's stages", {name: there.get(name) for name in wanted}, wanted, flags=wanted)
+        before = {name: there.get(name) for name in wanted}
+        resume.check_same(output, "a recipe's stages", before, wanted, flags=resume.flags_of(RecipeArgs))
         return
     content = {"format": "ddpm-translate-recipe", "format_version": 1, **wanted}
     storage.write_bytes(record, json.dumps(content, indent=2).encode())
