@@ -10,6 +10,7 @@ checkpoint is resolved once, here; another one comes by `serve deploy` or `serve
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 import re
 import time
@@ -217,6 +218,8 @@ class Gateway:
 
     def __init__(self, model: DeploymentHandle, reader: DeploymentHandle, settings: Settings) -> None:
         self.settings = settings
+        api.access_log.setLevel(logging.INFO)  # Ray shows warnings only
+        api.access_log.addHandler(logging.StreamHandler())
         self.backend = RayBackend(model, reader, settings.config.image_size)
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:

@@ -295,6 +295,20 @@ def test_metrics_count_requests_by_route_and_status(local: Local) -> None:
     assert 'ddpm_model{what="passes"}' in text
 
 
+def test_a_line_a_request_names_its_id_and_nothing_of_what_was_sent(
+    local: Local, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger=api.access_log.name)
+    tokens = {"Authorization": "Bearer alice"}
+    url = "/v1/translate?domain=night&seed=77"
+    answer = ask(made(local, tokens=TOKENS), "POST", url, content=png(), headers=tokens, client="192.0.2.7")
+    (line,) = [record.getMessage() for record in caplog.records if record.name == api.access_log.name]
+    told = json.loads(line)
+    assert told.keys() == {"id", "method", "route", "status", "s"}
+    assert told["id"] == answer.headers["x-request-id"]
+    assert (told["method"], told["route"], told["status"]) == ("POST", "/v1/translate", 200)
+
+
 # -- who may come in ------------------------------------------------------------------------------------------------
 
 TOKENS = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("alice", "bob")}
