@@ -2,12 +2,19 @@
 
 import dataclasses
 import json
+import math
+from typing import Any
 
 import pytest
+import torch
 
+from ddpm_core import checkpoint, encoders, gan
 from ddpm_core.config import (
+    ENCODERS,
+    GANS,
     MAX_SEED,
     DiffusionConfig,
+    EncoderOptions,
     GANConfig,
     ModelConfig,
     SamplingConfig,
@@ -94,3 +101,60 @@ def test_seeds_are_what_every_generator_takes():
     for seed in (-1, MAX_SEED + 1, 99999999999999999999):
         with pytest.raises(InputError, match=f"--seed is {seed}; it must lie between 0 and 2147483647"):
             check_seed(seed)
+
+
+SMALL = dataclasses.replace(
+    CONFIG,
+    image_size=16,
+    unet=UNetConfig(channel_mult=(1, 2), attn_resolutions=(8,)),
+    diffusion=DiffusionConfig(num_timesteps=10),
+    sampling=SamplingConfig(num_steps=2),
+    gan=GANConfig(num_levels=2),
+    encoder=EncoderOptions(image_size=16, widths=(8, 16), attributes=("night",)),
+)
+INTEGERS = (0, -1, 1, 3, 2**31 - 1, 10**30)
+FRACTIONS = (0.0, -1.0, 1.0, 1e-30, 1e30, math.nan, math.inf)
+EDGES = {int: INTEGERS, float: FRACTIONS, bool: (True,)}
+NUMBERS = [
+    (group, field.name)
+    for group in ("unet", "diffusion", "gan", "encoder", "sampling")
+    for field in dataclasses.fields(getattr(SMALL, group))
+    if not isinstance(getattr(getattr(SMALL, group), field.name), str)
+]
+
+
+def edges(group: str, name: str) -> tuple[Any, ...]:
+    value = getattr(getattr(SMALL, group), name)
+    if not isinstance(value, tuple):
+        return (value, *(EDGES[type(value)] if value is not None else FRACTIONS))
+    if name in ("injection", "attributes"):
+        return (value, (), value + value)
+    each = FRACTIONS if any(isinstance(one, float) for one in value) or name == "anchor_landmarks" else INTEGERS
+    lists = [(one,) * max(len(value), 1) for one in each]
+    longer = ((), (each[2],) * 13, (each[2], each[2] * 5000))
+    return (value, *lists, *(() if name == "guidance_interval" else longer))
+
+
+@pytest.mark.parametrize(("group", "name"), NUMBERS)
+def test_any_value_is_a_network_or_one_line(group, name):
+    """At once, and before memory is taken: what is accepted can be built."""
+    method = {"gan": "pix2pix", "encoder": "attributes"}.get(group, "diffusion")
+    taken, lines = 0, []
+    for value in edges(group, name):
+        options = dataclasses.replace(getattr(SMALL, group), **{name: value})
+        config = dataclasses.replace(SMALL, method=method, **{group: options})
+        try:
+            check(config)
+            if method in GANS:
+                gan.check(config)
+            if method in ENCODERS:
+                encoders.check(encoders.encoder_config(config))
+        except InputError as refused:
+            lines.append(str(refused))
+            continue
+        taken += 1
+        if group in ("unet", "gan"):
+            with torch.device("meta"):
+                checkpoint.build(config)
+    assert taken, "nothing is accepted"
+    assert all("\n" not in line and len(line) < 400 for line in lines)
