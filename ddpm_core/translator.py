@@ -354,7 +354,8 @@ class Translator:
             guidance_scale=sampling.guidance_scale,
             domain_guidance_scale=sampling.domain_guidance_scale,
             guidance_rescale=sampling.guidance_rescale,
-            source_mask=self.config.unet.source_mask,
+            # where nothing is shown nothing is kept, whatever the mask says
+            source_mask=self.config.unet.source_mask and sampling.start not in FROM_SIDE,
         )
         if self.guide is not None:
             weak = self._classifier_free(self.guide, condition, domain, guidance_scale=1.0)

@@ -46,6 +46,7 @@ def training(output: str, data: str, *flags: str, env: dict[str, str] | None = N
         begun.kill()
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_random_steps_ends_with_the_same_weights(dataset_folder, tmp_path):
     """kill -9 twice, four steps an epoch: bit for bit what an uninterrupted run gives, the losses too."""
     output, flags = str(tmp_path / "run"), ["--epochs", "8", "--global-batch-size", "8", *HERE]

@@ -93,17 +93,7 @@ def fingerprint(*parts: Any) -> str:
 
 def prepared_by(command: str, options: Output) -> dict[str, Any]:
     """The command and every option that decides the rows; which files are read, `fingerprint` tells."""
-    elsewhere: tuple[str, ...] = (
-        "output",
-        "source",
-        "overwrite",
-        "set_aside_ok",
-        "num_workers",
-        "append",
-        "domain",
-        "pairs",
-    )
-    elsewhere += ("data", "checkpoint", "classifier", "identity_encoder")
+    elsewhere = ("output", "source", "overwrite", "set_aside_ok", "num_workers", "append", "domain", "pairs")
     values = {key: value for key, value in configs.to_dict(options).items() if key not in elsewhere}
     return {"command": command, **values}
 

@@ -73,7 +73,7 @@ def draft(options: MadePairs) -> source.Draft:
         domains=card.domains,
         pairing="synthetic",
         attribute_names=card.attribute_names,
-        prepared_by=source.prepared_by("pairs", options),
+        prepared_by={"command": "pairs", "weights": [*options.weights], "seed": options.seed},
         source_hash=source.fingerprint(card.content_hash, loaded.fingerprint, sampling, *judges),
     )
     output = storage.absolute(options.output, flag="--output")
