@@ -160,6 +160,11 @@ MUTANTS = [
     ),
     Mutant("samplers", "_batch(int(remaining[0]), x_0)", "_batch(int(remaining[-1]), x_0)"),
     Mutant("samplers", "_batch(int(remaining[0]), x_0)", "_batch(int(timesteps[0]), x_0)"),
+    Mutant("samplers", "own, wanted = drawn.chunk(2)", "wanted, own = drawn.chunk(2)"),
+    Mutant("samplers", "return s / (a + s)", "return s"),
+    Mutant("samplers", "(wanted - own - delta)", "(wanted - own)"),
+    Mutant("samplers", "math.sqrt(abar) * (x_0 + delta) + noise", "math.sqrt(abar) * x_0 + noise"),
+    Mutant("samplers", "1 - _flow_time(abar_prev) / _flow_time(abar)", "1 - _flow_time(abar_prev)"),
     # -- guidance
     Mutant("guidance", "(1 - guidance_scale, null_condition", "(-guidance_scale, null_condition"),
     Mutant(

@@ -118,7 +118,7 @@ def test_each_real_image_gets_a_source_of_the_other_side(two_sides: str, prior: 
     assert prepare(two_sides, prior, tmp_path / "pairs") == 0
     card = read_card(str(tmp_path / "pairs"))
     assert (card.pairing, card.splits, card.licence) == ("synthetic", {"train": 32, "val": 4, "test": 0}, "CC0")
-    assert "the other side of each image is made by a model: 36 at weight 2" in card.notes
+    assert "the other side of each image is made by a model: 36 at weight 2.5" in card.notes
     real, made = tables(two_sides, "train"), tables(str(tmp_path / "pairs"), "train")
     for before, after in zip(real, made, strict=True):
         assert (before["id"], before["domain"], before["identity"]) == (
@@ -132,7 +132,7 @@ def test_each_real_image_gets_a_source_of_the_other_side(two_sides: str, prior: 
     editor = pairs.Editor(
         checkpoint_uri=prior,
         ema=None,
-        weights=(2.0,),
+        weights=(2.5,),
         seed=0,
         classifier=None,
         identity_encoder=None,

@@ -135,7 +135,7 @@ class MadePairs(Output):
     """The data set without pairs: a folder or s3:// prefix that holds dataset.json."""
     checkpoint: str
     """What makes the other side, mostly a prior (jobs.train --preset prior): a run or checkpoint, local or s3://."""
-    weights: tuple[float, ...] = (2.0, 2.5, 3.0, 4.0)
+    weights: tuple[float, ...] = (2.5, 3.5, 5.0)
     """Guidance weights to try, the least first; without a classifier only the first is tried."""
     classifier: str | None = None
     """Encoder of --method attributes, or a TorchScript file, that says which side an image is on."""

@@ -59,7 +59,10 @@ def adopted(options: TrainOptions, image_size: int, run: str, given: Collection[
         options,
         unet=merged("unet", options.unet, unet),
         diffusion=merged("diffusion", options.diffusion, there.diffusion),
-        sampling=merged("sampling", options.sampling, there.sampling),
+        # a network that is shown the source from now on is not sampled like a prior that was not
+        sampling=options.sampling
+        if there.shown == "nothing" and options.pairing != "none"
+        else merged("sampling", options.sampling, there.sampling),
     )
 
 

@@ -147,7 +147,7 @@ PRESETS: dict[str, Preset] = {
             _TWO_FOLDERS,
             pairing="none",
             epochs=16,
-            sampling=SamplingConfig(num_steps=17, guidance_scale=3.0, start="flowedit", strength=0.7),
+            sampling=SamplingConfig(num_steps=10, guidance_scale=3.0, start="flowedit", strength=0.7),
         ),
     ),
     "student": Preset(
