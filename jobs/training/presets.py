@@ -141,8 +141,8 @@ PRESETS: dict[str, Preset] = {
     "prior": Preset(
         about="two folders, no pairs: a prior of both sides, with which images are edited (--sampling.start flowedit)",
         command="--num-workers 2",
-        time=_NOT_RUN,
-        expect="what the sides differ in changes, the rest stays to the pixel",
+        time="two CPU cores: about five minutes for 3,200 drawn portraits (10 minutes of one core)",
+        expect="what the sides differ in changes, the rest stays: flips 96 and 90 %, the person found 100 %",
         options=dataclasses.replace(
             _TWO_FOLDERS,
             pairing="none",
@@ -153,12 +153,12 @@ PRESETS: dict[str, Preset] = {
     "student": Preset(
         about="then: learns to draw from the pairs that a prior made (jobs.prepare pairs, --init-from the prior)",
         command="--num-workers 2",
-        time=_NOT_RUN,
-        expect="sharper than the prior's edits, in a quarter of the evaluations",
+        time="two CPU cores: about four minutes for 1,500 pairs (8 minutes of one core)",
+        expect="less noise than the prior's edits: KID 0.15 for 0.19, flips 95 and 90 %, the person found 100 %",
         options=dataclasses.replace(
             _TWO_FOLDERS,
             epochs=10,
-            sampling=SamplingConfig(num_steps=10, guidance_scale=1.0),
+            sampling=SamplingConfig(num_steps=10, guidance_scale=1.0, domain_guidance_scale=3.0),
             optim=dataclasses.replace(_TWO_FOLDERS.optim, learning_rate=7e-4),
         ),
     ),
