@@ -180,7 +180,7 @@ def stages(args: RecipeArgs, output: str, source: str) -> list[Stage]:
             lambda: train("student", "run", "pairs", size.student_steps, "--init-from", at["prior"]),
             "samples",
         ),
-        Stage("evaluation", "the translator, measured on the test images", evaluate, "grid.png"),
+        Stage("evaluation", "the translator, measured on the test images", evaluate, "grid"),
     ]
 
 
