@@ -172,7 +172,12 @@ def goals(result: dict[str, Any]) -> list[Goal]:
     best = max(row["steps"] for row in closed)
     found = [
         Goal("images/s at saturation, engine / raw", max(row["steps / raw"] for row in closed), 0.9, float("inf")),
-        Goal(f"images/s, {closed[-1]['clients']} clients / best", closed[-1]["steps"] / best, 0.95, float("inf")),
+        Goal(
+            f"images/s, {closed[-1]['clients']} clients / best",
+            closed[-1]["steps"] / max(best, 1e-9),
+            0.95,
+            float("inf"),
+        ),
         Goal("lone request, engine - 1.1 x bare, ms", (lone["engine_s"] - 1.1 * lone["bare_s"]) * 1e3, -1e9, 15.0),
     ]
     latency = "p95 of short requests at load 0.7, steps / batches"
