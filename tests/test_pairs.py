@@ -14,6 +14,7 @@ from test_prepare import refused, rejected, run
 from ddpm_core import checkpoint, storage
 from ddpm_core.config import DiffusionConfig, ModelConfig, SamplingConfig, UNetConfig
 from ddpm_core.errors import InputError
+from ddpm_core.translator import Translator
 from ddpm_core.unet import UNet
 from jobs.datasets import reading, writing
 from jobs.datasets.format import DatasetCard, Row, read_card
@@ -132,6 +133,7 @@ def test_each_real_image_gets_a_source_of_the_other_side(two_sides: str, prior: 
     editor = pairs.Editor(
         checkpoint_uri=prior,
         ema=None,
+        sampling={},
         weights=(2.5,),
         seed=0,
         classifier=None,
@@ -143,11 +145,26 @@ def test_each_real_image_gets_a_source_of_the_other_side(two_sides: str, prior: 
     assert not storage.exists(str(tmp_path / "pairs.parts"))
 
 
+def test_edits_are_made_as_the_best_of_a_run_says(two_sides: str, tmp_path: Path) -> None:
+    """best.json, of a run or a sweep, has the sampling; the checkpoint's own configuration may have another."""
+    write_checkpoint(tmp_path / "run" / "last")
+    best = {"checkpoint": "last", "num_steps": 4, "strength": 0.9}
+    (tmp_path / "run" / "best.json").write_text(json.dumps(best))
+    prepare(two_sides, str(tmp_path / "run"), tmp_path / "pairs", "--weights", 2)
+    row = tables(str(tmp_path / "pairs"), "train")[0]
+    translate = Translator(checkpoint.load(str(tmp_path / "run")))
+    sides = ("day", "night")
+    other, own = sides[1 - row["domain"]], sides[row["domain"]]
+    expected = translate(row["image"][None], other, source_domain=own, guidance_scale=2.0)[0]
+    assert np.abs(expected.astype(int) - row["target"]).max() <= 1
+
+
 def test_the_least_weight_that_turns_an_image_is_taken(two_sides: str, prior: str, tmp_path: Path) -> None:
     judge = write_judge(tmp_path / "judge.pt")
     editor = pairs.Editor(
         checkpoint_uri=prior,
         ema=None,
+        sampling={},
         weights=(1.0, 2.0, 3.0),
         seed=0,
         classifier=judge,
@@ -174,6 +191,7 @@ def test_with_an_encoder_the_most_alike_of_those_that_turn_is_taken(prior: str, 
     editor = pairs.Editor(
         checkpoint_uri=prior,
         ema=None,
+        sampling={},
         weights=(1.0, 2.0, 3.0),
         seed=0,
         classifier=write_judge(tmp_path / "judge.pt"),

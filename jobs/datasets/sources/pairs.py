@@ -14,7 +14,7 @@ import functools
 import io
 import math
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ddpm_core import checkpoint, nets, storage
+from ddpm_core import config as configs
 from ddpm_core.config import FROM_SIDE, ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator, check_sampling
@@ -58,10 +59,17 @@ def draft(options: MadePairs) -> source.Draft:
     card = read_card(data)
     loaded = checkpoint.load(options.checkpoint)
     sampling = checked(card, loaded.config, data)
+    classifier, encoder = (
+        storage.absolute(uri, flag=flag) if uri else None
+        for uri, flag in (
+            (options.classifier, "--classifier"),
+            (options.identity_encoder, "--identity-encoder"),
+        )
+    )
     # loaded here to be refused here
     judges = [
-        nets.classifier(options.classifier, card.domains).fingerprint if options.classifier else "",
-        nets.identity_net(options.identity_encoder).fingerprint if options.identity_encoder else "",
+        nets.classifier(classifier, card.domains).fingerprint if classifier else "",
+        nets.identity_net(encoder).fingerprint if encoder else "",
     ]
     licence = loaded.config.data.licence
     made = DatasetCard(
@@ -78,8 +86,8 @@ def draft(options: MadePairs) -> source.Draft:
     )
     output = storage.absolute(options.output, flag="--output")
     parts = storage.join(f"{output.rstrip('/')}.parts", source.fingerprint(made.source_hash, made.prepared_by))
-    make = {"checkpoint_uri": loaded.path, "ema": loaded.ema, "weights": options.weights, "seed": options.seed}
-    make |= {"classifier": options.classifier, "identity_encoder": options.identity_encoder}
+    make: dict[str, Any] = {"checkpoint_uri": loaded.path, "ema": loaded.ema, "sampling": configs.to_dict(sampling)}
+    make |= {"weights": options.weights, "seed": options.seed, "classifier": classifier, "identity_encoder": encoder}
     return source.Draft(
         card=made, make=lambda scratch: _make(data, card, make, parts, scratch, num_workers=options.num_workers)
     )
@@ -251,6 +259,7 @@ class Editor:
         *,
         checkpoint_uri: str,
         ema: float | None,
+        sampling: Mapping[str, Any],
         weights: Sequence[float],
         seed: int,
         classifier: str | None,
@@ -259,8 +268,8 @@ class Editor:
     ) -> None:
         torch.set_num_threads(num_threads)
         self.translator = Translator(checkpoint.load(checkpoint_uri, ema=ema))
-        self.seed, self.weights = seed, weights if classifier else weights[:1]
-        self.classifier, self.domains = classifier, self.translator.config.domains
+        self.sampling, self.seed, self.weights = sampling, seed, weights if classifier else weights[:1]
+        self.domains = self.translator.config.domains
         device = self.translator.device
         self.side = nets.classifier(classifier, self.domains).module.to(device) if classifier else None
         self.who = nets.identity_net(identity_encoder).module.to(device) if identity_encoder else None
@@ -283,9 +292,8 @@ class Editor:
         likeness = np.full(len(sources), -np.inf)
         left = np.arange(len(sources))
         for index, weight in enumerate(self.weights):
-            made = self.translator.attempt(
-                sources[left], other, seed=self.seed, source_domain=own, guidance_scale=float(weight)
-            )
+            options = {**self.sampling, "guidance_scale": float(weight)}
+            made = self.translator.attempt(sources[left], other, seed=self.seed, source_domain=own, **options)
             passed = made.finite & self._passes(made.images, other)
             taken[left[made.finite & (taken[left] == NOT_FINITE)]] = NOT_TURNED
             alike = self._alike(sources[left], made.images)
