@@ -51,6 +51,11 @@ def structure(pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     return (centred / (3 * (deviation + 0.02))).clamp(-1, 1).expand_as(pictures)
 
 
+def shown(what: str, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    """What a network is shown of images, by `ModelConfig.shown`: themselves, their structure, or nothing."""
+    return {"source": lambda x: x, "structure": structure, "nothing": torch.zeros_like}[what](pictures)
+
+
 class ConditionEncoder(nn.Module):
     """A light pyramid over the condition: one feature map a level, which the skip connections attend to."""
 

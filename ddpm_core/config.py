@@ -42,6 +42,8 @@ Spacing = Literal["trailing", "leading", "linspace"]
 Start = Literal["noise", "sdedit", "ddib", "residual", "flowedit"]
 FROM_SIDE: tuple[Start, ...] = ("ddib", "residual", "flowedit")
 """Ways that need to know which side the source is on, and show the network none of it but through x_t."""
+PARTIAL: tuple[Start, ...] = ("sdedit", "residual", "flowedit")
+"""Ways that may leave out the noisier part of the chain: `strength` is theirs."""
 Precision = Literal["auto", "fp32", "bf16"]
 Pairing = Literal["paired", "matched", "unpaired", "self", "none", "synthetic"]
 Align = Literal["auto", "faces", "none"]
@@ -457,10 +459,9 @@ def check_sampling(sampling: SamplingConfig, num_timesteps: int) -> None:
         raise InputError(f"sampling.strength is {sampling.strength}; it must lie in (0, 1]")
     if sampling.eta and sampling.sampler != "ddim":
         raise InputError(f"sampling.eta has no effect on the sampler {sampling.sampler}; it is ddim's")
-    if sampling.strength != 1 and sampling.start in ("noise", "ddib"):
+    if sampling.strength != 1 and sampling.start not in PARTIAL:
         raise InputError(
-            f"sampling.strength has no effect with sampling.start {sampling.start}; it is of sdedit, residual and "
-            "flowedit"
+            f"sampling.strength has no effect with sampling.start {sampling.start}; it is of {', '.join(PARTIAL)}"
         )
     if sampling.start in FROM_SIDE and (sampling.sampler != "ddim" or sampling.eta):
         raise InputError(f"sampling.start {sampling.start} has steps of its own; it needs sampler ddim and eta 0")

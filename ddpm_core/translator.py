@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ddpm_core import config as configs
 from ddpm_core import graphs, guidance, images, samplers, schedule
 from ddpm_core.checkpoint import Checkpoint
-from ddpm_core.conditioning import structure
-from ddpm_core.config import FROM_SIDE, ModelConfig, SamplingConfig, domain_attributes
+from ddpm_core.conditioning import shown
+from ddpm_core.config import FROM_SIDE, PARTIAL, ModelConfig, SamplingConfig, domain_attributes
 from ddpm_core.diffusion import draw_noise, seeded
 from ddpm_core.encoders import AttributeClassifier, IdentityEncoder
 from ddpm_core.errors import InputError
@@ -36,14 +36,6 @@ Progress = Callable[[int, int], None]
 residual, is none)."""
 NUM_FIXED_POINT_STEPS = 3
 """Evaluations for each step of the inversion that starts ddib and residual make."""
-
-
-SHOWN: dict[str, Callable[[Tensor], Tensor]] = {
-    "source": lambda pictures: pictures,
-    "structure": structure,
-    "nothing": torch.zeros_like,
-}
-"""What the network is shown of the source, by `ModelConfig.shown`."""
 
 
 class Translated(NamedTuple):
@@ -114,7 +106,7 @@ def _timesteps(config: ModelConfig, sampling: SamplingConfig) -> Int64[Tensor, "
     """
     num_timesteps = config.diffusion.num_timesteps
     timesteps = samplers.SPACINGS[sampling.spacing](num_timesteps, sampling.num_steps)
-    if sampling.start in ("sdedit", "residual", "flowedit"):
+    if sampling.start in PARTIAL:
         timesteps = samplers.sdedit_timesteps(timesteps, sampling.strength, num_timesteps)
     if sampling.start in ("ddib", "residual"):
         samplers.check_invertible(timesteps, schedule.alphas_cumprod(config.diffusion))
@@ -246,7 +238,7 @@ class Translator:
         if len(pictures) == 0:
             return Translated(pictures, np.ones(0, bool))
         source_images = images.to_tensor(pictures, self.device)
-        condition = SHOWN[self.config.shown](source_images)
+        condition = shown(self.config.shown, source_images)
         if self.config.method != "diffusion":
             x_0 = self.network(condition, _labels(target, condition))
             _told(callback, progress, 1)(1, x_0)

@@ -17,6 +17,7 @@ TINY = recipe.Size(
     prior_steps=4,
     student_steps=2,
     batch_size=8,
+    num_workers=0,
     options=("--unet.model-channels", "32", "--unet.channel-mult", "1", "--sampling.num-steps", "4"),
 )
 

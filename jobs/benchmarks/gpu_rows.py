@@ -177,6 +177,7 @@ def forward(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], 
         tell(first_s=machine.timed(lambda: stepper.eps(*batch)))
         results = {name: way(*batch).clone() for name, way in ways.items()}
         seconds = machine.medians({name: functools.partial(way, *batch) for name, way in ways.items()})
+    seconds = captured(seconds, ways)
     tell(**{f"{name}_ms": value * 1e3 for name, value in seconds.items()})
     tell(evaluations_per_s=len(batch[0]) / min(seconds.values()), **difference(results))
 
@@ -209,6 +210,7 @@ def sample(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], t
         results = {name: drawn(way, 2).clone() for name, way in ways.items()}
         calls = {name: functools.partial(drawn, way, sampling.num_steps) for name, way in ways.items()}
         seconds = machine.medians(calls, rounds=2)
+    seconds = captured(seconds, ways)
     tell(**{f"{name}_images_per_s": len(x_T) / value for name, value in seconds.items()})
     tell(num_steps=sampling.num_steps, guidance_scale=sampling.guidance_scale, **difference(results))
 
@@ -315,6 +317,11 @@ class Memory:
             "peak_gib": (torch.cuda.max_memory_allocated() - self.allocated) / GIB,
             "reserved_gib": (torch.cuda.max_memory_reserved() - self.reserved) / GIB,
         }
+
+
+def captured(seconds: Mapping[str, float], ways: Mapping[str, Any]) -> dict[str, float]:
+    """Without the time of a graph that came to none: too many rows, or it could not be captured."""
+    return {name: value for name, value in seconds.items() if name != "graph" or ways[name].replays}
 
 
 def difference(results: Mapping[str, Tensor]) -> dict[str, float]:

@@ -44,7 +44,7 @@ class RecipeArgs:
     """cpu: 32 px, some 20 minutes on two cores. gpu: 64 px and a larger network; not run yet."""
     image_size: int | None = None
     """Side of the square images, in pixels; by default the preset's."""
-    num_workers: int = 1
-    """Processes (cpu) or GPUs (gpu) of each training; 0 trains in one process without Ray."""
+    num_workers: int | None = None
+    """Processes (cpu) or GPUs (gpu) of each training, by default two and one; 0 trains in one process without Ray."""
     seed: int = 0
     """Of everything random."""

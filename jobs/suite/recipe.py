@@ -13,13 +13,11 @@ URI/report.html all of it to look at
 import contextlib
 import dataclasses
 import json
-import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from ddpm_core import checkpoint, storage
 from ddpm_core.errors import InputError
@@ -44,17 +42,19 @@ class Size:
     prior_steps: int
     student_steps: int
     batch_size: int
+    num_workers: int
     options: tuple[str, ...] = ()
     """Of both trainings."""
 
 
 SIZES = {
-    "cpu": Size(image_size=32, prior_steps=1600, student_steps=1000, batch_size=32),
+    "cpu": Size(image_size=32, prior_steps=1600, student_steps=1000, batch_size=32, num_workers=2),
     "gpu": Size(
         image_size=64,
         prior_steps=20_000,
         student_steps=12_000,
         batch_size=128,
+        num_workers=1,
         options=(
             *("--unet.model-channels", "128", "--unet.channel-mult", "1", "2", "2", "2"),
             *("--unet.num-res-blocks", "2", "--unet.attn-resolutions", "32", "16"),
@@ -82,7 +82,7 @@ def run(args: RecipeArgs) -> int:
     Raises:
         InputError: an option is wrong, another recipe is at work in the folder, or a stage has failed.
     """
-    cli.check_least({"--num-workers": (args.num_workers, 0)})
+    cli.check_least({"--num-workers": (args.num_workers or 0, 0)})
     output, source = storage.absolute(args.output, flag="--output"), storage.absolute(args.source, flag="--source")
     kinds.check_output(output, "recipe", {"--source": source})
     todo = stages(args, output, source)
@@ -126,7 +126,7 @@ def stages(args: RecipeArgs, output: str, source: str) -> list[Stage]:
     """The commands in order."""
     size = SIZES[args.preset]
     at = {name: storage.join(output, name) for name in ("data", "prior", "sides", "pairs", "run", "evaluation")}
-    workers = ["--num-workers", str(args.num_workers)]
+    workers = ["--num-workers", str(size.num_workers if args.num_workers is None else args.num_workers)]
     devices = [*workers, *(["--use-gpu"] if args.preset == "gpu" else [])]
 
     def prepare() -> list[str]:
@@ -192,9 +192,7 @@ def batch_of(card: DatasetCard, size: Size) -> int:
 def execute(words: list[str]) -> int:
     """Run a command as a process of its own, with our terminal; it ends with us."""
     print(f"$ python -m {shlex.join(words)}", flush=True)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ} if words[-2:] != ["--num-workers", "0"] else {**os.environ}
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen([sys.executable, "-m", *words], env={**environment, "PYTHONPATH": str(root)})
+    process = subprocess.Popen([sys.executable, "-m", *words])
     try:
         return process.wait()
     except BaseException:  # told to end: what runs is told, too, and stores what it has

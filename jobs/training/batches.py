@@ -91,10 +91,8 @@ class HostBatch:
         x_0 = moved(there(self.target), flip, shift)
         if self.labels.shape[1]:
             x_0 = lit(x_0, there(self.brightness))
-        if shown == "source":
-            condition = moved(there(self.source), flip, shift)
-        else:
-            condition = conditioning.structure(x_0) if shown == "structure" else torch.zeros_like(x_0)
+        looked_at = moved(there(self.source), flip, shift) if shown == "source" else x_0
+        condition = conditioning.shown(shown, looked_at)
         rest = (self.domain, self.t, self.noise, self.dropped, self.domain_dropped, self.labels)
         return Batch(x_0, condition, *map(there, rest))
 

@@ -282,7 +282,7 @@ def default_sampling(sampling: SamplingConfig, emas: Sequence[float], num_timest
         "guidance_rescale": Range(low=0.0, high=1.0),
         "num_steps": Range(low=min(4, sampling.num_steps), high=most, log=True, integer=True),
     }
-    if sampling.start in ("sdedit", "residual", "flowedit"):
+    if sampling.start in configs.PARTIAL:
         found["strength"] = Range(low=min(0.3, sampling.strength), high=1.0)
     if sampling.start not in configs.FROM_SIDE and not sampling.eta:
         found["sampler"] = Choices(values={name: name for name in samplers})
