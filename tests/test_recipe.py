@@ -15,6 +15,7 @@ from jobs.suite import recipe
 TINY = recipe.Size(
     image_size=16,
     prior_steps=4,
+    side_steps=5,
     student_steps=2,
     batch_size=8,
     num_workers=0,

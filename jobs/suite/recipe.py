@@ -40,6 +40,7 @@ class Size:
 
     image_size: int
     prior_steps: int
+    side_steps: int
     student_steps: int
     batch_size: int
     num_workers: int
@@ -48,10 +49,11 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(image_size=32, prior_steps=1600, student_steps=1000, batch_size=32, num_workers=2),
+    "cpu": Size(image_size=32, prior_steps=1600, side_steps=300, student_steps=1000, batch_size=32, num_workers=2),
     "gpu": Size(
         image_size=64,
         prior_steps=20_000,
+        side_steps=1000,
         student_steps=12_000,
         batch_size=128,
         num_workers=1,
@@ -145,11 +147,12 @@ def stages(args: RecipeArgs, output: str, source: str) -> list[Stage]:
         ]
 
     def sides() -> list[str]:
-        card = read_card(at["data"])
-        batch = ["--global-batch-size", str(min(64, card.splits["train"]))]
+        rows = read_card(at["data"]).splits["train"]
+        batch = min(64, rows)
         return [
             *("jobs.train", "--preset", "attribute-classifier", "--data", at["data"], "--output", at["sides"]),
-            *("--num-workers", "0", "--seed", str(args.seed), *batch),
+            *("--epochs", str(max(round(size.side_steps * batch / rows), 1)), "--global-batch-size", str(batch)),
+            *("--num-workers", "0", "--seed", str(args.seed)),
         ]
 
     def pairs() -> list[str]:
