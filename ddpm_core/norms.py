@@ -128,10 +128,11 @@ def backward(
 
 def _normalized(x: Map, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Map, OfGroups, OfGroups]:
     b, c, h, w = x.shape
-    # CPUs take weights of a higher precision than the map's, and sum in theirs; GPUs want one dtype.
-    y = x if x.device.type == "cpu" else x.to(weight.dtype)
-    y, mean, rstd = torch.native_group_norm(y, weight, bias, b, c, h * w, groups, eps)
-    return y.to(x.dtype), mean, rstd
+    if x.device.type == "cpu":  # in either layout, and sums in the precision of the weights
+        return torch.native_group_norm(x, weight, bias, b, c, h * w, groups, eps)
+    planes = x.to(weight.dtype, memory_format=torch.contiguous_format)  # GPUs take nothing else
+    y, mean, rstd = torch.native_group_norm(planes, weight, bias, b, c, h * w, groups, eps)
+    return torch.empty_like(x).copy_(y), mean, rstd
 
 
 def _sums(values: Map) -> OfChannels:

@@ -109,11 +109,21 @@ NOT_THERE = (
 def test_the_gpu_benchmark_needs_little_but_pytorch(tmp_path: Path) -> None:
     """Every row, on a CPU and in small, on a machine that has only PyTorch, numpy and jaxtyping."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_THERE}))\n")
-    command = [sys.executable, "-m", "jobs.benchmark", "gpu", "--device", "cpu", "--tiny", "--output", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.benchmark",
+        "gpu",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--output",
+        str(tmp_path / "new"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "new" / "gpu.json").read_text())["rows"]
     assert [row["outcome"] for row in rows] == [gpu.MEASURED] * len(gpu.plan())
     assert [line.split("  ")[0] for line in done.stdout.splitlines()[: len(rows)]] == [row.name for row in gpu.plan()]
     wanted = {
@@ -128,7 +138,7 @@ def test_the_gpu_benchmark_needs_little_but_pytorch(tmp_path: Path) -> None:
         figures = row["figures"]
         assert figures.keys() >= wanted.get(row["row"]["kind"], set()), row
         assert all(value > 0 for name, value in figures.items() if name.endswith(("_per_s", "_first_step_s")))
-    assert "| train celeba-64 x 256 |" in (tmp_path / "gpu.md").read_text()
+    assert "| train celeba-64 x 256 |" in (tmp_path / "new" / "gpu.md").read_text()
 
 
 def test_the_gpu_benchmark_knows_the_presets() -> None:

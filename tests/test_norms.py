@@ -146,6 +146,23 @@ def test_kept_for_the_backward_pass_are_the_input_and_little_more() -> None:
     assert [each.data_ptr() for each in large] == [x.data_ptr()]
 
 
+def test_on_gpus_pytorchs_norm_gets_planes_of_the_weights_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its CUDA kernel takes nothing else; the meta device stands for a GPU, and keeps layouts."""
+    native, layouts = torch.native_group_norm, []
+
+    def cuda_like(x: Tensor, weight: Tensor, *rest: Any) -> Any:
+        layouts.append((x.is_contiguous(), x.dtype == weight.dtype))
+        return native(x, weight, *rest)
+
+    monkeypatch.setattr(torch, "native_group_norm", cuda_like)
+    x = torch.empty(2, 16, 4, 5, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    weight, bias = torch.empty(2, 16, device="meta")
+    y, mean, rstd = norms.forward(x, weight, bias, None, 2, 1e-5, True)
+    dx, *_ = norms.backward(y, x, weight, bias, None, mean, rstd, 2, 1e-5, True)
+    assert layouts == [(True, True)] * 2
+    assert all(each.dtype == x.dtype and each.stride() == x.stride() for each in (y, dx))
+
+
 def test_names_of_weights_are_those_of_pytorchs_norm() -> None:
     assert GroupNorm(2, 16, silu=True).state_dict().keys() == torch.nn.GroupNorm(2, 16).state_dict().keys()
     names = set(ConditionEncoder(3, 8, 1).state_dict())

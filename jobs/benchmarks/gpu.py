@@ -137,6 +137,7 @@ def run(options: Options) -> int:
     check(options)
     deadline = time.monotonic() + options.minutes * 60
     folder = Path(options.output).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in plan() if options.only in row.name or row.kind == "device"]
     worker = Worker(options, deadline)
 
