@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import inspect
 import json
 import os
 import random
@@ -40,6 +41,45 @@ os.environ.update(
     AWS_EC2_METADATA_DISABLED="true",
 )  # before ray is imported
 
+CHECKED: set[Any] = set()
+"""Calls whose shapes are checked already in this test."""
+
+
+def checked_once(typechecker: Any) -> Any:
+    """`jaxtyping.jaxtyped`; in a test the same function with arguments of the same shapes and numbers is checked once.
+    A step of a sampler is like the one before, and to check it takes longer than to compute it."""
+
+    def decorate(function: Any) -> Any:
+        checked = jaxtyped(typechecker=typechecker)(function)
+        if inspect.isclass(function):
+            return checked
+
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            key = (function, *map(alike, args), *options, *map(alike, options.values()))
+            if key in CHECKED:
+                return function(*args, **options)
+            found = checked(*args, **options)
+            CHECKED.add(key)
+            return found
+
+        return call
+
+    return decorate
+
+
+def alike(value: Any) -> Any:
+    """What a check makes of an argument: arrays by shape and type, plain values by what they are, others by which."""
+    if hasattr(value, "shape"):
+        return type(value), value.shape, value.dtype
+    return (type(value), value) if isinstance(value, bool | int | str | None) else id(value)
+
+
+def pytest_runtest_setup() -> None:
+    CHECKED.clear()
+
+
+jaxtyped, jaxtyping.jaxtyped = jaxtyping.jaxtyped, checked_once
 jaxtyping.install_import_hook("ddpm_core", "beartype.beartype")  # the shapes in annotations are checked in tests
 
 
@@ -54,6 +94,9 @@ class ByGreenlet:
 
 
 jaxtyping._storage._shape_storage = ByGreenlet()
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background: commands would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # decoded images: not among the user's own
 os.environ["DDPM_TRANSLATE_CACHE"] = tempfile.mkdtemp(prefix="ddpm-translate-tests-")

@@ -1,5 +1,6 @@
 """Losses: exact values on both sides of Huber's corner, and weights that are one weight of x_0 in three forms."""
 
+import jaxtyping
 import pytest
 import torch
 
@@ -91,3 +92,12 @@ def test_pure_noise_has_a_finite_weight(weighting, prediction, expected):
 def test_uniform_weighting_is_one():
     t = torch.tensor([0, 999])
     assert timestep_weight(DiffusionConfig(), t, alphas_cumprod(DiffusionConfig())).tolist() == [1, 1]
+
+
+def test_a_wrong_shape_is_noticed_after_a_right_one():
+    """What tests/conftest.py checks once, it does not take for checked with other shapes."""
+    one = torch.zeros(2, 3, 4, 4)
+    for _ in range(2):
+        per_image_loss(DiffusionConfig(), one, one)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        per_image_loss(DiffusionConfig(), one, torch.zeros(2, 3, 4, 1))
