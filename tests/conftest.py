@@ -70,7 +70,7 @@ def checked_once(typechecker: Any) -> Any:
 
 def alike(value: Any) -> Any:
     """What a check makes of an argument: arrays by shape and type, plain values by what they are, others by which."""
-    if hasattr(value, "shape"):
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
         return type(value), value.shape, value.dtype
     return (type(value), value) if isinstance(value, bool | int | str | None) else id(value)
 
