@@ -63,10 +63,7 @@ class Training:
     @property
     def reached(self) -> int:
         """The last step that the run's metrics tell of."""
-        try:
-            return storage.read_json_lines(storage.join(self.run, "metrics.jsonl"))[-1]["step"]
-        except FileNotFoundError:
-            return 0
+        return reached(self.run)
 
     def wait(self, done: Callable[[], bool], what: str, within_s: float = 500) -> None:
         deadline = time.monotonic() + within_s
@@ -101,6 +98,14 @@ class Training:
         """kill -9 of the driver; a Ray that it started dies with it."""
         self.process.kill()
         self.process.wait()
+
+
+def reached(run: str) -> int:
+    """The last step that a run's metrics tell of; 0 before the first."""
+    try:
+        return storage.read_json_lines(storage.join(run, "metrics.jsonl"))[-1]["step"]
+    except FileNotFoundError:
+        return 0
 
 
 def workers(*roots: int) -> list[psutil.Process]:

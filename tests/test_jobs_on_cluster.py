@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chaos import NEVER, SMOKE, attempts_of, reached
 from conftest import ROOT, free_port, write_gradients
+
+from jobs.training import run_folder
 
 RAY = Path(sys.executable).parent / "ray"
 
@@ -75,10 +78,11 @@ class Cluster:
         line = script("env", environment).stdout
         self.environment = {**environment, **exported(line)}
 
-    def begin(self, entrypoint: str, *, working_dir: Path = ROOT) -> subprocess.Popen[str]:
-        command = [str(RAY), "job", "submit", "--log-color", "false", "--working-dir", str(working_dir), "--"]
+    def begin(self, entrypoint: str, *options: str, working_dir: Path = ROOT) -> subprocess.Popen[str]:
+        """`options`: of `ray job submit`."""
+        command = [str(RAY), "job", "submit", "--log-color", "false", "--working-dir", str(working_dir)]
         return subprocess.Popen(
-            [*command, *shlex.split(entrypoint)],
+            [*command, *options, "--", *shlex.split(entrypoint)],
             cwd=ROOT,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -143,6 +147,31 @@ def test_the_experiments_by_ray_job_submit(cluster: Cluster, tmp_path: Path) -> 
     assert table["missing"] == {}
     assert [claim["text"] for claim in table["claims"]]
     assert (output / "report.html").stat().st_size > 10_000
+
+
+def test_ray_job_stop_lets_a_training_store_its_step_and_the_same_command_goes_on(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    data, output = tmp_path / "data", str(tmp_path / "run")
+    write_gradients(str(data))
+    command = shlex.join(["python", "-m", "jobs.train", *SMOKE, *NEVER, "--data", str(data), "--output", output])
+    job = cluster.begin(f"{command} --epochs 100000", "--submission-id", "stopped")
+    deadline = time.monotonic() + 800
+    while not (asked := reached(output)):
+        assert time.monotonic() < deadline
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.2)
+    assert run_folder.latest_checkpoint(output)[0] == 0
+    stop = [RAY, "job", "stop", "--log-color", "false", "stopped"]
+    subprocess.run(stop, env=cluster.environment, cwd=ROOT, check=True, timeout=300)
+    said, _ = job.communicate(timeout=300)
+    step, _ = run_folder.latest_checkpoint(output)
+    assert step >= asked, said
+    assert f"train: step {step:,} is stored" in said
+    assert "stopped by SIGTERM; the same command goes on from here" in said
+    assert "Traceback" not in said
+    cluster.run(f"{command} --epochs {step + 2}")  # an epoch is a step
+    assert [attempt["step"] for attempt in attempts_of(output)] == [0, step]
 
 
 def ended_trials(output: Path) -> list[dict[str, Any]]:
