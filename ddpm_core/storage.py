@@ -186,7 +186,8 @@ _REMEDIES = (
         "the S3 server cannot be reached; check AWS_ENDPOINT_URL (with its http:// or https://) and the network",
     ),
     (r"path .* is a directory", "it is a folder; a file is expected"),
-    (r"No space left", "no space left on the device; free some or write elsewhere"),
+    (r"No space left|quota exceeded", "no space left on the device; free some or write elsewhere"),
+    (r"File too large", "larger than a file may be there (ulimit -f says how large); write elsewhere"),
     (r"Read-only file system", "the file system is read-only; write elsewhere"),
 )
 _answered: set[str] = set()

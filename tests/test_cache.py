@@ -198,6 +198,18 @@ def test_a_shard_damaged_behind_its_footer_is_named(
     assert not list(nodes_cache.glob("*/rows.parquet"))
 
 
+def test_a_data_set_replaced_while_it_is_read_is_not_kept(cache: Path, dataset: str) -> None:
+    """File by file, each as large as it was: part of what is read may be of another data set."""
+    card = Path(dataset, "dataset.json")
+
+    def replaced(_: int) -> None:
+        card.write_text(card.read_text().replace(format.read_card(dataset).content_hash, "0" * 32))
+
+    with pytest.raises(InputError, match=r"was replaced or appended to since this run began .* now 0000"):
+        datasets_cache.load(dataset, "train", on_rows=replaced)
+    assert not list(cache.glob("*/rows.parquet"))
+
+
 def test_room_is_made_by_what_was_longest_unused(
     cache: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

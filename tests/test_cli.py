@@ -85,7 +85,11 @@ NAMES = "--data d --output o"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("prepare folder --source a --output b", "folder (did you mean 'folders'?); known are: earth, celeba, "),
+        (
+            "prepare folder --source a --output b",
+            "folder (did you mean 'folders'?); known are: earth, celeba, day2night, folders, rendered, pairs, inspect",
+        ),
+        (f"train {NAMES} --epochs", "--epochs lacks its value; give one"),
         ("prepare", "say first what to do: earth, celeba, day2night, folders, rendered, pairs, inspect"),
         ("prepare folders --sorce x --output y", "there is no option --sorce; did you mean --source?"),
         (f"train {NAMES} --presett demo", "there is no option --presett; did you mean --preset?"),

@@ -301,8 +301,9 @@ def _rewrite(path: Path, change: Any) -> None:
             "column 'domain' is string, it must be int8",
         ),
         (lambda path: _rewrite(path, lambda table: table.slice(1)), "29 rows where dataset.json says 30"),
+        (lambda path: _rewrite(path, lambda table: table), r"has [\d,]+ bytes where dataset.json says [\d,]+; make"),
     ],
-    ids=["gone", "cut", "text", "column", "type", "rows"],
+    ids=["gone", "cut", "text", "column", "type", "rows", "another"],
 )
 def test_damaged_file_is_named(dataset: Path, tmp_path: Path, damage: Any, reason: str) -> None:
     uri = edit_card(dataset, tmp_path)
@@ -311,6 +312,26 @@ def test_damaged_file_is_named(dataset: Path, tmp_path: Path, damage: Any, reaso
         reading.open_split(uri, "train")
     assert "train/part-00000.parquet" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.unlink(), "is missing; make the data set again"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "has .* bytes where dataset.json says"),
+        (lambda path: path.write_bytes(b""), "has 0 bytes where dataset.json says"),
+        (lambda path: path.write_bytes(bytes(len(path.read_bytes()))), r"is damaged .*; make the data set again"),
+        (lambda path: _rewrite(path, lambda table: table), "has .* bytes where dataset.json says"),
+    ],
+    ids=["gone", "cut", "empty", "zeros", "another"],
+)
+def test_a_file_that_is_spoiled_while_it_is_read_is_named(
+    dataset: Path, tmp_path: Path, damage: Any, reason: str
+) -> None:
+    there = reading.open_split(edit_card(dataset, tmp_path), "train")
+    damage(tmp_path / "train/part-00000.parquet")
+    with pytest.raises(InputError, match=rf"train/part-00000\.parquet {reason}"):
+        there.read(there.pieces[0])
 
 
 @pytest.mark.parametrize("offset", [0, 2])

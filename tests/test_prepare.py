@@ -476,6 +476,18 @@ def test_what_systems_and_programs_leave_is_neither_domain_nor_image(tmp_path: P
     )
 
 
+def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
+    for name in ("day/1.png", "night/1.png"):
+        save(drawn(len(name)), tmp_path / "in" / name)
+    content = (tmp_path / "in/day/1.png").read_bytes()  # endings of text and tables are believed: none is opened
+    for name, data in {"day/notes.txt": content, "day/labels.csv": content, "README.txt": b"x", "day/x": b"y"}.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    out = tmp_path / "out"
+    assert run("folders", "--source", tmp_path / "in", "--output", out, "--image-size", 8, "--num-workers", 0) == 0
+    assert set(all_rows(out)) == {"day/1.png", "night/1.png"}
+    assert "4 other files passed over (.txt, .csv, without an ending)" in read_card(str(out)).notes
+
+
 def test_what_links_and_programs_make_of_a_folder(tmp_path: Path) -> None:
     """Loops end, what is reached twice is read once, what is not there is named; nothing waits on a pipe."""
     for number, place in enumerate(["in/day/1.png", "in/day/2.png", "in/night/1.png", "pool/3.png"]):

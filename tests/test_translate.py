@@ -146,6 +146,7 @@ def test_all_that_is_an_image_is_listed_to_any_depth(tmp_path: Path) -> None:
     assert "target is not there" in bad["gone.jpg"]
     assert found.num_others == 1
     assert any("system files and folders passed over" in note for note in found.notes)
+    assert "1 other file passed over (.txt)" in found.notes
 
 
 def test_a_bucket_tells_images_by_their_content_too(s3: Any, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib
 import importlib.util
 import io
@@ -109,15 +110,19 @@ def _plain(boxed: str) -> str:
     lines = [re.sub(r"^[\s│╭╰─╮╯├┤]+|[\s│╭╰─╮╯├┤]+$", "", line) for line in text.splitlines()]
     body = " ".join(line for line in lines if line.strip("-"))
     body = re.sub(r"\s*For full helptext.*$|\s*Argument helptext:.*$", "", body)
-    return re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error|Invalid choice)\s+", "", body)
+    return re.sub(
+        r"^(Parsing error|Unrecognized options|Required options|Value error|Invalid choice|Missing argument)\s+",
+        "",
+        body,
+    )
 
 
 def _complaint(body: str, argv: list[str], known: Callable[[], list[str]]) -> str:
     """What is wrong, and what was probably meant, out of tyro's message."""
     from ddpm_core import config as configs
 
-    if found := re.search(r"(?:Available subcommands: |Expected one of \{)([\w, ]+)", body):
-        names = found[1].strip().split(", ")
+    if found := re.search(r"(?:Available subcommands: |Expected one of \{)(\w+(?:, \w+)*)", body):
+        names = found[1].split(", ")
         given = next((word for word in argv if not word.startswith("-")), None)
         if given is None or given in names:
             return f"say first what to do: {', '.join(names)}"
@@ -131,6 +136,8 @@ def _complaint(body: str, argv: list[str], known: Callable[[], list[str]]) -> st
         body,
     ):
         return f"{found[1]} {found[2]} is not a {'whole ' if 'int()' in body else ''}number; give one"
+    if found := re.search(r"Missing value for argument '(-[^']*)'", body):
+        return f"{found[1]} lacks its value; give one"
     if "nrecognized" in body:
         names = known()
         for word in argv:
@@ -299,6 +306,9 @@ def input_error(error: BaseException | None) -> InputError | None:
                 if hasattr(current, "cause")
                 else current
             )
+        if isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT):  # of whatever library
+            place = current.filename or "a file, perhaps in TMPDIR"
+            return InputError(f"{place}: no space left on the device; free some or write elsewhere")
         todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
         todo += list(getattr(current, "worker_failures", {}).values())
         if type(current).__module__.startswith("ray."):  # Ray Data keeps a task's exception as text only

@@ -126,18 +126,24 @@ def load(
         InputError: no such split, a damaged file, another data set by now, or no room on the disk.
     """
     card = read_card(uri)
-    if content_hash and card.content_hash != content_hash:
-        raise InputError(
-            f"{uri} was replaced or appended to since this run began (content hash {content_hash}, now "
-            f"{card.content_hash}); bring it back, or train on it anew with another --output"
-        )
+    _check_same(uri, card, content_hash or card.content_hash)
     with _Filling(card, split) as filling:
         if filling.start():
             for table in reading.read_tables(uri, split, columns=COLUMNS):
                 filling.add(table)
                 on_rows(len(table))
+            # Of files that are replaced one by one some may have been read.
+            _check_same(uri, read_card(uri), card.content_hash)
             filling.finish()
     return SplitArrays(filling.folder)
+
+
+def _check_same(uri: str, card: DatasetCard, content_hash: str) -> None:
+    if card.content_hash != content_hash:
+        raise InputError(
+            f"{uri} was replaced or appended to since this run began (content hash {content_hash}, now "
+            f"{card.content_hash}); bring it back, or begin anew with another --output"
+        )
 
 
 def spread(uri: str, splits: Sequence[str], *, resource: str) -> None:

@@ -20,8 +20,8 @@ PLAIN = re.compile(
     r"\.(txt|[ct]sv|jsonl?|xml|ya?ml|toml|ini|md|rst|html?|log|py|ipynb|sh|mat|np[yz]|pth?|pkl|h5|hdf5|safetensors|parquet"
     r"|db|sqlite|lmdb|tfrecord|zip|tar|t?gz|bz2|xz|7z|rar|dvc|docx|xlsx|xmp|aae|mp3|wav)"
 )
-"""Endings of files that are no images for certain: they are not opened. Into others the listing looks, unless they end
-like images."""
+"""Endings of what stands beside images in numbers and is none: these are not opened, only counted. Into others the
+listing looks, unless they end like images."""
 HEAD_BYTES = 32
 """What is read of those."""
 PACKED = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
@@ -99,6 +99,9 @@ def list_images(uri: str) -> Listing:
     if tree.num_again:
         link = "link to a folder" if tree.num_again == 1 else "links to folders"
         notes.append(f"{tree.num_again} {link} not followed: the images there are read where they lie")
+    if none := [path for path in others if path not in rejected]:
+        kinds = _commonest(_suffix(path) or "without an ending" for path in none)
+        notes.append(f"{len(none):,} other file{'' if len(none) == 1 else 's'} passed over ({kinds})")
     return Listing(images=found, rejected=dict(sorted(rejected.items())), others=others, notes=notes)
 
 
@@ -147,7 +150,10 @@ def _folders(path: str) -> Iterable[str]:
 
 
 def _system_note(skipped: list[str]) -> str:
-    names = [name for name, _ in collections.Counter(map(posixpath.basename, skipped)).most_common()]
-    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     what = "file or folder" if len(skipped) == 1 else "files and folders"
-    return f"{len(skipped):,} hidden or system {what} passed over ({shown})"
+    return f"{len(skipped):,} hidden or system {what} passed over ({_commonest(map(posixpath.basename, skipped))})"
+
+
+def _commonest(names: Iterable[str]) -> str:
+    ranked = [name for name, _ in collections.Counter(names).most_common()]
+    return ", ".join(ranked[:3]) + (", …" if len(ranked) > 3 else "")

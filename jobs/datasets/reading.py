@@ -56,6 +56,8 @@ class Piece(NamedTuple):
 
     uri: str
     """Of the file."""
+    num_bytes: int
+    """Of the file."""
     groups: tuple[int, ...]
     rows: int
 
@@ -74,12 +76,13 @@ class Split:
         `wanted`: only the rows with these ids; others are not decoded.
 
         Raises:
-            InputError: the file is damaged, or gone by now; it is named.
+            InputError: the file is damaged, gone by now or another one; it is named.
         """
         fs, path = storage.filesystem(piece.uri)
 
         def read() -> pyarrow.Table:
             with fs.open_input_file(path) as file:
+                _check_size(piece.uri, file.size(), piece.num_bytes)
                 try:
                     parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
                     return parquet.read_row_groups(piece.groups, columns=list(self.columns), use_threads=False)
@@ -95,6 +98,12 @@ class Split:
         if wanted is not None:
             table = table.filter(pyarrow.array([name in wanted for name in table["id"].to_pylist()], pyarrow.bool_()))
         return decode_table(table, self.card.image_size, self.card.encoding)
+
+
+def _check_size(uri: str, found: int, wanted: int) -> None:
+    """A file that was cut or put in another's place may read well."""
+    if found != wanted:
+        raise InputError(f"{uri} has {found:,} bytes where dataset.json says {wanted:,}; {MAKE_AGAIN}")
 
 
 def _damaged(uri: str, error: Exception) -> InputError:
@@ -122,7 +131,8 @@ def open_split(uri: str, split: str, *, columns: Sequence[str] = COLUMNS, rows_i
         first = 0
         for end in range(1, len(groups) + 1):
             if (rows := sum(groups[first:end])) >= rows_in_piece or end == len(groups):
-                pieces.append(Piece(storage.join(uri, shard.file), tuple(range(first, end)), rows))
+                file = storage.join(uri, shard.file)
+                pieces.append(Piece(file, shard.num_bytes, tuple(range(first, end)), rows))
                 first = end
     return Split(card, columns, tuple(pieces))
 
@@ -152,10 +162,10 @@ def check_shards(uri: str, shards: Sequence[Shard], columns: Sequence[str]) -> l
         InputError: naming the file, and the column where one is missing or of another type.
     """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda shard: _check_shard(storage.join(uri, shard.file), shard.rows, columns), shards))
+        return list(pool.map(lambda shard: _check_shard(storage.join(uri, shard.file), shard, columns), shards))
 
 
-def _check_shard(uri: str, num_rows: int, columns: Sequence[str]) -> list[int]:
+def _check_shard(uri: str, shard: Shard, columns: Sequence[str]) -> list[int]:
     remedy = MAKE_AGAIN
     fs, path = storage.filesystem(uri)
     try:
@@ -165,7 +175,7 @@ def _check_shard(uri: str, num_rows: int, columns: Sequence[str]) -> list[int]:
             except pyarrow.ArrowInvalid as error:
                 reason = str(error).splitlines()[0]
                 raise InputError(f"{uri} is not a readable parquet file ({reason}); {remedy}") from None
-            schema, metadata = parquet.schema_arrow, parquet.metadata
+            schema, metadata, size = parquet.schema_arrow, parquet.metadata, file.size()
     except FileNotFoundError:
         raise InputError(f"{uri} is missing; {remedy}") from None
     for name in columns:
@@ -174,8 +184,9 @@ def _check_shard(uri: str, num_rows: int, columns: Sequence[str]) -> list[int]:
         if schema.field(name).type != SCHEMA.field(name).type:
             there, right = schema.field(name).type, SCHEMA.field(name).type
             raise InputError(f"{uri}: column {name!r} is {there}, it must be {right}; {remedy}")
-    if metadata.num_rows != num_rows:
-        raise InputError(f"{uri} has {metadata.num_rows} rows where dataset.json says {num_rows}; {remedy}")
+    if metadata.num_rows != shard.rows:
+        raise InputError(f"{uri} has {metadata.num_rows} rows where dataset.json says {shard.rows}; {remedy}")
+    _check_size(uri, size, shard.num_bytes)
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 

@@ -182,9 +182,8 @@ def finish(job: TranslationJob, manifest: Manifest, preview: list[str] | None) -
     if notes:
         what = cli.tally(part for note in notes for part in note.split("; "))
         print(f"{counted(len(notes))} with a note in manifest.parquet: {what}")
-    if job.sources.num_others:
-        what = "files that are no images" if job.card is None else f"rows that are {job.args.domain} already"
-        print(f"passed over, {what}: {job.sources.num_others:,}")
+    if job.card is not None and job.sources.num_others:  # files were told of by the listing's notes
+        print(f"passed over, rows that are {job.args.domain} already: {job.sources.num_others:,}")
     if bad:
         why = cli.tally(row["error"].removeprefix(f"{row['id']}: ") for row in bad)
         print(

@@ -46,6 +46,21 @@ class SweepError(Exception):
     """Nothing came of any trial, or not of all that were to run."""
 
 
+class Journal(JournalFileBackend):
+    """Optuna's journal on a disk that may be full."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Raises InputError, the journal as it was, where nothing more can be written."""
+        file = Path(self._file_path)
+        before = file.stat().st_size
+        try:
+            with storage.user_errors(str(file)):
+                super().append_logs(logs)
+        except Exception:
+            os.truncate(file, before)  # half a line would spoil the next one
+            raise
+
+
 class Memory:
     """Where studies are kept: OUTPUT/study.journal, or a database of the user's.
 
@@ -74,7 +89,7 @@ class Memory:
                 self.file.write_bytes(storage.read_bytes(str(self.uri)))
         _drop_broken_end(self.file)
         try:
-            self.storage = JournalStorage(JournalFileBackend(str(self.file)))
+            self.storage = JournalStorage(Journal(str(self.file)))
         except (ValueError, KeyError) as error:
             raise InputError(f"{self.uri} is damaged ({error}); mend or delete it, or give another --output") from None
 
