@@ -47,7 +47,7 @@ PARTIAL: tuple[Start, ...] = ("sdedit", "residual", "flowedit")
 Precision = Literal["auto", "fp32", "bf16"]
 Pairing = Literal["paired", "matched", "unpaired", "self", "none", "synthetic"]
 Align = Literal["auto", "faces", "none"]
-"""auto: photos are aligned where the model was trained on aligned portraits. none: they are cut to centred squares."""
+OutputSize = Literal["own", "model"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +146,20 @@ class SamplingConfig:
     the same difference without finding a noise (Kulikov et al. 2024)."""
     strength: float = 1.0
     """Of sdedit, residual and flowedit: share of the chain that is noised and drawn again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Framing:
+    """What of a photo is translated, and what comes back."""
+
+    align: Align = "auto"
+    """faces: photos are turned and cut so that the largest face lies where the training images have theirs; those
+    without a face are refused. auto: faces, where the checkpoint was trained on aligned portraits. none: photos are
+    taken as they are."""
+    output_size: OutputSize = "own"
+    """own: results of the photo's own size and shape. The network sees the whole photo, or its face, at the network's
+    size; what it changes is carried over to the photo, whose detail stays. model: squares of the network's size, of
+    the photo's middle or its face."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -396,6 +396,10 @@ class Portrait:
     pixels: UInt8[np.ndarray, "size size 3"]
     landmarks: tuple[float, ...]
     """The points in it, x0 y0 x1 y1 ..., in shares of the side."""
+    transform: Float[np.ndarray, "2 3"]
+    """From the photo's pixels to the square's."""
+    photo_size: tuple[int, int]
+    """Width and height of the photo."""
     num_faces: int
     """Faces of the photo; this is the largest."""
     zoom: float
@@ -436,12 +440,21 @@ def read_portrait(data: bytes, size: int, template: Sequence[float], *, name: st
         pixels = images.read_square(data, size, name=name)
         corner, side = _square(photo)
         landmarks = _flat((points - corner) / side)
-        zoom, decoded = size / side, photo.info["notes"]
-        return Portrait(pixels=pixels, landmarks=landmarks, num_faces=len(found), zoom=zoom, decoded=decoded)
+        return Portrait(
+            pixels=pixels,
+            landmarks=landmarks,
+            transform=np.concatenate([np.eye(2), -corner[:, None]], axis=1) * (size / side),
+            photo_size=photo.size,
+            num_faces=len(found),
+            zoom=size / side,
+            decoded=photo.info["notes"],
+        )
     to_square = similarity(points, _places(template) * size)
     return Portrait(
         pixels=resample(photo, to_square, size),
         landmarks=_flat(apply(to_square, points) / size),
+        transform=to_square,
+        photo_size=photo.size,
         num_faces=len(found),
         zoom=math.sqrt(abs(np.linalg.det(to_square[:, :2]))),
         outside=_outside(photo, inverse(to_square), size),

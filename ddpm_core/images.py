@@ -40,6 +40,8 @@ LARGE_PIXELS = 24_000_000
 """Where a square is wanted of a larger image, it is cut out and shrunk first, to four times its side or more."""
 STRIP_PIXELS = 2**20
 """Colours are converted strip by strip, so that the steps between take no memory to speak of."""
+QUICK_PIXELS = 2**21
+"""Larger PNGs are packed quickly: of 12 megapixels in 1.6 s instead of 11.5, in a sixth more bytes."""
 BLOCK_BYTES = 2**26
 """What Pillow allocates at a time: twice what glibc's malloc, which has a heap for each thread, ever keeps in these."""
 FORMATS = tuple("AVIF BMP DDS DIB GIF HEIF JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP".split())  # noqa: SIM905
@@ -481,16 +483,25 @@ def read_square(data: bytes, size: int, *, name: str = "image") -> UInt8[np.ndar
 def to_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """The largest centred square, resized with antialiasing: what training did to every image.
 
-    By PyTorch's bicubic kernel for uint8, which took a fifth of the time that Pillow's takes, for the same pixels.
-
     Raises:
         ValueError: `image` is not as `decode` returns them.
     """
     check_photo(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = torch.from_numpy(np.array(image.crop((left, top, left + side, top + side))))
-    channels_last = square[None].permute(0, 3, 1, 2)
+    return squeezed(image.crop((left, top, left + side, top + side)), size)
+
+
+def squeezed(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The whole image as a square, resized with antialiasing.
+
+    By PyTorch's bicubic kernel for uint8, which took a fifth of the time that Pillow's takes, for the same pixels.
+
+    Raises:
+        ValueError: `image` is not as `decode` returns them.
+    """
+    check_photo(image)
+    channels_last = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
     resized = nn.functional.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
@@ -529,7 +540,8 @@ def encode_png(image: UInt8[np.ndarray, "h w 3"], *, text: Mapping[str, str] = M
     buffer, chunks = io.BytesIO(), PngImagePlugin.PngInfo()
     for keyword, value in text.items():
         chunks.add_itxt(keyword, value)
-    Image.fromarray(image).save(buffer, "PNG", pnginfo=chunks)
+    quick = {"compress_level": 1} if image.shape[0] * image.shape[1] > QUICK_PIXELS else {}
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=chunks, **quick)
     return buffer.getvalue()
 
 

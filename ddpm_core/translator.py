@@ -2,7 +2,8 @@
 
 from ddpm_core import checkpoint, images, translator
 translate = translator.Translator(checkpoint.load("runs/earth"))
-night = translate(day, "night")          # uint8 b h w 3, or Pillow images of any size → uint8 b h w 3
+night = translate(day, "night")                # uint8 b h w 3, or Pillow images of any size → uint8 b h w 3
+photos = translate.at_own_size(day, "night")   # Pillow images of any size → as many arrays, each of its image's size
 """
 
 import functools
@@ -18,10 +19,10 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ddpm_core import config as configs
-from ddpm_core import graphs, guidance, images, samplers, schedule
+from ddpm_core import faces, full_size, graphs, guidance, images, samplers, schedule
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.conditioning import shown
-from ddpm_core.config import FROM_SIDE, PARTIAL, ModelConfig, SamplingConfig, domain_attributes
+from ddpm_core.config import FROM_SIDE, PARTIAL, Align, ModelConfig, SamplingConfig, domain_attributes
 from ddpm_core.diffusion import draw_noise, seeded
 from ddpm_core.encoders import AttributeClassifier, IdentityEncoder
 from ddpm_core.errors import InputError
@@ -213,6 +214,26 @@ class Translator:
             raise InputError(f"images {', '.join(map(str, np.flatnonzero(~made.finite)))} of the batch: {NOT_FINITE}")
         return made.images
 
+    def at_own_size(
+        self, photos: Sequence[Image.Image], domain: str, *, align: Align = "auto", **options: Any
+    ) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+        """Translate Pillow images of any size to results of their own size and shape (see `full_size`).
+
+        `align`: see `Framing`. `options`: as a call takes them.
+
+        Raises:
+            InputError: as a call; or an image without a face where faces are translated.
+        """
+        template = faces.template_for(self.config.data.landmarks, align)
+        files = [_as_file(photo) for photo in photos]
+        views = [full_size.look(file, self.config.image_size, template, output_size="own") for file in files]
+        side = self.config.image_size
+        made = self(np.array([view.pixels for view in views], np.uint8).reshape(-1, side, side, 3), domain, **options)
+        return [
+            full_size.carry(images.decode(file), view, result)
+            for file, view, result in zip(files, views, made, strict=True)
+        ]
+
     @torch.no_grad()
     def attempt(
         self,
@@ -385,15 +406,19 @@ def _told(preview: Preview | None, progress: Progress | None, num_steps: int) ->
 
 
 def _square(picture: Image.Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
-    """A Pillow image of any mode and size as training stored it; by way of a file, of which `images` knows what colours
-    mean in other modes and with a profile."""
+    """A Pillow image of any mode and size as training stored it."""
+    return images.read_square(_as_file(picture), side)
+
+
+def _as_file(picture: Image.Image) -> bytes:
+    """A Pillow image as a file, of which `images` knows what colours mean in other modes and with a profile."""
     if not isinstance(picture, Image.Image):
         raise InputError(f"an image is a {type(picture).__name__}; give an array b h w 3, or a list of Pillow images")
     upright, file = ImageOps.exif_transpose(picture), io.BytesIO()
     if "transparency" in upright.info or upright.mode in ("HSV", "RGBa", "La"):
         upright = upright.convert("RGBA")
     upright.save(file, "TIFF")
-    return images.read_square(file.getvalue(), side)
+    return file.getvalue()
 
 
 def _asked(config: ModelConfig, domain: int) -> tuple[str, bool]:

@@ -395,7 +395,14 @@ def test_translate_aligns_private_photos(
     assert rows["sea.jpg"]["error"].startswith("sea.jpg: no face was found; turn the photo upright")
     square = faces.read_portrait((holiday / "me.jpg").read_bytes(), 16, faces.CELEBA).pixels
     wanted = Translator(checkpoint.load(portraits))(square[None], "night")[0]
-    assert np.abs(np.asarray(Image.open(output / "me.png")).astype(int) - wanted).max() <= 1
+    me, photo = Image.open(output / "me.png"), images.decode((holiday / "me.jpg").read_bytes())
+    assert me.size == photo.size
+    changed = (np.asarray(me) != np.asarray(photo)).any(-1)
+    assert changed[150:350, 500:700].any()  # the face
+    assert not changed[:, :300].any()
+    squares = [*argv, "--output", str(tmp_path / "squares"), "--output-size", "model"]
+    assert translate.main(squares) == cli.SET_ASIDE
+    assert np.abs(np.asarray(Image.open(tmp_path / "squares" / "me.png")).astype(int) - wanted).max() <= 1
 
     with pytest.raises(InputError, match="holds results with --align faces, this command says None"):
         translate.main([*argv, "--output", str(output), "--align", "none"])

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
@@ -28,6 +29,7 @@ from jobs import evaluate, translate
 from jobs.common import cli
 from jobs.datasets import writing
 from jobs.datasets.format import DatasetCard, Row, read_card
+from jobs.translation import batch as batches
 from jobs.translation import listing
 from jobs.translation.batch import Translate, expand_rows, read_images
 from jobs.translation.driver import open_output
@@ -215,7 +217,22 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
         Manifest(str(tmp_path))
 
 
+def test_a_manifest_of_before_there_were_sizes_goes_on(tmp_path: Path) -> None:
+    row = {"id": "a", "output": "a.png", "status": "ok", "error": "", "note": "", "size": 1, "mtime_ns": 2}
+    table = pa.Table.from_pylist([row], schema=Manifest.SCHEMA).drop_columns(["width", "height"])
+    pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")
+    assert Manifest(str(tmp_path)).rows == {"a": {**row, "width": None, "height": None}}
+
+
 # -- rows
+
+
+def test_a_batch_holds_no_more_than_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "BATCH_BYTES", 100)
+    items = [{"id": str(i), "path": "", "output": "", "size": size} for i, size in enumerate([60, 40, 1, 500, 1, 1, 1])]
+    options: Any = {"image_size": 16, "template": (), "output_size": "own", "to": "night", "seed": 0}
+    tasks = batches.file_rows(items, "", **options, batch_size=2).tasks
+    assert [task["id"].tolist() for task in tasks] == [["0", "1"], ["2"], ["3"], ["4", "5"], ["6"]]
 
 
 def test_reading_prepares_as_training_did_and_keeps_the_reason(tmp_path: Path) -> None:
@@ -496,7 +513,8 @@ def test_two_images_side_by_side_are_told_of(tmp_path: Path, checkpoint_folder: 
     }.items():
         Image.fromarray(pixels).save(tmp_path / "in" / name)
     put(tmp_path / "in" / "noise.png", 1)
-    assert translate.main(command(checkpoint_folder, tmp_path / "in", tmp_path / "out")) == cli.DONE
+    argv = command(checkpoint_folder, tmp_path / "in", tmp_path / "out", "--output-size", "model")
+    assert translate.main(argv) == cli.DONE
     noted = {name for name, row in manifest(tmp_path / "out").items() if "two images side by side" in row["note"]}
     assert noted == {"pair.png", "pair.jpg"}
     assert "cut them apart first (2)" in capsys.readouterr().out
@@ -756,6 +774,50 @@ def test_killed_half_way_and_started_again_equals_an_unbroken_run(tmp_path: Path
         assert (killed / row["output"]).read_bytes() == (whole / row["output"]).read_bytes()
         if name in done:  # not done a second time
             assert (killed / row["output"]).stat().st_mtime_ns == done[name]
+
+
+def photos(folder: Path) -> Path:
+    """A wide photo, a tall one that EXIF turns, and one of the network's size."""
+    folder.mkdir()
+    rgb = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    photo = Image.fromarray(rgb).resize((120, 80), Image.Resampling.BICUBIC)
+    photo.save(folder / "wide.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(folder / "tall.jpg", exif=exif.tobytes())
+    photo.resize((16, 16)).save(folder / "square.png")
+    return folder
+
+
+def test_results_have_their_photos_size(tmp_path: Path, checkpoint_folder: str) -> None:
+    source, out = photos(tmp_path / "in"), tmp_path / "out"
+    assert translate.main(command(checkpoint_folder, source, out)) == cli.DONE
+    sizes = {"wide": (120, 80), "tall": (80, 120), "square": (16, 16)}
+    made = Translator(checkpoint.load(checkpoint_folder)).at_own_size(
+        [Image.open(source / name) for name in ("wide.png", "tall.jpg", "square.png")], "night"
+    )
+    for (name, size), wanted in zip(sizes.items(), made, strict=True):
+        with Image.open(out / f"{name}.png") as image:
+            assert image.size == size
+            assert np.abs(np.asarray(image).astype(int) - wanted).max() <= 2
+            assert json.loads(image.info["ddpm-translate"])["output_size"] == "own"
+    rows = manifest(out)
+    assert {(row["width"], row["height"]) for row in rows.values()} == set(sizes.values())
+    with Image.open(out / "preview.png") as preview:
+        assert max(preview.size) < 1000
+    assert "--output-size own" in refused(command(checkpoint_folder, source, out, "--output-size", "model"))
+
+
+def test_squares_are_what_they_were(tmp_path: Path, checkpoint_folder: str) -> None:
+    source, out = photos(tmp_path / "in"), tmp_path / "out"
+    argv = command(checkpoint_folder, source, out, "--output-size", "model")
+    assert translate.main(argv) == cli.DONE
+    square = images.read_square((source / "wide.png").read_bytes(), 16)
+    wanted = Translator(checkpoint.load(checkpoint_folder))(square[None], "night")[0]
+    with Image.open(out / "wide.png") as image:
+        assert np.abs(np.asarray(image).astype(int) - wanted).max() <= 1
+        assert "output_size" not in json.loads(image.info["ddpm-translate"])
+    assert {(row["width"], row["height"]) for row in manifest(out).values()} == {(16, 16)}
 
 
 def test_temporary_files_of_a_killed_run_are_swept(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:

@@ -145,12 +145,14 @@ def _sources(note: dict[str, Any], names: Sequence[str]) -> list[Pixels]:
     if note["options"].get("align") == "faces":
         template = faces.template_for(tuple(config["data"]["landmarks"]), "faces")
     found = [
-        read_image(name, name, root=asked["input"], image_size=config["image_size"], template=template)
+        read_image(
+            name, name, root=asked["input"], image_size=config["image_size"], template=template, output_size="model"
+        )
         for name in names
     ]
-    if wrong := [error for _, error, _ in found if error]:
+    if wrong := [each.error for each in found if each.error]:
         raise FileNotFoundError(wrong[0])
-    return [image for image, _, _ in found]
+    return [each.view.pixels for each in found if each.view is not None]
 
 
 def _result(uri: str, side: int) -> Pixels:

@@ -2,10 +2,12 @@
 
 A row on its way: `id`, `output` (path below the output, "" to keep the image in the row), `to` (domain),
 `seed`, `image` (uint8 s s 3, the source), `error` ("" while all is well), `note` (what was done to the source that
-its owner should know, mostly "").
+its owner should know, mostly ""). Where results are to have their photos' own size also `file` (the photo's bytes) and
+`view` (a `full_size.View` of it; None where there is an error).
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import json
 import math
@@ -17,7 +19,8 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from ddpm_core import checkpoint, faces, images, storage
+from ddpm_core import checkpoint, full_size, images, storage
+from ddpm_core.config import OutputSize
 from ddpm_core.errors import InputError
 from ddpm_core.translator import NOT_FINITE
 from jobs.common import workers
@@ -33,6 +36,8 @@ Plan = Mapping[str, list[tuple[str, int, str]]]
 RECORD = "ddpm-translate"
 """Keyword of the text in each PNG that says how it was made: JSON, the same for equal images and options."""
 TWO_IMAGES = "looks like two images side by side, of which the middle is taken: cut them apart first"
+BATCH_BYTES = 2**28
+"""Files in a batch have no more bytes together, but for a single one."""
 READ_THREADS = 8
 """Images read at once by one task: hides a bucket's latency."""
 
@@ -72,12 +77,23 @@ class Translate:
         if self.output is None:
             return {**batch, "result": results, "error": errors}
         for row in np.flatnonzero(errors == "").tolist():
-            png = images.encode_png(results[row], text=self.text)
             try:
-                storage.write_bytes(storage.join(self.output, batch["output"][row]), png)
+                self._write(batch, row, results[row])
             except storage.UnusableNameError as error:
                 errors[row] = f"its result cannot be written: {error}"
-        return {name: column for name, column in {**batch, "error": errors}.items() if name != "image"}
+        sizes = [view.size if view else (0, 0) for view in batch["view"]] if "view" in batch else []
+        size = np.array(sizes or [results.shape[2:0:-1]] * len(results), np.int32).reshape(-1, 2)
+        kept = {name: column for name, column in batch.items() if name not in ("image", "file", "view")}
+        return {**kept, "error": errors, "width": size[:, 0], "height": size[:, 1]}
+
+    def _write(self, batch: Batch, row: int, result: UInt8[np.ndarray, "s s 3"]) -> None:
+        """The result's file: at the size of the photo where that is in the batch, else as it is."""
+        uri = storage.join(self.output or "", batch["output"][row])
+        if "view" not in batch:
+            storage.write_bytes(uri, images.encode_png(result, text=self.text))
+            return
+        encode = functools.partial(images.encode_png, text=self.text)
+        storage.write_bytes(uri, full_size.finish(batch["file"][row], batch["view"][row], result, encode))
 
 
 class Source(NamedTuple):
@@ -107,48 +123,90 @@ def file_rows(
     *,
     image_size: int,
     template: tuple[float, ...],
+    output_size: OutputSize,
     to: str,
     seed: int,
     batch_size: int,
 ) -> Source:
-    """Rows of the images `items` (id, path below `root`, output).
+    """Rows of the images `items` (id, path below `root`, output, size in bytes).
 
     `template`: landmarks that faces are aligned to, () to take images as they are.
     """
     tasks = [
-        {
-            name: np.array([item[name] for item in items[start : start + batch_size]])
-            for name in ("id", "path", "output")
-        }
-        for start in range(0, len(items), batch_size)
+        {name: np.array([item[name] for item in some]) for name in ("id", "path", "output")}
+        for some in _batches(items, batch_size)
     ]
-    read = functools.partial(read_images, root=root, image_size=image_size, template=template, to=to, seed=seed)
-    return Source(tasks, read)
+    return Source(
+        tasks,
+        functools.partial(
+            read_images,
+            root=root,
+            image_size=image_size,
+            template=template,
+            output_size=output_size,
+            to=to,
+            seed=seed,
+        ),
+    )
+
+
+def _batches(items: list[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    """`items` in order, as many at a time as BATCH_BYTES of files allow: a batch may hold their content."""
+    some: list[dict[str, Any]] = []
+    for item in items:
+        if some and (len(some) == batch_size or sum(each["size"] for each in (*some, item)) > BATCH_BYTES):
+            yield some
+            some = []
+        some.append(item)
+    if some:
+        yield some
 
 
 def read_images(
-    batch: Batch, *, root: str, image_size: int, to: str, seed: int, template: tuple[float, ...] = ()
+    batch: Batch,
+    *,
+    root: str,
+    image_size: int,
+    to: str,
+    seed: int,
+    template: tuple[float, ...] = (),
+    output_size: OutputSize = "model",
 ) -> list[Batch]:
     """Each file read and prepared as training did it; what cannot be read gets its reason in `error`."""
     with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as threads:
-        one = functools.partial(read_image, root=root, image_size=image_size, template=template)
+        one = functools.partial(
+            read_image, root=root, image_size=image_size, template=template, output_size=output_size
+        )
         read = list(threads.map(one, batch["id"].tolist(), batch["path"].tolist()))
+    black = np.zeros((image_size, image_size, 3), np.uint8)
     rows = {
         "id": batch["id"],
         "output": batch["output"],
         "to": np.array([to] * len(read)),
         "seed": np.full(len(read), seed, np.int64),
-        "image": np.stack([image for image, _, _ in read]),
-        "error": np.array([error for _, error, _ in read], dtype=object),
-        "note": np.array([note for _, _, note in read], dtype=object),
+        "image": np.stack([black if each.view is None else each.view.pixels for each in read]),
+        "error": np.array([each.error for each in read], dtype=object),
+        "note": np.array(["" if each.view is None else "; ".join(each.view.notes) for each in read], dtype=object),
     }
+    if output_size == "own":
+        for name in ("view", "file"):
+            rows[name] = np.empty(len(read), dtype=object)
+            rows[name][:] = [getattr(each, name) for each in read]
     return [rows]
 
 
+class ReadImage(NamedTuple):
+    """A file as it was read, or why it was not."""
+
+    view: full_size.View | None
+    error: str = ""
+    file: bytes = b""
+
+
 def read_image(
-    name: str, path: str, *, root: str, image_size: int, template: tuple[float, ...]
-) -> tuple[np.ndarray, str, str]:
-    """(image, "", note) or (black, why not, "").
+    name: str, path: str, *, root: str, image_size: int, template: tuple[float, ...], output_size: OutputSize
+) -> ReadImage:
+    """See `read_images`.
 
     Raises:
         InputError: the storage itself is gone, which no single image is to blame for.
@@ -159,20 +217,19 @@ def read_image(
             data = storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
             images.check_kind(name, data)
         except FileNotFoundError:
-            return _black(image_size), f"{name}: gone since the folder was listed", ""
+            return ReadImage(None, f"{name}: gone since the folder was listed")
         except InputError as error:
             storage.exists(root)  # raises where the server is unreachable or refuses everything
-            return _black(image_size), str(error), ""
+            return ReadImage(None, str(error))
         try:
-            if template:
-                portrait = faces.read_portrait(data, image_size, template, name=name)
-                return portrait.pixels, "", portrait.note
-            photo = images.decode(data, name=name, square=image_size)
-            square = images.to_square(photo, image_size)
-            halves = [TWO_IMAGES] if looks_like_two(photo.info["size"], square) else []
-            return square, "", "; ".join([*photo.info["notes"], *halves])
+            view = full_size.look(data, image_size, template, output_size=output_size, name=name)
         except InputError as error:
-            return _black(image_size), str(error), ""
+            return ReadImage(None, str(error))
+    if output_size == "own":
+        return ReadImage(view, file=data)
+    if not template and looks_like_two(view.size, view.pixels):
+        view = dataclasses.replace(view, notes=(*view.notes, TWO_IMAGES))
+    return ReadImage(view)
 
 
 def looks_like_two(size: tuple[int, int], square: UInt8[np.ndarray, "s s 3"]) -> bool:
@@ -185,10 +242,6 @@ def looks_like_two(size: tuple[int, int], square: UInt8[np.ndarray, "s s 3"]) ->
     steps = np.abs(columns[:, 3:] - columns[:, :-3]).mean((0, 2))  # three apart: shrinking blurs a seam
     seam, others = steps[len(square) // 2 - 2], np.median(steps)
     return bool(seam > 12 and seam > 3 * others)
-
-
-def _black(image_size: int) -> np.ndarray:
-    return np.zeros((image_size, image_size, 3), np.uint8)
 
 
 # -- sources: rows of a data set ----------------------------------------------------------------------------------

@@ -5,7 +5,12 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
 
 from ddpm_core import config as configs
 from ddpm_core import images, provenance, storage
@@ -21,6 +26,8 @@ from jobs.translation.plan import TranslationJob, remaining
 FORMAT, FORMAT_VERSION = "ddpm-translate-results", 1
 NUM_PREVIEWS = 8
 """Images shown in preview.png."""
+PREVIEW_SIDE = 192
+"""Side of a photo there, in pixels."""
 FLAGS = {
     name: flag
     for options in (TranslateArgs, SamplingConfig, GuidanceNets)
@@ -122,6 +129,7 @@ def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> Source:
         job.sources.root,
         image_size=job.loaded.config.image_size,
         template=job.template,
+        output_size=args.output_size,
         to=args.domain,
         seed=args.seed,
         batch_size=args.batch_size,
@@ -131,15 +139,20 @@ def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> Source:
 def noted(batch: Batch, facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A batch's rows of the manifest."""
     return [
-        noted_row(facts[str(name)], error=str(error), note=str(note))
-        for name, error, note in zip(batch["id"], batch["error"], batch["note"], strict=True)
+        noted_row(facts[str(name)], error=str(error), note=str(note), width=int(width), height=int(height))
+        for name, error, note, width, height in zip(
+            *(batch[column] for column in ("id", "error", "note", "width", "height")), strict=True
+        )
     ]
 
 
-def noted_row(source: dict[str, Any], *, error: str = "", note: str = "") -> dict[str, Any]:
-    """A source's row of the manifest."""
+def noted_row(
+    source: dict[str, Any], *, error: str = "", note: str = "", width: int = 0, height: int = 0
+) -> dict[str, Any]:
+    """A source's row of the manifest; `width` and `height` are the result's."""
     facts = {name: source[name] for name in ("id", "output", "size", "mtime_ns")}
-    return {**facts, "status": "rejected" if error else "ok", "error": error, "note": note}
+    size = {"width": None, "height": None} if error else {"width": width, "height": height}
+    return {**facts, "status": "rejected" if error else "ok", "error": error, "note": note, **size}
 
 
 def write_preview(job: TranslationJob, manifest: Manifest) -> list[str]:
@@ -155,15 +168,30 @@ def write_preview(job: TranslationJob, manifest: Manifest) -> list[str]:
     rows = {
         str(name): image
         for batch in source_rows(job, todo).batches()
-        for name, image in zip(batch["id"], batch["image"], strict=True)
+        for name, image in zip(batch["id"], shown_sources(batch), strict=True)
     }
     pairs = []
     for source in todo:
         result = images.decode(storage.read_bytes(storage.join(job.args.output, source["output"])))
-        pairs.append([rows[source["id"]], images.to_square(result, job.loaded.config.image_size)])
+        own = "output_size" in job.options
+        made = framed(result) if own else images.to_square(result, job.loaded.config.image_size)
+        pairs.append([rows[source["id"]], made])
     png = grids.labelled_grid(["source", job.args.domain], pairs)
     storage.write_bytes(storage.join(job.args.output, "preview.png"), png)
     return [source["id"] for source in chosen]
+
+
+def shown_sources(batch: Batch) -> Iterable[UInt8[np.ndarray, "s s 3"]]:
+    """A batch's sources as a preview shows them; black where one is gone meanwhile."""
+    if "file" not in batch:
+        return batch["image"]
+    gone = Image.new("RGB", (PREVIEW_SIDE, PREVIEW_SIDE))
+    return (framed(images.decode(file) if file else gone) for file in batch["file"])
+
+
+def framed(photo: Image.Image) -> UInt8[np.ndarray, "s s 3"]:
+    """A photo of any shape, whole, in the middle of a white square of PREVIEW_SIDE."""
+    return np.asarray(ImageOps.pad(photo, (PREVIEW_SIDE, PREVIEW_SIDE), color="white"))
 
 
 def finish(job: TranslationJob, manifest: Manifest, preview: list[str] | None) -> int:

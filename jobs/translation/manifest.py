@@ -28,6 +28,8 @@ class Manifest:
             ("note", pa.string()),
             ("size", pa.int64()),
             ("mtime_ns", pa.int64()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
         ]
     )
     FLUSH_EVERY_S = 2.0

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from ddpm_core import config as configs
-from ddpm_core.config import Align, SamplingConfig
+from ddpm_core.config import Framing, SamplingConfig
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class GuidanceNets:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TranslateArgs:
+class TranslateArgs(Framing):
     """What to translate, with what, into what."""
 
     checkpoint: str
@@ -74,7 +74,3 @@ class TranslateArgs:
     """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
     split: str = "test"
     """Of a data set, the rows to translate."""
-    align: Align = "auto"
-    """faces: photos are turned and cut so that the largest face lies where the training images have theirs; those
-    without a face are set aside. auto: faces, where the checkpoint was trained on aligned portraits. none: photos are
-    cut to centred squares."""

@@ -65,6 +65,8 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
     template = () if card is not None else faces.template_for(loaded.config.data.landmarks, args.align)
     if template:
         options |= {"align": "faces"}
+    if card is None and args.output_size == "own":  # a data set's squares are of the model's size
+        options |= {"output_size": "own"}
     if card is not None:
         sources = dataset_sources(args, card, loaded.config)
         options |= {"split": args.split, "content_hash": card.content_hash}
