@@ -13,6 +13,7 @@ import hmac
 import http
 import json
 import logging
+import math
 import re
 import secrets
 import string
@@ -33,12 +34,13 @@ from starlette.datastructures import Headers, UploadFile
 
 from ddpm_core import config as configs
 from ddpm_core import faces
-from ddpm_core.config import ModelConfig
+from ddpm_core.config import Framing, ModelConfig, OutputSize
 from ddpm_core.errors import InputError
+from ddpm_core.full_size import View
 
 from .engine import Done, Full, Job, Late
 from .marks import MEDIA_TYPES, encode, xmp
-from .schemas import Arguments, Options, Query, SamplingQuery, complete, explain, validate
+from .schemas import Arguments, FramingQuery, Options, Query, SamplingQuery, complete, explain, validate
 
 RETRY_AFTER_S = 2
 """What a refused client is told to wait."""
@@ -68,10 +70,9 @@ access_log = logging.getLogger("ddpm_translate.access")
 class Read(NamedTuple):
     """An image file as the model takes it."""
 
-    square: np.ndarray
-    """(size, size, 3) uint8."""
-    note: str
-    """What its owner should know of it, mostly nothing."""
+    view: View
+    file: Any
+    """The file, for `Backend.finish`: wherever the backend keeps it; None where it is not needed any more."""
 
 
 class Unavailable(Exception):
@@ -81,8 +82,12 @@ class Unavailable(Exception):
 class Backend(Protocol):
     """What does the work."""
 
-    async def read(self, data: bytes, template: tuple[float, ...], deadline: float) -> Read:
+    async def read(self, data: bytes, template: tuple[float, ...], output_size: OutputSize, deadline: float) -> Read:
         """Raises InputError for what is no usable image; TimeoutError, Unavailable where nobody reads it by then."""
+
+    async def finish(self, read: Read, result: np.ndarray, kind: str, packet: str, deadline: float) -> bytes:
+        """A file, as `encode` makes it, of the photo itself with what changed from `read.view` to `result`; raises as
+        `read`."""
 
     async def translate(self, job: Job) -> Done:
         """Raises Full, Late, Unavailable, InputError."""
@@ -348,8 +353,8 @@ class Endpoint:
         request: fastapi.Request,
         query: Query,
         understood: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    ) -> tuple[Job, Query, str]:
-        """A request as the job that it asks for, its options, and what is to be noted of its image.
+    ) -> tuple[Job, Query, Read]:
+        """A request as the job that it asks for, its options, and its image.
 
         `understood`: makes our options of the fields of a body that speaks another language.
 
@@ -373,10 +378,10 @@ class Endpoint:
             del body
             query, options = early or asked(sent.fields)
             template = faces.template_for(self.config.data.landmarks, query.align)
-            read = await self.backend.read(sent.image, template, deadline)
+            read = await self.backend.read(sent.image, template, options.output_size, deadline)
         finally:
             self.bodies -= 1
-        return Job(read.square, options, client, deadline), query, read.note
+        return Job(read.view.pixels, options, client, deadline), query, read
 
     def options(self, query: Query) -> Options:
         """Raises HTTPException 422, or 403 where the licence was not accepted."""
@@ -388,34 +393,42 @@ class Endpoint:
         except InputError as error:
             raise refusal(422, str(error)) from None
 
-    def encoded(self, job: Job, done: Done, kind: str) -> bytes:
-        options = json.dumps(job.options.arguments())
-        return encode(
-            done.image, kind, xmp(done.checkpoint or self.settings.checkpoint, self.config.data.licence, options)
-        )
+    async def encoded(self, job: Job, read: Read, done: Done, kind: str) -> bytes:
+        """The answer's file: at the photo's own size, or the square.
 
-    def headers(self, job: Job, done: Done, note: str, begun: float) -> dict[str, str]:
+        Raises:
+            TimeoutError, Unavailable: nobody finishes it in time.
+        """
+        options = json.dumps(job.options.told())
+        packet = xmp(done.checkpoint or self.settings.checkpoint, self.config.data.licence, options)
+        if job.options.output_size == "model":
+            return await asyncio.to_thread(encode, done.image, kind, packet)
+        deadline = job.deadline if job.deadline is not None else math.inf
+        return await self.backend.finish(read, done.image, kind, packet, deadline)
+
+    def headers(self, job: Job, read: Read, done: Done, begun: float) -> dict[str, str]:
         total_ms = (time.perf_counter() - begun) * 1000
         timing = f"queue;dur={done.queue_ms:.1f}, model;dur={done.model_ms:.1f}, total;dur={total_ms:.1f}"
+        note = "; ".join(read.view.notes)
         return {
             "X-Licence": header(self.config.data.licence),
             "X-Checkpoint": header(done.checkpoint or self.settings.checkpoint),
-            "X-Options": json.dumps(job.options.arguments()),
+            "X-Options": json.dumps(job.options.told()),
             "X-Batch-Size": f"{done.batch_size:.1f}",
             "Server-Timing": timing,
             "Cache-Control": "no-store",
             **({"X-Note": header(note)} if note else {}),
         }
 
-    async def events(self, job: Job, kind: str, note: str, begun: float) -> AsyncIterator[bytes]:
+    async def events(self, job: Job, kind: str, read: Read, begun: float) -> AsyncIterator[bytes]:
         """Server-sent events: `preview` after each step, then `result`, or `error`."""
         steps = job.options.sampling.num_steps
         try:
             async with contextlib.aclosing(self.backend.stream(job)) as stream:  # type: ignore[type-var]
                 async for each in stream:
                     if isinstance(each, Done):
-                        headers = self.headers(job, each, note, begun)
-                        image = await asyncio.to_thread(self.encoded, job, each, kind)
+                        image = await self.encoded(job, read, each, kind)
+                        headers = self.headers(job, read, each, begun)
                         yield _event("result", {"image": _data_url(image, kind), "headers": headers})
                     else:
                         image = await asyncio.to_thread(encode, each[1], "png", "")
@@ -432,8 +445,12 @@ class Endpoint:
             "image_size": config.image_size,
             "domains": list(self.settings.domains),
             "num_timesteps": config.diffusion.num_timesteps,
-            "defaults": configs.to_dict(config.sampling),
-            "options": SamplingQuery.model_json_schema()["properties"],
+            "defaults": {**configs.to_dict(config.sampling), **configs.to_dict(Framing())},
+            "options": {
+                name: option
+                for query in (SamplingQuery, FramingQuery)
+                for name, option in query.model_json_schema()["properties"].items()
+            },
             "licence": config.data.licence,
             "accept_licence": bool(NON_COMMERCIAL.search(config.data.licence)),
             "data": configs.to_dict(config.data),
@@ -568,11 +585,11 @@ def make(backend: Backend, settings: Settings) -> fastapi.FastAPI:
     async def translate(request: fastapi.Request, query: Options_) -> fastapi.Response:
         """An image in, its translation out."""
         begun = time.perf_counter()
-        job, query, note = await endpoint.order(request, query)
+        job, query, read = await endpoint.order(request, query)
         kind = wanted_format(query, request)
         done = await backend.translate(job)
-        data = await asyncio.to_thread(endpoint.encoded, job, done, kind)
-        return fastapi.Response(data, media_type=MEDIA_TYPES[kind], headers=endpoint.headers(job, done, note, begun))
+        data = await endpoint.encoded(job, read, done, kind)
+        return fastapi.Response(data, media_type=MEDIA_TYPES[kind], headers=endpoint.headers(job, read, done, begun))
 
     @api.post(
         "/v1/translate/stream",
@@ -583,8 +600,8 @@ def make(backend: Backend, settings: Settings) -> fastapi.FastAPI:
     async def translate_stream(request: fastapi.Request, query: Options_) -> fastapi.Response:
         """The same as server-sent events: `preview` after each step, then `result`, or `error`."""
         begun = time.perf_counter()
-        job, query, note = await endpoint.order(request, query)
-        events = endpoint.events(job, wanted_format(query, request), note, begun)
+        job, query, read = await endpoint.order(request, query)
+        events = endpoint.events(job, wanted_format(query, request), read, begun)
         return fastapi.responses.StreamingResponse(
             events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
         )
@@ -593,12 +610,12 @@ def make(backend: Backend, settings: Settings) -> fastapi.FastAPI:
     async def edits(request: fastapi.Request) -> dict[str, Any]:
         """The shape that many clients speak already: `prompt` names the domain, one image comes back in base64."""
         begun = time.perf_counter()
-        job, query, note = await endpoint.order(request, Query(), edit)
+        job, query, read = await endpoint.order(request, Query(), edit)
         done = await backend.translate(job)
         kind = query.format or "png"
-        data = await asyncio.to_thread(endpoint.encoded, job, done, kind)
+        data = await endpoint.encoded(job, read, done, kind)
         answer = [{"b64_json": base64.b64encode(data).decode()}]
-        return {"created": int(time.time()), "data": answer, "headers": endpoint.headers(job, done, note, begun)}
+        return {"created": int(time.time()), "data": answer, "headers": endpoint.headers(job, read, done, begun)}
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:

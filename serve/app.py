@@ -1,6 +1,6 @@
 """The endpoint: `serve run serve.app:build_app checkpoint=RUN`, then http://127.0.0.1:8000.
 
-    client ── proxy ── Gateway (HTTP: api.make) ──┬── Reader (files to squares)
+    client ── proxy ── Gateway (HTTP: api.make) ──┬── Reader (files to squares, and back)
                                                   └── Model (all requests share the network's passes: engine.Engine)
 
 The gateway only passes bytes on: it answers while images are decoded, faces are looked for and the model is busy. The
@@ -10,6 +10,7 @@ checkpoint is resolved once, here; another one comes by `serve deploy` or `serve
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -20,18 +21,20 @@ from typing import Any, NamedTuple, TypeVar
 import click
 import fastapi
 import numpy as np
+import ray
 import ray.exceptions
 import ray.serve
 import ray.serve.exceptions
 import torch
 from ray.serve.handle import DeploymentHandle
 
-from ddpm_core import checkpoint, faces, images, storage
-from ddpm_core.config import ModelConfig
+from ddpm_core import checkpoint, full_size, storage
+from ddpm_core.config import ModelConfig, OutputSize
 from ddpm_core.errors import InputError
+from ddpm_core.full_size import View
 from ddpm_core.translator import Translator
 
-from . import api
+from . import api, marks
 from .api import Read, Settings, Unavailable
 from .engine import Done, Engine, Full, Job, Late
 from .schemas import Arguments, validate
@@ -118,29 +121,18 @@ class Model:
     max_surge_percent=100,
 )
 class Reader:
-    """Image files to squares, in a process of its own: decoding and looking for faces hold up nobody, and a decoder
-    that dies takes nothing with it."""
+    """Image files to squares, and photos with the squares' changes to files, in a process of its own: decoding and
+    looking for faces hold up nobody, and a decoder that dies takes nothing with it."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
 
-    async def read(self, data: bytes, size: int, template: tuple[float, ...]) -> Read:
-        return await asyncio.to_thread(prepare, data, size, template)
+    async def look(self, data: bytes, size: int, template: tuple[float, ...], output_size: OutputSize) -> View:
+        return await asyncio.to_thread(full_size.look, data, size, template, output_size=output_size)
 
-
-def prepare(data: bytes, size: int, template: tuple[float, ...]) -> Read:
-    """An image file as the square the model takes, and what its owner should know of it (mostly nothing).
-
-    `template`: landmarks that its face is aligned to, () to take it as it is.
-
-    Raises:
-        InputError: it is not an image that can be used, or (NoFaceError) has no face.
-    """
-    if template:
-        portrait = faces.read_portrait(data, size, template)
-        return Read(portrait.pixels, portrait.note)
-    photo = images.decode(data, square=size)
-    return Read(images.to_square(photo, size), "; ".join(photo.info["notes"]))
+    async def finish(self, data: bytes, view: View, result: np.ndarray, kind: str, packet: str) -> bytes:
+        encode = functools.partial(marks.encode, kind=kind, packet=packet)
+        return await asyncio.to_thread(full_size.finish, data, view, result, encode)
 
 
 class RayBackend:
@@ -149,8 +141,13 @@ class RayBackend:
     def __init__(self, model: DeploymentHandle, reader: DeploymentHandle, size: int) -> None:
         self.model, self.reader, self.size = model, reader, size
 
-    async def read(self, data: bytes, template: tuple[float, ...], deadline: float) -> Read:
-        return await _asked(lambda: self.reader.read.remote(data, self.size, template), deadline)
+    async def read(self, data: bytes, template: tuple[float, ...], output_size: OutputSize, deadline: float) -> Read:
+        file = ray.put(data) if output_size == "own" else data  # its memory is shared, and bounded: disk takes the rest
+        view = await _asked(lambda: self.reader.look.remote(file, self.size, template, output_size), deadline)
+        return Read(view, file if output_size == "own" else None)
+
+    async def finish(self, read: Read, result: np.ndarray, kind: str, packet: str, deadline: float) -> bytes:
+        return await _asked(lambda: self.reader.finish.remote(read.file, read.view, result, kind, packet), deadline)
 
     async def translate(self, job: Job) -> Done:
         return await _asked(lambda: self.model.translate.remote(job), job.deadline)

@@ -8,8 +8,11 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ddpm_core import images
+from ddpm_core.errors import InputError
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+MAX_SIDE = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
+"""Pixels along a side."""
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 """IPTC's word for an image that a trained algorithm made of another one."""
 
@@ -29,7 +32,16 @@ def xmp(checkpoint: str, licence: str, options: str) -> str:
 
 
 def encode(image: UInt8[np.ndarray, "h w 3"], kind: str, packet: str) -> bytes:
-    """A file of `kind` that carries the XMP packet, "" for none; nothing of the source's own metadata is in it."""
+    """A file of `kind` that carries the XMP packet, "" for none; nothing of the source's own metadata is in it.
+
+    Raises:
+        InputError: it has more pixels along a side than such a file can have.
+    """
+    if max(image.shape[:2]) > MAX_SIDE[kind]:
+        raise InputError(
+            f"a result of {image.shape[1]} x {image.shape[0]} pixels is too large for {kind}, which has at most "
+            f"{MAX_SIDE[kind]} along a side; take format=png, or output_size=model"
+        )
     if kind == "png":
         return images.encode_png(image, text={"XML:com.adobe.xmp": packet} if packet else {})
     buffer = io.BytesIO()

@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from ddpm_core import config as configs
-from ddpm_core.config import Align, ModelConfig, SamplingConfig
+from ddpm_core.config import Framing, ModelConfig, OutputSize, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import check_sampling
 
@@ -103,7 +103,15 @@ SamplingQuery: Any = create_model("SamplingQuery", **_fields)
 """Every sampling option; None is the checkpoint's default."""
 
 
-class Query(SamplingQuery):
+_fields = {
+    name: (Annotated[hint, Field(description=doc)], getattr(Framing(), name))
+    for (name, _, doc), hint in zip(configs.optional_fields(Framing), get_type_hints(Framing).values(), strict=True)
+}
+FramingQuery: Any = create_model("FramingQuery", **_fields)
+"""What of a photo is translated, and what comes back."""
+
+
+class Query(SamplingQuery, FramingQuery):
     """`POST /v1/translate?...`: what is left out takes the checkpoint's default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -112,9 +120,6 @@ class Query(SamplingQuery):
     """The side to produce; may be left out where the checkpoint produces one only."""
     seed: Annotated[int, Field(ge=0, le=configs.MAX_SEED)] = 0
     """Another seed draws another sample for the same image."""
-    align: Align = "auto"
-    """faces: the largest face is brought to where the training images have theirs. none: the centred square is
-    taken. auto: faces, where the checkpoint was trained on aligned portraits."""
     format: Literal["png", "jpeg", "webp"] | None = None
     """Of the answer; by default what the Accept header names, else png."""
     accept_licence: bool = False
@@ -128,10 +133,15 @@ class Options:
     domain: str
     seed: int
     sampling: SamplingConfig
+    output_size: OutputSize = "own"
 
     def arguments(self) -> dict[str, Any]:
-        """As a `Translator` takes them, and the response's X-Options tells them."""
+        """As a `Translator` takes them."""
         return {"domain": self.domain, "seed": self.seed, **configs.to_dict(self.sampling)}
+
+    def told(self) -> dict[str, Any]:
+        """As the response's X-Options and the file's XMP tell them."""
+        return self.arguments() | ({"output_size": "own"} if self.output_size == "own" else {})
 
 
 def complete(query: Query, config: ModelConfig) -> Options:
@@ -154,7 +164,7 @@ def complete(query: Query, config: ModelConfig) -> Options:
     except InputError as error:  # by the query's names: num_steps, not sampling.num-steps
         named = re.sub(r"(?:sampling|diffusion)\.([a-z-]+)", lambda name: name[1].replace("-", "_"), str(error))
         raise InputError(named) from None
-    return Options(domain, query.seed, sampling)
+    return Options(domain, query.seed, sampling, query.output_size)
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -19,11 +20,11 @@ import pytest
 from PIL import Image
 from test_translator import TINY, network
 
-from ddpm_core import images
-from ddpm_core.config import ModelConfig
+from ddpm_core import full_size, images
+from ddpm_core.config import ModelConfig, OutputSize
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
-from serve import api, app
+from serve import api, app, marks
 from serve.engine import Done, Engine, Full, Job, Late
 from serve.schemas import Arguments, validate
 
@@ -39,8 +40,15 @@ class Local:
         self.engine = Engine(translate, max_rows=8, max_waiting=100)
         self.translate, self.stream = self.engine.translate, self.engine.stream
 
-    async def read(self, data: bytes, template: tuple[float, ...], deadline: float) -> api.Read:
-        return await asyncio.to_thread(app.prepare, data, self.config.image_size, template)
+    async def read(
+        self, data: bytes, template: tuple[float, ...], output_size: OutputSize, deadline: float
+    ) -> api.Read:
+        view = await asyncio.to_thread(full_size.look, data, self.config.image_size, template, output_size=output_size)
+        return api.Read(view, data)
+
+    async def finish(self, read: api.Read, result: np.ndarray, kind: str, packet: str, deadline: float) -> bytes:
+        encode = functools.partial(marks.encode, kind=kind, packet=packet)
+        return await asyncio.to_thread(full_size.finish, read.file, read.view, result, encode)
 
     async def stats(self) -> Mapping[str, float]:
         return self.engine.stats()
@@ -125,13 +133,54 @@ def test_every_kind_of_body_gives_the_same_image(local: Local) -> None:
     assert base64.b64decode(edited.json()["data"][0]["b64_json"]) == right.content
     # the endpoint gives what the library gives
     expected = Translator(network(CONFIG), device="cpu", precision="fp32")
+    (own,) = expected.at_own_size([Image.open(io.BytesIO(png()))], "night", seed=3)
+    assert np.abs(pixels(right).astype(int) - own).max() <= 2
     source = images.read_square(png(), 8)
-    assert (
-        np.abs(
-            np.asarray(Image.open(io.BytesIO(right.content)), int) - expected(source[None], "night", seed=3)[0]
-        ).max()
-        <= 1
-    )
+    square = ask(application, "POST", f"{url}?domain=night&seed=3&output_size=model", content=png())
+    assert np.abs(pixels(square).astype(int) - expected(source[None], "night", seed=3)[0]).max() <= 1
+
+
+def pixels(answer: httpx.Response) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(answer.content)))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("output_size", ["own", "model", None])
+def test_answers_have_the_photos_size_unless_squares_are_wanted(
+    local: Local, kind: str, output_size: str | None
+) -> None:
+    application, photo = made(local), png(size=(50, 30))
+    sized = {"output_size": output_size} if output_size else {}
+    query = {"domain": "night", "format": kind, **sized}
+    answer = ask(application, "POST", "/v1/translate", params=query, content=photo)
+    streamed = ask(application, "POST", "/v1/translate/stream", params=query, content=photo)
+    assert pixels(answer).shape == ((8, 8, 3) if output_size == "model" else (30, 50, 3))
+    assert base64.b64encode(answer.content).decode() in streamed.text
+    assert json.loads(answer.headers["x-options"]).get("output_size") == (None if output_size == "model" else "own")
+    with Image.open(io.BytesIO(answer.content)) as image:
+        xmp = image.info["xmp"]
+    told = xmp.decode() if isinstance(xmp, bytes) else xmp
+    assert ("output_size" in told) == (output_size != "model")
+
+
+def test_what_no_file_can_hold_is_refused() -> None:
+    wide = np.zeros((1, 16_384, 3), np.uint8)
+    with pytest.raises(InputError, match="too large for webp"):
+        marks.encode(wide, "webp", "")
+    assert Image.open(io.BytesIO(marks.encode(wide, "jpeg", ""))).size == (16_384, 1)
+
+
+def test_a_photo_of_twelve_megapixels_comes_back_as_one(local: Local) -> None:
+    photo = io.BytesIO()
+    Image.new("RGB", (4000, 3000), (120, 160, 90)).save(photo, "JPEG")
+    answer = ask(made(local), "POST", "/v1/translate?domain=night&format=jpeg", content=photo.getvalue())
+    assert answer.status_code == 200, answer.text
+    assert pixels(answer).shape == (3000, 4000, 3)
+    huge = io.BytesIO()
+    Image.new("L", (12_000, 9_000)).save(huge, "PNG")
+    answer = ask(made(local), "POST", "/v1/translate?domain=night", content=huge.getvalue())
+    assert answer.status_code == 400
+    assert "12000 x 9000 pixels; at most 100,000,000 are taken" in detail(answer)
 
 
 @pytest.mark.parametrize(("kind", "media"), [("png", "image/png"), ("jpeg", "image/jpeg"), ("webp", "image/webp")])

@@ -89,10 +89,15 @@ def pixels(page: webdriver.Chrome, canvas: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(page.execute_script(script)))).convert("RGB"))
 
 
-def likeness(shown: np.ndarray, small: np.ndarray) -> float:
-    """Correlation of a smoothly enlarged image with the small one it should be of."""
-    back = np.asarray(Image.fromarray(shown).resize(small.shape[:2], Image.Resampling.BOX))
-    return float(np.corrcoef(back.ravel(), small.ravel())[0, 1])
+def likeness(shown: np.ndarray, wanted: np.ndarray) -> float:
+    """Correlation of what a square canvas shows, in its middle, with the image that it should be of."""
+    height, width = wanted.shape[:2]
+    side = len(shown)
+    high, wide = (round(side * each / max(height, width)) for each in (height, width))
+    top, left = (side - high) // 2, (side - wide) // 2
+    shown = shown[top : top + high, left : left + wide]
+    back = np.asarray(Image.fromarray(shown).resize((width, height), Image.Resampling.BOX))
+    return float(np.corrcoef(back.ravel(), wanted.ravel())[0, 1])
 
 
 def day_image(folder: Path) -> Path:
@@ -109,8 +114,7 @@ def test_a_person_translates_a_image(page: webdriver.Chrome, checkpoint_folder: 
     source = day_image(tmp_path)
     page.find_element(By.ID, "file").send_keys(str(source))
     wait(lambda: "day.png · 120 × 80" in text(page, "source-note"))
-    square = images.to_square(images.decode(source.read_bytes()), 16)
-    assert likeness(pixels(page, "source"), square) > 0.97  # the centre square at the model's size
+    assert likeness(pixels(page, "source"), np.asarray(Image.open(source))) > 0.97
 
     page.find_element(By.CSS_SELECTOR, "#domains input[value=day]").send_keys(Keys.SPACE)
     page.find_element(By.ID, "guidance_scale").send_keys(Keys.ARROW_RIGHT)
@@ -119,7 +123,7 @@ def test_a_person_translates_a_image(page: webdriver.Chrome, checkpoint_folder: 
     wait(lambda: text(page, "status").startswith("Done in"))
     assert text(page, "result-note") == "day · guidance 1.6 · 3 steps · seed 0"
     translate = Translator(checkpoint.load(checkpoint_folder), device="cpu", precision="fp32")
-    expected = translate(square[None], "day", guidance_scale=1.6, num_steps=3)[0]
+    (expected,) = translate.at_own_size([Image.open(source)], "day", guidance_scale=1.6, num_steps=3)
     assert likeness(pixels(page, "result"), expected) > 0.9
 
     link = page.find_element(By.ID, "download")
@@ -129,7 +133,23 @@ def test_a_person_translates_a_image(page: webdriver.Chrome, checkpoint_folder: 
     link.click()
     wait((tmp_path / "day-day.png").exists)
     with Image.open(tmp_path / "day-day.png") as saved:
-        assert np.abs(np.asarray(saved, int) - expected).max() <= 1  # the model's own pixels, not the enlarged ones
+        assert saved.size == (120, 80)
+        assert np.abs(np.asarray(saved, int) - expected).max() <= 2  # the photo's own pixels, not the enlarged ones
+
+
+def test_squares_can_be_had_as_well(page: webdriver.Chrome, checkpoint_folder: str, tmp_path: Path) -> None:
+    source = day_image(tmp_path)
+    page.find_element(By.ID, "file").send_keys(str(source))
+    wait(lambda: "day.png · 120 × 80" in text(page, "source-note"))
+    page.find_element(By.CSS_SELECTOR, "#more summary").send_keys(Keys.ENTER)
+    page.find_element(By.ID, "output_size").send_keys("model")
+    square = images.to_square(images.decode(source.read_bytes()), 16)
+    wait(lambda: likeness(pixels(page, "source"), square) > 0.97)  # the centre square at the model's size
+    page.find_element(By.ID, "seed").send_keys(Keys.ENTER)
+    wait(lambda: text(page, "status").startswith("Done in"))
+    translate = Translator(checkpoint.load(checkpoint_folder), device="cpu", precision="fp32")
+    expected = translate(square[None], "night")[0]
+    assert likeness(pixels(page, "result"), expected) > 0.9
 
 
 def test_results_are_compared_kept_and_repeated_by_a_command(page: webdriver.Chrome, tmp_path: Path) -> None:

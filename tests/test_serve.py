@@ -30,9 +30,9 @@ import yaml
 from conftest import ROOT, S3Server, free_port
 from PIL import Image
 
-from ddpm_core import checkpoint, images, storage
+from ddpm_core import checkpoint, full_size, images, storage
 from ddpm_core import config as configs
-from ddpm_core.config import ModelConfig, SamplingConfig
+from ddpm_core.config import Framing, ModelConfig, OutputSize, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 from jobs.common import cli
@@ -107,6 +107,11 @@ def test_every_sampling_option_is_a_flag_of_translate_and_an_option_of_the_endpo
         flag = [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
         assert getattr(cli.parse(TranslateArgs, [*command, *flag], prog="jobs.translate").sampling, name) == value
         assert getattr(validate(Query, {name: value}), name) == value
+    for name, value in {"align": "none", "output_size": "model"}.items():
+        flag = f"--{name.replace('_', '-')}"
+        assert getattr(cli.parse(TranslateArgs, [*command, flag, value], prog="jobs.translate"), name) == value
+        assert getattr(validate(Query, {name: value}), name) == value
+        assert getattr(validate(Query, {}), name) == getattr(Framing(), name)
     with pytest.raises(SystemExit):
         cli.parse(TranslateArgs, ["--help"], prog="jobs.translate")
     assert "Of ddim: 0 deterministic, 1 ancestral." in capsys.readouterr().out
@@ -196,17 +201,18 @@ def test_a_header_carries_any_licence() -> None:
     assert api.header("CC-BY 4.0 (see https://x.org/a?b)") == "CC-BY 4.0 (see https://x.org/a?b)"
 
 
-def test_an_odd_image_is_taken_with_a_note_or_refused_in_one_line() -> None:
+@pytest.mark.parametrize("output_size", ["own", "model"])
+def test_an_odd_image_is_taken_with_a_note_or_refused_in_one_line(output_size: OutputSize) -> None:
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x00\x01\x09\0\x01\0\0\0\xfb\xff\xff\xff\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
     files = {kind: io.BytesIO() for kind in ("JPEG", "AVIF", "PNG")}
     Image.new("RGB", (64, 64)).save(files["JPEG"], "JPEG", exif=exif + bytes(4))
     Image.new("RGB", (64, 64), (200, 60, 40)).save(files["AVIF"], "AVIF")
     Image.new("RGBA", (64, 64)).save(files["PNG"], "PNG")
-    square, note = app.prepare(files["JPEG"].getvalue(), 16, ())
-    assert (square.shape, note) == ((16, 16, 3), images.EXIF_IGNORED)
+    view = full_size.look(files["JPEG"].getvalue(), 16, output_size=output_size)
+    assert (view.pixels.shape, view.notes) == ((16, 16, 3), (images.EXIF_IGNORED,))
     for data in (files["AVIF"].getvalue()[:-36] + bytes(36), files["PNG"].getvalue()):
         with pytest.raises(InputError, match=r"image: (truncated or corrupt|fully transparent)"):
-            app.prepare(data, 16, ())
+            full_size.look(data, 16, output_size=output_size)
 
 
 def test_a_body_without_length_is_refused_where_it_grows_too_large() -> None:
@@ -254,23 +260,27 @@ def test_a_image_in_a_image_out(endpoint: str, checkpoint_folder: str) -> None:
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "image/png"
     assert len(answer.headers.get_list("x-request-id")) == 1
-    assert json.loads(answer.headers["x-options"]) == {**configs.to_dict(SamplingConfig()), **query}
+    assert json.loads(answer.headers["x-options"]) == {
+        **configs.to_dict(SamplingConfig()),
+        **query,
+        "output_size": "own",
+    }
     assert answer.headers["x-licence"] == "unknown"
     assert "model;dur=" in answer.headers["server-timing"]
     result = np.asarray(Image.open(io.BytesIO(answer.content)))
 
     translator = Translator(checkpoint.load(checkpoint_folder), device="cpu", precision="fp32")
-    source = images.to_square(images.decode(png()), 16)
-    expected = translator(
-        source[None], "night", guidance_scale=2.0, num_steps=3, sampler="ddpm", seed=5, guidance_rescale=0.5
-    )[0]
-    assert result.shape == (16, 16, 3)
-    assert np.abs(result.astype(int) - expected.astype(int)).max() <= 1
+    photo = Image.open(io.BytesIO(png()))
+    (expected,) = translator.at_own_size(
+        [photo], "night", guidance_scale=2.0, num_steps=3, sampler="ddpm", seed=5, guidance_rescale=0.5
+    )
+    assert result.shape == (photo.height, photo.width, 3)
+    assert np.abs(result.astype(int) - expected.astype(int)).max() <= 2
 
 
 def test_images_sent_together_share_passes_whatever_their_options(endpoint: str) -> None:
     def send(i: int) -> tuple[bytes, int]:
-        query = {"domain": "night", "num_steps": 20 + i % 2}
+        query = {"domain": "night", "num_steps": 20 + i % 2, "output_size": "model"}
         answer = httpx.post(f"{endpoint}/v1/translate", params=query, content=png(i // 2), timeout=300)
         assert json.loads(answer.headers["x-options"])["num_steps"] == 20 + i % 2
         return answer.content, float(answer.headers["x-batch-size"])
@@ -340,13 +350,14 @@ def test_the_other_addresses(endpoint: str) -> None:
     model = httpx.get(f"{endpoint}/v1/model").json()
     assert model["domains"] == ["day", "night"]
     assert model["image_size"] == 16
-    assert model["defaults"] == configs.to_dict(SamplingConfig(num_steps=2))
+    framing = {"align": "auto", "output_size": "own"}
+    assert model["defaults"] == {**configs.to_dict(SamplingConfig(num_steps=2)), **framing}
     assert model["licence"] == "unknown"
-    assert set(model["options"]) == set(OTHER_OPTIONS)
+    assert set(model["options"]) == {*OTHER_OPTIONS, *framing}
     assert model["options"]["sampler"]["anyOf"][0]["enum"] == ["ddpm", "ddim", "dpm_solver"]
     schema = httpx.get(f"{endpoint}/v1/openapi.json").json()["paths"]["/v1/translate"]["post"]["parameters"]
     described = {parameter["name"]: parameter["description"] for parameter in schema}
-    assert set(described) == {*OTHER_OPTIONS, "domain", "seed", "align", "format", "accept_licence"}
+    assert set(described) == {*OTHER_OPTIONS, *framing, "domain", "seed", "format", "accept_licence"}
     assert described["eta"] == "Of ddim: 0 deterministic, 1 ancestral."
     assert httpx.get(f"{endpoint}/healthz").json()["status"] == "ok"
     page = httpx.get(endpoint)
