@@ -109,7 +109,8 @@ def test_every_sampling_option_is_a_flag_of_translate_and_an_option_of_the_endpo
         assert getattr(validate(Query, {name: value}), name) == value
     for name, value in {"align": "none", "output_size": "model"}.items():
         flag = f"--{name.replace('_', '-')}"
-        assert getattr(cli.parse(TranslateArgs, [*command, flag, value], prog="jobs.translate"), name) == value
+        args = cli.parse(TranslateArgs, [*command, flag, value], prog="jobs.translate")
+        assert getattr(args.framing, name) == value
         assert getattr(validate(Query, {name: value}), name) == value
         assert getattr(validate(Query, {}), name) == getattr(Framing(), name)
     with pytest.raises(SystemExit):

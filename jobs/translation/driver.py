@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from ddpm_core import config as configs
 from ddpm_core import images, provenance, storage
-from ddpm_core.config import SamplingConfig
+from ddpm_core.config import Framing, SamplingConfig
 from ddpm_core.errors import InputError
 from jobs.common import cli, resume, workers
 from jobs.common.progress import Progress
@@ -30,7 +30,7 @@ PREVIEW_SIDE = 192
 """Side of a photo there, in pixels."""
 FLAGS = {
     name: flag
-    for options in (TranslateArgs, SamplingConfig, GuidanceNets)
+    for options in (TranslateArgs, SamplingConfig, GuidanceNets, Framing)
     for name, flag in resume.flags_of(options).items()
     if name not in ("checkpoint", "classifier_guidance", "identity_guidance")
 }
@@ -129,7 +129,7 @@ def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> Source:
         job.sources.root,
         image_size=job.loaded.config.image_size,
         template=job.template,
-        output_size=args.output_size,
+        output_size=args.framing.output_size,
         to=args.domain,
         seed=args.seed,
         batch_size=args.batch_size,

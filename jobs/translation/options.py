@@ -47,7 +47,7 @@ class GuidanceNets:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TranslateArgs(Framing):
+class TranslateArgs:
     """What to translate, with what, into what."""
 
     checkpoint: str
@@ -61,6 +61,7 @@ class TranslateArgs(Framing):
     """The side to produce, such as night."""
     sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
     guides: Annotated[GuidanceNets, tyro.conf.arg(name="")] = GuidanceNets()
+    framing: Annotated[Framing, tyro.conf.arg(name="")] = Framing()
     ema: float | None = None
     """Weights averaged over this share of the training; those that validated best by default."""
     seed: int = 0

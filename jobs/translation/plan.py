@@ -60,12 +60,12 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
     }
     check_image_name(args.output)
     card = None if storage.is_file(args.input) else find_card(args.input)
-    if card is not None and args.align == "faces":
+    if card is not None and args.framing.align == "faces":
         raise InputError("--align faces has no effect on a data set, whose images are cut already; leave it out")
-    template = () if card is not None else faces.template_for(loaded.config.data.landmarks, args.align)
+    template = () if card is not None else faces.template_for(loaded.config.data.landmarks, args.framing.align)
     if template:
         options |= {"align": "faces"}
-    if card is None and args.output_size == "own":  # a data set's squares are of the model's size
+    if card is None and args.framing.output_size == "own":  # a data set's squares are of the model's size
         options |= {"output_size": "own"}
     if card is not None:
         sources = dataset_sources(args, card, loaded.config)
