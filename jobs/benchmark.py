@@ -10,6 +10,7 @@ train       jobs.train beside a plain loop: images a second, and seconds to the 
 validation  why a validation curve bounces: raw or averaged weights, fresh or fixed draws
 sweep       jobs.sweep beside random search within a budget of training steps
 gpu         the presets' networks on a GPU within minutes, on a machine that has little but PyTorch
+full-size   results at the photo's own size: how true, what stays untouched, seams, cost
 serve       the endpoint's engine beside request-level batching, under load
 """
 
@@ -20,10 +21,11 @@ from typing import Literal, get_args
 
 from jobs.common import cli
 
-MODULES = {"train": "training"}
-"""Of `jobs.benchmarks`, where they are not called as their subject is: it would be `jobs.train`'s name."""
+MODULES = {"train": "training", "full-size": "full_size"}
+"""Of `jobs.benchmarks`, where they are not called as their subject is: it would be `jobs.train`'s name, or none
+of Python's."""
 
-Subject = Literal["network", "data", "size", "train", "validation", "sweep", "gpu", "serve"]
+Subject = Literal["network", "data", "size", "train", "validation", "sweep", "gpu", "full-size", "serve"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

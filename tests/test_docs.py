@@ -24,7 +24,7 @@ SUBCOMMANDS = {
     "prepare": ("earth", "celeba", "day2night", "folders", "rendered", "pairs", "inspect"),
     "evaluate": ("compare",),
     "runs": ("list", "compare", "remove"),
-    "benchmark": ("network", "data", "size", "train", "validation", "sweep", "gpu"),
+    "benchmark": ("network", "data", "size", "train", "validation", "sweep", "gpu", "full-size"),
 }
 FOREIGN_FLAGS = {
     "--working-dir",
