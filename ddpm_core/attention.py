@@ -67,12 +67,11 @@ def attend(
 
 def position_encoding(h: int, w: int, channels: int, like: Tensor) -> Float[Tensor, "1 c h w"]:
     """Sine and cosine of the relative position on the map, so that maps of different size agree on places."""
-    return _position_encoding(h, w, channels, like.dtype, like.device)
+    return encoded_positions(h, w, channels, like.dtype, like.device)
 
 
-@torch.compiler.assume_constant_result
 @functools.lru_cache(64)
-def _position_encoding(
+def encoded_positions(
     h: int, w: int, channels: int, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "1 c h w"]:
     with torch.inference_mode(False):  # it serves training too

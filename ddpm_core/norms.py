@@ -143,7 +143,6 @@ def _sums(values: Map) -> OfChannels:
 # -- whether a GPU takes the kernels ------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels work on this GPU: the first to ask finds out, on small maps."""
     if device not in _HAS_KERNELS:

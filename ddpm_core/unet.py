@@ -23,11 +23,11 @@ import torch.utils.checkpoint
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ddpm_core.attention import CrossAttention, LinearAttention, SelfAttention, zeroed
+from ddpm_core.attention import CrossAttention, LinearAttention, SelfAttention, encoded_positions, zeroed
 from ddpm_core.conditioning import Anchor, ConditionEncoder
 from ddpm_core.config import ModelConfig, UNetConfig, check, stride
 from ddpm_core.errors import InputError
-from ddpm_core.norms import GroupNorm
+from ddpm_core.norms import GroupNorm, has_kernels
 
 IMAGE_CHANNELS = 3
 
@@ -104,8 +104,10 @@ class UNet(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile the blocks, in place: regions that repeat, instead of the whole network."""
-        import torch._dynamo  # takes a second
+        import torch._dynamo  # takes seconds, as does what marks constants for it: not for those who do not compile
 
+        for constant in (encoded_positions, has_kernels):
+            torch.compiler.assume_constant_result(constant)
         # Every shape of block is a variant of one piece of code, of which PyTorch keeps eight by default.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for module in self.modules():

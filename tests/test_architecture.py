@@ -219,6 +219,17 @@ def test_importing_everything_starts_nothing() -> None:
     assert (done.returncode, done.stdout) == (0, "False False\n"), done.stderr
 
 
+def test_what_evaluates_and_translates_loads_nothing_that_takes_seconds_for_nothing() -> None:
+    """PyTorch's compiler, and torchmetrics with SciPy and Matplotlib: each takes as long as PyTorch itself."""
+    code = (
+        "import sys, jobs.evaluation.driver, jobs.translation.driver, serve.app\n"
+        "print(*{'torch._dynamo', 'torchmetrics', 'scipy', 'matplotlib'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
 @pytest.mark.parametrize("path", ENTRY_POINTS)
 def test_every_command_lists_its_options(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     main: Any = importlib.import_module(module_name(path)).main

@@ -6,6 +6,7 @@ import torch
 from celeba999 import celeba, centre_crops
 from pictures import noise, smooth
 from torch import nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ddpm_core import nets
@@ -35,6 +36,15 @@ def test_ssim_of_constant_images_is_its_luminance_term() -> None:
     one, two = np.full((1, 32, 32, 3), 100, np.uint8), np.full((1, 32, 32, 3), 150, np.uint8)
     c1 = (0.01 * 255) ** 2
     assert metrics.ssim(one, two) == pytest.approx([(2 * 100 * 150 + c1) / (100**2 + 150**2 + c1)], abs=5e-4)
+
+
+def test_psnr_and_ssim_agree_with_torchmetrics_own_metrics() -> None:
+    one, two = smooth(5), (smooth(5) * 0.7 + noise(5) * 0.3).astype(np.uint8)
+    given = [torch.tensor(each).permute(0, 3, 1, 2).float() for each in (one, two)]
+    psnr = peak_signal_noise_ratio(*given, data_range=255.0, reduction="none", dim=(1, 2, 3))
+    assert metrics.psnr(one, two) == pytest.approx(psnr.numpy(), rel=1e-6)
+    ssim = structural_similarity_index_measure(*given, data_range=255.0, reduction="none")
+    assert metrics.ssim(one, two) == pytest.approx(ssim.numpy(), abs=1e-5)
 
 
 def test_ssim_does_not_depend_on_the_batch_and_names_its_limit() -> None:
@@ -320,7 +330,7 @@ def test_inception_without_its_weights_is_one_clear_line(monkeypatch: pytest.Mon
     def unreachable(**options: object) -> nn.Module:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(metrics, "NoTrainInceptionV3", unreachable)
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", unreachable)
     with pytest.raises(
         InputError, match=r"has no weights here and fetching them failed \(no route to host\); put weights-inception"
     ) as told:

@@ -1,4 +1,6 @@
-"""The measurements of `jobs.evaluate`, by torchmetrics where it has them: of each image, or of two sets of images.
+"""The measurements of `jobs.evaluate`: of each image, or of two sets of images.
+
+torchmetrics, whose import takes longer than PyTorch's, is loaded for Fréchet distances only.
 
 images     uint8 b h w 3
 PSNR         dB, data range 255, at most 60 (rounding to 8 bits alone costs 58.9 dB; identical images have no PSNR)
@@ -24,9 +26,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
-from torchmetrics.image.kid import poly_kernel
+from torch.nn import functional as F
 
 from ddpm_core import nets
 from ddpm_core.errors import InputError
@@ -36,6 +36,7 @@ from jobs.common.intervals import ENOUGH, Interval, significant, student_quantil
 from jobs.reports import metric_table
 
 MAX_PSNR = 60.0
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 MIN_SSIM_SIDE = 16
 """The SSIM window does not fit smaller images."""
 NUM_SUBSETS = 200
@@ -65,8 +66,10 @@ def feature_net(uri: str = "auto") -> Net:
     """
     if uri != INCEPTION:
         return nets.feature_net(uri)
+    from torchmetrics.image import fid
+
     try:
-        module = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+        module = fid.NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
     except ModuleNotFoundError:
         raise InputError("the feature net inception needs torch-fidelity: pip install torch-fidelity") from None
     except (OSError, RuntimeError) as error:
@@ -87,10 +90,8 @@ def _tensor(images: Images) -> Tensor:
 
 def psnr(images: Images, references: Images) -> Float[np.ndarray, " b"]:
     """Of each image to its reference, in dB."""
-    values = peak_signal_noise_ratio(
-        _tensor(images), _tensor(references), data_range=255.0, reduction="none", dim=(1, 2, 3)
-    )
-    return values.clamp(max=MAX_PSNR).numpy().astype(np.float64)
+    error = (_tensor(images) - _tensor(references)).square().mean((1, 2, 3))
+    return (10 * (255.0**2 / error).log10()).clamp(max=MAX_PSNR).numpy().astype(np.float64)
 
 
 def ssim(images: Images, references: Images, *, batch_size: int = 64) -> Float[np.ndarray, " b"]:
@@ -102,15 +103,29 @@ def ssim(images: Images, references: Images, *, batch_size: int = 64) -> Float[n
     if min(images.shape[1:3]) < MIN_SSIM_SIDE:
         raise ValueError(f"SSIM needs images of {MIN_SSIM_SIDE} px or more")
     parts = [
-        structural_similarity_index_measure(
-            _tensor(images[i : i + batch_size]),
-            _tensor(references[i : i + batch_size]),
-            data_range=255.0,
-            reduction="none",
-        )
+        _ssim(_tensor(images[i : i + batch_size]), _tensor(references[i : i + batch_size]))
         for i in range(0, len(images), batch_size)
     ]
-    return torch.cat([part.reshape(-1) for part in parts]).numpy().astype(np.float64)
+    return torch.cat(parts).numpy().astype(np.float64)
+
+
+def _ssim(x: Float[Tensor, "b 3 h w"], y: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+    """Wang et al. 2004, equation 13, averaged over the pixels; images are mirrored at their borders."""
+    x, y = (F.pad(images, [SSIM_WINDOW // 2] * 4, mode="reflect") for images in (x, y))
+    steps = torch.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    weights = (-(steps.float() ** 2) / (2 * SSIM_SIGMA**2)).exp()
+    weights = weights / weights.sum()
+    window = torch.outer(weights, weights)[None, None]
+
+    def mean(values: Tensor) -> Tensor:
+        return F.conv2d(values, window.expand(3, 1, -1, -1), groups=3)
+
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y = ((mean(z * z) - mean_z**2).clamp(min=0) for z, mean_z in ((x, mean_x), (y, mean_y)))
+    covariance = mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return (luminance * (2 * covariance + c2) / (var_x + var_y + c2)).mean((1, 2, 3))
 
 
 # -- two sets of images ---------------------------------------------------------------------------------------
@@ -133,8 +148,8 @@ def kid(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, seed: int = 0
         r[subset, draw.permutation(len(real))[:size]] = 1
         m[subset, draw.permutation(len(made))[:size]] = 1
 
-    # torchmetrics' maximum_mean_discrepancy of all subsets at once: the sums over pairs are quadratic forms.
-    k_rr, k_rm, k_mm = poly_kernel(real, real), poly_kernel(real, made), poly_kernel(made, made)
+    # All subsets at once: the sums over pairs are quadratic forms.
+    k_rr, k_rm, k_mm = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((real, real), (real, made), (made, made)))
     within = [((of @ k) * of).sum(1) - of @ k.diagonal() for of, k in ((r, k_rr), (m, k_mm))]
     across = ((r @ k_rm) * m).sum(1)
     return ((within[0] + within[1]) / (size * (size - 1)) - 2 * across / size**2).numpy()
@@ -167,6 +182,8 @@ def frechet(real: Float[Tensor, "n d"], made: Float[Tensor, "m d"], *, level: fl
 
 
 def _frechet(real: Tensor, made: Tensor) -> float:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
     metric.set_dtype(torch.float64)
     metric.update(real.double(), real=True)
