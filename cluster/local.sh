@@ -134,7 +134,10 @@ down() {
     local url auth gcs temp=
       . "$state/address"
     for ((i = 0; i < 50; i++)); do ps -ww -eo args= | grep -v grep | grep -qF -- "$temp/" || break; sleep 0.2; done
-    case $temp in /tmp/ddpm-ray.*) rm -rf "$temp" ;; esac
+    case $temp in /tmp/ddpm-ray.*) # what ends last may still write there
+      for ((i = 0; i < 50; i++)); do rm -rf "$temp" 2>/dev/null && break; sleep 0.2; done
+      rm -rf "$temp" ;;
+    esac
     rm -f "$state/address"
   fi
   [ "${1:-}" = quiet ] || { [ -n "$any" ] && echo "The cluster is down." || echo "No cluster of ours was up."; }
