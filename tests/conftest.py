@@ -129,14 +129,19 @@ RARE = {
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks from the fixtures that a test uses. Of the two processes of `make test` one runs all that needs Ray, on the
-    one Ray that it starts, the other the rest, file by file: no two clusters start at a time."""
+    one Ray that it starts, the other the rest, file by file, beginning with those on a cluster of their own."""
     for item in items:
         used = {*getattr(item, "fixturenames", ())}
         if used & RARE.keys():
             item.add_marker("slow")
-        if used & {"ray_cluster", "cluster", "nodes"}:
+        if used & {"ray_cluster", "nodes"}:
             item.add_marker("ray")
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # the longest queue is begun first
+
+    def turn(item: pytest.Item) -> int:
+        """What takes longest is begun first."""
+        return 0 if item.get_closest_marker("ray") else 1 if "cluster" in getattr(item, "fixturenames", ()) else 2
+
+    items.sort(key=turn)
     ON_RAY.write_text("\n".join(item.nodeid for item in items if item.get_closest_marker("ray")))
 
 
