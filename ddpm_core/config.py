@@ -28,6 +28,9 @@ MAX_SEED = 2**31 - 1
 MAX_DOMAINS, MAX_VALUES, MAX_BLOCKS = 10_000, 10_000, 256
 """Most domains of a data set, values of any list, and blocks of all generators of a GAN together."""
 
+MAX_SCALE = 100
+"""Most guidance, and most eta: far above what makes an image, and far below what makes no number of it."""
+
 Method = Literal["diffusion", "pix2pix", "cyclegan", "identity", "attributes"]
 GANS: tuple[Method, ...] = ("pix2pix", "cyclegan")
 ENCODERS: tuple[Method, ...] = ("identity", "attributes")
@@ -293,6 +296,11 @@ def stride(config: UNetConfig) -> int:
     return config.patch_size * 2 ** (len(config.channel_mult) - 1)
 
 
+def sides(config: ModelConfig) -> list[int]:
+    """Of the U-Net's feature maps, level by level, at the training image size."""
+    return [config.image_size // config.unet.patch_size // 2**level for level in range(len(config.unet.channel_mult))]
+
+
 def check(config: ModelConfig) -> None:
     """Refuse values that cannot work, by name.
 
@@ -462,8 +470,8 @@ def check_sampling(sampling: SamplingConfig, num_timesteps: int) -> None:
         "eta": sampling.eta,
     }
     for name, value in scales.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"sampling.{name} is {value}; it must be 0 or more")
+        if not 0 <= value <= MAX_SCALE:
+            raise InputError(f"sampling.{name} is {value}; it must lie between 0 and {MAX_SCALE}")
     low, high = sampling.guidance_interval
     if not 0 <= low < high <= 1:
         raise InputError(f"sampling.guidance-interval is {low} {high}; it must be two shares, 0 <= low < high <= 1")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ddpm_core.attention import CrossAttention, LinearAttention, SelfAttention, encoded_positions, zeroed
 from ddpm_core.conditioning import Anchor, ConditionEncoder
-from ddpm_core.config import ModelConfig, UNetConfig, check, stride
+from ddpm_core.config import ModelConfig, UNetConfig, check, sides, stride
 from ddpm_core.errors import InputError
 from ddpm_core.norms import GroupNorm, has_kernels
 
@@ -44,8 +44,7 @@ class UNet(nn.Module):
         pixels = IMAGE_CHANNELS * unet.patch_size**2
         embedding = 4 * unet.model_channels
         widths = [unet.model_channels * mult for mult in unet.channel_mult]
-        resolutions = [config.image_size // unet.patch_size // 2**level for level in range(len(widths))]
-        linear = [resolution in unet.attn_resolutions for resolution in resolutions]
+        linear = [side in unet.attn_resolutions for side in sides(config)]
 
         self.time_embedding = nn.Sequential(
             nn.Linear(unet.model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)

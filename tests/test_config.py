@@ -67,6 +67,8 @@ def test_what_is_unknown_or_of_the_wrong_type_is_refused_by_name(change, message
         ({"diffusion": DiffusionConfig(p_uncond=1.0)}, "p-uncond is 1.0"),
         ({"sampling": SamplingConfig(num_steps=1001)}, "must not exceed diffusion.num-timesteps = 1000"),
         ({"sampling": SamplingConfig(guidance_scale=float("nan"))}, "guidance-scale is nan"),
+        ({"sampling": SamplingConfig(guidance_scale=1e30)}, "guidance-scale is 1e+30; it must lie between 0 and 100"),
+        ({"sampling": SamplingConfig(eta=100.5)}, "eta is 100.5; it must lie between 0 and 100"),
         ({"domains": ("a", "a")}, "give distinct names"),
         ({"sampling": SamplingConfig(guidance_interval=(0.5, 0.2))}, "guidance-interval is 0.5 0.2"),
         ({"sampling": SamplingConfig(guidance_rescale=1.5)}, "guidance-rescale is 1.5"),

@@ -963,6 +963,11 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
         (["--method", "cyclegan", "--pairing", "self"], "--pairing self: cyclegan would learn to copy"),
         (["--max-train-images", "0"], "--max-train-images is 0; it must be positive"),
         (["--max-shift", "16"], "--max-shift is 16; it must lie between 0 and 15"),
+        (
+            ["--unet.attn-resolutions", "8", "999", "3"],
+            "--unet.attn-resolutions 999 3: no feature map has such a side; with images of 16 px there are 8 4",
+        ),
+        (["--unet.model-channels", "8192", "--num-workers", "0"], "billion weights; trained it takes "),
         (["--output", "/proc/run"], "--output /proc/run"),
         (["--output", "gs://bucket/run"], "scheme gs:// is not supported"),
     ],

@@ -46,6 +46,8 @@ class Size:
     num_workers: int
     options: tuple[str, ...] = ()
     """Of both trainings."""
+    attended: tuple[int, ...] = ()
+    """Which feature maps have attention, by what the image's side is divided by; () leaves it to the preset."""
 
 
 SIZES = {
@@ -59,8 +61,9 @@ SIZES = {
         num_workers=1,
         options=(
             *("--unet.model-channels", "128", "--unet.channel-mult", "1", "2", "2", "2"),
-            *("--unet.num-res-blocks", "2", "--unet.attn-resolutions", "32", "16"),
+            *("--unet.num-res-blocks", "2"),
         ),
+        attended=(2, 4),
     ),
 }
 
@@ -131,9 +134,11 @@ def stages(args: RecipeArgs, output: str, source: str) -> list[Stage]:
     workers = ["--num-workers", str(size.num_workers if args.num_workers is None else args.num_workers)]
     devices = [*workers, *(["--use-gpu"] if args.preset == "gpu" else [])]
 
+    side = args.image_size or size.image_size
+    attention = ["--unet.attn-resolutions", *(str(side // part) for part in size.attended)] if size.attended else []
+
     def prepare() -> list[str]:
-        side = str(args.image_size or size.image_size)
-        return ["jobs.prepare", "folders", "--source", source, "--image-size", side, "--output", at["data"]]
+        return ["jobs.prepare", "folders", "--source", source, "--image-size", str(side), "--output", at["data"]]
 
     def train(preset: str, name: str, data: str, steps: int, *options: str) -> list[str]:
         card = read_card(at[data])
@@ -172,7 +177,7 @@ def stages(args: RecipeArgs, output: str, source: str) -> list[Stage]:
         Stage(
             "prior",
             "a prior of both sides: from here on there is a translator",
-            lambda: train("prior", "prior", "data", size.prior_steps, *size.options),
+            lambda: train("prior", "prior", "data", size.prior_steps, *size.options, *attention),
             "samples",
         ),
         Stage("sides", "a classifier of the sides", sides),

@@ -2,7 +2,11 @@
 
 import dataclasses
 import math
+import os
+import sys
 from typing import Any
+
+import torch
 
 from ddpm_core import checkpoint, encoders, gan, storage
 from ddpm_core import config as configs
@@ -15,6 +19,9 @@ from jobs.training.encoders import informed, resolved
 from jobs.training.methods import has_effect
 from jobs.training.options import TrainArgs, TrainOptions, stored_options
 from jobs.training.presets import PRESETS
+
+LARGE_GIB = 8
+"""What a network may take without a word: weights, gradients, moments and averages."""
 
 
 def with_absolute_uris(options: TrainOptions) -> TrainOptions:
@@ -127,6 +134,49 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
     check_method(card, args)
     check_rows(card, config, args)
     check_added_losses(options)
+    if config.method == "diffusion":
+        check_attention(config, args)
+    if config.method not in configs.ENCODERS:
+        check_memory(config, args)
+
+
+def check_attention(config: ModelConfig, args: TrainArgs) -> None:
+    """Refuse sides that no feature map has, where the command names them: a preset's need not fit every image size.
+
+    Raises:
+        InputError: naming them and those that there are.
+    """
+    there = configs.sides(config)
+    nowhere = [side for side in config.unet.attn_resolutions if side not in there]
+    if nowhere and "--unet.attn-resolutions" in args.given:
+        raise InputError(
+            f"--unet.attn-resolutions {' '.join(map(str, nowhere))}: no feature map has such a side; with images of "
+            f"{config.image_size} px there are {' '.join(map(str, there))}"
+        )
+
+
+def check_memory(config: ModelConfig, args: TrainArgs) -> None:
+    """Refuse a network that cannot be trained in this process' memory; say of other large ones what they take.
+
+    Raises:
+        InputError: with the arithmetic.
+    """
+    with torch.device("meta"):  # shapes without memory
+        network = checkpoint.build(config)
+    weights = sum(each.numel() for each in network.parameters())
+    copies = 4 + len(args.options.optim.ema_sigma_rels)  # weights, gradients, two moments, averages
+    gib = 4 * copies * weights / 2**30
+    if gib < LARGE_GIB:
+        return
+    takes = f"a network of {weights / 1e9:.1f} billion weights; trained it takes {gib:,.0f} GiB"
+    there_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if not args.workers[1] and not args.use_gpu and gib > there_gib:
+        raise InputError(
+            f"{takes}, this machine has {there_gib:,.0f}: lower --unet.model-channels, --unet.channel-mult or "
+            "--unet.num-res-blocks"
+        )
+    shared = ", shared by the workers" if args.parallel == "fsdp" else " in each worker"
+    print(f"train: {takes}{shared}, and what a step needs besides", file=sys.stderr, flush=True)
 
 
 def num_rows(card: DatasetCard, options: TrainOptions) -> int:
