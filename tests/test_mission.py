@@ -42,7 +42,8 @@ def test_every_command_is_one_that_a_user_could_type(size: str) -> None:
             assert cli.parse(EvaluateArgs, words, prog="jobs.evaluate").num_workers == 0
         elif command.module == "jobs.translate":
             args = cli.parse(TranslateArgs, words, prog="jobs.translate")
-            assert (args.align in ("auto", "none"), args.num_workers) == (True, 0)
+            assert (args.framing.align in ("auto", "none"), args.framing.output_size) == (True, "model")
+            assert args.num_workers == 0
         else:
             assert command.module == "jobs.prepare"
             args = cli.parse(Prepare, words, prog="jobs.prepare")

@@ -579,7 +579,7 @@ def stress(plan: _Planning) -> Section:
             argv = (
                 *("--checkpoint", f"{{{paired[0]}}}", "--input", plan.snapshots, "--output", "{out}"),
                 *("--domain", DIRECTIONS[name][1], "--num-steps", str(plan.size.num_steps), "--align", align),
-                *("--guidance-scale", str(GUIDANCE)),
+                *("--guidance-scale", str(GUIDANCE), "--output-size", "model"),  # what the judges know
             )
             key = f"snapshots/{name}-{align}"
             translations.append(plan.add(Command(key=key, module="jobs.translate", argv=argv, how=ALONE, cost=30)))
