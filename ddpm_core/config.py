@@ -318,6 +318,7 @@ def check(config: ModelConfig) -> None:
             "unet.condition-channels": (unet.condition_channels, 8192),
             "unet.condition-tokens": (unet.condition_tokens, 8192),
             "unet.patch-size": (unet.patch_size, 256),
+            "unet.anchor-channels": (unet.anchor_channels, 8192),
             "unet.anchor-radius": (unet.anchor_radius, math.inf),
             **{f"unet.channel-mult[{i}]": (mult, 128) for i, mult in enumerate(unet.channel_mult)},
             "diffusion.num-timesteps": (diffusion.num_timesteps, 1_000_000),

@@ -79,6 +79,7 @@ def test_what_is_unknown_or_of_the_wrong_type_is_refused_by_name(change, message
         ({"unet": UNetConfig(injection=())}, "injection is []; give one or more"),
         ({"unet": UNetConfig(injection=("anchor",), anchor_channels=64)}, "anchor-channels is 64"),
         ({"unet": UNetConfig(injection=("anchor",), anchor_landmarks=(0.5, 1.5))}, "anchor-landmarks is [0.5, 1.5]"),
+        ({"unet": UNetConfig(anchor_channels=-1)}, "anchor-channels is -1; it must be positive"),
         ({"unet": UNetConfig(anchor_landmarks=(0.5, 0.5))}, "no effect without anchor"),
         ({"diffusion": DiffusionConfig(zero_terminal_snr=True)}, "predict v or x_0"),
         ({"unet": UNetConfig(source_mask=True)}, "source-mask with diffusion.prediction eps"),
