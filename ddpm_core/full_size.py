@@ -140,7 +140,7 @@ def finish(
 ) -> bytes:
     """The file that `encode` makes of a photo, the image file `data`, with what changed from `view` to `result`.
 
-    Over all threads no more than `images.MAX_PIXELS` are worked on at once, at about 25 bytes each.
+    Over all threads no more than `images.MAX_PIXELS` are worked on at once, at about 10 bytes each.
 
     Raises:
         InputError: as `images.decode` or `encode`.
