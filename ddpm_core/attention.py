@@ -10,14 +10,16 @@ starts as the identity. Inside they work on tokens, b n c with n = h w: of a cha
 
 import functools
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from ddpm_core.norms import GroupNorm
+from ddpm_core.norms import GroupNorm, has_kernels
+from ddpm_core.sums import linear, summed
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -37,6 +39,11 @@ def tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
 def as_map(x: Float[Tensor, "b n c"], like: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b c h w"]:
     """The inverse of `tokens`."""
     return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def pooled(features: Float[Tensor, "b k h w"], side: int) -> Float[Tensor, "b k hk wk"]:
+    """Means of `side` x `side` parts, or the features where they have no more places."""
+    return F.adaptive_avg_pool2d(features, (min(side, features.shape[2]), min(side, features.shape[3])))
 
 
 def heads(x: Float[Tensor, "b n c"], num_heads: int) -> Float[Tensor, "b k n d"]:
@@ -65,13 +72,14 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def position_encoding(h: int, w: int, channels: int, like: Tensor) -> Float[Tensor, "1 c h w"]:
+def position_encoding(like: Float[Tensor, "b c h w"]) -> Float[Tensor, "1 c h w"]:
     """Sine and cosine of the relative position on the map, so that maps of different size agree on places."""
-    return encoded_positions(h, w, channels, like.dtype, like.device)
+    _, channels, h, w = like.shape
+    return _position_encoding(h, w, channels, like.dtype, like.device)
 
 
 @functools.lru_cache(64)
-def encoded_positions(
+def _position_encoding(
     h: int, w: int, channels: int, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "1 c h w"]:
     with torch.inference_mode(False):  # it serves training too
@@ -100,16 +108,60 @@ class LinearAttention(nn.Module):
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        places = tokens(self.norm(x))
+        normalised, x = self.norm.forked(x)
+        places = tokens(normalised)
         of_q, of_k, of_v = self.qkv.weight.chunk(3)
-        q = F.linear(places, of_q).unflatten(2, (self.num_heads, -1))
-        k = of_k @ places.transpose(1, 2)  # b c n: the softmax goes along memory
-        with torch.autocast(x.device.type, enabled=False):  # which would give float32; inside sums are so anyway
-            q, k = q.softmax(dim=-1).flatten(2), k.softmax(dim=-1)
-        read = (k @ places).unflatten(1, (self.num_heads, -1))
-        of_v, of_out = of_v.unflatten(0, (self.num_heads, -1)), self.out.weight.unflatten(1, (self.num_heads, -1))
-        read = torch.einsum("bkic,kjc,okj->bkio", read, of_v, of_out).flatten(1, 2) * of_v.shape[1] ** -0.5
+        q = softmax(F.linear(places, of_q).unflatten(2, (self.num_heads, -1))).flatten(2)
+        read = F.linear(_over_places(of_k, places), of_v)
+        read = read * _same_head(self.num_heads, read.shape[2], read.dtype, read.device)
+        read = F.linear(read, self.out.weight)
+        if has_kernels(x.device):
+            return summed((x, None), (as_map(torch.bmm(q, read), x), self.out.bias))
         return x + as_map(torch.baddbmm(self.out.bias, q, read), x)
+
+
+def _over_places(of_k: Float[Tensor, "k c"], places: Float[Tensor, "b n c"]) -> Float[Tensor, "b k c"]:
+    """Each key's mean of all places, weighted by its softmax over them."""
+    if has_kernels(places.device):
+        # That is attention: the keys' weights ask, the places answer. What the keys are at each place is never stored.
+        asked, answers = of_k.expand(len(places), 1, -1, -1), places[:, None]
+        return F.scaled_dot_product_attention(asked, answers, answers, scale=1.0)[:, 0]
+    k = of_k @ places.transpose(1, 2)  # b k n: the softmax goes along memory
+    return softmax(k) @ places
+
+
+@functools.lru_cache(64)
+def _same_head(num_heads: int, channels: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "k c"]:
+    """1 / sqrt(d) where key and value are of one head of d channels, else 0: a head's queries read its values alone."""
+    with torch.inference_mode(False):  # it serves training too
+        each = channels // num_heads
+        head = torch.arange(channels, device=device) // each
+        return (head[:, None] == head).to(dtype) * each**-0.5
+
+
+def softmax(x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
+    """Over the last dimension, in the dtype of x: autocast would give float32; inside sums are so anyway."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _Softmax.apply(x) if has_kernels(x.device) else x.softmax(dim=-1)
+
+
+class _Softmax(torch.autograd.Function):
+    """PyTorch's derivative goes through the map twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        from ddpm_core import kernels  # Triton is there where there is a GPU
+
+        y = kernels.softmax(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        from ddpm_core import kernels
+
+        return kernels.of_softmax(dy, *ctx.saved_tensors)
 
 
 class SelfAttention(nn.Module):
@@ -123,8 +175,10 @@ class SelfAttention(nn.Module):
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        q, k, v = (heads(part, self.num_heads) for part in self.qkv(tokens(self.norm(x))).chunk(3, dim=2))
-        return x + as_map(self.out(merged(attend(q, k, v))), x)
+        normalised, x = self.norm.forked(x)
+        q, k, v = (heads(part, self.num_heads) for part in self.qkv(tokens(normalised)).chunk(3, dim=2))
+        out, bias = linear(self.out, merged(attend(q, k, v)))
+        return summed((x, None), (as_map(out, x), bias))
 
 
 class CrossAttention(nn.Module):
@@ -145,11 +199,10 @@ class CrossAttention(nn.Module):
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, "b c h w"], features: Float[Tensor, "b k hk wk"]) -> Float[Tensor, "b c h w"]:
-        side = self.num_tokens
-        pooled = F.adaptive_avg_pool2d(features, (min(side, features.shape[2]), min(side, features.shape[3])))
-        queries, keys = self.norm(x), self.condition_norm(pooled)
-        queries = queries + position_encoding(x.shape[2], x.shape[3], x.shape[1], queries)
-        keys = keys + position_encoding(pooled.shape[2], pooled.shape[3], pooled.shape[1], keys)
+        features = pooled(features, self.num_tokens)
+        queries, x = self.norm.forked(x, encoding=position_encoding(x))
+        keys = self.condition_norm(features, encoding=position_encoding(features))
         q = heads(self.q(tokens(queries)), self.num_heads)
         k, v = (heads(part, self.num_heads) for part in self.kv(tokens(keys)).chunk(2, dim=2))
-        return x + as_map(self.out(merged(attend(q, k, v))), x)
+        out, bias = linear(self.out, merged(attend(q, k, v)))
+        return summed((x, None), (as_map(out, x), bias))

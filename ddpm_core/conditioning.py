@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from ddpm_core.norms import GroupNorm
+from ddpm_core.sums import Conv2d
 
 
 def drop(
@@ -61,12 +62,12 @@ class ConditionEncoder(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, num_levels: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.stem = Conv2d(in_channels, channels, 3, padding=1)
         self.levels = nn.ModuleList(
             nn.Sequential(
                 GroupNorm(8, channels, silu=True),
                 nn.Identity(),  # older checkpoints count it
-                nn.Conv2d(channels, channels, 3, stride=1 if level == 0 else 2, padding=1),
+                Conv2d(channels, channels, 3, stride=1 if level == 0 else 2, padding=1),
             )
             for level in range(num_levels)
         )

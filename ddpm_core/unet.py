@@ -23,11 +23,12 @@ import torch.utils.checkpoint
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ddpm_core.attention import CrossAttention, LinearAttention, SelfAttention, encoded_positions, zeroed
+from ddpm_core.attention import CrossAttention, LinearAttention, SelfAttention, pooled, zeroed
 from ddpm_core.conditioning import Anchor, ConditionEncoder
 from ddpm_core.config import ModelConfig, UNetConfig, check, sides, stride
 from ddpm_core.errors import InputError
-from ddpm_core.norms import GroupNorm, has_kernels
+from ddpm_core.norms import GroupNorm
+from ddpm_core.sums import Conv2d, doubled, part, summed
 
 IMAGE_CHANNELS = 3
 
@@ -56,7 +57,7 @@ class UNet(nn.Module):
             for _ in widths
             if "anchor" in unet.injection
         )
-        self.stem = nn.Conv2d(2 * pixels if "concat" in unet.injection else pixels, widths[0], 3, padding=1)
+        self.stem = Conv2d(2 * pixels if "concat" in unet.injection else pixels, widths[0], 3, padding=1)
 
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -67,7 +68,7 @@ class UNet(nn.Module):
                 for i in range(unet.num_res_blocks)
             ]
             last = level == len(widths) - 1
-            shrink = nn.Identity() if last else nn.Conv2d(width, width, 3, stride=2, padding=1)
+            shrink = nn.Identity() if last else Conv2d(width, width, 3, stride=2, padding=1)
             self.down.append(Down(blocks, shrink))
             channels = width
         self.middle_in = Block(channels, channels, embedding, unet, attend=False)
@@ -85,7 +86,7 @@ class UNet(nn.Module):
             self.up.append(Up(blocks, attentions, grow))
         self.out_norm = group_norm(widths[0], silu=True)
         masks = unet.patch_size**2 if unet.source_mask else 0
-        self.out = zeroed(nn.Conv2d(widths[0], pixels + masks, 3, padding=1))
+        self.out = zeroed(Conv2d(widths[0], pixels + masks, 3, padding=1))
         # Most of eps and v is a linear function of x_t: without this path the first thousand steps go into learning it.
         # To x_0 it would carry noise that F has to cancel (docs/log.md).
         self.shortcut = (
@@ -100,18 +101,6 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.recompute = on
-
-    def compile_blocks(self) -> None:
-        """torch.compile the blocks, in place: regions that repeat, instead of the whole network."""
-        import torch._dynamo  # takes seconds, as does what marks constants for it: not for those who do not compile
-
-        for constant in (encoded_positions, has_kernels):
-            torch.compiler.assume_constant_result(constant)
-        # Every shape of block is a variant of one piece of code, of which PyTorch keeps eight by default.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.compile()
 
     def forward(
         self,
@@ -137,10 +126,11 @@ class UNet(nn.Module):
         embedding = F.silu(embedding + self.domain_embedding(domain))
         source, condition = condition, F.pixel_unshuffle(condition, unet.patch_size)
         features = self.condition_encoder(condition)
+        seen = [pooled(each, unet.condition_tokens) for each in features]
         h = F.pixel_unshuffle(x_t, unet.patch_size)
         h = self.stem(torch.cat([h, condition], dim=1) if "concat" in unet.injection else h)
         anchors = [anchor(feature) for anchor, feature in zip(self.anchors, features, strict=False)]
-        shown = list(zip(features, anchors or [None] * len(features), strict=True))
+        shown = list(zip(seen, anchors or [None] * len(seen), strict=True))
 
         skips: list[Tensor] = []
         for level, see in zip(self.down, shown, strict=True):
@@ -170,7 +160,7 @@ class UNet(nn.Module):
 
 
 Shown = tuple[Tensor, Tensor | None]
-"""What one level sees of the condition: the encoder's features, and the anchor where there is one."""
+"""What one level sees of the condition: the encoder's features, pooled, and the anchor where there is one."""
 
 
 class Down(nn.Module):
@@ -216,12 +206,12 @@ class Block(nn.Module):
         own = out_channels - (unet.anchor_channels if "anchor" in unet.injection else 0)
         self.recompute = False
         self.norm_in = group_norm(in_channels, silu=True)
-        self.conv_in = nn.Conv2d(in_channels, own, 3, padding=1)
+        self.conv_in = Conv2d(in_channels, own, 3, padding=1)
         self.modulation = nn.Linear(embedding_channels, 2 * own)
         self.norm_out = group_norm(own, silu=True)
         self.dropout = nn.Dropout(unet.dropout)
-        self.conv_out = zeroed(nn.Conv2d(own, own, 3, padding=1))
-        self.skip = nn.Identity() if in_channels == own else nn.Conv2d(in_channels, own, 1)
+        self.conv_out = zeroed(Conv2d(own, own, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == own else Conv2d(in_channels, own, 1)
         self.attention = LinearAttention(own, unet.head_channels) if attend else nn.Identity()
         self.cross_attention = (
             CrossAttention(own, unet.condition_channels, unet.head_channels, unet.condition_tokens)
@@ -233,7 +223,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "b c h w"],
         embedding: Float[Tensor, "b e"],
-        features: Float[Tensor, "b f h w"],
+        features: Float[Tensor, "b f hf wf"],
         anchor: Float[Tensor, "b a h w"] | None,
     ) -> Float[Tensor, "b k h w"]:
         if self.recompute and torch.is_grad_enabled():
@@ -241,8 +231,10 @@ class Block(nn.Module):
         return self.compute(x, embedding, features, anchor)
 
     def compute(self, x: Tensor, embedding: Tensor, features: Tensor, anchor: Tensor | None) -> Tensor:
-        h = self.norm_out(self.conv_in(self.norm_in(x)), self.modulation(embedding))
-        h = self.attention(self.skip(x) + self.conv_out(self.dropout(h)))
+        h, x = self.norm_in.forked(x)
+        h, bias = self.conv_in.part(h)
+        h = self.norm_out(h, self.modulation(embedding), shift=bias)
+        h = self.attention(summed(part(self.skip, x), self.conv_out.part(self.dropout(h))))
         if self.cross_attention is not None:
             h = self.cross_attention(h, features)
         return h if anchor is None else torch.cat([h, anchor.to(h)], dim=1)
@@ -253,10 +245,10 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv = Conv2d(channels, out_channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k H W"]:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(doubled(x))
 
 
 def identical(linear: nn.Linear) -> nn.Linear:

@@ -16,7 +16,7 @@ MORE = {
     "ddpm_core/storage.py": {"pyarrow", "s3fs"},
     "ddpm_core/step_loop.py": {"greenlet"},
     "ddpm_core/images.py": {"pillow_heif"},
-    "ddpm_core/norm_kernels.py": {"triton"},
+    "ddpm_core/kernels.py": {"triton"},
 }
 COMMANDS = {"prepare", "train", "sweep", "evaluate", "translate", "experiments", "recipe", "benchmark", "runs"}
 """Thin entry points, `python -m jobs.NAME`; nothing but tests and benchmarks imports them."""

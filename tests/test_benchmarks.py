@@ -247,7 +247,7 @@ def test_what_the_gpu_benchmarks_rows_come_to() -> None:
     def trained(size: int, gib: float, **other: Any) -> gpu.Result:
         return gpu.Result(gpu.Row("train", "a", size, **other), figures={"reserved_gib": gib})
 
-    results = [trained(10, 6.0), trained(50, 26.0), trained(50, 99.0, compiled=True)]
+    results = [trained(10, 6.0), trained(50, 26.0), trained(50, 99.0, launched=True)]
     assert gpu.fitting(results) == [
         "a: 1.0 GiB and 0.500 an image; 46 images in 24 GiB, 78 images in 40 GiB, 158 images in 80 GiB"
     ]

@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddpm_core.graphs import SIZES, Graphed, can_be_captured
+from ddpm_core.graphs import SIZES, Graphed, GraphedTraining, can_be_captured
 
 
 class Captures:
@@ -16,12 +17,21 @@ class Captures:
     def __init__(self) -> None:
         self.count = 0
 
-    def __call__(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, call: Callable[[], Any], before: Callable[[], object] | None) -> Callable[[], Any]:
         self.count += 1
+        if before is not None:
+            before()
         output = call()
+        held = output if isinstance(output, tuple) else (output,)
 
-        def replay() -> Tensor:
-            return output.copy_(call())
+        @torch.enable_grad()  # what was captured with gradients is done so again
+        def replay() -> Any:
+            again = call()
+            with torch.no_grad():
+                for place, new in zip(held, again if isinstance(again, tuple) else (again,), strict=True):
+                    if place is not None:
+                        place.copy_(new)
+            return output
 
         return replay
 
@@ -72,7 +82,7 @@ def test_what_cannot_be_captured_or_need_not_runs_as_it_is(rows: int, with_gradi
 
 @torch.no_grad()
 def test_a_capture_that_fails_is_told_once_and_costs_no_result() -> None:
-    def refuses(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def refuses(call: Callable[[], Any], before: Callable[[], object] | None) -> Callable[[], Any]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     graphed = Graphed(network, refuses)
@@ -86,3 +96,52 @@ def test_a_capture_that_fails_is_told_once_and_costs_no_result() -> None:
 
 def test_networks_on_a_cpu_are_not_captured() -> None:
     assert not can_be_captured(torch.nn.Linear(1, 1))
+
+
+class Learning(nn.Module):
+    """Of two weights the second takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope, self.unused = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor(5.0))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return (self.slope * x).square() + t[:, None, None, None]
+
+
+def test_training_gets_the_gradients_that_it_gets_without_captures() -> None:
+    """Also where two batches are added up, weights change in between, sizes take turns."""
+    captures, plain, net = Captures(), Learning(), Learning()
+    graphed = GraphedTraining(net, captures)
+    for first, second in ((2, 3), (3, 2), (2, 2)):
+        outputs = []
+        for model in (plain, graphed):
+            outputs.append([])
+            for rows in (first, second):
+                output = model(*inputs(rows, start=rows))
+                output.sum().backward()
+                outputs[-1].append(output.detach())
+        assert all(map(torch.equal, *outputs))
+        assert torch.equal(net.slope.grad, plain.slope.grad)
+        assert net.unused.grad is None
+        for weights in (net.slope, plain.slope):
+            with torch.no_grad():
+                weights -= 1e-4 * weights.grad
+            weights.grad = None
+    assert captures.count == 2 * 2  # forward and backward of two sizes
+    with torch.no_grad():
+        assert torch.equal(graphed(*inputs(5)), plain(*inputs(5)))
+    assert captures.count == 4
+
+
+def test_training_that_cannot_be_captured_goes_on_without() -> None:
+    def refuses(call: Callable[[], Any], before: Callable[[], object] | None) -> Callable[[], Any]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphed = GraphedTraining(Learning(), refuses)
+    with pytest.warns(UserWarning, match="kernel by kernel.*not permitted"):
+        graphed(*inputs(2)).sum().backward()
+    assert graphed.network.slope.grad is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graphed(*inputs(2))

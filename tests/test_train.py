@@ -943,7 +943,10 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
         ),
         (["--method", "pix2pix", "--optim.grad-clip", "2"], "--optim.grad-clip has no effect with --method pix2pix"),
         (["--gan.l1-weight", "5"], "--gan.l1-weight has no effect with --method diffusion"),
-        (["--method", "pix2pix", "--compile"], "--compile has no effect with --method pix2pix"),
+        (
+            ["--method", "pix2pix", "--gradient-checkpointing"],
+            "--gradient-checkpointing has no effect with --method pix2pix",
+        ),
         (["--method", "cyclegan", "--perceptual-weight", "1"], "--perceptual-weight has no effect with --method cycle"),
         (
             ["--identity-weight", "0.1"],

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_core.config import ModelConfig, UNetConfig
 from ddpm_core.errors import InputError
+from ddpm_core.graphs import GraphedTraining
 from ddpm_core.unet import UNet
 
 IMAGE_SIZE = 64
@@ -114,6 +115,17 @@ def allow_torchvision() -> None:
 _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 
 
+class _Called(nn.Module):
+    """A contender with its way of being asked: image, condition and timesteps to eps."""
+
+    def __init__(self, call: Call, net: nn.Module) -> None:
+        super().__init__()
+        self.call, self.net = call, net
+
+    def forward(self, x_t: Tensor, condition: Tensor, t: Tensor) -> Tensor:
+        return self.call(self.net, x_t, condition, t)
+
+
 class Stepper:
     """A network and its optimiser, in one precision and layout."""
 
@@ -126,13 +138,16 @@ class Stepper:
         learning_rate: float = 1e-4,
         device: torch.device = CPU,
         compiled: bool = False,
+        graphed: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self.network, self.precision, self.layout, self.device = network, precision, layout, device
         self.net: nn.Module = network.make().to(device)
         self.net.to(memory_format=FORMATS[layout])  # type: ignore[call-overload]
         if compiled:
-            getattr(self.net, "compile_blocks", self.net.compile)()
+            self.net.compile()
+        called = _Called(network.call, self.net)
+        self.trained: nn.Module = GraphedTraining(called) if graphed else called
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
@@ -149,7 +164,9 @@ class Stepper:
             return self.network.call(net or self.net, x_t, condition, t).float()
 
     def step(self, x_t: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> None:
-        loss = (self.eps(x_t, condition, t) - noise).square().mean()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            output = self.trained(x_t, condition, t).float()
+        loss = (output - noise).square().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)

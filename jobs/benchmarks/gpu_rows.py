@@ -59,8 +59,16 @@ class Machine:
             unet, image_size = dataclasses.replace(unet, condition_channels=8, attn_resolutions=(8,), **small), 8
         return contenders.ours(name, unet, image_size)
 
-    def stepper(self, network: Network, layout: Layout, *, compiled: bool = False) -> Stepper:
-        return Stepper(network, precision=self.precision, layout=layout, device=self.device, compiled=compiled)
+    def stepper(self, network: Network, layout: Layout, *, compiled: bool = False, launched: bool = False) -> Stepper:
+        """Its steps are graphs, as `jobs.train` takes them, but where they are to be launched kernel by kernel."""
+        return Stepper(
+            network,
+            precision=self.precision,
+            layout=layout,
+            device=self.device,
+            compiled=compiled,
+            graphed=self.is_gpu and not launched,
+        )
 
     def batch_size(self, row: Row) -> int:
         return min(row.batch_size, 2) if self.tiny else row.batch_size
@@ -119,7 +127,7 @@ def outcome(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], 
             return f"{FAILED}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return f"{NO_ROOM} into {torch.cuda.get_device_properties(0).total_memory / GIB:.1f} GiB"
     finally:
-        if row.compiled or row.kind == "compiled":
+        if row.kind == "compiled":
             torch.compiler.reset()
         if machine.is_gpu:
             gc.collect()
@@ -154,7 +162,7 @@ def device(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], t
 
 def train(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], tell: Tell) -> None:
     network, size, memory = machine.network(row.network), machine.batch_size(row), Memory(machine)
-    stepper = machine.stepper(network, row.layout, compiled=row.compiled)
+    stepper = machine.stepper(network, row.layout, launched=row.launched)
     batch = stepper.random_batch(size)
     tell(first_step_s=machine.timed(lambda: stepper.step(*batch)))
     stepper.step(*batch)  # with the optimiser's averages in memory
@@ -167,7 +175,7 @@ def train(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], te
 
 
 def forward(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], tell: Tell) -> None:
-    stepper = machine.stepper(machine.network(row.network), row.layout, compiled=row.compiled)
+    stepper = machine.stepper(machine.network(row.network), row.layout)
     stepper.net.eval()
     batch = stepper.random_batch(machine.batch_size(row))[:3]
     ways: dict[str, Callable[..., Tensor]] = {"launched": stepper.eps}
@@ -216,7 +224,7 @@ def sample(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], t
 
 
 def kinds(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], tell: Tell) -> None:
-    stepper = machine.stepper(machine.network(row.network), row.layout)
+    stepper = machine.stepper(machine.network(row.network), row.layout, launched=True)  # a graph has no operators
     batch = stepper.random_batch(machine.batch_size(row))
     for _ in range(2):
         stepper.step(*batch)
@@ -247,7 +255,7 @@ def peers(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], te
 
 
 def compiled(machine: Machine, row: Row, known: Mapping[str, Mapping[str, Any]], tell: Tell) -> None:
-    """One of them compiled, beside ours as it is, each in the layout that suits it best otherwise."""
+    """A peer compiled, beside ours, each in the layout that suits it best otherwise."""
     if not is_installed(row.network, tell):
         return
     layouts = known.get("peers", {}).get("layouts", {})

@@ -20,6 +20,8 @@ from jobs.training.methods import has_effect
 from jobs.training.options import TrainArgs, TrainOptions, stored_options
 from jobs.training.presets import PRESETS
 
+MAY_CHANGE = ("training.epochs", "training.compile")
+"""Options that a run which goes on may have others of: it may be extended; and one that there was once."""
 LARGE_GIB = 8
 """What a network may take without a word: weights, gradients, moments and averages."""
 
@@ -342,7 +344,7 @@ def finished(run: str, config: ModelConfig, options: TrainOptions) -> bool:
     asked = [{"training": values["training"]} for values in (old, new)]  # what follows from it comes after it
     for before, now in (asked, (old, new)):
         flags = resume.flags_of(TrainOptions, "training.")
-        resume.check_same(run, "a run", before, now, may_change=["training.epochs"], flags=flags)  # may be extended
+        resume.check_same(run, "a run", before, now, may_change=MAY_CHANGE, flags=flags)
     best = run_folder.read_best(run)
     if (epochs := best.get("epochs", 0)) > options.epochs:
         raise InputError(

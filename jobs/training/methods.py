@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_core import checkpoint, conditioning, diffusion, encoders, gan, identity, losses, precision, schedule
+from ddpm_core import checkpoint, conditioning, diffusion, encoders, gan, graphs, identity, losses, precision, schedule
 from ddpm_core import config as configs
 from ddpm_core.config import DiffusionConfig, Method, ModelConfig
 from ddpm_core.unet import UNet
@@ -90,7 +90,7 @@ class Diffusion:
     """The conditional diffusion model under AdamW; `identity` and `perceptual` are losses that may be added."""
 
     looks_at = (
-        *("unet.", "diffusion.", "sampling.", "accumulate", "gradient_checkpointing", "compile"),
+        *("unet.", "diffusion.", "sampling.", "accumulate", "gradient_checkpointing"),
         *("target_domain", "pairing", "optim.weight_decay", "optim.grad_clip"),
         *("identity_encoder", "identity_weight", "perceptual_weight", "init_from"),
     )
@@ -123,18 +123,19 @@ class Diffusion:
     def distribute(self) -> None:
         if self.options.gradient_checkpointing:
             self.network.set_gradient_checkpointing(True)
-        if self.options.compile:
-            self.network.compile_blocks()
         if self.sharded:
             whole = self.optimizer.state_dict()
             distributed.shard(self.network, self.device)
             self.optimizer = self._optimizer()  # of this worker's parts
             distributed.load_optimizer(self.optimizer, whole)
-        elif distributed.world_size() > 1:
+            return
+        if self.device.type == "cuda" and not self.options.gradient_checkpointing:  # which keeps a state of its own
+            self.model = graphs.GraphedTraining(self.network)
+        if distributed.world_size() > 1:
             import ray.train.torch  # the driver, which asks what options are looked at, needs none of it
 
             self.model = ray.train.torch.prepare_model(
-                self.network, parallel_strategy_kwargs={"gradient_as_bucket_view": True, "broadcast_buffers": False}
+                self.model, parallel_strategy_kwargs={"gradient_as_bucket_view": True, "broadcast_buffers": False}
             )
 
     def step(self, batch: Batch, learning_rate: float, step: int) -> dict[str, Tensor]:

@@ -74,8 +74,6 @@ class TrainOptions:
     """Arithmetic of the network: auto takes bf16 where the hardware has it."""
     gradient_checkpointing: bool = False
     """Compute activations again instead of keeping them: large images in less memory, for one more forward pass."""
-    compile: bool = False
-    """torch.compile the network's repeated blocks."""
     init_from: str | None = None
     """Begin with the weights of this run or checkpoint, local or s3://, on other data, domains or image size. The
     network, the diffusion and the sampling come from there unless given; optimiser, averages and steps begin anew."""

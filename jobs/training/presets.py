@@ -43,13 +43,9 @@ _ENCODER = TrainOptions(
     max_val_images=1024,
     optim=OptimConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=50, weight_decay=0.05),
 )
-_OF_AN_H100 = (
-    "{} hours of one H100 at the 483 images/s of celeba-64 measured there before norms were kernels, not since"
-)
-"""138 GFLOP an image of 64 px and 355 of 128 px."""
-_MEMORY_64 = "2 GiB of a GPU and 0.09 for each image of its share (reckoned, not measured)"
-_MEMORY_128 = "2 GiB of a GPU and 0.30 for each image of its share (reckoned, not measured)"
-"""From what is kept for the backward pass: 92 % of all, when both were known (docs/results.md)."""
+_OF_AN_H100 = "{} hours of one H100 by {} images/s measured there"
+_MEMORY_64 = "1.1 GiB of a GPU and 0.09 for each image of its share (measured on an H100)"
+_MEMORY_128 = "1.2 GiB of a GPU and 0.29 for each image of its share (measured on an H100)"
 _NOT_RUN = "not run yet at full length"
 _TWO_FOLDERS = TrainOptions(
     global_batch_size=32,
@@ -177,32 +173,32 @@ PRESETS: dict[str, Preset] = {
     "celeba-64": Preset(
         about="CelebA at 64 px, 54 epochs, Huber loss, 20 % condition dropout, linear schedule",
         command="--num-workers 8 --use-gpu --cpus-per-worker 4",
-        time=_OF_AN_H100.format("5"),
-        memory=f"{_MEMORY_64}: 32 take 5, 256 take 25",
+        time=_OF_AN_H100.format("1.5", "1,680"),
+        memory=f"{_MEMORY_64}: 32 take 4, 256 take 24",
         expect=_NOT_RUN,
         options=TrainOptions(global_batch_size=256, unet=MISSION_64),
     ),
     "celeba-128": Preset(
         about="the same recipe at 128 px",
         command="--num-workers 8 --use-gpu --cpus-per-worker 4",
-        time=_OF_AN_H100.format("13"),
-        memory=f"{_MEMORY_128}: 16 take 7, 128 take 41",
+        time=_OF_AN_H100.format("4", "640"),
+        memory=f"{_MEMORY_128}: 16 take 6, 128 take 38",
         expect=_NOT_RUN,
         options=TrainOptions(global_batch_size=128, unet=MISSION_128),
     ),
     "day2night-64": Preset(
         about="the same recipe on 18,000 pairs of Day2Night at 64 px",
         command="--num-workers 1 --use-gpu --cpus-per-worker 4",
-        time=_OF_AN_H100.format("0.6"),
-        memory=f"{_MEMORY_64}: 64 take 8",
+        time="0.2 hours of one H100 (reckoned from celeba-64's 1,680 images/s)",
+        memory=f"{_MEMORY_64}: 64 take 7",
         expect=_NOT_RUN,
         options=TrainOptions(global_batch_size=64, unet=MISSION_64),
     ),
     "day2night-128": Preset(
         about="the same recipe at 128 px",
         command="--num-workers 1 --use-gpu --cpus-per-worker 4",
-        time=_OF_AN_H100.format("1.4"),
-        memory=f"{_MEMORY_128}: 32 take 12",
+        time="0.5 hours of one H100 (reckoned from celeba-128's 640 images/s)",
+        memory=f"{_MEMORY_128}: 32 take 11",
         expect=_NOT_RUN,
         options=TrainOptions(global_batch_size=32, unet=MISSION_128),
     ),
