@@ -41,8 +41,8 @@ lint: setup ## format and lint, nothing changed
 types: setup ## mypy
 	$(call timed,$(BIN)/mypy)
 
-# Two processes: one with all tests that need Ray, which mostly waits, one with the rest (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes: one with all tests that need Ray, which mostly waits, two with the rest (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 SMOKE := $(BIN)/python -m jobs.experiments --size smoke --seeds 1 --local-processes 2
 
 test: setup ## everything essential, each real part once (at most 6 minutes on 2 cores; longer is a bug)
