@@ -41,15 +41,15 @@ lint: setup ## format and lint, nothing changed
 types: setup ## mypy
 	$(call timed,$(BIN)/mypy)
 
-# Three processes: one with all tests that need Ray, which mostly waits, two with the rest (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# One process takes all tests that need Ray, which mostly waits, two the rest; of the slow ones one (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 SMOKE := $(BIN)/python -m jobs.experiments --size smoke --seeds 1 --local-processes 2
 
 test: setup ## everything essential, each real part once (at most 6 minutes on 2 cores; longer is a bug)
-	$(call timed,$(PYTEST) -m "not slow")
+	$(call timed,$(PYTEST) -n 3 -m "not slow")
 
 test-all: setup ## the rest: clusters, kills, browser, tracking servers, planted faults, smoke experiments (20 minutes)
-	$(call timed,$(PYTEST) -m slow && $(BIN)/python tests/mutants.py && out=$$(mktemp -d) && $(SMOKE) --output $$out && rm -r $$out)
+	$(call timed,$(PYTEST) -n 2 -m slow && $(BIN)/python tests/mutants.py && out=$$(mktemp -d) && $(SMOKE) --output $$out && rm -r $$out)
 
 check: lint types test ## what must be green before a commit
 
