@@ -17,7 +17,7 @@ setup: $(READY) ## make .venv with everything the project needs
 
 # The marker is written last: an interrupted set-up is done again.
 $(READY): pyproject.toml constraints.txt
-	@echo "setting up .venv (about a minute, once)"
+	@echo "setting up .venv (about three minutes, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; make PYTHON=python3.12 names another")'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,faces]'
