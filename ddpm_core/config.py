@@ -51,6 +51,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 Pairing = Literal["paired", "matched", "unpaired", "self", "none", "synthetic"]
 Align = Literal["auto", "faces", "none"]
 OutputSize = Literal["own", "model"]
+OutputFormat = Literal["png", "jpeg", "webp"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

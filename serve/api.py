@@ -33,13 +33,13 @@ import starlette.formparsers
 from starlette.datastructures import Headers, UploadFile
 
 from ddpm_core import config as configs
-from ddpm_core import faces
-from ddpm_core.config import Framing, ModelConfig, OutputSize
+from ddpm_core import faces, images, marks
+from ddpm_core.config import Framing, ModelConfig, OutputFormat, OutputSize
 from ddpm_core.errors import InputError
 from ddpm_core.full_size import View
+from ddpm_core.images import MEDIA_TYPES
 
 from .engine import Done, Full, Job, Late
-from .marks import MEDIA_TYPES, encode, xmp
 from .schemas import Arguments, FramingQuery, Options, Query, SamplingQuery, complete, explain, validate
 
 RETRY_AFTER_S = 2
@@ -85,9 +85,11 @@ class Backend(Protocol):
     async def read(self, data: bytes, template: tuple[float, ...], output_size: OutputSize, deadline: float) -> Read:
         """Raises InputError for what is no usable image; TimeoutError, Unavailable where nobody reads it by then."""
 
-    async def finish(self, read: Read, result: np.ndarray, kind: str, packet: str, deadline: float) -> bytes:
-        """A file, as `encode` makes it, of the photo itself with what changed from `read.view` to `result`; raises as
-        `read`."""
+    async def finish(
+        self, read: Read, result: np.ndarray, kind: OutputFormat, record: Mapping[str, Any], deadline: float
+    ) -> bytes:
+        """A file, as `marks.finish` makes it, of the photo itself with what changed from `read.view` to `result`;
+        raises as `read`."""
 
     async def translate(self, job: Job) -> Done:
         """Raises Full, Late, Unavailable, InputError."""
@@ -393,18 +395,21 @@ class Endpoint:
         except InputError as error:
             raise refusal(422, str(error)) from None
 
-    async def encoded(self, job: Job, read: Read, done: Done, kind: str) -> bytes:
+    async def encoded(self, job: Job, read: Read, done: Done, kind: OutputFormat) -> bytes:
         """The answer's file: at the photo's own size, or the square.
 
         Raises:
             TimeoutError, Unavailable: nobody finishes it in time.
         """
-        options = json.dumps(job.options.told())
-        packet = xmp(done.checkpoint or self.settings.checkpoint, self.config.data.licence, options)
+        record = {
+            "checkpoint": done.checkpoint or self.settings.checkpoint,
+            "licence": self.config.data.licence,
+            **job.options.told(),
+        }
         if job.options.output_size == "model":
-            return await asyncio.to_thread(encode, done.image, kind, packet)
+            return await asyncio.to_thread(marks.finish, done.image, record, kind)
         deadline = job.deadline if job.deadline is not None else math.inf
-        return await self.backend.finish(read, done.image, kind, packet, deadline)
+        return await self.backend.finish(read, done.image, kind, record, deadline)
 
     def headers(self, job: Job, read: Read, done: Done, begun: float) -> dict[str, str]:
         total_ms = (time.perf_counter() - begun) * 1000
@@ -420,7 +425,7 @@ class Endpoint:
             **({"X-Note": header(note)} if note else {}),
         }
 
-    async def events(self, job: Job, kind: str, read: Read, begun: float) -> AsyncIterator[bytes]:
+    async def events(self, job: Job, kind: OutputFormat, read: Read, begun: float) -> AsyncIterator[bytes]:
         """Server-sent events: `preview` after each step, then `result`, or `error`."""
         steps = job.options.sampling.num_steps
         try:
@@ -431,7 +436,7 @@ class Endpoint:
                         headers = self.headers(job, read, each, begun)
                         yield _event("result", {"image": _data_url(image, kind), "headers": headers})
                     else:
-                        image = await asyncio.to_thread(encode, each[1], "png", "")
+                        image = await asyncio.to_thread(images.encode_png, each[1])
                         yield _event("preview", {"step": each[0], "steps": steps, "image": _data_url(image, "png")})
         except Exception as error:
             answer = failure(error)
@@ -470,7 +475,7 @@ def _event(name: str, data: Mapping[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-def _data_url(image: bytes, kind: str) -> str:
+def _data_url(image: bytes, kind: OutputFormat) -> str:
     return f"data:{MEDIA_TYPES[kind]};base64,{base64.b64encode(image).decode()}"
 
 
@@ -491,7 +496,7 @@ def failure(error: Exception) -> starlette.exceptions.HTTPException:
     return refusal(500, f"the endpoint failed ({type(error).__name__}); its log has the details")
 
 
-def wanted_format(query: Query, request: fastapi.Request) -> str:
+def wanted_format(query: Query, request: fastapi.Request) -> OutputFormat:
     """What `format` says, else the first of our formats that Accept names, else png."""
     if query.format is not None:
         return query.format

@@ -28,13 +28,13 @@ import ray.serve.exceptions
 import torch
 from ray.serve.handle import DeploymentHandle
 
-from ddpm_core import checkpoint, full_size, storage
-from ddpm_core.config import ModelConfig, OutputSize
+from ddpm_core import checkpoint, full_size, marks, storage
+from ddpm_core.config import ModelConfig, OutputFormat, OutputSize
 from ddpm_core.errors import InputError
 from ddpm_core.full_size import View
 from ddpm_core.translator import Translator
 
-from . import api, marks
+from . import api
 from .api import Read, Settings, Unavailable
 from .engine import Done, Engine, Full, Job, Late
 from .schemas import Arguments, validate
@@ -130,8 +130,10 @@ class Reader:
     async def look(self, data: bytes, size: int, template: tuple[float, ...], output_size: OutputSize) -> View:
         return await asyncio.to_thread(full_size.look, data, size, template, output_size=output_size)
 
-    async def finish(self, data: bytes, view: View, result: np.ndarray, kind: str, packet: str) -> bytes:
-        encode = functools.partial(marks.encode, kind=kind, packet=packet)
+    async def finish(
+        self, data: bytes, view: View, result: np.ndarray, kind: OutputFormat, record: Mapping[str, Any]
+    ) -> bytes:
+        encode = functools.partial(marks.finish, record=record, kind=kind)
         return await asyncio.to_thread(full_size.finish, data, view, result, encode)
 
 
@@ -146,8 +148,10 @@ class RayBackend:
         view = await _asked(lambda: self.reader.look.remote(file, self.size, template, output_size), deadline)
         return Read(view, file if output_size == "own" else None)
 
-    async def finish(self, read: Read, result: np.ndarray, kind: str, packet: str, deadline: float) -> bytes:
-        return await _asked(lambda: self.reader.finish.remote(read.file, read.view, result, kind, packet), deadline)
+    async def finish(
+        self, read: Read, result: np.ndarray, kind: OutputFormat, record: Mapping[str, Any], deadline: float
+    ) -> bytes:
+        return await _asked(lambda: self.reader.finish.remote(read.file, read.view, result, kind, record), deadline)
 
     async def translate(self, job: Job) -> Done:
         return await _asked(lambda: self.model.translate.remote(job), job.deadline)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from ddpm_core import config as configs
-from ddpm_core.config import Framing, ModelConfig, OutputSize, SamplingConfig
+from ddpm_core.config import Framing, ModelConfig, OutputFormat, OutputSize, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import check_sampling
 
@@ -120,7 +120,7 @@ class Query(SamplingQuery, FramingQuery):
     """The side to produce; may be left out where the checkpoint produces one only."""
     seed: Annotated[int, Field(ge=0, le=configs.MAX_SEED)] = 0
     """Another seed draws another sample for the same image."""
-    format: Literal["png", "jpeg", "webp"] | None = None
+    format: OutputFormat | None = None
     """Of the answer; by default what the Accept header names, else png."""
     accept_licence: bool = False
     """Needed where the training data's licence allows non-commercial use only."""

@@ -20,11 +20,11 @@ import pytest
 from PIL import Image
 from test_translator import TINY, network
 
-from ddpm_core import full_size, images
+from ddpm_core import full_size, images, marks
 from ddpm_core.config import ModelConfig, OutputSize
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
-from serve import api, app, marks
+from serve import api, app
 from serve.engine import Done, Engine, Full, Job, Late
 from serve.schemas import Arguments, validate
 
@@ -46,8 +46,8 @@ class Local:
         view = await asyncio.to_thread(full_size.look, data, self.config.image_size, template, output_size=output_size)
         return api.Read(view, data)
 
-    async def finish(self, read: api.Read, result: np.ndarray, kind: str, packet: str, deadline: float) -> bytes:
-        encode = functools.partial(marks.encode, kind=kind, packet=packet)
+    async def finish(self, read: api.Read, result: np.ndarray, kind: Any, record: Any, deadline: float) -> bytes:
+        encode = functools.partial(marks.finish, record=record, kind=kind)
         return await asyncio.to_thread(full_size.finish, read.file, read.view, result, encode)
 
     async def stats(self) -> Mapping[str, float]:
@@ -161,13 +161,6 @@ def test_answers_have_the_photos_size_unless_squares_are_wanted(
         xmp = image.info["xmp"]
     told = xmp.decode() if isinstance(xmp, bytes) else xmp
     assert ("output_size" in told) == (output_size != "model")
-
-
-def test_what_no_file_can_hold_is_refused() -> None:
-    wide = np.zeros((1, 16_384, 3), np.uint8)
-    with pytest.raises(InputError, match="too large for webp"):
-        marks.encode(wide, "webp", "")
-    assert Image.open(io.BytesIO(marks.encode(wide, "jpeg", ""))).size == (16_384, 1)
 
 
 def test_a_photo_of_twelve_megapixels_comes_back_as_one(local: Local) -> None:

@@ -5,6 +5,7 @@ import io
 import struct
 import threading
 import zlib
+from typing import Any
 
 import numpy as np
 import pillow_heif
@@ -266,6 +267,23 @@ def test_content_hash_depends_on_pixels_and_shape_only() -> None:
     assert value != images.content_hash(image.reshape(2, 8, 3))
     image[0, 0, 0] += 1
     assert value != images.content_hash(image)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_an_image_is_encoded_with_its_packet_and_refused_where_no_file_can_hold_it(kind: Any) -> None:
+    wide = np.full((1, images.MAX_SIDE["webp"] + 1, 3), (200, 30, 90), np.uint8)
+    if kind == "webp":
+        with pytest.raises(InputError, match="too large for webp, which has at most 16383 along a side; take png"):
+            images.encode(wide, kind)
+        wide = wide[:, 1:]
+    with Image.open(io.BytesIO(images.encode(wide, kind, xmp="<é/>"))) as image:
+        assert (image.format, image.size) == (kind.upper(), wide.shape[1::-1])
+        assert image.get_format_mimetype() == images.MEDIA_TYPES[kind]
+        assert np.abs(np.asarray(image.convert("RGB")).astype(int) - wide).max() <= 3
+        told = image.info["xmp"]
+    assert (told.encode() if isinstance(told, str) else told) == "<é/>".encode()
+    with Image.open(io.BytesIO(images.encode(wide, kind))) as image:
+        assert "xmp" not in image.info
 
 
 def test_grid_places_rows_and_enlarges() -> None:

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from ddpm_core import checkpoint, encoders, images, storage
+from ddpm_core import checkpoint, encoders, full_size, images, marks, storage
 from ddpm_core import config as configs
 from ddpm_core.config import DiffusionConfig, SamplingConfig
 from ddpm_core.errors import InputError
@@ -284,6 +284,38 @@ def test_a_pair_is_read_from_either_side(to: str, source: str, truth: str) -> No
     assert np.array_equal(rows["truth"], np.stack([batch[truth][1]] * 2))
 
 
+def test_a_result_that_no_file_can_hold_is_set_aside(tmp_path: Path, checkpoint_folder: str) -> None:
+    wide = images.encode_png(np.zeros((8, images.MAX_SIDE["webp"] + 1, 3), np.uint8))
+    files = {"wide.png": wide, "small.png": images.encode_png(picture(1, 40))}
+    views = [full_size.look(data, 16, output_size="own") for data in files.values()]
+    columns: dict[str, list[Any]] = {
+        "id": list(files),
+        "output": [f"{name}.webp" for name in files],
+        "to": ["night", "night"],
+        "seed": [0, 0],
+        "error": ["", ""],
+        "file": list(files.values()),
+    }
+    batch = {name: np.array(values, dtype=object) for name, values in columns.items()}
+    batch |= {"image": np.stack([view.pixels for view in views]), "view": np.empty(2, object)}
+    batch["view"][:] = views
+    actor = Translate(
+        checkpoint_uri=checkpoint_folder,
+        ema=None,
+        sampling={},
+        output=str(tmp_path),
+        num_threads=1,
+        output_format="webp",
+    )
+    wrong, right = actor(batch)["error"]
+    assert wrong.startswith("wide.png: a result of 16384 x 8 pixels is too large for webp")
+    assert right == ""
+    with Image.open(tmp_path / "small.png.webp") as image:
+        assert (image.format, image.size) == ("WEBP", (40, 40))
+        assert checkpoint.load(checkpoint_folder).fingerprint.encode() in image.info["xmp"]
+    assert not (tmp_path / "wide.png.webp").exists()
+
+
 def test_the_actor_groups_by_wish_and_skips_what_is_set_aside(checkpoint_folder: str) -> None:
     actor = Translate(checkpoint_uri=checkpoint_folder, ema=None, sampling={}, output=None, num_threads=1)
     batch = {
@@ -496,6 +528,8 @@ def test_each_file_says_how_it_was_made(folder: Path, tmp_path: Path, checkpoint
     assert (told["seed"], told["domain"], told["num_steps"], told["licence"]) == (7, "night", 2, "unknown")
     assert told["checkpoint"] == checkpoint.load(checkpoint_folder).fingerprint
     assert "input" not in told
+    packet = Image.open(tmp_path / "4" / "0" / "p0.png").info["xmp"]
+    assert all(word.encode() in packet for word in (marks.SOURCE_TYPE, told["checkpoint"], "unknown"))
     texts = [Image.open(tmp_path / size / "1" / "p1.png").text for size in "41"]  # type: ignore[attr-defined]
     assert texts[0] == texts[1]
 

@@ -9,7 +9,6 @@ its owner should know, mostly ""). Where results are to have their photos' own s
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -19,8 +18,8 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from ddpm_core import checkpoint, full_size, images, storage
-from ddpm_core.config import OutputSize
+from ddpm_core import checkpoint, full_size, images, marks, storage
+from ddpm_core.config import OutputFormat, OutputSize
 from ddpm_core.errors import InputError
 from ddpm_core.translator import NOT_FINITE
 from jobs.common import workers
@@ -33,8 +32,6 @@ Batch = dict[str, np.ndarray]
 Plan = Mapping[str, list[tuple[str, int, str]]]
 """What to make of the row with this id: (domain, seed, output) for each result."""
 
-RECORD = "ddpm-translate"
-"""Keyword of the text in each PNG that says how it was made: JSON, the same for equal images and options."""
 TWO_IMAGES = "looks like two images side by side, of which the middle is taken: cut them apart first"
 BATCH_BYTES = 2**28
 """Files in a batch have no more bytes together, but for a single one."""
@@ -55,14 +52,16 @@ class Translate:
         num_threads: int,
         guides: Mapping[str, Any] = MappingProxyType({}),
         record: Mapping[str, Any] = MappingProxyType({}),
+        output_format: OutputFormat = "png",
     ) -> None:
         """`sampling`, `guides`: fields of SamplingConfig and of Guides. `output`: where results go, None to keep them
-        in `result`. `record`: what is told within each file of how it was made."""
+        in `result`. `record`: what is told within each file of how it was made, beside checkpoint and licence."""
         torch.set_num_threads(num_threads)
         loaded = checkpoint.load(checkpoint_uri, ema=ema)
         self.translator = opening.translator(loaded, GuidanceNets(**guides))
         self.sampling, self.output = sampling, output
-        self.text = {RECORD: json.dumps(dict(record), sort_keys=True)} if record else {}
+        record = {"checkpoint": loaded.fingerprint, "licence": loaded.config.data.licence, **record}
+        self.encode = functools.partial(marks.finish, record=record, kind=output_format)
 
     def __call__(self, batch: Batch) -> Batch:
         results, errors = np.zeros_like(batch["image"]), batch["error"].astype(object)
@@ -78,7 +77,12 @@ class Translate:
             return {**batch, "result": results, "error": errors}
         for row in np.flatnonzero(errors == "").tolist():
             try:
-                self._write(batch, row, results[row])
+                data = self._file(batch, row, results[row])
+            except InputError as error:
+                errors[row] = f"{batch['id'][row]}: {error}"
+                continue
+            try:
+                storage.write_bytes(storage.join(self.output, batch["output"][row]), data)
             except storage.UnusableNameError as error:
                 errors[row] = f"its result cannot be written: {error}"
         sizes = [view.size if view else (0, 0) for view in batch["view"]] if "view" in batch else []
@@ -86,14 +90,15 @@ class Translate:
         kept = {name: column for name, column in batch.items() if name not in ("image", "file", "view")}
         return {**kept, "error": errors, "width": size[:, 0], "height": size[:, 1]}
 
-    def _write(self, batch: Batch, row: int, result: UInt8[np.ndarray, "s s 3"]) -> None:
-        """The result's file: at the size of the photo where that is in the batch, else as it is."""
-        uri = storage.join(self.output or "", batch["output"][row])
+    def _file(self, batch: Batch, row: int, result: UInt8[np.ndarray, "s s 3"]) -> bytes:
+        """The result's file: at the size of the photo where that is in the batch, else as it is.
+
+        Raises:
+            InputError: there is no such file of that size.
+        """
         if "view" not in batch:
-            storage.write_bytes(uri, images.encode_png(result, text=self.text))
-            return
-        encode = functools.partial(images.encode_png, text=self.text)
-        storage.write_bytes(uri, full_size.finish(batch["file"][row], batch["view"][row], result, encode))
+            return self.encode(result)
+        return full_size.finish(batch["file"][row], batch["view"][row], result, self.encode)
 
 
 class Source(NamedTuple):
