@@ -267,7 +267,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what a page says, charts need not be drawn."""
 
     def chart(draw: Any, caption: str, **_: Any) -> dict[str, str]:
-        return {"light": "data:image/png;base64,", "dark": "data:image/png;base64,", "caption": caption}
+        return {"light": "data:image/svg+xml;base64,", "dark": "data:image/svg+xml;base64,", "caption": caption}
 
     monkeypatch.setattr(reports_charts, "chart", chart)
     monkeypatch.setattr(reports_charts, "render", lambda *_, **__: b"")

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -14,48 +15,53 @@ MAX_LINES = 8
 
 # -- charts -------------------------------------------------------------------------------------------------------
 
-INK = {"light": "#5b6270", "dark": "#a7afbd"}
+INK = "#5b6270"
 TRAIN, VAL = "#9aa3b2", "#2f6fde"
 BANDS = ("#9ecae9", "#5b9bd5", "#2f6fde", "#173f8f")
-BANDS_DARK = ("#d3e6fb", "#8fc1f5", "#4f94ea", "#2f6fde")
+DARK = {
+    INK: "#a7afbd",
+    **dict(zip(BANDS, ("#d3e6fb", "#8fc1f5", "#4f94ea", "#2f6fde"), strict=True)),
+}
+"""What is another colour on dark pages."""
 
 
 def chart(draw: Any, caption: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> dict[str, str]:
-    """The chart drawn twice, for light and for dark pages: the two addresses and the caption. `draw` gets matplotlib's
-    axes; `height`: inches at a width of 6.4."""
-    drawn = {theme: data_uri(render(draw, theme, height=height, grid=grid)) for theme in ("light", "dark")}
+    """The chart for light and for dark pages: the two addresses and the caption. `draw` gets matplotlib's axes;
+    `height`: inches at a width of 6.4."""
+    light = render(draw, "svg", height=height, grid=grid).decode()
+    dark = re.sub("|".join(DARK), lambda found: DARK[found[0]], light)  # once: one colour's dark is another's light
+    drawn = {theme: data_uri(svg.encode(), "svg+xml") for theme, svg in (("light", light), ("dark", dark))}
     return {**drawn, "caption": caption}
 
 
-def render(draw: Any, theme: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> bytes:
-    """The chart as PNG on a transparent ground; for the theme `paper` on white, to stand by itself."""
+def render(draw: Any, kind: Literal["svg", "png"], *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> bytes:
+    """The chart as SVG on a transparent ground, for pages, or as PNG on white, to stand by itself."""
     import cycler
     import matplotlib
     import matplotlib.figure
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    ink = INK["dark" if theme == "dark" else "light"]
     style: Any = {
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.linewidth": 0.6,
         "text.parse_math": False,  # names of attributes may hold a $
-        "axes.prop_cycle": cycler.cycler(color=BANDS_DARK if theme == "dark" else BANDS),
+        "axes.prop_cycle": cycler.cycler(color=BANDS),
+        "svg.hashsalt": "chart",  # equal charts are equal files
     }
     with matplotlib.rc_context(style):
         figure = matplotlib.figure.Figure(figsize=(6.4, height), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         draw(axes)
-        axes.grid(axis=grid, color=ink, alpha=0.18, linewidth=0.6)
+        axes.grid(axis=grid, color=INK, alpha=0.18, linewidth=0.6)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", transparent=theme != "paper")
+        about = {"metadata": {"Date": None}} if kind == "svg" else {}
+        figure.savefig(buffer, format=kind, transparent=kind == "svg", **about)
     return buffer.getvalue()
 
 

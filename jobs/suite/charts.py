@@ -64,7 +64,7 @@ def domain_of(results: Results, rows: Sequence[Measured], figure: Figure) -> str
 
 def _charted(drawer: Draw, caption: str, *, height: float = 3.7, grid: Literal["x", "y"] = "y") -> Found:
     chart = charts.chart(drawer, caption, height=height, grid=grid)
-    return charts.render(drawer, "paper", height=height, grid=grid), {"chart": chart}
+    return charts.render(drawer, "png", height=height, grid=grid), {"chart": chart}
 
 
 # -- images -----------------------------------------------------------------------------------------------------
