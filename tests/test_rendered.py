@@ -207,7 +207,7 @@ def test_landmarks_lie_on_eyes_and_mouth(domain: int) -> None:
     """Where eye colour or lips change, pixels change around the landmark and not elsewhere."""
     size = 256
     y, x = np.mgrid[:size, :size] + 0.5
-    for parameters in people(12):
+    for parameters in people(6):
         plain = changed(parameters, "portraits", glasses=0, gaze=50, eye_color=5, hat=0, mouth_open=0, smile=25)
         blue = changed(plain, "portraits", eye_color=80)
         points = np.reshape(landmarks_of("portraits", plain, domain, size), (5, 2))
