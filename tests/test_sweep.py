@@ -1,10 +1,12 @@
 """Sweeps: what is refused before they start, a whole one on the session's Ray, and what its folder is good for."""
 
+import dataclasses
 import io
 import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import optuna
 import pytest
 from rich.console import Console
 
-from ddpm_core import checkpoint, storage
+from ddpm_core import checkpoint, images, storage
 from ddpm_core import config as configs
 from ddpm_core.config import DiffusionConfig, ModelConfig
 from ddpm_core.errors import InputError
@@ -26,7 +28,7 @@ from jobs.training.driver import fit
 from jobs.training.options import TrainArgs, TrainOptions
 from jobs.translation.options import SamplingOverrides
 from jobs.tuning import sampling_trial, study, terminal, training_trial
-from jobs.tuning.choice import nearest_to_ideal
+from jobs.tuning.choice import nearest_to_ideal, pareto_front
 from jobs.tuning.plan import FORMAT, OBJECTIVES, described, plan_sweep, same_as_before, spaces
 from jobs.tuning.runner import arithmetic, num_slots
 from jobs.tuning.sampling_trial import Measured
@@ -191,6 +193,7 @@ def test_evaluate_takes_it_too(swept: Path, dataset_folder: str, tmp_path: Path)
 
 def test_the_front_is_what_no_other_point_beats(swept: Path) -> None:
     rows = [row for row in results(swept)["points"] if row["state"] == "complete"]
+    rows = [row for row in rows if row["translates"]] or rows
     losses = {row["number"]: (-row["objectives"]["psnr"], row["objectives"]["nfe"]) for row in rows}
     for row in rows:
         mine = losses[row["number"]]
@@ -391,6 +394,75 @@ def test_the_nearest_to_the_ideal_point() -> None:
         behind = ((point["kid"] - 0.1) / 0.11, (24 - point["psnr"]) / 2.5, math.log(point["nfe"] / 2) / math.log(10))
         by_hand.append(math.hypot(*behind))
     assert by_hand.index(min(by_hand)) == 1
+
+
+def test_the_front_of_points() -> None:
+    points = [
+        {"kid": 0.1, "psnr": 20.0},
+        {"kid": 0.1, "psnr": 21.0},
+        {"kid": 0.2, "psnr": 21.0},
+        {"kid": 0.3, "psnr": 22.0},
+    ]
+    assert pareto_front(points) == [1, 3]
+    assert pareto_front([points[0], points[0]]) == [0, 1]  # equals do not beat each other
+
+
+def measured(num: int, *, kid: float, **of_each: float) -> Measured:
+    noise = np.linspace(-1e-3, 1e-3, num)
+    kids = kid + noise if num >= 20 else np.zeros(0)
+    return Measured({name: value + noise for name, value in of_each.items()}, kids, 10.0)
+
+
+@pytest.mark.parametrize("num", [8, 40])
+def test_what_is_better_than_its_source_in_nothing_is_no_translation(num: int) -> None:
+    source = measured(num, kid=0.13, psnr=23.8, flip_rate=0.05)
+    for better, expected in [
+        ({}, False),
+        ({"psnr": 23.0}, False),
+        ({"psnr": 24.0}, True),
+        ({"flip_rate": 0.9, "psnr": 20.0, "kid": 0.2}, True),
+        ({"identity_cosine": 1.0, "psnr_to_source": 99.0}, False),
+    ]:
+        assert (
+            measured(num, **{"kid": 0.13, "psnr": 23.8, "flip_rate": 0.05, **better}).improves_on(source, seed=0)
+            == expected
+        )
+    assert measured(num, kid=0.12, psnr=23.8).improves_on(source, seed=0) == (num == 40)
+    assert Measured({"psnr_to_source": np.ones(num)}, np.zeros(0), 1.0).improves_on(source, seed=0)  # nobody can tell
+
+
+@pytest.mark.parametrize("all_copy", [False, True])
+def test_a_copy_of_the_source_is_never_chosen(
+    all_copy: bool, swept: Path, dataset_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Low weights copy here: nearest to the source in the fewest evaluations, and yet behind all that translate."""
+
+    class Fake:
+        setting = SimpleNamespace(seed=0)
+        source = measured(40, kid=0.13, psnr=13.0)
+
+        def __call__(self, values: dict[str, Any]) -> Measured:
+            if all_copy or values["guidance_scale"] < 2:
+                return dataclasses.replace(self.source, nfe=1.0)
+            return measured(40, kid=0.3, psnr=13.0 + values["guidance_scale"])
+
+    def again(setting: Any, values: dict[str, Any], columns: Any) -> tuple[dict[str, Measured], bytes]:
+        return {name: Fake()(each) for name, each in values.items()}, images.encode_png(np.zeros((4, 4, 3), np.uint8))
+
+    monkeypatch.setattr(sampling_trial, "evaluator", lambda setting: Fake())
+    monkeypatch.setattr(sampling_trial, "measure_again", again)
+    argv = ["--checkpoint", str(swept), "--data", dataset_folder, "--output", str(tmp_path / "out"), *HERE]
+    argv += ["--num-points", "8", "--num-images", "4", "--space", "sampling.guidance_scale=1:4"]
+    assert sweep.main(argv) == cli.DONE
+    found = results(tmp_path / "out")
+    translating = {row["number"]: row["values"]["guidance_scale"] >= 2 and not all_copy for row in found["points"]}
+    assert len(set(translating.values())) == 2 - all_copy
+    assert {row["number"]: row["translates"] for row in found["points"]} == translating
+    chosen = next(row for row in found["points"] if row["chosen"])
+    assert chosen["translates"] != all_copy
+    assert ("no point is better than the source itself" in found["message"]) == all_copy
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "the source itself" in page
 
 
 def test_an_outlier_does_not_flatten_what_is_good() -> None:

@@ -471,15 +471,21 @@ def _trial_table(names: Sequence[str], trials: Sequence[Row], best: int | None) 
 
 
 def _point_table(names: Sequence[str], points: Sequence[Row]) -> Table:
-    """The front; the chosen one and the hand choice wherever they are."""
+    """The source, as it is; the front; the chosen one and the hand choice wherever they are."""
     lines, objectives = [], objectives_of(points)
+
+    def figures(measured: Row) -> list[Cell | str]:
+        return [_cell(interval(measured.get(name)), metric_table.of(name).digits) for name in objectives]
+
+    if source := next((point["source"] for point in points if point.get("source")), None):
+        lines.append(Line("the source itself", [*("–" for _ in names), *figures(source), "–"]))
     for point in points:
         chosen, hand = bool(point.get("chosen")), bool(point.get("hand"))
         if point.get("front") or chosen or hand:
-            measured = point.get("objectives") or {}
             cells: list[Cell | str] = [_value(point["values"], name) for name in names]
-            cells += [_cell(interval(measured.get(name)), metric_table.of(name).digits) for name in objectives]
+            cells += figures(point.get("objectives") or {})
             marks = ["chosen"] * chosen + ["hand choice"] * hand + ["not on the front"] * (not point.get("front"))
+            marks += ["no better than the source"] * (point.get("translates") is False)
             lines.append(Line(str(point["number"]), [*cells, _time(point)], kind="ours" if chosen else "", marks=marks))
     return Table(["point", *names, *map(_heading, objectives), "time"], lines, kind="dense")
 

@@ -32,7 +32,7 @@ class Sweep:
         """Raises SweepError where no trial came to its end."""
         try:
             self._run()
-            self.monitor.end("finished", "")
+            self.monitor.end("finished", self.sampling.warning)
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             with contextlib.suppress(Exception):

@@ -53,7 +53,7 @@ class Monitor:
         self.state = state
         self.memory.sync()
         self.writer.submit(self._write, message).result()
-        self.table.show(self.results())
+        self.table.show({**self.results(), "message": message})
 
     def close(self) -> None:
         self.table.close()

@@ -14,9 +14,14 @@ from jobs.evaluation.metrics import MIN_KID_IMAGES
 from jobs.reports.metric_table import lower_is_better
 from jobs.tuning import plan, sampling_trial, study
 from jobs.tuning import search_space as spaces
-from jobs.tuning.choice import nearest_to_ideal
+from jobs.tuning.choice import nearest_to_ideal, pareto_front
 from jobs.tuning.stage import Stage
 from jobs.tuning.study import Ending
+
+NONE_TRANSLATES = (
+    "no point is better than the source itself in KID, PSNR to the truth or flips, so the choice says little: train "
+    "longer, widen --space, or let a net judge the side (--classifier)"
+)
 
 
 class SamplingStage(Stage):
@@ -24,7 +29,10 @@ class SamplingStage(Stage):
 
     chosen: int | None = None
     front: tuple[int, ...] = ()
-    """Trials that no other beats in all objectives together."""
+    """Trials that no other beats in all objectives together, of those that are better than the source itself in
+    something; where none is, of all."""
+    warning: str = ""
+    """What the user must know of the choice."""
     values: Mapping[str, Any] = {}
     """Every sampling option as it was chosen."""
     images: tuple[tuple[str, bytes], ...] = ()
@@ -42,11 +50,14 @@ class SamplingStage(Stage):
             self._ending,
         )
         self.runner.run(sampling_trial.sampling_trial, search, resources=self.job.worker, scheduler=None)
-        study.complete(found, "no sampling trial came to its end")
-        front = found.best_trials
-        self.front = tuple(sorted(trial.number for trial in front))
-        measured = [dict(zip(self.objectives(), trial.values, strict=True)) for trial in front]
-        chosen = front[nearest_to_ideal(measured, self.job.prefer)]
+        there = study.complete(found, "no sampling trial came to its end")
+        translating = [trial for trial in there if study.facts(trial).get("translates", True)]
+        if not translating:
+            self.warning, translating = NONE_TRANSLATES, there
+        measured = [dict(zip(self.objectives(), trial.values, strict=True)) for trial in translating]
+        on_front = pareto_front(measured)
+        self.front = tuple(translating[i].number for i in on_front)
+        chosen = translating[on_front[nearest_to_ideal([measured[i] for i in on_front], self.job.prefer)]]
         self.chosen, self.values = chosen.number, {**own, **study.values_of(chosen, space)}
 
     def _own(self, loaded: Checkpoint) -> dict[str, Any]:
@@ -79,6 +90,7 @@ class SamplingStage(Stage):
         told = {name: result[key] for name in names if (key := f"{study.OBJECTIVE}{name}") in result}
         values = tuple(told.get(name, math.nan) for name in names)
         found = {"objectives": told or None, "error": result.get("error"), "seconds": self.seconds(number)}
+        found |= {name: result[name] for name in ("translates", "source") if name in result}
         if lost or not all(map(math.isfinite, values)):
             error = found["error"] or ("its node was lost again and again" if lost else "not finite")
             return Ending("failed", None, {**found, "objectives": None, "error": error})

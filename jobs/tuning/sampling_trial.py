@@ -10,20 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from ddpm_core import checkpoint
 from ddpm_core import config as configs
-from jobs.common.intervals import Interval
+from jobs.common.intervals import ENOUGH, Interval
 from jobs.datasets.format import read_card
 from jobs.evaluation import metrics, worker
 from jobs.evaluation.plan import EvaluateArgs, make_plans, spread
 from jobs.evaluation.worker import Found, Judges
 from jobs.reports.grids import labelled_grid
+from jobs.reports.metric_table import lower_is_better
 from jobs.translation import listing
 from jobs.translation.batch import Batch, dataset_rows
 from jobs.tuning import search_space as spaces
 from jobs.tuning import study
 
+TOLD_APART = frozenset({"psnr", "flip_rate"})
+"""What of each image tells a translation from a copy of its source, beside KID; nearness to the source does not."""
 GRID_ROWS = 6
 """Images in the grid over guidance weights."""
 
@@ -58,6 +62,19 @@ class Measured:
     """KID of random subsets; () where there are too few images."""
     nfe: float
     """Network evaluations for an image."""
+
+    def improves_on(self, source: "Measured", *, seed: int) -> bool:
+        """Whether anything that a copy of the source can lose in, is better than in `source`: of many images clearly,
+        of few in the mean; True where nothing of the kind is measured."""
+        pairs = {name: (self.of_each[name], source.of_each[name]) for name in TOLD_APART & self.of_each.keys()}
+        if len(self.kid):
+            pairs["kid"] = (self.kid, source.kid)
+        for name, (ours, theirs) in pairs.items():
+            gap = metrics.difference(name, ours, theirs, seed=seed)
+            ahead = (-gap.high, -gap.mean) if lower_is_better(name) else (gap.low, gap.mean)
+            if ahead[len(ours) < ENOUGH] > 0:
+                return True
+        return not pairs
 
     @property
     def objectives(self) -> dict[str, float]:
@@ -94,6 +111,7 @@ class Evaluator:
             side: torch.from_numpy(self.measure.judge("features", reals[real_to == side])) for side in self.sides
         }
         self.faces = self.measure.judge("identity", self.rows["image"]) if setting.judges.identity else None
+        self.source = self._source()
 
     def _rows(self, config: configs.ModelConfig) -> Batch:
         """The rows to translate, and the real images of unpaired data."""
@@ -136,18 +154,31 @@ class Evaluator:
             return np.stack([each[name] for each in found])
 
         psnr = "psnr" if self.paired else "psnr_to_source"
-        of_each, features = {psnr: column(f"model/{psnr}")}, torch.from_numpy(column("model/features"))
+        of_each = {psnr: column(f"model/{psnr}")}
         if self.setting.judges.classifier:
-            wanted = [self.card.domains.index(side) for side in self.to]
-            flips = [metrics.flipped(each["model/chances"][None], to) for each, to in zip(found, wanted, strict=True)]
-            of_each["flip_rate"] = np.concatenate(flips)
+            of_each["flip_rate"] = self._flips(column("model/chances"))
         if self.faces is not None:
             of_each["identity_cosine"] = metrics.cosine(column("model/embedding"), self.faces)
-        pairs = [(self.real[side], features[self.to == side]) for side in self.sides]
-        kids = np.zeros(0)
-        if all(min(len(real), len(made)) >= metrics.MIN_KID_IMAGES for real, made in pairs):
-            kids = np.mean([metrics.kid(real, made, seed=self.setting.seed) for real, made in pairs], axis=0)
-        return Measured(of_each, kids, float(column("nfe").mean()))
+        return Measured(of_each, self._kid(column("model/features")), float(column("nfe").mean()))
+
+    def _source(self) -> Measured:
+        """The sources themselves, as if they were results."""
+        sources = self.rows["image"]
+        of_each = {"psnr": metrics.psnr(sources, self.rows["truth"])} if self.paired else {}
+        if self.setting.judges.classifier:
+            of_each["flip_rate"] = self._flips(self.measure.judge("classifier", sources))
+        return Measured(of_each, self._kid(self.measure.judge("features", sources)), 0.0)
+
+    def _flips(self, chances: Float[np.ndarray, "n k"]) -> Float[np.ndarray, " n"]:
+        wanted = [self.card.domains.index(side) for side in self.to]
+        return np.concatenate([metrics.flipped(row[None], to) for row, to in zip(chances, wanted, strict=True)])
+
+    def _kid(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " k"]:
+        """Of random subsets, the mean of both sides; () where there are too few images."""
+        pairs = [(self.real[side], torch.from_numpy(features[self.to == side])) for side in self.sides]
+        if any(min(len(real), len(made)) < metrics.MIN_KID_IMAGES for real, made in pairs):
+            return np.zeros(0)
+        return np.mean([metrics.kid(real, made, seed=self.setting.seed) for real, made in pairs], axis=0)
 
     def grid(self, columns: Mapping[str, Mapping[str, Any]]) -> bytes:
         """The same few images by the values of each column: a PNG."""
@@ -167,8 +198,15 @@ evaluator = functools.lru_cache(maxsize=1)(Evaluator)
 def sampling_trial(trial: Mapping[str, Any], report: Callable[[dict[str, Any]], Any]) -> None:
     """One trial; `trial`: setting (fields of Setting) and values."""
     try:
-        measured = evaluator(Setting.of(trial["setting"]))(trial["values"])
-        report({f"{study.OBJECTIVE}{name}": value for name, value in measured.objectives.items()})
+        here = evaluator(Setting.of(trial["setting"]))
+        measured = here(trial["values"])
+        report(
+            {
+                **{f"{study.OBJECTIVE}{name}": value for name, value in measured.objectives.items()},
+                "source": here.source.objectives,
+                "translates": measured.improves_on(here.source, seed=here.setting.seed),
+            }
+        )
     except Exception as error:  # options that do not go together, or too little memory: a result, too
         report({"error": (str(error).strip().splitlines() or [type(error).__name__])[-1]})
 

@@ -144,7 +144,9 @@ class SobolThenTPE(BaseSampler):
         with warnings.catch_warnings():  # both are experimental, Optuna says
             warnings.simplefilter("ignore")
             self.sobol = QMCSampler(scramble=True, seed=sobol_seed, warn_independent_sampling=False)
-            self.tpe = TPESampler(n_startup_trials=0, constant_liar=True, seed=tpe_seed)
+            self.tpe = TPESampler(
+                n_startup_trials=0, constant_liar=True, seed=tpe_seed, constraints_func=_no_translation
+            )
 
     def _of(self, trial: FrozenTrial) -> BaseSampler:
         return self.sobol if trial.number <= self.num_first else self.tpe  # the first is the preset's
@@ -161,6 +163,16 @@ class SobolThenTPE(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        self.tpe.after_trial(study, trial, state, values)
+
+
+def _no_translation(trial: FrozenTrial) -> tuple[float]:
+    """Above 0 where the search is to keep away: what is no better than its source counts behind all that is."""
+    return (0.0 if trial.user_attrs.get(FACTS, {}).get("translates", True) else 1.0,)
 
 
 @dataclasses.dataclass(frozen=True)

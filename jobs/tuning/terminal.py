@@ -75,6 +75,8 @@ def headline(results: Mapping[str, Any]) -> Text:
             counted.append(f"{word}s: {parts}")
     left = results.get("left_s")
     facts = [STAGES[results["state"]], *counted, *([f"about {duration(left)} left"] if left is not None else [])]
+    if results["state"] == "finished" and results.get("message"):
+        facts.append(results["message"])
     return Text(f"sweep: {'; '.join(facts)}", style="bold")
 
 
@@ -110,7 +112,8 @@ def table(results: Mapping[str, Any]) -> RichTable:
     for row in shown:
         mark = "★" if row.get("chosen") or (row["number"] == results.get("best_trial") and not sampling) else ""
         baseline = " (as given)" if row.get("hand") else ""
-        cells = [f"{row['number']}{mark}{baseline}", row["state"]]
+        still = " (no better than the source)" if row.get("translates") is False else ""
+        cells = [f"{row['number']}{mark}{baseline}", row["state"] + still]
         cells += [number(row["values"].get(name)) for name in names]
         if sampling:
             cells += [number((row.get("objectives") or {}).get(name)) for name in objectives]
