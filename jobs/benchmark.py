@@ -11,6 +11,7 @@ validation  why a validation curve bounces: raw or averaged weights, fresh or fi
 sweep       jobs.sweep beside random search within a budget of training steps
 gpu         the presets' networks on a GPU within minutes, on a machine that has little but PyTorch
 full-size   results at the photo's own size: how true, what stays untouched, seams, cost
+marks       the invisible mark: PSNR, detection after changes by size, false positives
 serve       the endpoint's engine beside request-level batching, under load
 """
 
@@ -25,7 +26,7 @@ MODULES = {"train": "training", "full-size": "full_size"}
 """Of `jobs.benchmarks`, where they are not called as their subject is: it would be `jobs.train`'s name, or none
 of Python's."""
 
-Subject = Literal["network", "data", "size", "train", "validation", "sweep", "gpu", "full-size", "serve"]
+Subject = Literal["network", "data", "size", "train", "validation", "sweep", "gpu", "full-size", "marks", "serve"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import base64
 import binascii
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import hmac
 import http
@@ -86,10 +87,10 @@ class Backend(Protocol):
         """Raises InputError for what is no usable image; TimeoutError, Unavailable where nobody reads it by then."""
 
     async def finish(
-        self, read: Read, result: np.ndarray, kind: OutputFormat, record: Mapping[str, Any], deadline: float
+        self, read: Read, result: np.ndarray, encode: Callable[[np.ndarray], bytes], deadline: float
     ) -> bytes:
-        """A file, as `marks.finish` makes it, of the photo itself with what changed from `read.view` to `result`;
-        raises as `read`."""
+        """The file that `encode` makes of the photo itself with what changed from `read.view` to `result`; raises as
+        `read`."""
 
     async def translate(self, job: Job) -> Done:
         """Raises Full, Late, Unavailable, InputError."""
@@ -111,6 +112,8 @@ class Settings:
     """Names it in every answer."""
     tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of each token, in hex, to its owner's name; {}: none is needed."""
+    mark_key: bytes = dataclasses.field(default=b"", repr=False)
+    """Of the invisible mark of each answer; b"" for none."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -406,10 +409,11 @@ class Endpoint:
             "licence": self.config.data.licence,
             **job.options.told(),
         }
+        encode = functools.partial(marks.finish, record=record, kind=kind, key=self.settings.mark_key)
         if job.options.output_size == "model":
-            return await asyncio.to_thread(marks.finish, done.image, record, kind)
+            return await asyncio.to_thread(encode, done.image)
         deadline = job.deadline if job.deadline is not None else math.inf
-        return await self.backend.finish(read, done.image, kind, record, deadline)
+        return await self.backend.finish(read, done.image, encode, deadline)
 
     def headers(self, job: Job, read: Read, done: Done, begun: float) -> dict[str, str]:
         total_ms = (time.perf_counter() - begun) * 1000

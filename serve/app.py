@@ -10,7 +10,6 @@ checkpoint is resolved once, here; another one comes by `serve deploy` or `serve
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import re
@@ -28,8 +27,8 @@ import ray.serve.exceptions
 import torch
 from ray.serve.handle import DeploymentHandle
 
-from ddpm_core import checkpoint, full_size, marks, storage
-from ddpm_core.config import ModelConfig, OutputFormat, OutputSize
+from ddpm_core import checkpoint, full_size, keyed_mark, storage
+from ddpm_core.config import ModelConfig, OutputSize
 from ddpm_core.errors import InputError
 from ddpm_core.full_size import View
 from ddpm_core.translator import Translator
@@ -130,10 +129,7 @@ class Reader:
     async def look(self, data: bytes, size: int, template: tuple[float, ...], output_size: OutputSize) -> View:
         return await asyncio.to_thread(full_size.look, data, size, template, output_size=output_size)
 
-    async def finish(
-        self, data: bytes, view: View, result: np.ndarray, kind: OutputFormat, record: Mapping[str, Any]
-    ) -> bytes:
-        encode = functools.partial(marks.finish, record=record, kind=kind)
+    async def finish(self, data: bytes, view: View, result: np.ndarray, encode: Callable[[np.ndarray], bytes]) -> bytes:
         return await asyncio.to_thread(full_size.finish, data, view, result, encode)
 
 
@@ -149,9 +145,9 @@ class RayBackend:
         return Read(view, file if output_size == "own" else None)
 
     async def finish(
-        self, read: Read, result: np.ndarray, kind: OutputFormat, record: Mapping[str, Any], deadline: float
+        self, read: Read, result: np.ndarray, encode: Callable[[np.ndarray], bytes], deadline: float
     ) -> bytes:
-        return await _asked(lambda: self.reader.finish.remote(read.file, read.view, result, kind, record), deadline)
+        return await _asked(lambda: self.reader.finish.remote(read.file, read.view, result, encode), deadline)
 
     async def translate(self, job: Job) -> Done:
         return await _asked(lambda: self.model.translate.remote(job), job.deadline)
@@ -264,7 +260,7 @@ def build_app(args: dict[str, Any]) -> ray.serve.Application:
     try:
         arguments = validate(Arguments, args)
         loaded = checkpoint.load(storage.absolute(arguments.checkpoint, flag="checkpoint"))
-        tokens = read_tokens(arguments.tokens_file)
+        tokens, mark_key = read_tokens(arguments.tokens_file), keyed_mark.read_key(arguments.mark_key)
     except (InputError, OSError) as error:
         raise StartError(str(error)) from None
     pinned = Pinned(loaded.path, loaded.ema, loaded.fingerprint, loaded.config)
@@ -277,5 +273,5 @@ def build_app(args: dict[str, Any]) -> ray.serve.Application:
         max_surge_percent=arguments.max_surge_percent,
         ray_actor_options={"num_cpus": arguments.num_cpus or 1, "num_gpus": arguments.replica_gpus},
     ).bind(arguments, pinned)
-    settings = Settings(arguments, loaded.config, pinned.name, tokens)
+    settings = Settings(arguments, loaded.config, pinned.name, tokens, mark_key)
     return Gateway.bind(model, Reader.bind(), settings)  # type: ignore[attr-defined]

@@ -53,6 +53,9 @@ class Arguments(BaseModel):
     """A file with a line `NAME SHA256-OF-TOKEN` for each client; requests then need `Authorization: Bearer TOKEN`."""
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     """Of each token; more are answered 429."""
+    mark_key: Annotated[str, Field(min_length=1)] = "public"
+    """Of the invisible mark in each answer of 64 pixels and more: none, public (a key that everybody has), or a file
+    that holds a secret one."""
     open_to_all: bool = False
     """Serve other machines without a token, too: behind a proxy that decides who may come."""
 

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -20,7 +19,7 @@ import pytest
 from PIL import Image
 from test_translator import TINY, network
 
-from ddpm_core import full_size, images, marks
+from ddpm_core import full_size, images, keyed_mark, marks
 from ddpm_core.config import ModelConfig, OutputSize
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
@@ -46,8 +45,7 @@ class Local:
         view = await asyncio.to_thread(full_size.look, data, self.config.image_size, template, output_size=output_size)
         return api.Read(view, data)
 
-    async def finish(self, read: api.Read, result: np.ndarray, kind: Any, record: Any, deadline: float) -> bytes:
-        encode = functools.partial(marks.finish, record=record, kind=kind)
+    async def finish(self, read: api.Read, result: np.ndarray, encode: Any, deadline: float) -> bytes:
         return await asyncio.to_thread(full_size.finish, read.file, read.view, result, encode)
 
     async def stats(self) -> Mapping[str, float]:
@@ -78,12 +76,19 @@ def local() -> Iterator[Local]:
     backend.engine.close()
 
 
-def made(backend: api.Backend, config: ModelConfig = CONFIG, tokens: Mapping[str, str] | None = None, **arguments: Any):  # type: ignore[no-untyped-def]
+def made(  # type: ignore[no-untyped-def]
+    backend: api.Backend,
+    config: ModelConfig = CONFIG,
+    tokens: Mapping[str, str] | None = None,
+    mark_key: bytes = b"",
+    **arguments: Any,
+):
     settings = api.Settings(
         validate(Arguments, {"checkpoint": "x", "max_body_mb": 1, **arguments}),
         config,
         "run/checkpoints/3@abc",
         tokens or {},
+        mark_key,
     )
     return api.make(backend, settings)
 
@@ -199,6 +204,19 @@ def test_answers_say_that_they_were_generated_and_by_what(local: Local, kind: st
     assert "queue;dur=" in headers["server-timing"]
     assert headers["x-content-type-options"] == "nosniff"
     assert len(headers["x-request-id"]) == 16
+
+
+@pytest.mark.parametrize("output_size", ["own", "model"])
+def test_answers_carry_the_operators_mark(local: Local, output_size: str) -> None:
+    key, photo = b"0123456789abcdef", png(size=(90, 70))
+    query = f"/v1/translate?domain=night&output_size={output_size}"
+    bare = pixels(ask(made(local), "POST", query, content=photo))
+    answer = ask(made(local, mark_key=key), "POST", query, content=photo)
+    assert np.array_equal(pixels(answer), keyed_mark.embed(bare, key))
+    assert keyed_mark.is_marked(pixels(answer), key) == (output_size == "own")  # a square of 8 pixels is not
+    told = marks.read(answer.content)
+    assert told.generated
+    assert told.record.get("mark") == (keyed_mark.name_of(key) if output_size == "own" else None)
 
 
 def test_nothing_of_the_sources_metadata_comes_back(local: Local) -> None:

@@ -18,11 +18,23 @@ MORE = {
     "ddpm_core/images.py": {"pillow_heif"},
     "ddpm_core/kernels.py": {"triton"},
 }
-COMMANDS = {"prepare", "train", "sweep", "evaluate", "translate", "experiments", "recipe", "benchmark", "runs"}
+COMMANDS = {
+    "prepare",
+    "train",
+    "sweep",
+    "evaluate",
+    "translate",
+    "experiments",
+    "recipe",
+    "benchmark",
+    "runs",
+    "verify",
+}
 """Thin entry points, `python -m jobs.NAME`; nothing but tests and benchmarks imports them."""
 PACKAGES: dict[str, set[str]] = {
     "common": set(),
     "inventory": {"common"},
+    "verification": {"common"},
     "reports": {"common"},
     "datasets": {"common"},
     "translation": {"datasets", "reports", "common"},

@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -22,8 +23,9 @@ from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator, check_sampling
 from jobs import benchmark
-from jobs.benchmarks import contenders, gpu, gpu_rows, training, validation
+from jobs.benchmarks import contenders, gpu, gpu_rows, marks, training, validation
 from jobs.benchmarks import serve as benchmark_serve
+from jobs.common import cli
 from jobs.training.presets import PRESETS
 
 
@@ -297,3 +299,20 @@ def test_requests_of_equal_options_are_batched_and_a_failing_batch_fails_its_own
     assert isinstance(wrong, InputError)
     assert other.batch_size == 1
     assert first.batch_size + second.batch_size + third.batch_size in (5, 9)  # 1, 2, 2 or 3, 3, 3
+
+
+def test_the_mark_is_measured_after_every_change(tmp_path: Path) -> None:
+    options = marks.Options(output=str(tmp_path), num_images=1, num_unmarked=2)
+    assert marks.run(options) == cli.DONE
+    result = json.loads((tmp_path / "marks.json").read_text())
+    assert {size: set(found) for size, found in result["found"].items()} == {
+        str(size): set(marks.CHANGES) for size in marks.SIZES
+    }
+    assert all(each["JPEG 75"]["mean"] == 1 for each in result["found"].values())
+    assert (result["false"]["images"], result["false"]["taken"]) == (2, 0)
+    image = marks.drawn(1, 0, 64)
+    draw = np.random.default_rng(0)
+    shapes = {name: change(image, draw).shape for name, change in marks.CHANGES.items()}
+    assert shapes["half the size"] == (32, 32, 3)
+    assert shapes["crop 5 %"] == (61, 61, 3)
+    assert shapes["mirrored"] == (64, 64, 3)

@@ -31,7 +31,18 @@ except SystemExit as stop:
 print(*(each for each in sys.modules if each in {slow}), file=sys.stderr)
 """
 SLOW = {"ray", "torch", "pyarrow", "pandas", "matplotlib", "scipy", "faiss", "torchmetrics", "optuna"}
-COMMANDS = ["train", "sweep", "prepare", "evaluate", "translate", "experiments", "recipe", "benchmark", "runs"]
+COMMANDS = [
+    "train",
+    "sweep",
+    "prepare",
+    "evaluate",
+    "translate",
+    "experiments",
+    "recipe",
+    "benchmark",
+    "runs",
+    "verify",
+]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from ddpm_core import checkpoint, encoders, full_size, images, marks, storage
+from ddpm_core import checkpoint, encoders, full_size, images, keyed_mark, marks, storage
 from ddpm_core import config as configs
 from ddpm_core.config import DiffusionConfig, SamplingConfig
 from ddpm_core.errors import InputError
@@ -825,7 +825,7 @@ def photos(folder: Path) -> Path:
 
 def test_results_have_their_photos_size(tmp_path: Path, checkpoint_folder: str) -> None:
     source, out = photos(tmp_path / "in"), tmp_path / "out"
-    assert translate.main(command(checkpoint_folder, source, out)) == cli.DONE
+    assert translate.main(command(checkpoint_folder, source, out, "--mark-key", "none")) == cli.DONE
     sizes = {"wide": (120, 80), "tall": (80, 120), "square": (16, 16)}
     made = Translator(checkpoint.load(checkpoint_folder)).at_own_size(
         [Image.open(source / name) for name in ("wide.png", "tall.jpg", "square.png")], "night"
@@ -840,6 +840,31 @@ def test_results_have_their_photos_size(tmp_path: Path, checkpoint_folder: str) 
     with Image.open(out / "preview.png") as preview:
         assert max(preview.size) < 1000
     assert "--output-size own" in refused(command(checkpoint_folder, source, out, "--output-size", "model"))
+    assert "--mark-key" in refused(command(checkpoint_folder, source, out))
+
+
+def test_results_are_marked_with_the_operators_key_or_not_at_all(tmp_path: Path, checkpoint_folder: str) -> None:
+    source, key = photos(tmp_path / "in"), tmp_path / "key"
+    key.write_bytes(b"0123456789abcdef")
+    for name, mark_key in {"none": "none", "public": None, "secret": str(key)}.items():
+        more = ["--mark-key", mark_key] if mark_key else []
+        assert translate.main(command(checkpoint_folder, source, tmp_path / name, *more)) == cli.DONE
+    keys = {"public": keyed_mark.PUBLIC, "secret": key.read_bytes()}
+    for name, secret in keys.items():
+        for photo in ("wide", "tall", "square"):
+            bare = np.asarray(Image.open(tmp_path / "none" / f"{photo}.png"))
+            with Image.open(tmp_path / name / f"{photo}.png") as made:
+                assert np.array_equal(np.asarray(made), keyed_mark.embed(bare, secret))
+                told = json.loads(made.info["ddpm-translate"])
+            assert told.get("mark") == (None if photo == "square" else keyed_mark.name_of(secret))
+            assert "mark_key" not in told
+        assert json.loads((tmp_path / name / "run.json").read_text())["options"]["mark_key"] == keyed_mark.name_of(
+            secret
+        )
+        assert all(b"0123456789abcdef" not in path.read_bytes() for path in (tmp_path / name).iterdir())
+    assert "--mark-key" in refused(command(checkpoint_folder, source, tmp_path / "public", "--mark-key", str(key)))
+    assert "no such file" in refused(command(checkpoint_folder, source, tmp_path / "new", "--mark-key", "gone"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_squares_are_what_they_were(tmp_path: Path, checkpoint_folder: str) -> None:

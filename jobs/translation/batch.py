@@ -53,15 +53,17 @@ class Translate:
         guides: Mapping[str, Any] = MappingProxyType({}),
         record: Mapping[str, Any] = MappingProxyType({}),
         output_format: OutputFormat = "png",
+        mark_key: bytes = b"",
     ) -> None:
         """`sampling`, `guides`: fields of SamplingConfig and of Guides. `output`: where results go, None to keep them
-        in `result`. `record`: what is told within each file of how it was made, beside checkpoint and licence."""
+        in `result`. `record`: what is told within each file of how it was made, beside checkpoint and licence.
+        `mark_key`: of the invisible mark, b"" for none."""
         torch.set_num_threads(num_threads)
         loaded = checkpoint.load(checkpoint_uri, ema=ema)
         self.translator = opening.translator(loaded, GuidanceNets(**guides))
         self.sampling, self.output = sampling, output
         record = {"checkpoint": loaded.fingerprint, "licence": loaded.config.data.licence, **record}
-        self.encode = functools.partial(marks.finish, record=record, kind=output_format)
+        self.encode = functools.partial(marks.finish, record=record, kind=output_format, key=mark_key)
 
     def __call__(self, batch: Batch) -> Batch:
         results, errors = np.zeros_like(batch["image"]), batch["error"].astype(object)

@@ -97,6 +97,7 @@ def translate(job: TranslationJob, manifest: Manifest, todo: list[dict[str, Any]
         guides=configs.to_dict(job.guides),
         output=args.output,
         record=record(job),
+        mark_key=job.mark_key,
     )
     try:
         with Progress(total=len(todo), unit="image", description="translate") as progress:
@@ -114,7 +115,7 @@ def translate(job: TranslationJob, manifest: Manifest, todo: list[dict[str, Any]
 
 def record(job: TranslationJob) -> dict[str, Any]:
     """What each file says of how it was made, which does not hang on where things lie."""
-    made_with = {name: value for name, value in job.options.items() if name != "input"}
+    made_with = {name: value for name, value in job.options.items() if name not in ("input", "mark_key")}
     return {**made_with, "licence": job.loaded.config.data.licence}
 
 

@@ -71,6 +71,9 @@ class TranslateArgs:
     num_workers: int | None = None
     """Copies of the network; by default one for each GPU, or for each CPU where there is none. 0: this process alone,
     without Ray."""
+    mark_key: str = "public"
+    """Of the invisible mark in each result of 64 pixels and more: none, public (a key that everybody has), or a file
+    that holds a secret one (openssl rand -hex 32)."""
     set_aside_ok: bool = False
     """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
     split: str = "test"

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from ddpm_core import config as configs
-from ddpm_core import faces, images, storage
+from ddpm_core import faces, images, keyed_mark, storage
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
@@ -33,6 +33,8 @@ class TranslationJob:
     """Landmarks that faces are aligned to; () where images are taken as they are."""
     sources: Sources
     """The images; of a data set, `num_others` are the rows that are on the wanted side already."""
+    mark_key: bytes = dataclasses.field(default=b"", repr=False)
+    """Of the results' invisible mark; b"" for none."""
 
 
 def plan_translation(args: TranslateArgs) -> TranslationJob:
@@ -58,6 +60,9 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         "seed": args.seed,
         **opened.options,
     }
+    mark_key = keyed_mark.read_key(args.mark_key, flag="--mark-key")
+    if mark_key:
+        options |= {"mark_key": keyed_mark.name_of(mark_key)}
     check_image_name(args.output)
     card = None if storage.is_file(args.input) else find_card(args.input)
     if card is not None and args.framing.align == "faces":
@@ -72,7 +77,7 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         options |= {"split": args.split, "content_hash": card.content_hash}
     else:
         sources = list_sources(args.input)
-    return TranslationJob(args, loaded, sampling, opened.guides, card, options, template, sources)
+    return TranslationJob(args, loaded, sampling, opened.guides, card, options, template, sources, mark_key)
 
 
 def check_image_name(output: str) -> None:

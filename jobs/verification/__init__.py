@@ -1,0 +1,1 @@
+"""What images say of how they were made, read and told."""

@@ -1,0 +1,93 @@
+"""What images say of how they were made, told in lines."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ddpm_core import images, keyed_mark, marks, storage
+from ddpm_core.errors import InputError, printable
+from jobs.common import cli
+from jobs.verification.options import VerifyArgs
+
+
+def run(options: VerifyArgs) -> int:
+    """Tell what each image says; the exit code.
+
+    Raises:
+        InputError: there is no such file, or none that is an image.
+    """
+    key = keyed_mark.read_key(options.mark_key, flag="--mark-key")
+    roots = [storage.absolute(uri, flag="URI") for uri in options.uris]
+    if not roots:
+        raise InputError("no image is named; give files, folders or s3:// prefixes")
+    there = [uri for root in roots for uri in below(root)]
+    counts: Counter[str] = Counter()
+    for uri in there:
+        row = look(uri, key)
+        print(json.dumps(row) if options.json else line(row), flush=True)
+        counts.update([name for name in ("generated", "marked", "error") if row[name]])
+    if not options.json and len(there) > 1:
+        parts = [f"{counts['generated']:,} say that they were generated"]
+        parts += [f"{counts['marked']:,} have the mark"] if key else []
+        print(f"{len(there):,} images: {', '.join(parts)}")
+    if counts["error"]:
+        print(f"{counts['error']:,} of {len(there):,} images could not be read", file=sys.stderr)
+    return cli.set_aside(counts["error"], ok=False)
+
+
+def below(uri: str) -> Iterator[str]:
+    """The images at or below `uri`.
+
+    Raises:
+        InputError: there are none.
+    """
+    if storage.is_file(uri):
+        yield uri
+        return
+    found = [name for name in storage.list_files(uri) if "." + name.rpartition(".")[2].lower() in images.SUFFIXES]
+    if not found:
+        raise InputError(f"{uri}: no image there; give a file, or a folder or s3:// prefix that holds some")
+    yield from (storage.join(uri, name) for name in sorted(found))
+
+
+def look(uri: str, key: bytes) -> dict[str, Any]:
+    """What one image says: `generated`, `record`, `marked` and `score` (None where no mark was looked for), or the
+    `error` that kept it from being read.
+
+    Raises:
+        InputError: the storage itself is gone.
+    """
+    row: dict[str, Any] = {"uri": uri, "generated": False, "record": {}, "marked": None, "score": None, "error": ""}
+    try:
+        data = storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
+        pixels = np.asarray(images.decode(data, name=uri))
+    except FileNotFoundError:
+        return row | {"error": f"{uri}: it is gone"}
+    except InputError as error:
+        storage.exists(uri)  # raises where the server is unreachable or refuses everything
+        return row | {"error": str(error)}
+    told = marks.read(data)
+    row |= {"generated": told.generated, "record": told.record}
+    if key:
+        score = keyed_mark.score(pixels, key)
+        row |= {"marked": score >= keyed_mark.NEEDED, "score": round(score, 2), "needed": round(keyed_mark.NEEDED, 2)}
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    if row["error"]:
+        return printable(row["error"])
+    parts = ["says that it was generated" if row["generated"] else "says nothing of having been generated"]
+    if row["marked"] is not None:
+        found = "the mark is there" if row["marked"] else "no mark of this key"
+        parts.append(f"{found} (score {row['score']:.1f}, {row['needed']:.1f} needed)")
+    record = row["record"]
+    if record:
+        told = {name: record[name] for name in ("domain", "seed", "checkpoint", "licence", "mark") if name in record}
+        parts.append(", ".join(f"{name} {value}" for name, value in told.items()))
+    return printable(f"{row['uri']}: {'; '.join(parts)}")
