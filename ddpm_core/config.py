@@ -28,6 +28,9 @@ MAX_SEED = 2**31 - 1
 MAX_DOMAINS, MAX_VALUES, MAX_BLOCKS = 10_000, 10_000, 256
 """Most domains of a data set, values of any list, and blocks of all generators of a GAN together."""
 
+MAX_WEIGHT = 1_000_000
+"""Most that a loss, or a bound of it, weighs: far above what trains, and far below what float32 cannot hold."""
+
 MAX_SCALE = 100
 """Most guidance, and most eta: far above what makes an image, and far below what makes no number of it."""
 
@@ -320,16 +323,17 @@ def check(config: ModelConfig) -> None:
             "unet.condition-tokens": (unet.condition_tokens, 8192),
             "unet.patch-size": (unet.patch_size, 256),
             "unet.anchor-channels": (unet.anchor_channels, 8192),
-            "unet.anchor-radius": (unet.anchor_radius, math.inf),
+            "unet.anchor-radius": (unet.anchor_radius, 100),
+            **{f"unet.attn-resolutions[{i}]": (side, 8192) for i, side in enumerate(unet.attn_resolutions)},
             **{f"unet.channel-mult[{i}]": (mult, 128) for i, mult in enumerate(unet.channel_mult)},
             "diffusion.num-timesteps": (diffusion.num_timesteps, 1_000_000),
-            "diffusion.huber-delta": (diffusion.huber_delta, math.inf),
-            "diffusion.max-snr": (diffusion.max_snr, math.inf),
+            "diffusion.huber-delta": (diffusion.huber_delta, MAX_WEIGHT),
+            "diffusion.max-snr": (diffusion.max_snr, MAX_WEIGHT),
             "gan.channels": (gan.channels, 8192),
             "gan.num-levels": (gan.num_levels, 12),
             "gan.num-res-blocks": (gan.num_res_blocks, 256),
             "gan.num-discriminator-levels": (gan.num_discriminator_levels, 12),
-            "encoder.scale": (config.encoder.scale, math.inf),
+            "encoder.scale": (config.encoder.scale, 1000),
         }
     )
     _check_unet(unet)
@@ -356,8 +360,8 @@ def check(config: ModelConfig) -> None:
         "gan.cycle-weight": gan.cycle_weight,
         "gan.identity-weight": gan.identity_weight,
     }.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"{name} is {value}; it must be 0 or more")
+        if not 0 <= value <= MAX_WEIGHT:
+            raise InputError(f"{name} is {value}; it must lie between 0 and {MAX_WEIGHT:,}")
     if config.method == "diffusion":
         _check_last_step(diffusion)
         if unet.source_mask and diffusion.prediction != "x_0":

@@ -73,18 +73,20 @@ def check(config: EncoderConfig) -> None:
         InputError: naming the field, its value and what would be right.
     """
     if not config.widths:
-        raise InputError("widths is empty; give each stage's channels, such as 24 48 96 192")
+        raise InputError("encoder.widths is empty; give each stage's channels, such as 24 48 96 192")
     configs.check_positive(
         {
-            "image_size": (config.image_size, 8192),
-            "embedding_channels": (config.embedding_channels, 65_536),
-            "stages of widths": (len(config.widths), 12),
-            **{f"widths[{stage}]": (width, 65_536) for stage, width in enumerate(config.widths)},
+            "encoder.image-size": (config.image_size, 8192),
+            "encoder.embedding-channels": (config.embedding_channels, 65_536),
+            "stages of encoder.widths": (len(config.widths), 12),
+            **{f"encoder.widths[{stage}]": (width, 65_536) for stage, width in enumerate(config.widths)},
             "diffusion.num_timesteps": (config.diffusion.num_timesteps, 1_000_000),
         }
     )
     if len(config.crop_box) != 4 or not _is_box(*config.crop_box):
-        raise InputError(f"crop_box is {list(config.crop_box)}; give x0 y0 x1 y1 in [0, 1] with x0 < x1 and y0 < y1")
+        raise InputError(
+            f"encoder.crop-box is {list(config.crop_box)}; give x0 y0 x1 y1 in [0, 1] with x0 < x1 and y0 < y1"
+        )
     if config.kind == "identity" and (config.attributes or config.noise_aware):
         raise InputError("attributes and noise_aware have no effect on an identity encoder; they are a classifier's")
     if config.kind == "attributes" and not config.attributes:

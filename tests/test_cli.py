@@ -156,7 +156,7 @@ def test_what_was_meant_is_told_in_one_line(line: str, message: str) -> None:
 )
 def test_whole_numbers_that_nothing_takes_are_refused_by_their_flag(line: str, flag: str) -> None:
     name, *words = line.replace("--num-epochs", "--epochs").split()
-    with pytest.raises(InputError, match=rf"^{flag} is -?\d+; it must (lie between|be at most) "):
+    with pytest.raises(InputError, match=rf"^{flag} is -?\d+; it must (lie between|be at least) "):
         importlib.import_module(f"jobs.{name}").main(words)
 
 

@@ -576,9 +576,9 @@ def test_the_command_reports_what_failed_and_goes_on_when_it_is_mended(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--seeds 0", "--seeds is 0; it must be at least 1"),
+        ("--seeds 0", "--seeds is 0; it must lie between 1 and 1,000"),
         ("--size cpu --commands-per-gpu 2", "--commands-per-gpu has no effect with --size cpu; leave it out"),
-        ("--local-processes -1", "--local-processes is -1; it must be at least 0"),
+        ("--local-processes -1", "--local-processes is -1; it must lie between 0 and 4,096"),
         ("--size gpu --local-processes 2", "--local-processes run without GPUs; leave it out with --size gpu"),
         ("--snapshots http://x/y", "--snapshots http://x/y: scheme http:// is not supported"),
     ],

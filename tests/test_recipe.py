@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from ddpm_core import checkpoint
+from ddpm_core import config as configs
 from ddpm_core.errors import InputError
 from jobs import recipe as command
+from jobs import train
 from jobs.suite import recipe
 
 TINY = recipe.Size(
@@ -19,6 +21,7 @@ TINY = recipe.Size(
     student_steps=2,
     batch_size=8,
     num_workers=0,
+    stride=2,
     options=("--unet.model-channels", "32", "--unet.channel-mult", "1", "--sampling.num-steps", "4"),
 )
 
@@ -102,3 +105,20 @@ def test_steps_come_to_epochs_of_what_there_is(folders: Path, tmp_path: Path, mo
     assert int(given["--global-batch-size"]) == min(32, rows)
     assert int(given["--epochs"]) * rows == pytest.approx(1600 * 32, rel=0.01)
     assert 9 <= int(given["--epochs"]) / int(given["--validate-every-epochs"]) <= 11
+
+
+@pytest.mark.parametrize(("preset", "side", "near"), [("cpu", "36", "32 or 40"), ("gpu", "40", "32 or 48")])
+def test_a_side_that_the_networks_cannot_halve_is_refused_before_anything_is_written(
+    preset: str, side: str, near: str, folders: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"--image-size is {side}; .* such as {near}"):
+        run(folders, tmp_path / "out", "--preset", preset, "--image-size", side)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", recipe.SIZES)
+@pytest.mark.parametrize("preset", ["prior", "student"])
+def test_the_stride_is_the_networks(name: str, preset: str) -> None:
+    size = recipe.SIZES[name]
+    args = train.parse(["--data", "d", "--output", "o", "--preset", preset, *size.options])
+    assert configs.stride(args.options.unet) == size.stride

@@ -268,7 +268,7 @@ def test_a_checkpoint_alone_can_be_tuned_and_more_points_are_only_more_points(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--num-trials", "0"], "--num-trials is 0; it must be at least 1"),
+        (["--num-trials", "0"], "--num-trials is 0; it must lie between 1 and 100,000"),
         (["--reduction-factor", "1"], "--reduction-factor is 1"),
         (["--grace-epochs", "5"], "--grace-epochs 5 is more than the 2 epochs"),
         (["--space", "optim.learning_rate=0.1:-1"], "low before high"),
@@ -289,7 +289,7 @@ def test_a_checkpoint_alone_can_be_tuned_and_more_points_are_only_more_points(
         (["--domain", "dusk"], "unknown domain 'dusk'"),
         (["--prefer", "fid=2"], "--prefer fid=2"),
         (["--prefer", "kid=much"], "write kid=WEIGHT"),
-        (["--num-workers", "-1"], "--num-workers is -1; it must be at least 0"),
+        (["--num-workers", "-1"], "--num-workers is -1; it must lie between 0 and 4,096"),
         (["--identity-net", "/nowhere/net.pt"], "--identity-net"),
         (["--checkpoint", "/nowhere"], "/nowhere"),
         (["--checkpoint", "CHECKPOINT", "--num-trials", "3"], "nothing is trained then"),

@@ -53,7 +53,6 @@ class Options:
 
 def run(options: Options) -> int:
     """Measure; write full-size.json; print tables."""
-    cli.check_least({"--num-scenes": (options.num_scenes, 1)})
     if not 1 <= options.megapixels <= images.MAX_PIXELS / 1e6:
         raise InputError(
             f"--megapixels is {options.megapixels:g}; it must lie between 1 and {images.MAX_PIXELS / 1e6:g}"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from ddpm_core.errors import InputError, printable
-from jobs.common import cluster, stopping
+from jobs.common import cluster, numbers, stopping
 
 DONE, FAILED, WRONG_INPUT, SET_ASIDE = 0, 1, 2, 3
 """Exit codes: done; anything else; the user's input is wrong; batch work done but rows were set aside. A signal gives
@@ -63,7 +63,7 @@ def parse(
             raise
     else:
         if dataclasses.is_dataclass(options):
-            check_numbers(options)
+            numbers.check(options)
         return options
 
     def known() -> list[str]:
@@ -158,37 +158,6 @@ def _argument(told: str) -> str:
     """An argument out of its line of --help: its flag, or what stands there of one without."""
     flag = re.match(r"--[a-z][\w.-]*\w", told)
     return flag[0] if flag else f"an argument ({re.sub(r'^[A-Z]+ ', '', told).rstrip('.')})"
-
-
-def check_numbers(options: Any, prefix: str = "--") -> None:
-    """Refuse whole numbers that no generator, tensor or table takes.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    from ddpm_core import config as configs
-
-    for field in dataclasses.fields(options):
-        value, name = getattr(options, field.name), field.name.replace("_", "-")
-        hidden = any(getattr(each, "name", None) == "" for each in getattr(field.type, "__metadata__", ()))
-        if dataclasses.is_dataclass(value):
-            check_numbers(value, prefix if hidden else f"{prefix}{name}.")
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and (name == "seed" or name.endswith("-seed")):
-                configs.check_seed(number, flag=prefix + name)
-            elif isinstance(number, int) and abs(number) > configs.MAX_SEED:
-                raise InputError(f"{prefix}{name} is {number}; it must be at most {configs.MAX_SEED}")
-
-
-def check_least(flags: dict[str, tuple[int | None, int]]) -> None:
-    """Refuse numbers below their least by the flag's name; None is no number.
-
-    Raises:
-        InputError: naming the flag, its value and the least.
-    """
-    for flag, (value, least) in flags.items():
-        if value is not None and value < least:
-            raise InputError(f"{flag} is {value}; it must be at least {least}")
 
 
 def set_aside(num: int, *, ok: bool) -> int:

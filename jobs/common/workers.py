@@ -38,6 +38,8 @@ MAX_HERE = 4
 """Workers that share this process, at most: more of them wait for the interpreter's lock."""
 CPUS_PER_ACTOR = 0.5
 """Logical CPUs of one actor on a cluster without GPUs; what is left lets Ray Data's reading tasks be placed."""
+MOST_PER_CPU = 8
+"""Actors asked for on a CPU, at most: each loads PyTorch and the network, and thousands would never have started."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -133,7 +135,7 @@ def pool(num_batches: int, num_workers: int | None) -> Pool:
     """Workers for so many batches: this process for 0; by default a GPU each where the cluster has any, else a CPU.
 
     Raises:
-        InputError: more workers than GPUs.
+        InputError: more workers than GPUs, or far more than CPUs.
     """
     if num_workers == 0:
         import torch
@@ -150,6 +152,10 @@ def pool(num_batches: int, num_workers: int | None) -> Pool:
         if num_workers is not None and num_workers > gpus:
             raise InputError(f"--num-workers {num_workers}: the cluster has {gpus} GPUs, one for each; give fewer")
         return Pool(min(num_workers or gpus, max(num_batches, 1)), 2, {"num_gpus": 1.0, "num_cpus": 1.0})
+    if num_workers is not None and num_workers > MOST_PER_CPU * cpus:
+        raise InputError(
+            f"--num-workers {num_workers}: the cluster has {cpus} CPUs; give at most {MOST_PER_CPU * cpus}"
+        )
     # One thread a worker: convolutions this small gain less from a second thread than a second worker gives.
     size = min(num_workers or cpus, max(num_batches, 1))
     return Pool(size, 1, {"num_cpus": min(CPUS_PER_ACTOR, cpus / 2 / size)})

@@ -5,7 +5,7 @@ from typing import Any
 
 from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs.common import cli
+from jobs.common import cli, numbers
 from jobs.datasets import assemble, source
 from jobs.datasets.inspect import inspect
 from jobs.datasets.options import CelebA, Command, Day2Night, Earth, Folders, Inspect, MadePairs, Rendered
@@ -29,6 +29,7 @@ def run(options: Command) -> int:
     """
     if isinstance(options, Inspect):
         return inspect(options)
+    numbers.check(options)
     output = storage.absolute(options.output, flag="--output")
     assemble.check_apart(output, options)
     append = getattr(options, "append", False)

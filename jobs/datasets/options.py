@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ddpm_core.config import MAX_SCALE
+from jobs.common.numbers import ImageSize, NumWorkers, Seed, Share, Within
+
 Encoding = Literal["raw", "png", "jpeg"]
 Scene = Literal["portraits", "landscapes"]
 
@@ -22,7 +25,7 @@ class Output:
     """Replace another data set at --output."""
     set_aside_ok: bool = False
     """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
-    num_workers: int | None = None
+    num_workers: NumWorkers | None = None
     """0: this process alone, without Ray; more: so many tasks at a time on Ray. By itself: this process, and Ray for
     what would take it long."""
 
@@ -33,7 +36,7 @@ class Common(Output):
 
     source: str | None = None
     """Folder or s3://bucket/prefix that holds the images."""
-    image_size: int = 64
+    image_size: ImageSize = 64
     """Side of the square images, in pixels."""
 
 
@@ -52,9 +55,9 @@ class FromFiles(Common):
 class Earth(Common):
     """The Earth by day and by night, from the maps that ship with the project (or others in --source)."""
 
-    stride: int | None = None
+    stride: Annotated[int, Within(1)] | None = None
     """Pixels between training tiles; half a tile unless given. Validation and test tiles never overlap."""
-    min_land: float = 0.25
+    min_land: Share = 0.25
     """Keep tiles with at least this share of land."""
 
 
@@ -69,12 +72,12 @@ class CelebA(FromFiles):
     network is to be shown the image's own structure."""
     identity_encoder: str | None = None
     """Folder or s3:// prefix of an identity encoder: matches are looked for among people who look alike."""
-    match_correlation: float = 0.3
+    match_correlation: Annotated[float, Within(0, 100)] = 0.3
     """Attributes that correlate with the domain's by this much or more (lipstick, beard) say the same as the domain
     and are not compared when matching, or a few images would match nearly everything; above 1 compares all."""
-    limit: int | None = None
+    limit: Annotated[int, Within(1)] | None = None
     """Take this many images only (spread over all of them), for trying."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides between equally good matches."""
 
 
@@ -115,11 +118,11 @@ class Rendered(Common):
 
     scene: Scene = "portraits"
     """What to draw."""
-    count: int = 10_000
+    count: Annotated[int, Within(1, 100_000_000)] = 10_000
     """How many people or places."""
-    seed: int = 0
+    seed: Seed = 0
     """Which people or places."""
-    first: int = 0
+    first: Annotated[int, Within()] = 0
     """Index of the first; more of the same set begin where it ends."""
     pairing: Literal["paired", "unpaired", "self"] = "paired"
     """paired: everyone in both domains. unpaired, self: everyone in one domain only, without a counterpart."""
@@ -135,13 +138,13 @@ class MadePairs(Output):
     """The data set without pairs: a folder or s3:// prefix that holds dataset.json."""
     checkpoint: str
     """What makes the other side, mostly a prior (jobs.train --preset prior): a run or checkpoint, local or s3://."""
-    weights: tuple[float, ...] = (2.5, 3.5, 5.0)
+    weights: tuple[Annotated[float, Within(0, MAX_SCALE)], ...] = (2.5, 3.5, 5.0)
     """Guidance weights to try, the least first; without a classifier only the first is tried."""
     classifier: str | None = None
     """Encoder of --method attributes, or a TorchScript file, that says which side an image is on."""
     identity_encoder: str | None = None
     """Encoder that tells people or places apart: of the weights that turn an image the one is taken that keeps most."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the noise."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_core import config as configs
-from ddpm_core import images, storage
+from ddpm_core import storage
 from ddpm_core.errors import InputError
 from jobs.datasets import decode, duplicates, reading
 from jobs.datasets.format import DatasetCard, IndexRow, Row, find_card, read_card
@@ -47,14 +47,6 @@ class Draft:
     """All that is known before an image is read."""
     make: Callable[[Path], Made]
     """Does the work; the folder is for scratch files that the rows still need while they are iterated."""
-
-
-def check_common(options: Common) -> None:
-    """Raises InputError for a size that no network takes, or fewer workers than none."""
-    if options.num_workers is not None and options.num_workers < 0:
-        raise InputError(f"--num-workers is {options.num_workers}; it must be 0 or more")
-    if not images.MIN_SIDE <= options.image_size <= 1024:
-        raise InputError(f"--image-size is {options.image_size}; it must lie between {images.MIN_SIDE} and 1024")
 
 
 def source_folder(options: Common, what: str) -> str:

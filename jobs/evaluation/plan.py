@@ -9,7 +9,7 @@ from ddpm_core import config as configs
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.nets import Net
-from jobs.common import cli, kinds, resume
+from jobs.common import kinds, numbers, resume
 from jobs.datasets import cache
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.evaluation import worker
@@ -83,15 +83,7 @@ def plan_evaluation(args: EvaluateArgs) -> EvaluationJob:
         output=storage.absolute(args.output, flag="--output"),
     )
     kinds.check_output(args.output, "evaluation", {"--data": args.data})
-    cli.check_least(
-        {
-            "--num-images": (args.num_images, 0),
-            "--num-diverse": (args.num_diverse, 0),
-            "--num-train": (args.num_train, 0),
-            "--batch-size": (args.batch_size, 1),
-            "--num-workers": (args.num_workers, 0),
-        }
-    )
+    numbers.check(args)
     opened = open_checkpoint(args.checkpoint, args.domain, args.sampling, ema=args.ema, guides=args.guides)
     config, domains = opened.loaded.config, opened.domains
     card = read_card(args.data)

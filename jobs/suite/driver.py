@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ddpm_core import storage
 from ddpm_core.errors import InputError
-from jobs.common import cli, kinds
+from jobs.common import cli, kinds, numbers
 from jobs.common.lock import exclusive
 from jobs.common.progress import duration
 from jobs.suite import plan as suite_plan
@@ -61,8 +61,7 @@ def planned(args: Args) -> suite_plan.Plan:
     Raises:
         InputError: an option is wrong, in one line.
     """
-    least = {"--seeds": (args.seeds, 1), "--commands-per-gpu": (args.commands_per_gpu, 1)}
-    cli.check_least({**least, "--local-processes": (args.local_processes, 0)})
+    numbers.check(args)
     if args.commands_per_gpu > 1 and args.size != "gpu":
         raise InputError(f"--commands-per-gpu has no effect with --size {args.size}; leave it out")
     if args.local_processes and args.size == "gpu":

@@ -1,7 +1,9 @@
 """What the commands of the experiments and of the recipe say."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from jobs.common.numbers import ImageSize, NumWorkers, Seed, Within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,7 +16,7 @@ class Args:
     """The plan: what is trained, measured and claimed."""
     size: Literal["smoke", "cpu", "gpu"] = "cpu"
     """smoke: minutes, shows that all parts work; cpu: under two hours on two cores; gpu: a GPU for each command."""
-    seeds: int = 3
+    seeds: Annotated[int, Within(1, 1000)] = 3
     """Trainings of each kind, from different random numbers: intervals count the spread between them."""
     sections: tuple[str, ...] = ()
     """Only these parts, such as injection day2night; by default all that there are data for. The report has them."""
@@ -24,9 +26,9 @@ class Args:
     """A folder or s3:// prefix of your own photographs, for the stress test."""
     judges: str | None = None
     """Encoders that measure, trained before; by default the suite trains its own."""
-    commands_per_gpu: int = 1
+    commands_per_gpu: Annotated[int, Within(1, 64)] = 1
     """Small trainings may share a GPU."""
-    local_processes: int = 0
+    local_processes: NumWorkers = 0
     """Run so many commands at a time on this machine, without Ray; by default Ray spreads them, one on each CPU."""
     dry_run: bool = False
     """List the commands that are missing, as you could type them, and do nothing."""
@@ -42,9 +44,9 @@ class RecipeArgs:
     """Folder or s3:// prefix for everything: it is a --checkpoint of every command from the first network on."""
     preset: Literal["cpu", "gpu"] = "cpu"
     """cpu: 32 px, some 20 minutes on two cores. gpu: 64 px and a larger network; not run yet."""
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     """Side of the square images, in pixels; by default the preset's."""
-    num_workers: int | None = None
+    num_workers: NumWorkers | None = None
     """Processes (cpu) or GPUs (gpu) of each training, by default two and one; 0 trains in one process without Ray."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything random."""

@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from ddpm_core import checkpoint, storage
 from ddpm_core.errors import InputError
-from jobs.common import cli, kinds, resume
+from jobs.common import cli, kinds, numbers, resume
 from jobs.common.lock import exclusive
 from jobs.common.progress import duration
 from jobs.datasets.format import CONTACT_SHEET, DatasetCard, read_card
@@ -44,6 +44,8 @@ class Size:
     student_steps: int
     batch_size: int
     num_workers: int
+    stride: int
+    """Images' sides must be multiples of this, by the levels and the patches of both networks."""
     options: tuple[str, ...] = ()
     """Of both trainings."""
     attended: tuple[int, ...] = ()
@@ -51,7 +53,15 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(image_size=32, prior_steps=1600, side_steps=300, student_steps=1000, batch_size=32, num_workers=2),
+    "cpu": Size(
+        image_size=32,
+        prior_steps=1600,
+        side_steps=300,
+        student_steps=1000,
+        batch_size=32,
+        num_workers=2,
+        stride=8,
+    ),
     "gpu": Size(
         image_size=64,
         prior_steps=20_000,
@@ -59,6 +69,7 @@ SIZES = {
         student_steps=12_000,
         batch_size=128,
         num_workers=1,
+        stride=16,
         options=(
             *("--unet.model-channels", "128", "--unet.channel-mult", "1", "2", "2", "2"),
             *("--unet.num-res-blocks", "2"),
@@ -87,7 +98,8 @@ def run(args: RecipeArgs) -> int:
     Raises:
         InputError: an option is wrong, another recipe is at work in the folder, or a stage has failed.
     """
-    cli.check_least({"--num-workers": (args.num_workers or 0, 0)})
+    numbers.check(args)
+    check_side(args)
     output, source = storage.absolute(args.output, flag="--output"), storage.absolute(args.source, flag="--source")
     kinds.check_output(output, "recipe", {"--source": source})
     todo = stages(args, output, source)
@@ -108,6 +120,21 @@ def run(args: RecipeArgs) -> int:
     print(f"recipe: done in {duration(time.monotonic() - begun)}; --checkpoint {output}")
     print(f"report: {storage.join(output, 'report.html')}")
     return cli.DONE
+
+
+def check_side(args: RecipeArgs) -> None:
+    """Refuse a size of images that the networks cannot halve so often, before the data are prepared in it.
+
+    Raises:
+        InputError: naming those next to it.
+    """
+    side, stride = args.image_size, SIZES[args.preset].stride
+    if side is not None and side % stride:
+        near = [each for each in (side - side % stride, side - side % stride + stride) if each]
+        raise InputError(
+            f"--image-size is {side}; with --preset {args.preset} it must be a multiple of {stride}, such as "
+            f"{' or '.join(map(str, near))}"
+        )
 
 
 def keep(args: RecipeArgs, output: str, source: str) -> None:

@@ -1,7 +1,6 @@
 """What is refused before training starts, and what the options come to on a data set."""
 
 import dataclasses
-import math
 import os
 import sys
 from typing import Any
@@ -12,7 +11,7 @@ from ddpm_core import checkpoint, encoders, gan, storage
 from ddpm_core import config as configs
 from ddpm_core.config import DataCard, ModelConfig
 from ddpm_core.errors import InputError
-from jobs.common import resume
+from jobs.common import numbers, resume
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.training import origin, profiling, run_folder
 from jobs.training.encoders import informed, resolved
@@ -96,20 +95,13 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
         InputError: naming the flag and what would be right.
     """
     options, (_, workers) = args.options, args.workers
-    configs.check_seed(options.seed)
-    positive = {
-        "--epochs": options.epochs,
-        "--global-batch-size": options.global_batch_size,
-        "--accumulate": options.accumulate,
-        "--cpus-per-worker": args.cpus_per_worker,
-        "--validate-every-epochs": options.validate_every_epochs,
-        "--max-val-images": options.max_val_images,
-        "--max-train-images": 1 if options.max_train_images is None else options.max_train_images,
+    numbers.check(args)
+    for flag, value in {
         "--optim.learning-rate": options.optim.learning_rate,
         "--optim.grad-clip": options.optim.grad_clip,
-    }
-    for flag, value in positive.items():
-        if not 0 < value < math.inf:
+        "--checkpoint-every-minutes": args.checkpoint_every_minutes,
+    }.items():
+        if not value > 0:
             raise InputError(f"{flag} is {value}; it must be positive")
     lengths = options.optim.ema_sigma_rels
     if not lengths or len({checkpoint.ema_file(each) for each in lengths}) < len(lengths):
@@ -117,20 +109,8 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
     if not all(0 < each < 0.28 for each in lengths):
         raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; each must lie between 0 and 0.28")
     check_batch(card, args)
-    for flag, number in {
-        "--keep-every-epochs": args.keep_every_epochs,
-        "--max-failures": args.max_failures,
-        "--wait-for-nodes-s": args.wait_for_nodes_s,
-        "--optim.warmup-steps": options.optim.warmup_steps,
-    }.items():
-        if number < 0:
-            raise InputError(f"{flag} is {number}; it must be 0 or more")
-    if not args.checkpoint_every_minutes > 0:
-        raise InputError(f"--checkpoint-every-minutes is {args.checkpoint_every_minutes}; it must be positive")
     if len(config.domains) < 2 and config.method not in configs.ENCODERS:
         raise InputError(f"{args.data} has one domain, {config.domains[0]!r}; translation needs two")
-    if not 0 <= options.optim.weight_decay < math.inf:
-        raise InputError(f"--optim.weight-decay is {options.optim.weight_decay}; it must be 0 or more")
     if workers < 2 and args.parallel == "fsdp" and options.method == "diffusion":
         raise InputError(f"--parallel fsdp shares a network among workers; --num-workers {args.num_workers} has no two")
     check_method(card, args)
@@ -314,8 +294,6 @@ def check_added_losses(options: TrainOptions) -> None:
     """
     weights = {"--identity-weight": options.identity_weight, "--perceptual-weight": options.perceptual_weight}
     for flag, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise InputError(f"{flag} is {weight}; it must be 0 or more")
         if weight and options.identity_encoder is None:
             raise InputError(f"{flag} needs an encoder to compare images by; give --identity-encoder URI")
     if options.identity_encoder is not None:

@@ -83,7 +83,10 @@ def open_checkpoint(
     Raises:
         InputError: no usable checkpoint, or it cannot do what is wanted, in one line.
     """
-    loaded = checkpoint.load(uri, ema=ema)
+    try:
+        loaded = checkpoint.load(uri, ema=ema)
+    except InputError as error:
+        raise InputError(f"--ema: {error}" if "EMA length" in str(error) else str(error)) from None
     guides, led = open_guidance_nets(guides)
     ready = translator(loaded, guides, device="cpu")
     domains = (domain,) if domain else loaded.config.target_domains or loaded.config.domains

@@ -8,6 +8,7 @@ import tyro
 
 from ddpm_core import config as configs
 from ddpm_core.config import Framing, SamplingConfig
+from jobs.common.numbers import BatchSize, NumWorkers, Seed, Share, Within
 
 T = TypeVar("T")
 
@@ -38,11 +39,11 @@ class GuidanceNets:
     classifier_guidance: str | None = None
     """A run or checkpoint of an attribute classifier trained with --encoder.noise-aware on the network's chain: leads
     towards what it takes for the wanted domain."""
-    classifier_scale: float = 1.0
+    classifier_scale: Annotated[float, Within(0, 1000)] = 1.0
     """Its weight."""
     identity_guidance: str | None = None
     """A run or checkpoint of an identity encoder: leads towards what it takes for the person or place of the source."""
-    identity_scale: float = 1.0
+    identity_scale: Annotated[float, Within(0, 1000)] = 1.0
     """Its weight."""
 
 
@@ -62,13 +63,13 @@ class TranslateArgs:
     sampling: Annotated[SamplingOverrides, tyro.conf.arg(name="")] = SamplingOverrides()
     guides: Annotated[GuidanceNets, tyro.conf.arg(name="")] = GuidanceNets()
     framing: Annotated[Framing, tyro.conf.arg(name="")] = Framing()
-    ema: float | None = None
+    ema: Share | None = None
     """Weights averaged over this share of the training; those that validated best by default."""
-    seed: int = 0
+    seed: Seed = 0
     """Another seed gives another result for each image."""
-    batch_size: int = 16
+    batch_size: BatchSize = 16
     """Images the network sees at once; memory and speed, not results."""
-    num_workers: int | None = None
+    num_workers: NumWorkers | None = None
     """Copies of the network; by default one for each GPU, or for each CPU where there is none. 0: this process alone,
     without Ray."""
     mark_key: str = "public"

@@ -9,7 +9,7 @@ from ddpm_core import faces, images, keyed_mark, storage
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
-from jobs.common import cli, kinds
+from jobs.common import kinds, numbers
 from jobs.datasets.format import DatasetCard, find_card
 from jobs.translation.listing import Sources, check_dataset, list_sources, output_names, split_rows
 from jobs.translation.manifest import Manifest
@@ -49,8 +49,7 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         input=storage.absolute(args.input, flag="--input"),
         output=storage.absolute(args.output, flag="--output"),
     )
-    configs.check_seed(args.seed)
-    cli.check_least({"--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 0)})
+    numbers.check(args)
     kinds.check_output(args.output, "translation", {"--input": args.input})
     opened = open_checkpoint(args.checkpoint, args.domain, args.sampling, ema=args.ema, guides=args.guides)
     loaded, sampling = opened.loaded, opened.sampling

@@ -13,7 +13,7 @@ from ddpm_core import config as configs
 from ddpm_core.config import ModelConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import check_sampling
-from jobs.common import cli, kinds, resume
+from jobs.common import kinds, numbers, resume
 from jobs.datasets.format import DatasetCard, read_card
 from jobs.evaluation import plan
 from jobs.evaluation.worker import Judges
@@ -91,20 +91,7 @@ def plan_sweep(args: SweepArgs) -> SweepJob:
         checkpoint=None if args.checkpoint is None else storage.absolute(args.checkpoint, flag="--checkpoint"),
     )
     kinds.check_output(args.output, "sweep", {"--data": args.data})
-    cli.check_least(
-        {
-            "--num-trials": (args.num_trials, 1),
-            "--num-points": (args.num_points, 0),
-            "--num-workers": (args.num_workers, 0),
-            "--num-images": (args.num_images, 2),
-            "--max-concurrent": (args.max_concurrent, 1),
-            "--grace-epochs": (args.grace_epochs, 1),
-            "--reduction-factor": (args.reduction_factor, 2),
-            "--max-failures": (args.max_failures, 0),
-            "--cpus-per-worker": (args.cpus_per_worker, 1),
-            "--batch-size": (args.batch_size, 1),
-        }
-    )
+    numbers.check(args)
     options = checks.with_absolute_uris(args.options)
     card = read_card(args.data)
     training, given_sampling = spaces.parse(args.space)

@@ -36,7 +36,6 @@ from jobs.datasets.options import CelebA
 from jobs.datasets.source import (
     Draft,
     Made,
-    check_common,
     fingerprint,
     name_hash,
     prepared_by,
@@ -85,9 +84,6 @@ class Face:
 
 def draft(options: CelebA) -> Draft:
     """Raises InputError where files, columns, the attribute or the images are missing or do not fit."""
-    check_common(options)
-    if options.limit is not None and options.limit < 1:
-        raise InputError(f"--limit is {options.limit}; it must be 1 or more")
     _check_matching(options)
     source, sizes, unread = _files(options)
     encoder = _encoder(options)

@@ -19,7 +19,6 @@ from jobs.datasets.options import Day2Night
 from jobs.datasets.source import (
     Draft,
     Made,
-    check_common,
     fingerprint,
     prepared_by,
     rows_there,
@@ -34,7 +33,6 @@ DOMAINS = ("day", "night")
 
 def draft(options: Day2Night) -> Draft:
     """Raises InputError where neither layout is found, or images or counterparts are missing."""
-    check_common(options)
     source = source_folder(options, "pix2pix's folder of side-by-side images, or one with day/ and night/")
     listing = list_images(source)
     there = layout.domains_in(source, listing)

@@ -40,7 +40,6 @@ MIN_CONTRAST = 4.0
 
 def draft(options: Earth) -> source.Draft:
     """Raises InputError where the maps are missing or the sizes do not fit."""
-    source.check_common(options)
     if options.image_size > BLOCK:
         raise InputError(f"--image-size is {options.image_size}; earth's tiles may be at most {BLOCK} pixels")
     if options.stride is not None and not 1 <= options.stride <= BLOCK:

@@ -31,7 +31,6 @@ from jobs.datasets.options import Folders, FromFiles
 from jobs.datasets.source import (
     Draft,
     Made,
-    check_common,
     fingerprint,
     prepared_by,
     require_folder,
@@ -49,7 +48,6 @@ MAX_LIST_BYTES = 100_000_000
 
 def draft(options: Folders) -> Draft:
     """Raises InputError where folders, images or counterparts are missing."""
-    check_common(options)
     if options.domain:
         if options.source:
             raise InputError("--source and --domain are both given; give one of them")

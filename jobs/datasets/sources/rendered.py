@@ -64,7 +64,6 @@ def draft(options: Rendered) -> source.Draft:
 
 
 def check(options: Rendered) -> None:
-    source.check_common(options)
     if options.source is not None:
         raise InputError("--source is given, and rendered draws its images itself; leave --source out")
     if not MIN_SIZE <= options.image_size <= MAX_SIZE:
