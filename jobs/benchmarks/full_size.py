@@ -13,7 +13,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ddpm_core import checkpoint, faces, full_size, images, provenance, storage
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 from jobs.common import cli
+from jobs.common.numbers import Within
 from jobs.datasets.options import Scene
 from jobs.datasets.sources import rendered
 from jobs.evaluation import metrics
@@ -43,7 +44,7 @@ class Options:
     """Folder or s3:// prefix for full-size.json."""
     checkpoint: str | None = None
     """A run or checkpoint of drawn landscapes or portraits, to be measured beside the perfect network."""
-    num_scenes: int = 50
+    num_scenes: Annotated[int, Within(1)] = 50
     """Scenes of each kind."""
     seed: int = 1
     """Of the scenes; that of the checkpoint's data is 0 by default."""

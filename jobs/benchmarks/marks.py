@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -19,6 +19,7 @@ from PIL import Image
 
 from ddpm_core import keyed_mark, provenance, storage
 from jobs.common import cli, intervals, workers
+from jobs.common.numbers import NumWorkers, Seed, Within
 from jobs.common.progress import Progress
 from jobs.datasets.options import Scene
 from jobs.datasets.sources import rendered
@@ -35,13 +36,13 @@ class Options:
 
     output: str = "runs/benchmark/marks"
     """Folder or s3:// prefix for marks.json."""
-    num_images: int = 200
+    num_images: Annotated[int, Within(1)] = 200
     """Marked images of each size."""
-    num_unmarked: int = 10_000
+    num_unmarked: Annotated[int, Within(1)] = 10_000
     """Images without a mark, of 64 pixels."""
-    seed: int = 1
+    seed: Seed = 1
     """Of the scenes and the crops."""
-    num_workers: int = 0
+    num_workers: NumWorkers = 0
     """Processes on Ray; 0: this one."""
 
 
@@ -158,13 +159,6 @@ def through(work: Callable[..., list[Any]], items: list[Any], what: str, options
 
 def run(options: Options) -> int:
     """Measure; write marks.json; print tables."""
-    cli.check_least(
-        {
-            "--num-images": (options.num_images, 1),
-            "--num-unmarked": (options.num_unmarked, 1),
-            "--num-workers": (options.num_workers, 0),
-        }
-    )
     output = storage.absolute(options.output, flag="--output")
     storage.check_writable(output)
     result: dict[str, Any] = {"options": dataclasses.asdict(options), "environment": provenance.environment()}
