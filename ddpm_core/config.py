@@ -53,6 +53,7 @@ PARTIAL: tuple[Start, ...] = ("sdedit", "residual", "flowedit")
 Precision = Literal["auto", "fp32", "bf16"]
 Pairing = Literal["paired", "matched", "unpaired", "self", "none", "synthetic"]
 Align = Literal["auto", "faces", "none"]
+Faces = Literal["largest", "all"]
 OutputSize = Literal["own", "model"]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -163,6 +164,8 @@ class Framing:
     """faces: photos are turned and cut so that the largest face lies where the training images have theirs; those
     without a face are refused. auto: faces, where the checkpoint was trained on aligned portraits. none: photos are
     taken as they are."""
+    faces: Faces = "largest"
+    """Where photos are aligned: the largest face of each is translated, or all that are found."""
     output_size: OutputSize = "own"
     """own: results of the photo's own size and shape. The network sees the whole photo, or its face, at the network's
     size; what it changes is carried over to the photo, whose detail stays. model: squares of the network's size, of

@@ -14,8 +14,9 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm_core import images
-from ddpm_core.config import Align
+from ddpm_core.config import Align, Faces, Framing
 from ddpm_core.errors import InputError
 
 CELEBA = (0.3901, 0.5143, 0.6126, 0.5140, 0.4983, 0.6497, 0.3978, 0.7508, 0.6003, 0.7490)
@@ -98,6 +99,20 @@ def template_for(landmarks: Sequence[float], align: Align) -> tuple[float, ...]:
         )
     check_installed()
     return tuple(landmarks)
+
+
+def template_of(landmarks: Sequence[float], framing: Framing) -> tuple[float, ...]:
+    """As `template_for`, of all that is asked of a photo.
+
+    Raises:
+        InputError: as `template_for`, or all faces are asked for where none is looked for or one result is to come.
+    """
+    template = template_for(landmarks, framing.align)
+    if framing.faces == "all" and not template:
+        raise InputError("faces is all, and photos are taken as they are, no faces are looked for; leave faces out")
+    if framing.faces == "all" and framing.output_size == "model":
+        raise InputError("faces is all, and a result of the model's size holds one; leave faces or output size out")
+    return template
 
 
 def find(photo: Image.Image) -> list[Face]:
@@ -401,23 +416,31 @@ class Portrait:
     photo_size: tuple[int, int]
     """Width and height of the photo."""
     num_faces: int
-    """Faces of the photo; this is the largest."""
+    """Faces of the photo."""
     zoom: float
     """Pixels of it for one of the photo, along a side."""
     outside: float = 0.0
     """Share of it that lies outside of the photo."""
+    which: Faces = "largest"
+    """Of several faces, those that are taken."""
     decoded: tuple[str, ...] = ()
     """Notes of `images.decode`."""
 
     @property
-    def note(self) -> str:
+    def notes(self) -> tuple[str, ...]:
         """What the photo's owner should know; mostly nothing."""
+        several = {"largest": "the largest of several faces was taken", "all": "all of its faces were taken"}
         notes = {
-            f"the largest of several faces was taken ({self.num_faces})": self.num_faces > 1,
+            f"{several[self.which]} ({self.num_faces})": self.num_faces > 1,
             f"much of the crop lies outside of the photo ({self.outside:.0%})": self.outside > MUCH_OUTSIDE,
             f"the face is small and was enlarged ({self.zoom:.1f} times)": self.zoom > SMALL,
         }
-        return "; ".join([*self.decoded, *(note for note, holds in notes.items() if holds)])
+        return (*self.decoded, *(note for note, holds in notes.items() if holds))
+
+    @property
+    def note(self) -> str:
+        """The notes in one line."""
+        return "; ".join(self.notes)
 
 
 def read_portrait(data: bytes, size: int, template: Sequence[float], *, name: str = "image") -> Portrait:
@@ -430,35 +453,66 @@ def read_portrait(data: bytes, size: int, template: Sequence[float], *, name: st
         NoFaceError: there is no face.
     """
     photo = images.decode(data, name=name)
+    return portraits(photo, size, template, square=lambda: images.read_square(data, size, name=name), name=name)[0]
+
+
+def portraits(
+    photo: Image.Image,
+    size: int,
+    template: Sequence[float],
+    *,
+    square: Callable[[], UInt8[np.ndarray, "size size 3"]],
+    which: Faces = "largest",
+    name: str = "image",
+) -> list[Portrait]:
+    """The faces of a photo, as `images.decode` returns it, each brought to the template; the largest first.
+
+    `square`: gives the photo's largest centred square as training read it, for a face that is aligned already.
+
+    Raises:
+        InputError: the weights are not installed.
+        NoFaceError: there is no face.
+    """
     found = find(photo)
     if not found:
         raise NoFaceError(
             f"{name}: no face was found; turn the photo upright, crop it closer to one face, or take align none"
         )
-    points = found[0].points
+    taken = found[:1] if which == "largest" else found
+    common: Any = {
+        "photo_size": photo.size,
+        "num_faces": len(found),
+        "which": which,
+        "decoded": photo.info.get("notes", ()),
+    }
+    return [_portrait(photo, face.points, size, template, square, common) for face in taken]
+
+
+def _portrait(
+    photo: Image.Image,
+    points: Float[np.ndarray, "5 2"],
+    size: int,
+    template: Sequence[float],
+    square: Callable[[], UInt8[np.ndarray, "size size 3"]],
+    common: Mapping[str, Any],
+) -> Portrait:
     if deviation(photo, points, template) <= ALIGNED:
-        pixels = images.read_square(data, size, name=name)
         corner, side = _square(photo)
-        landmarks = _flat((points - corner) / side)
         return Portrait(
-            pixels=pixels,
-            landmarks=landmarks,
+            pixels=square(),
+            landmarks=_flat((points - corner) / side),
             transform=np.concatenate([np.eye(2), -corner[:, None]], axis=1) * (size / side),
-            photo_size=photo.size,
-            num_faces=len(found),
             zoom=size / side,
-            decoded=photo.info["notes"],
+            **common,
         )
     to_square = similarity(points, _places(template) * size)
     return Portrait(
         pixels=resample(photo, to_square, size),
         landmarks=_flat(apply(to_square, points) / size),
         transform=to_square,
-        photo_size=photo.size,
-        num_faces=len(found),
         zoom=math.sqrt(abs(np.linalg.det(to_square[:, :2]))),
         outside=_outside(photo, inverse(to_square), size),
-        decoded=photo.info["notes"],
+        **common,
     )
 
 

@@ -13,10 +13,15 @@ upsampling: Chen et al. 2016):
 So the photo's detail stays, recoloured as its surroundings are; where something new was drawn, A takes out what was
 there before and c brings what was drawn, no sharper than the network drew it. Where the network changed nothing the
 photo stays as it is, to the bit.
+
+Of several views, one a face, each has its share of a pixel by how deep within it that lies (a partition of unity): what
+two faces close to each other change runs into one another without a border.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_core import faces, images
-from ddpm_core.config import OutputSize
+from ddpm_core.config import Faces, OutputSize
 
 RADIUS = 2
 """A is fitted to the 5 x 5 pixels around each, and then averaged over as many."""
@@ -59,29 +64,55 @@ class View:
 
 
 def look(
-    data: bytes, side: int, template: Sequence[float] = (), *, output_size: OutputSize, name: str = "image"
-) -> View:
-    """An image file as a network sees it.
+    data: bytes,
+    side: int,
+    template: Sequence[float] = (),
+    *,
+    output_size: OutputSize,
+    which: Faces = "largest",
+    name: str = "image",
+) -> list[View]:
+    """An image file as a network sees it: one view, or one for each of several faces.
 
-    With `template`, landmarks as `faces.template_for` gives them, that is its largest face, brought to where they lie.
-    Without, it is the whole photo squeezed to a square, nothing cut away, or for `output_size` model the largest
-    centred square, as training had it.
+    With `template`, landmarks as `faces.template_for` gives them, a view is a face, brought to where they lie. Without,
+    it is the whole photo squeezed to a square, nothing cut away, or for `output_size` model the largest centred square,
+    as training had it. All of them have the photo's notes.
 
     Raises:
         InputError: as `images.decode`; NoFaceError: a face is wanted and there is none.
     """
-    if template:
-        portrait = faces.read_portrait(data, side, template, name=name)
-        notes = (portrait.note,) if portrait.note else ()
-        return View(pixels=portrait.pixels, transform=portrait.transform, size=portrait.photo_size, notes=notes)
-    if output_size == "own":
+    if template or output_size == "own":
         photo = images.decode(data, name=name)
-        return whole(photo, side)
+        square = functools.partial(images.read_square, data, side, name=name)
+        return views_of(photo, side, template, square=square, which=which, name=name)
     photo = images.decode(data, name=name, square=side)
     size = photo.info["size"]
     scale, (left, top) = side / min(size), (np.array(size) - min(size)) // 2
     transform = scale * np.array([[1.0, 0.0, -left], [0.0, 1.0, -top]])
-    return View(pixels=images.to_square(photo, side), transform=transform, size=size, notes=photo.info["notes"])
+    return [View(pixels=images.to_square(photo, side), transform=transform, size=size, notes=photo.info["notes"])]
+
+
+def views_of(
+    photo: Image.Image,
+    side: int,
+    template: Sequence[float] = (),
+    *,
+    square: Callable[[], UInt8[np.ndarray, "side side 3"]],
+    which: Faces = "largest",
+    name: str = "image",
+) -> list[View]:
+    """A photo, as `images.decode` returns it, as `look` sees its file where the result is to have its own size.
+
+    `square`: as `faces.portraits` takes it.
+
+    Raises:
+        NoFaceError: a face is wanted and there is none.
+    """
+    if not template:
+        return [whole(photo, side)]
+    portraits = faces.portraits(photo, side, template, square=square, which=which, name=name)
+    notes = tuple(dict.fromkeys(note for each in portraits for note in each.notes))
+    return [View(pixels=each.pixels, transform=each.transform, size=each.photo_size, notes=notes) for each in portraits]
 
 
 def whole(photo: Image.Image, side: int) -> View:
@@ -99,54 +130,106 @@ def carry(photo: Image.Image, view: View, result: UInt8[np.ndarray, "s s 3"]) ->
     Raises:
         ValueError: the photo is not as `images.decode` returns them, or not what the view is of.
     """
+    return carry_all(photo, [view], [result])
+
+
+def carry_all(
+    photo: Image.Image, views: Sequence[View], results: Sequence[UInt8[np.ndarray, "s s 3"]]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """As `carry`, of several views of one photo and what came of each; where they overlap each has its share.
+
+    Raises:
+        ValueError: as `carry`.
+    """
     images.check_photo(photo)
-    if photo.size != view.size or result.shape != view.pixels.shape:
-        raise ValueError(
-            f"a photo of {photo.size} and a result of {result.shape} to a view of {view.size}, {view.pixels.shape}"
-        )
+    for view, result in zip(views, results, strict=True):
+        if photo.size != view.size or result.shape != view.pixels.shape:
+            raise ValueError(
+                f"a photo of {photo.size} and a result of {result.shape} to a view of {view.size}, {view.pixels.shape}"
+            )
+    changes = [_Change(view, result) for view, result in zip(views, results, strict=True)]
     pixels = np.array(photo)
-    side = len(view.pixels)
-    fitted = torch.cat(fit(view.pixels, result))[None]
-    finer = F.interpolate(fitted, (FINER * side, FINER * side), mode="bicubic", antialias=True)
-    corners = np.array([[0, 0], [side, 0], [side, side], [0, side]], dtype=np.float64)
-    back = faces.inverse(view.transform)
-    fading = _within(view, back, corners)
-    places = faces.apply(back, corners)
-    left, top = np.clip(np.floor(places.min(axis=0)), 0, photo.size).astype(int).tolist()
-    right, bottom = np.clip(np.ceil(places.max(axis=0)), 0, photo.size).astype(int).tolist()
+    left, top = (min(each.box[i] for each in changes) for i in (0, 1))
+    right, bottom = (max(each.box[i] for each in changes) for i in (2, 3))
     rows = max(STRIPE_PIXELS // max(right - left, 1), 1)
-    for first in range(top, bottom if left < right else top, rows):
+    for first in range(top, bottom, rows):
         last = min(first + rows, bottom)
         stripe = torch.from_numpy(pixels[first:last, left:right])
-        x, y = torch.arange(left, right) + 0.5, torch.arange(first, last)[:, None] + 0.5
-        (a, b, p), (c, d, q) = view.transform.tolist()
-        seen = torch.stack([a * x + b * y + p, c * x + d * y + q], dim=-1)
-        grid = (seen * (2 / side) - 1)[None]
-        matrix, rest = F.grid_sample(finer, grid, "bilinear", "border", align_corners=False)[0].split([9, 3])
         colours = stripe.permute(2, 0, 1)
-        change = torch.einsum("ijhw,jhw->ihw", matrix.unflatten(0, (3, 3)), colours / 255) + rest
-        if fading:
-            change *= _fade(seen, side, fading)
+        parts = [part for each in changes if (part := each.within(colours, left, first)) is not None]
+        total = torch.zeros(colours.shape[1:])
+        for part in parts:
+            total[part.place] += part.depth
+        change = torch.zeros(colours.shape)
+        for part in parts:
+            share = part.depth / total[part.place].clamp(min=torch.finfo().tiny)
+            change[:, *part.place] += part.change * share
         changed = (colours + (255 * change).round()).clamp(0, 255)
         stripe.copy_(changed.permute(1, 2, 0))
     return pixels
 
 
+class _Part(NamedTuple):
+    """What a view changes in a part of the photo."""
+
+    place: tuple[slice, slice]
+    """Rows and columns of that part that it reaches."""
+    change: Float[Tensor, "3 h w"]
+    depth: Float[Tensor, "h w"]
+    """How deep within the view a pixel lies: the square of its distance to the next border, 0 outside."""
+
+
+class _Change:
+    """What changed from a view to its result, ready to be carried to its photo."""
+
+    def __init__(self, view: View, result: UInt8[np.ndarray, "s s 3"]) -> None:
+        self.view, self.side = view, len(view.pixels)
+        size = (FINER * self.side, FINER * self.side)
+        fitted = torch.cat(fit(view.pixels, result))[None]
+        self.finer = F.interpolate(fitted, size, mode="bicubic", antialias=True)
+        corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], dtype=np.float64) * self.side
+        back = faces.inverse(view.transform)
+        self.fading = _within(view, back, corners)
+        places = faces.apply(back, corners)
+        low = np.clip(np.floor(places.min(axis=0)), 0, view.size).astype(int).tolist()
+        high = np.clip(np.ceil(places.max(axis=0)), 0, view.size).astype(int).tolist()
+        self.box = (*low, *high)
+        """Left, top, right, bottom of what it reaches, in pixels of the photo."""
+
+    def within(self, colours: Float[Tensor, "3 h w"] | UInt8[Tensor, "3 h w"], left: int, top: int) -> _Part | None:
+        """What it changes in a part of the photo, whose upper left corner lies there; None: nothing."""
+        height, width = colours.shape[1:]
+        x0, y0 = max(self.box[0], left), max(self.box[1], top)
+        x1, y1 = min(self.box[2], left + width), min(self.box[3], top + height)
+        if x0 >= x1 or y0 >= y1:
+            return None
+        x, y = torch.arange(x0, x1) + 0.5, torch.arange(y0, y1)[:, None] + 0.5
+        (a, b, p), (c, d, q) = self.view.transform.tolist()
+        seen = torch.stack([a * x + b * y + p, c * x + d * y + q], dim=-1)
+        grid = (seen * (2 / self.side) - 1)[None]
+        matrix, rest = F.grid_sample(self.finer, grid, "bilinear", "border", align_corners=False)[0].split([9, 3])
+        place = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+        change = torch.einsum("ijhw,jhw->ihw", matrix.unflatten(0, (3, 3)), colours[:, *place] / 255) + rest
+        if self.fading:
+            change *= _fade(seen, self.side, self.fading)
+        return _Part(place, change, torch.minimum(seen, self.side - seen).amin(-1).clamp(min=0).square())
+
+
 def finish(
     data: bytes,
-    view: View,
-    result: UInt8[np.ndarray, "s s 3"],
+    views: Sequence[View],
+    results: Sequence[UInt8[np.ndarray, "s s 3"]],
     encode: Callable[[UInt8[np.ndarray, "h w 3"]], bytes],
 ) -> bytes:
-    """The file that `encode` makes of a photo, the image file `data`, with what changed from `view` to `result`.
+    """The file that `encode` makes of a photo, the image file `data`, with what changed from `views` to `results`.
 
     Over all threads no more than `images.MAX_PIXELS` are worked on at once, at about 10 bytes each.
 
     Raises:
         InputError: as `images.decode` or `encode`.
     """
-    with working.take(view.size[0] * view.size[1]):
-        return encode(carry(images.decode(data), view, result))
+    with working.take(views[0].size[0] * views[0].size[1]):
+        return encode(carry_all(images.decode(data), views, results))
 
 
 def fit(

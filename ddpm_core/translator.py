@@ -8,6 +8,7 @@ photos = translate.at_own_size(day, "night")   # Pillow images of any size → a
 
 import functools
 import io
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,16 @@ from ddpm_core import config as configs
 from ddpm_core import faces, full_size, graphs, guidance, images, samplers, schedule
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.conditioning import shown
-from ddpm_core.config import FROM_SIDE, PARTIAL, Align, ModelConfig, SamplingConfig, domain_attributes
+from ddpm_core.config import (
+    FROM_SIDE,
+    PARTIAL,
+    Align,
+    Faces,
+    Framing,
+    ModelConfig,
+    SamplingConfig,
+    domain_attributes,
+)
 from ddpm_core.diffusion import draw_noise, seeded
 from ddpm_core.encoders import AttributeClassifier, IdentityEncoder
 from ddpm_core.errors import InputError
@@ -215,23 +225,35 @@ class Translator:
         return made.images
 
     def at_own_size(
-        self, photos: Sequence[Image.Image], domain: str, *, align: Align = "auto", **options: Any
+        self,
+        photos: Sequence[Image.Image],
+        domain: str,
+        *,
+        align: Align = "auto",
+        which: Faces = "largest",
+        **options: Any,
     ) -> list[UInt8[np.ndarray, "_ _ 3"]]:
         """Translate Pillow images of any size to results of their own size and shape (see `full_size`).
 
-        `align`: see `Framing`. `options`: as a call takes them.
+        `align`: see `Framing`, and `which` its `faces`. `options`: as a call takes them.
 
         Raises:
             InputError: as a call; or an image without a face where faces are translated.
         """
-        template = faces.template_for(self.config.data.landmarks, align)
-        files = [_as_file(photo) for photo in photos]
-        views = [full_size.look(file, self.config.image_size, template, output_size="own") for file in files]
+        template = faces.template_of(self.config.data.landmarks, Framing(align=align, faces=which))
         side = self.config.image_size
-        made = self(np.array([view.pixels for view in views], np.uint8).reshape(-1, side, side, 3), domain, **options)
+        decoded = [images.decode(_as_file(photo)) for photo in photos]
+        views = [
+            full_size.views_of(
+                photo, side, template, square=functools.partial(images.to_square, photo, side), which=which
+            )
+            for photo in decoded
+        ]
+        seen = [view.pixels for each in views for view in each]
+        made = iter(self(np.array(seen, np.uint8).reshape(-1, side, side, 3), domain, **options))
         return [
-            full_size.carry(images.decode(file), view, result)
-            for file, view, result in zip(files, views, made, strict=True)
+            full_size.carry_all(photo, each, list(itertools.islice(made, len(each))))
+            for photo, each in zip(decoded, views, strict=True)
         ]
 
     @torch.no_grad()

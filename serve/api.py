@@ -35,7 +35,7 @@ from starlette.datastructures import Headers, UploadFile
 
 from ddpm_core import config as configs
 from ddpm_core import faces, images, marks
-from ddpm_core.config import Framing, ModelConfig, OutputFormat, OutputSize
+from ddpm_core.config import Framing, ModelConfig, OutputFormat
 from ddpm_core.errors import InputError
 from ddpm_core.full_size import View
 from ddpm_core.images import MEDIA_TYPES
@@ -71,7 +71,8 @@ access_log = logging.getLogger("ddpm_translate.access")
 class Read(NamedTuple):
     """An image file as the model takes it."""
 
-    view: View
+    views: list[View]
+    """One, or one for each face."""
     file: Any
     """The file, for `Backend.finish`: wherever the backend keeps it; None where it is not needed any more."""
 
@@ -83,13 +84,13 @@ class Unavailable(Exception):
 class Backend(Protocol):
     """What does the work."""
 
-    async def read(self, data: bytes, template: tuple[float, ...], output_size: OutputSize, deadline: float) -> Read:
+    async def read(self, data: bytes, template: tuple[float, ...], framing: Framing, deadline: float) -> Read:
         """Raises InputError for what is no usable image; TimeoutError, Unavailable where nobody reads it by then."""
 
     async def finish(
-        self, read: Read, result: np.ndarray, encode: Callable[[np.ndarray], bytes], deadline: float
+        self, read: Read, results: list[np.ndarray], encode: Callable[[np.ndarray], bytes], deadline: float
     ) -> bytes:
-        """The file that `encode` makes of the photo itself with what changed from `read.view` to `result`; raises as
+        """The file that `encode` makes of the photo itself with what changed from `read.views` to `results`; raises as
         `read`."""
 
     async def translate(self, job: Job) -> Done:
@@ -382,11 +383,25 @@ class Endpoint:
             sent = await parse_body(body, request.headers)
             del body
             query, options = early or asked(sent.fields)
-            template = faces.template_for(self.config.data.landmarks, query.align)
-            read = await self.backend.read(sent.image, template, options.output_size, deadline)
+            template = faces.template_of(self.config.data.landmarks, options.framing)
+            read = await self.backend.read(sent.image, template, options.framing, deadline)
         finally:
             self.bodies -= 1
-        return Job(read.view.pixels, options, client, deadline), query, read
+        return Job(read.views[0].pixels, options, client, deadline), query, read
+
+    async def translated(self, job: Job, read: Read, *, first: int = 0) -> list[Done]:
+        """What came of each view of a request from the `first` on; `job` is that of view 0.
+
+        Raises:
+            Full, Late, Unavailable, InputError: of any of them; the others are then given up.
+        """
+        jobs = [dataclasses.replace(job, image=view.pixels) for view in read.views[first:]]
+        tasks = [asyncio.ensure_future(self.backend.translate(each)) for each in jobs]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def options(self, query: Query) -> Options:
         """Raises HTTPException 422, or 403 where the licence was not accepted."""
@@ -398,27 +413,28 @@ class Endpoint:
         except InputError as error:
             raise refusal(422, str(error)) from None
 
-    async def encoded(self, job: Job, read: Read, done: Done, kind: OutputFormat) -> bytes:
+    async def encoded(self, job: Job, read: Read, dones: list[Done], kind: OutputFormat) -> bytes:
         """The answer's file: at the photo's own size, or the square.
 
         Raises:
             TimeoutError, Unavailable: nobody finishes it in time.
         """
         record = {
-            "checkpoint": done.checkpoint or self.settings.checkpoint,
+            "checkpoint": dones[0].checkpoint or self.settings.checkpoint,
             "licence": self.config.data.licence,
             **job.options.told(),
         }
         encode = functools.partial(marks.finish, record=record, kind=kind, key=self.settings.mark_key)
-        if job.options.output_size == "model":
-            return await asyncio.to_thread(encode, done.image)
+        if job.options.framing.output_size == "model":
+            return await asyncio.to_thread(encode, dones[0].image)
         deadline = job.deadline if job.deadline is not None else math.inf
-        return await self.backend.finish(read, done.image, encode, deadline)
+        return await self.backend.finish(read, [done.image for done in dones], encode, deadline)
 
-    def headers(self, job: Job, read: Read, done: Done, begun: float) -> dict[str, str]:
+    def headers(self, job: Job, read: Read, dones: list[Done], begun: float) -> dict[str, str]:
+        done = max(dones, key=lambda each: each.queue_ms + each.model_ms)
         total_ms = (time.perf_counter() - begun) * 1000
         timing = f"queue;dur={done.queue_ms:.1f}, model;dur={done.model_ms:.1f}, total;dur={total_ms:.1f}"
-        note = "; ".join(read.view.notes)
+        note = "; ".join(read.views[0].notes)
         return {
             "X-Licence": header(self.config.data.licence),
             "X-Checkpoint": header(done.checkpoint or self.settings.checkpoint),
@@ -430,14 +446,16 @@ class Endpoint:
         }
 
     async def events(self, job: Job, kind: OutputFormat, read: Read, begun: float) -> AsyncIterator[bytes]:
-        """Server-sent events: `preview` after each step, then `result`, or `error`."""
+        """Server-sent events: `preview` after each step of the first view, then `result`, or `error`."""
         steps = job.options.sampling.num_steps
+        others = asyncio.ensure_future(self.translated(job, read, first=1))
         try:
             async with contextlib.aclosing(self.backend.stream(job)) as stream:  # type: ignore[type-var]
                 async for each in stream:
                     if isinstance(each, Done):
-                        image = await self.encoded(job, read, each, kind)
-                        headers = self.headers(job, read, each, begun)
+                        dones = [each, *await others]
+                        image = await self.encoded(job, read, dones, kind)
+                        headers = self.headers(job, read, dones, begun)
                         yield _event("result", {"image": _data_url(image, kind), "headers": headers})
                     else:
                         image = await asyncio.to_thread(images.encode_png, each[1])
@@ -445,6 +463,8 @@ class Endpoint:
         except Exception as error:
             answer = failure(error)
             yield _event("error", {"status": answer.status_code, "detail": str(answer.detail)})
+        finally:
+            others.cancel()
 
     def describe(self) -> dict[str, Any]:
         """The checkpoint: what it is and may be used for."""
@@ -596,9 +616,9 @@ def make(backend: Backend, settings: Settings) -> fastapi.FastAPI:
         begun = time.perf_counter()
         job, query, read = await endpoint.order(request, query)
         kind = wanted_format(query, request)
-        done = await backend.translate(job)
-        data = await endpoint.encoded(job, read, done, kind)
-        return fastapi.Response(data, media_type=MEDIA_TYPES[kind], headers=endpoint.headers(job, read, done, begun))
+        dones = await endpoint.translated(job, read)
+        data = await endpoint.encoded(job, read, dones, kind)
+        return fastapi.Response(data, media_type=MEDIA_TYPES[kind], headers=endpoint.headers(job, read, dones, begun))
 
     @api.post(
         "/v1/translate/stream",
@@ -620,11 +640,11 @@ def make(backend: Backend, settings: Settings) -> fastapi.FastAPI:
         """The shape that many clients speak already: `prompt` names the domain, one image comes back in base64."""
         begun = time.perf_counter()
         job, query, read = await endpoint.order(request, Query(), edit)
-        done = await backend.translate(job)
+        dones = await endpoint.translated(job, read)
         kind = query.format or "png"
-        data = await endpoint.encoded(job, read, done, kind)
+        data = await endpoint.encoded(job, read, dones, kind)
         answer = [{"b64_json": base64.b64encode(data).decode()}]
-        return {"created": int(time.time()), "data": answer, "headers": endpoint.headers(job, read, done, begun)}
+        return {"created": int(time.time()), "data": answer, "headers": endpoint.headers(job, read, dones, begun)}
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -10,6 +10,7 @@ checkpoint is resolved once, here; another one comes by `serve deploy` or `serve
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -28,7 +29,7 @@ import torch
 from ray.serve.handle import DeploymentHandle
 
 from ddpm_core import checkpoint, full_size, keyed_mark, storage
-from ddpm_core.config import ModelConfig, OutputSize
+from ddpm_core.config import Framing, ModelConfig
 from ddpm_core.errors import InputError
 from ddpm_core.full_size import View
 from ddpm_core.translator import Translator
@@ -126,11 +127,14 @@ class Reader:
     def __init__(self) -> None:
         torch.set_num_threads(1)
 
-    async def look(self, data: bytes, size: int, template: tuple[float, ...], output_size: OutputSize) -> View:
-        return await asyncio.to_thread(full_size.look, data, size, template, output_size=output_size)
+    async def look(self, data: bytes, size: int, template: tuple[float, ...], framing: Framing) -> list[View]:
+        look = functools.partial(full_size.look, output_size=framing.output_size, which=framing.faces)
+        return await asyncio.to_thread(look, data, size, template)
 
-    async def finish(self, data: bytes, view: View, result: np.ndarray, encode: Callable[[np.ndarray], bytes]) -> bytes:
-        return await asyncio.to_thread(full_size.finish, data, view, result, encode)
+    async def finish(
+        self, data: bytes, views: list[View], results: list[np.ndarray], encode: Callable[[np.ndarray], bytes]
+    ) -> bytes:
+        return await asyncio.to_thread(full_size.finish, data, views, results, encode)
 
 
 class RayBackend:
@@ -139,15 +143,16 @@ class RayBackend:
     def __init__(self, model: DeploymentHandle, reader: DeploymentHandle, size: int) -> None:
         self.model, self.reader, self.size = model, reader, size
 
-    async def read(self, data: bytes, template: tuple[float, ...], output_size: OutputSize, deadline: float) -> Read:
-        file = ray.put(data) if output_size == "own" else data  # its memory is shared, and bounded: disk takes the rest
-        view = await _asked(lambda: self.reader.look.remote(file, self.size, template, output_size), deadline)
-        return Read(view, file if output_size == "own" else None)
+    async def read(self, data: bytes, template: tuple[float, ...], framing: Framing, deadline: float) -> Read:
+        own = framing.output_size == "own"
+        file = ray.put(data) if own else data  # its memory is shared, and bounded: disk takes the rest
+        views = await _asked(lambda: self.reader.look.remote(file, self.size, template, framing), deadline)
+        return Read(views, file if own else None)
 
     async def finish(
-        self, read: Read, result: np.ndarray, encode: Callable[[np.ndarray], bytes], deadline: float
+        self, read: Read, results: list[np.ndarray], encode: Callable[[np.ndarray], bytes], deadline: float
     ) -> bytes:
-        return await _asked(lambda: self.reader.finish.remote(read.file, read.view, result, encode), deadline)
+        return await _asked(lambda: self.reader.finish.remote(read.file, read.views, results, encode), deadline)
 
     async def translate(self, job: Job) -> Done:
         return await _asked(lambda: self.model.translate.remote(job), job.deadline)

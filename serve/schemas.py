@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from ddpm_core import config as configs
-from ddpm_core.config import Framing, ModelConfig, OutputFormat, OutputSize, SamplingConfig
+from ddpm_core.config import Framing, ModelConfig, OutputFormat, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import check_sampling
 
@@ -136,7 +136,7 @@ class Options:
     domain: str
     seed: int
     sampling: SamplingConfig
-    output_size: OutputSize = "own"
+    framing: Framing = Framing()
 
     def arguments(self) -> dict[str, Any]:
         """As a `Translator` takes them."""
@@ -144,7 +144,8 @@ class Options:
 
     def told(self) -> dict[str, Any]:
         """As the response's X-Options and the file's XMP tell them."""
-        return self.arguments() | ({"output_size": "own"} if self.output_size == "own" else {})
+        told = {"output_size": "own"} if self.framing.output_size == "own" else {}
+        return self.arguments() | told | ({"faces": "all"} if self.framing.faces == "all" else {})
 
 
 def complete(query: Query, config: ModelConfig) -> Options:
@@ -167,7 +168,7 @@ def complete(query: Query, config: ModelConfig) -> Options:
     except InputError as error:  # by the query's names: num_steps, not sampling.num-steps
         named = re.sub(r"(?:sampling|diffusion)\.([a-z-]+)", lambda name: name[1].replace("-", "_"), str(error))
         raise InputError(named) from None
-    return Options(domain, query.seed, sampling, query.output_size)
+    return Options(domain, query.seed, sampling, Framing(**query.model_dump(include=set(FramingQuery.model_fields))))
 
 
 M = TypeVar("M", bound=BaseModel)

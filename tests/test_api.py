@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -19,8 +20,8 @@ import pytest
 from PIL import Image
 from test_translator import TINY, network
 
-from ddpm_core import full_size, images, keyed_mark, marks
-from ddpm_core.config import ModelConfig, OutputSize
+from ddpm_core import faces, full_size, images, keyed_mark, marks
+from ddpm_core.config import Framing, ModelConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
 from serve import api, app
@@ -39,14 +40,12 @@ class Local:
         self.engine = Engine(translate, max_rows=8, max_waiting=100)
         self.translate, self.stream = self.engine.translate, self.engine.stream
 
-    async def read(
-        self, data: bytes, template: tuple[float, ...], output_size: OutputSize, deadline: float
-    ) -> api.Read:
-        view = await asyncio.to_thread(full_size.look, data, self.config.image_size, template, output_size=output_size)
-        return api.Read(view, data)
+    async def read(self, data: bytes, template: tuple[float, ...], framing: Framing, deadline: float) -> api.Read:
+        look = functools.partial(full_size.look, output_size=framing.output_size, which=framing.faces)
+        return api.Read(await asyncio.to_thread(look, data, self.config.image_size, template), data)
 
-    async def finish(self, read: api.Read, result: np.ndarray, encode: Any, deadline: float) -> bytes:
-        return await asyncio.to_thread(full_size.finish, read.file, read.view, result, encode)
+    async def finish(self, read: api.Read, results: Any, encode: Any, deadline: float) -> bytes:
+        return await asyncio.to_thread(full_size.finish, read.file, read.views, results, encode)
 
     async def stats(self) -> Mapping[str, float]:
         return self.engine.stats()
@@ -204,6 +203,35 @@ def test_answers_say_that_they_were_generated_and_by_what(local: Local, kind: st
     assert "queue;dur=" in headers["server-timing"]
     assert headers["x-content-type-options"] == "nosniff"
     assert len(headers["x-request-id"]) == 16
+
+
+def test_all_faces_of_a_photo_are_translated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = np.array(faces.CELEBA).reshape(5, 2)
+    places = [np.array([x, 8.0]) for x in (10, 60, 110)]
+    found = [faces.Face((*place, *place + 40), 1.0, place + 40 * template) for place in places]
+    monkeypatch.setattr(faces, "find", lambda photo: found)
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, landmarks=faces.CELEBA))
+    backend, photo = Local(config), png(size=(160, 56))
+    try:
+        application = made(backend, config)
+        query = "/v1/translate?domain=night&faces=all"
+        answer = ask(application, "POST", query, content=photo)
+        streamed = ask(application, "POST", query.replace("?", "/stream?"), content=photo)
+        largest = ask(application, "POST", "/v1/translate?domain=night", content=photo)
+        for more, words in {"align=none": "photos are taken as they are", "output_size=model": "holds one"}.items():
+            assert words in detail(ask(application, "POST", f"{query}&{more}", content=photo))
+    finally:
+        backend.engine.close()
+    assert answer.status_code == 200, answer.text
+    assert base64.b64encode(answer.content).decode() in streamed.text
+    assert answer.headers["x-note"].startswith("all of its faces were taken (3)")
+    assert json.loads(answer.headers["x-options"])["faces"] == "all"
+    source = np.asarray(images.decode(photo))
+    changed, alone = ((pixels(each) != source).any(axis=(0, 2)) for each in (answer, largest))
+    assert changed[12:48].any()
+    assert changed[70:90].any()
+    assert changed[120:140].any()
+    assert not alone[60:].any()
 
 
 @pytest.mark.parametrize("output_size", ["own", "model"])

@@ -378,6 +378,7 @@ def test_translate_aligns_private_photos(
     portraits: str, holiday: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--checkpoint", portraits, "--input", str(holiday), "--domain", "night", "--num-workers", "0"]
+    argv += ["--mark-key", "none"]
     output = tmp_path / "out"
     assert translate.main([*argv, "--output", str(output)]) == cli.SET_ASIDE
     told = capsys.readouterr()
@@ -411,6 +412,34 @@ def test_translate_aligns_private_photos(
     assert {name for name, row in rows_of(plain).items() if row["status"] == "ok"} == set(rows) - {"broken.jpg"}
 
 
+def test_all_faces_of_a_photo_are_translated(
+    portraits: str, holiday: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--checkpoint", portraits, "--input", str(holiday), "--domain", "night", "--num-workers", "0"]
+    argv += ["--mark-key", "none", "--batch-size", "1"]
+    made = {}
+    for which in ("largest", "all"):
+        assert translate.main([*argv, "--output", str(tmp_path / which), "--faces", which]) == cli.SET_ASIDE
+        made[which] = {name: np.asarray(Image.open(tmp_path / which / f"{name}.png")) for name in ("me", "us")}
+    assert rows_of(tmp_path / "all")["us.jpg"]["note"] == "all of its faces were taken (2)"
+    assert "all of its faces were taken (1)" in capsys.readouterr().out
+    assert np.array_equal(made["all"]["me"], made["largest"]["me"])  # there is one face
+    photo = images.decode((holiday / "us.jpg").read_bytes())
+    changed = {which: (each["us"] != np.asarray(photo)).any(-1) for which, each in made.items()}
+    assert not changed["largest"][:, 600:].any()
+    assert changed["all"][100:450, 620:800].any()
+    assert np.array_equal(made["all"]["us"][:, :500], made["largest"]["us"][:, :500])
+    library = Translator(checkpoint.load(portraits)).at_own_size([photo], "night", which="all")[0]
+    assert np.abs(library.astype(int) - made["all"]["us"]).max() <= 2
+    with Image.open(tmp_path / "all" / "us.png") as image:
+        assert json.loads(image.info["ddpm-translate"])["faces"] == "all"
+    with pytest.raises(InputError, match="--faces all"):
+        translate.main([*argv, "--output", str(tmp_path / "all")])
+    for more in (["--align", "none"], ["--output-size", "model"]):
+        with pytest.raises(InputError, match="faces is all, and"):
+            translate.main([*argv, "--output", str(tmp_path / "new"), "--faces", "all", *more])
+
+
 def test_translate_refuses_what_cannot_be_aligned(checkpoint_folder: str, dataset_folder: str, tmp_path: Path) -> None:
     argv = ["--domain", "night", "--align", "faces", "--output", str(tmp_path / "out")]
     (tmp_path / "in").mkdir()
@@ -418,6 +447,11 @@ def test_translate_refuses_what_cannot_be_aligned(checkpoint_folder: str, datase
         translate.main([*argv, "--checkpoint", checkpoint_folder, "--input", str(tmp_path / "in")])
     with pytest.raises(InputError, match="--align faces has no effect on a data set"):
         translate.main([*argv, "--checkpoint", checkpoint_folder, "--input", dataset_folder])
+    argv[2:4] = ["--faces", "all"]
+    with pytest.raises(InputError, match="--faces all has no effect on a data set"):
+        translate.main([*argv, "--checkpoint", checkpoint_folder, "--input", dataset_folder])
+    with pytest.raises(InputError, match="faces is all, and photos are taken as they are"):
+        translate.main([*argv, "--checkpoint", checkpoint_folder, "--input", str(tmp_path / "in")])
 
 
 @pytest.fixture(scope="module")
@@ -456,6 +490,10 @@ def test_the_endpoint_aligns_private_photos(endpoint: str, portraits: str, holid
     assert differs(send("me.jpg", align="faces", **squares), aligned) <= 1
     assert differs(send("me.jpg", align="none", **squares), plain) <= 1
     assert send("us.jpg").headers["x-note"] == "the largest of several faces was taken (2)"
+    everybody = send("us.jpg", faces="all")
+    assert everybody.headers["x-note"] == "all of its faces were taken (2)"
+    assert json.loads(everybody.headers["x-options"])["faces"] == "all"
+    assert "faces is all, and" in send("us.jpg", faces="all", **squares).json()["detail"]
     answer = send("sea.jpg")
     assert answer.status_code == 422
     assert answer.json()["detail"].startswith("image: no face was found; turn the photo upright")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ddpm_core import faces, full_size, images
-from ddpm_core.full_size import View, carry, finish, fit, look, whole
+from ddpm_core.full_size import View, carry, carry_all, finish, fit, look, whole
 
 
 def scene(width, height, *, seed=0, cells=12):
@@ -135,10 +135,47 @@ def test_a_view_of_a_part_fades_out_at_its_border(angle):
         assert np.abs(np.diff(brighter, axis=axis)).max() <= 14
 
 
+def brightened(photo, centres, levels, side=32):
+    """Views of 64 pixels around each of the places, each brightened by as many levels."""
+    views, results = [], []
+    for (x, y), level in zip(centres, levels, strict=True):
+        transform = turned(0.2, side / 64, (0, 0))
+        transform[:, 2] = side / 2 - transform[:, :2] @ [x, y]
+        view = View(pixels=faces.resample(photo, transform, side), transform=transform, size=photo.size)
+        views.append(view)
+        results.append((view.pixels.astype(int) + level).clip(0, 255).astype(np.uint8))
+    return views, results
+
+
+def test_views_apart_change_what_each_would_alone():
+    photo = scene(300, 160)
+    views, results = brightened(photo, [(70, 80), (220, 70)], [20, -20])
+    both = carry_all(photo, views, results).astype(int) - np.asarray(photo)
+    alone = [carry(photo, *each).astype(int) - np.asarray(photo) for each in zip(views, results, strict=True)]
+    assert np.array_equal(both, alone[0] + alone[1])
+
+
+def test_views_that_overlap_share_what_they_have_in_common_without_a_seam():
+    photo = Image.new("RGB", (240, 160), (120, 120, 120))
+    views, results = brightened(photo, [(100, 80), (130, 80)], [30, 30])
+    both = carry_all(photo, views, results).astype(int) - 120
+    assert both.max() == 30  # not twice as much
+    assert (both[70:90, 85:145] == 30).all()
+    views, results = brightened(photo, [(100, 80), (130, 80)], [30, -30])
+    both = carry_all(photo, views, results).astype(int) - 120
+    assert both[80, 82].tolist() == [30] * 3
+    assert both[80, 148].tolist() == [-30] * 3
+    assert np.abs(both[80, 115]).max() <= 3  # half-way
+    for axis in (0, 1):
+        assert np.abs(np.diff(both, axis=axis)).max() <= 14
+    swapped = carry_all(photo, views[::-1], results[::-1]).astype(int) - 120
+    assert np.abs(swapped - both).max() <= 1
+
+
 def test_borders_that_are_the_photos_own_do_not_fade():
     """A portrait that fills the photo's height: its upper and lower border stay as they are translated."""
     photo = scene(200, 100)
-    view = look(file_of(photo), 20, output_size="model")
+    [view] = look(file_of(photo), 20, output_size="model")
     brighter = carry(photo, view, np.minimum(view.pixels, 215) + 40).astype(int) - np.asarray(photo)
     assert np.median(brighter[0, 80:120]) == np.median(brighter[-1, 80:120]) == 40
     assert not brighter[:, :50].any()
@@ -150,16 +187,16 @@ def test_a_file_is_looked_at_upright_and_whole(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = file_of(scene(120, 80), "JPEG", quality=95, exif=exif.tobytes())
-    view = look(data, 16, output_size="own")
+    [view] = look(data, 16, output_size="own")
     assert view.size == ((80, 120) if orientation > 4 else (120, 80))
     assert view.pixels.shape == (16, 16, 3)
-    same = finish(data, view, view.pixels, images.encode_png)
+    same = finish(data, [view], [view.pixels], images.encode_png)
     assert np.array_equal(images.decode(same), images.decode(data))
 
 
 def test_for_squares_a_file_is_looked_at_as_ever():
     data = file_of(scene(120, 80), "JPEG", quality=95)
-    view = look(data, 16, output_size="model")
+    [view] = look(data, 16, output_size="model")
     assert np.array_equal(view.pixels, images.read_square(data, 16))
     assert np.allclose(faces.apply(view.transform, np.array([[20.0, 0.0], [100.0, 80.0]])), [[0, 0], [16, 16]])
 
@@ -167,8 +204,8 @@ def test_for_squares_a_file_is_looked_at_as_ever():
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
 def test_colours_are_those_of_the_reader(mode):
     data = file_of(scene(60, 40).convert(mode), "TIFF")
-    view = look(data, 16, output_size="own")
-    same = finish(data, view, view.pixels, images.encode_png)
+    [view] = look(data, 16, output_size="own")
+    same = finish(data, [view], [view.pixels], images.encode_png)
     assert np.array_equal(images.decode(same), images.decode(data))
 
 

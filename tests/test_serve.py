@@ -107,7 +107,7 @@ def test_every_sampling_option_is_a_flag_of_translate_and_an_option_of_the_endpo
         flag = [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
         assert getattr(cli.parse(TranslateArgs, [*command, *flag], prog="jobs.translate").sampling, name) == value
         assert getattr(validate(Query, {name: value}), name) == value
-    for name, value in {"align": "none", "output_size": "model"}.items():
+    for name, value in {"align": "none", "faces": "all", "output_size": "model"}.items():
         flag = f"--{name.replace('_', '-')}"
         args = cli.parse(TranslateArgs, [*command, flag, value], prog="jobs.translate")
         assert getattr(args.framing, name) == value
@@ -209,7 +209,7 @@ def test_an_odd_image_is_taken_with_a_note_or_refused_in_one_line(output_size: O
     Image.new("RGB", (64, 64)).save(files["JPEG"], "JPEG", exif=exif + bytes(4))
     Image.new("RGB", (64, 64), (200, 60, 40)).save(files["AVIF"], "AVIF")
     Image.new("RGBA", (64, 64)).save(files["PNG"], "PNG")
-    view = full_size.look(files["JPEG"].getvalue(), 16, output_size=output_size)
+    [view] = full_size.look(files["JPEG"].getvalue(), 16, output_size=output_size)
     assert (view.pixels.shape, view.notes) == ((16, 16, 3), (images.EXIF_IGNORED,))
     for data in (files["AVIF"].getvalue()[:-36] + bytes(36), files["PNG"].getvalue()):
         with pytest.raises(InputError, match=r"image: (truncated or corrupt|fully transparent)"):
@@ -351,7 +351,7 @@ def test_the_other_addresses(endpoint: str) -> None:
     model = httpx.get(f"{endpoint}/v1/model").json()
     assert model["domains"] == ["day", "night"]
     assert model["image_size"] == 16
-    framing = {"align": "auto", "output_size": "own"}
+    framing = {"align": "auto", "faces": "largest", "output_size": "own"}
     assert model["defaults"] == {**configs.to_dict(SamplingConfig(num_steps=2)), **framing}
     assert model["licence"] == "unknown"
     assert set(model["options"]) == {*OTHER_OPTIONS, *framing}

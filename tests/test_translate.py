@@ -297,8 +297,9 @@ def test_a_result_that_no_file_can_hold_is_set_aside(tmp_path: Path, checkpoint_
         "file": list(files.values()),
     }
     batch = {name: np.array(values, dtype=object) for name, values in columns.items()}
-    batch |= {"image": np.stack([view.pixels for view in views]), "view": np.empty(2, object)}
-    batch["view"][:] = views
+    batch |= {"image": np.stack([view.pixels for [view] in views]), "views": np.empty(2, object)}
+    for row, each in enumerate(views):
+        batch["views"][row] = tuple(each)
     actor = Translate(
         checkpoint_uri=checkpoint_folder,
         ema=None,

@@ -233,7 +233,7 @@ def cost(options: Options) -> dict[str, float]:
     data = images.encode_png(np.asarray(small.resize((width, round(width * 3 / 4)), Image.Resampling.BICUBIC)))
     torch.set_num_threads(1)
     began = time.perf_counter()
-    view = full_size.look(data, SIDE, output_size="own")
+    [view] = full_size.look(data, SIDE, output_size="own")
     looked = time.perf_counter()
     photo = images.decode(data)
     with Memory() as memory:

@@ -152,7 +152,7 @@ def _sources(note: dict[str, Any], names: Sequence[str]) -> list[Pixels]:
     ]
     if wrong := [each.error for each in found if each.error]:
         raise FileNotFoundError(wrong[0])
-    return [each.view.pixels for each in found if each.view is not None]
+    return [view.pixels for each in found for view in each.views]
 
 
 def _result(uri: str, side: int) -> Pixels:

@@ -3,7 +3,8 @@
 A row on its way: `id`, `output` (path below the output, "" to keep the image in the row), `to` (domain),
 `seed`, `image` (uint8 s s 3, the source), `error` ("" while all is well), `note` (what was done to the source that
 its owner should know, mostly ""). Where results are to have their photos' own size also `file` (the photo's bytes) and
-`view` (a `full_size.View` of it; None where there is an error).
+`views` (the `full_size.View` that the network sees of it, or one for each face; () where there is an error): these
+are translated then, and `image` is the first of them.
 """
 
 import concurrent.futures
@@ -19,9 +20,9 @@ import torch
 from jaxtyping import UInt8
 
 from ddpm_core import checkpoint, full_size, images, marks, storage
-from ddpm_core.config import OutputFormat, OutputSize
+from ddpm_core.config import Faces, OutputFormat, OutputSize
 from ddpm_core.errors import InputError
-from ddpm_core.translator import NOT_FINITE
+from ddpm_core.translator import NOT_FINITE, Translated
 from jobs.common import workers
 from jobs.datasets import reading
 from jobs.datasets.format import DatasetCard
@@ -66,20 +67,22 @@ class Translate:
         self.encode = functools.partial(marks.finish, record=record, kind=output_format, key=mark_key)
 
     def __call__(self, batch: Batch) -> Batch:
-        results, errors = np.zeros_like(batch["image"]), batch["error"].astype(object)
+        made, errors = list(np.zeros_like(batch["image"])[:, None]), batch["error"].astype(object)
         wanted: dict[tuple[str, int], list[int]] = {}
         for row, (to, seed, error) in enumerate(zip(batch["to"], batch["seed"], batch["error"], strict=True)):
             if not error:
                 wanted.setdefault((str(to), int(seed)), []).append(row)
         for (to, seed), rows in wanted.items():
-            made = self.translator.attempt(batch["image"][rows], to, seed=seed, **self.sampling)
-            results[rows] = made.images
-            errors[np.array(rows)[~made.finite]] = NOT_FINITE
+            for row, squares in self._translated(batch, rows, to, seed):
+                made[row] = squares.images
+                if not squares.finite.all():
+                    errors[row] = NOT_FINITE
         if self.output is None:
+            results = np.stack([squares[0] for squares in made])
             return {**batch, "result": results, "error": errors}
         for row in np.flatnonzero(errors == "").tolist():
             try:
-                data = self._file(batch, row, results[row])
+                data = self._file(batch, row, made[row])
             except InputError as error:
                 errors[row] = f"{batch['id'][row]}: {error}"
                 continue
@@ -87,20 +90,35 @@ class Translate:
                 storage.write_bytes(storage.join(self.output, batch["output"][row]), data)
             except storage.UnusableNameError as error:
                 errors[row] = f"its result cannot be written: {error}"
-        sizes = [view.size if view else (0, 0) for view in batch["view"]] if "view" in batch else []
-        size = np.array(sizes or [results.shape[2:0:-1]] * len(results), np.int32).reshape(-1, 2)
-        kept = {name: column for name, column in batch.items() if name not in ("image", "file", "view")}
+        sizes = [views[0].size if views else (0, 0) for views in batch["views"]] if "views" in batch else []
+        size = np.array(sizes or [batch["image"].shape[2:0:-1]] * len(made), np.int32).reshape(-1, 2)
+        kept = {name: column for name, column in batch.items() if name not in ("image", "file", "views")}
         return {**kept, "error": errors, "width": size[:, 0], "height": size[:, 1]}
 
-    def _file(self, batch: Batch, row: int, result: UInt8[np.ndarray, "s s 3"]) -> bytes:
+    def _translated(self, batch: Batch, rows: list[int], to: str, seed: int) -> Iterator[tuple[int, Translated]]:
+        """Each row with what came of its image, or of each of its views; never more at once than the batch has rows."""
+        seen = [batch["image"][[row]] for row in rows]
+        if "views" in batch:
+            seen = [np.stack([view.pixels for view in batch["views"][row]]) for row in rows]
+        squares, most = np.concatenate(seen), len(batch["id"])
+        parts = [
+            self.translator.attempt(squares[first : first + most], to, seed=seed, **self.sampling)
+            for first in range(0, len(squares), most)
+        ]
+        pixels, finite = (np.concatenate([getattr(part, name) for part in parts]) for name in Translated._fields)
+        ends = np.cumsum([len(each) for each in seen])
+        for row, end, each in zip(rows, ends.tolist(), seen, strict=True):
+            yield row, Translated(pixels[end - len(each) : end], finite[end - len(each) : end])
+
+    def _file(self, batch: Batch, row: int, results: UInt8[np.ndarray, "n s s 3"]) -> bytes:
         """The result's file: at the size of the photo where that is in the batch, else as it is.
 
         Raises:
             InputError: there is no such file of that size.
         """
-        if "view" not in batch:
-            return self.encode(result)
-        return full_size.finish(batch["file"][row], batch["view"][row], result, self.encode)
+        if "views" not in batch:
+            return self.encode(results[0])
+        return full_size.finish(batch["file"][row], batch["views"][row], list(results), self.encode)
 
 
 class Source(NamedTuple):
@@ -131,6 +149,7 @@ def file_rows(
     image_size: int,
     template: tuple[float, ...],
     output_size: OutputSize,
+    which: Faces = "largest",
     to: str,
     seed: int,
     batch_size: int,
@@ -151,6 +170,7 @@ def file_rows(
             image_size=image_size,
             template=template,
             output_size=output_size,
+            which=which,
             to=to,
             seed=seed,
         ),
@@ -178,11 +198,12 @@ def read_images(
     seed: int,
     template: tuple[float, ...] = (),
     output_size: OutputSize = "model",
+    which: Faces = "largest",
 ) -> list[Batch]:
     """Each file read and prepared as training did it; what cannot be read gets its reason in `error`."""
     with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as threads:
         one = functools.partial(
-            read_image, root=root, image_size=image_size, template=template, output_size=output_size
+            read_image, root=root, image_size=image_size, template=template, output_size=output_size, which=which
         )
         read = list(threads.map(one, batch["id"].tolist(), batch["path"].tolist()))
     black = np.zeros((image_size, image_size, 3), np.uint8)
@@ -191,27 +212,35 @@ def read_images(
         "output": batch["output"],
         "to": np.array([to] * len(read)),
         "seed": np.full(len(read), seed, np.int64),
-        "image": np.stack([black if each.view is None else each.view.pixels for each in read]),
+        "image": np.stack([each.views[0].pixels if each.views else black for each in read]),
         "error": np.array([each.error for each in read], dtype=object),
-        "note": np.array(["" if each.view is None else "; ".join(each.view.notes) for each in read], dtype=object),
+        "note": np.array(["; ".join(each.views[0].notes) if each.views else "" for each in read], dtype=object),
     }
     if output_size == "own":
-        for name in ("view", "file"):
+        for name in ("views", "file"):
             rows[name] = np.empty(len(read), dtype=object)
-            rows[name][:] = [getattr(each, name) for each in read]
+            for row, each in enumerate(read):
+                rows[name][row] = getattr(each, name)
     return [rows]
 
 
 class ReadImage(NamedTuple):
     """A file as it was read, or why it was not."""
 
-    view: full_size.View | None
+    views: tuple[full_size.View, ...]
     error: str = ""
     file: bytes = b""
 
 
 def read_image(
-    name: str, path: str, *, root: str, image_size: int, template: tuple[float, ...], output_size: OutputSize
+    name: str,
+    path: str,
+    *,
+    root: str,
+    image_size: int,
+    template: tuple[float, ...],
+    output_size: OutputSize,
+    which: Faces = "largest",
 ) -> ReadImage:
     """See `read_images`.
 
@@ -224,19 +253,19 @@ def read_image(
             data = storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
             images.check_kind(name, data)
         except FileNotFoundError:
-            return ReadImage(None, f"{name}: gone since the folder was listed")
+            return ReadImage((), f"{name}: gone since the folder was listed")
         except InputError as error:
             storage.exists(root)  # raises where the server is unreachable or refuses everything
-            return ReadImage(None, str(error))
+            return ReadImage((), str(error))
         try:
-            view = full_size.look(data, image_size, template, output_size=output_size, name=name)
+            views = full_size.look(data, image_size, template, output_size=output_size, which=which, name=name)
         except InputError as error:
-            return ReadImage(None, str(error))
+            return ReadImage((), str(error))
     if output_size == "own":
-        return ReadImage(view, file=data)
-    if not template and looks_like_two(view.size, view.pixels):
-        view = dataclasses.replace(view, notes=(*view.notes, TWO_IMAGES))
-    return ReadImage(view)
+        return ReadImage(tuple(views), file=data)
+    if not template and looks_like_two(views[0].size, views[0].pixels):
+        views = [dataclasses.replace(views[0], notes=(*views[0].notes, TWO_IMAGES))]
+    return ReadImage(tuple(views))
 
 
 def looks_like_two(size: tuple[int, int], square: UInt8[np.ndarray, "s s 3"]) -> bool:

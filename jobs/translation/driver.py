@@ -131,6 +131,7 @@ def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> Source:
         image_size=job.loaded.config.image_size,
         template=job.template,
         output_size=args.framing.output_size,
+        which=args.framing.faces,
         to=args.domain,
         seed=args.seed,
         batch_size=args.batch_size,

@@ -64,11 +64,12 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         options |= {"mark_key": keyed_mark.name_of(mark_key)}
     check_image_name(args.output)
     card = None if storage.is_file(args.input) else find_card(args.input)
-    if card is not None and args.framing.align == "faces":
-        raise InputError("--align faces has no effect on a data set, whose images are cut already; leave it out")
-    template = () if card is not None else faces.template_for(loaded.config.data.landmarks, args.framing.align)
+    for flag, given in {"--align faces": args.framing.align, "--faces all": args.framing.faces}.items():
+        if card is not None and flag.endswith(f" {given}"):
+            raise InputError(f"{flag} has no effect on a data set, whose images are cut already; leave it out")
+    template = () if card is not None else faces.template_of(loaded.config.data.landmarks, args.framing)
     if template:
-        options |= {"align": "faces"}
+        options |= {"align": "faces"} | ({"faces": "all"} if args.framing.faces == "all" else {})
     if card is None and args.framing.output_size == "own":  # a data set's squares are of the model's size
         options |= {"output_size": "own"}
     if card is not None:
