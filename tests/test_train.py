@@ -1301,3 +1301,59 @@ def test_the_best_checkpoint_is_the_last_where_losses_do_not_compare(tmp_path, c
     assert best["epochs"] == 2
     kept = {folder.name for folder in (tmp_path / "checkpoints").iterdir()}
     assert kept == ({"step-00000001", "step-00000002"} if comparable else {"step-00000002"})
+
+
+# -- a run that goes wrong says so ----------------------------------------------------------------------------------
+
+
+def drawn_images(kind: str) -> tuple[Any, ...]:
+    """Sources, results, sides, counterparts and results of other noise of a network that fails in this way."""
+    rng = np.random.default_rng(0)
+    sources, truths, noise = rng.integers(0, 256, (3, 6, 8, 8, 3)).astype(np.uint8)
+    made = {
+        "good": truths,
+        "copies": np.clip(sources.astype(int) + 1, 0, 255).astype(np.uint8),
+        "collapses": np.repeat(truths[:1], 6, axis=0),
+        "ignores": noise,
+    }[kind]
+    again = {"ignores": truths[:2]}.get(kind, made[:2])
+    return sources, made, np.zeros(6, np.int64), truths, again
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("good", None),
+        ("copies", "the outputs equal their sources so far: more guidance"),
+        ("collapses", "all outputs are nearly the same so far"),
+        ("ignores", "outputs of one source differ as much as those of different sources so far: it is ignored"),
+    ],
+)
+@pytest.mark.parametrize("with_truths", [True, False])
+def test_outputs_that_say_that_something_is_wrong(kind: str, told: str | None, with_truths: bool) -> None:
+    sources, made, domains, truths, again = drawn_images(kind)
+    row = validation.behaviour(sources, made, domains, truths if with_truths else None, again)
+    said = validation.warnings_of(row, ModelConfig(image_size=8, domains=("day", "night")))
+    assert (not said) if told is None else (len(said) == 1 and said[0].startswith(told))
+
+
+def test_the_likely_cause_is_that_of_the_run() -> None:
+    small = ModelConfig(image_size=8, domains=("day", "night"))
+    row = {"change": 1.0, "counterpart_change": 40.0}
+    masked = dataclasses.replace(small, unet=dataclasses.replace(small.unet, source_mask=True))
+    edited = dataclasses.replace(small, sampling=dataclasses.replace(small.sampling, start="sdedit", strength=0.2))
+    itself = dataclasses.replace(small, data=dataclasses.replace(small.data, pairing="self"))
+    for config, cause in ((masked, "--unet.no-source-mask"), (edited, "--sampling.strength"), (itself, "jobs.recipe")):
+        assert cause in validation.warnings_of(row, config)[0]
+    assert "the same images" in validation.warnings_of({"change": 1.0, "counterpart_change": 0.0}, small)[0]
+    assert validation.warnings_of({"loss": 1.0}, small) == []  # an encoder draws nothing
+
+
+def test_a_run_whose_outputs_equal_its_sources_says_so(
+    dataset_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(validation.Validation, "_translated", lambda self, translate, sources, domains, seed: sources)
+    assert run(dataset_folder, tmp_path / "run", "--epochs", "1", *HERE) == 0
+    assert "warning: the outputs equal their sources so far" in capfd.readouterr().err
+    assert metrics_of(tmp_path / "run")[-1]["change"] == 0
+    assert "the outputs equal their sources so far" in (tmp_path / "run" / "report.html").read_text()

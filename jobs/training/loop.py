@@ -29,11 +29,13 @@ from jobs.training.methods import Diffusion, Objective
 from jobs.training.options import TrainOptions
 from jobs.training.run_folder import Run, latest_checkpoint, note_attempt
 from jobs.training.tracking import Tracking
-from jobs.training.validation import NUM_IMAGES, Validation
+from jobs.training.validation import NUM_IMAGES, Validation, warnings_of
 from jobs.training.worker_state import END, SAVE, STOP, LossMeans, WorkerConsensus, WorkerState, is_finite, restore
 
 POST_EVERY_S = 0.5
 """How often the driver hears how far we are."""
+WARM = 0.05
+"""Share of the run after which the images of a validation are judged."""
 
 
 def train_loop(job: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +121,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
                 run.log({**worker.position(done), "split": "train", **means, **speed})
             if worker.validates(done):
                 row = validate(worker, validation, run, done)
+                warn(worker, run, row)
             if run:
                 run.flush()
         if agreed & SAVE or row or worker.keeps(done):
@@ -187,8 +190,15 @@ def validate_again(worker: WorkerState, validation: Validation, run: Run | None)
         row = validate(worker, validation, run, worker.start)
         if run:
             run.flush()
+    warn(worker, run, row)
     if run:
         run.promote(row, of_epochs=worker.options.epochs)
+
+
+def warn(worker: WorkerState, run: Run | None, row: dict[str, Any]) -> None:
+    """Let the run say what a validation's images are wrong in."""
+    if run:
+        run.warnings = warnings_of(row, worker.config) if row["step"] >= WARM * worker.total_steps else []
 
 
 def keep_memory() -> None:

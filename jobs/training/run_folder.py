@@ -110,6 +110,8 @@ class Run:
         self.uri, self.config, self.files, self.comparable = uri, config, files, comparable
         self.keep_every_steps = keep_every_steps
         self.metrics: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+        """What is wrong with what the network draws."""
         self.tracking: Tracking | None = None
         self.started = ""
         """Where the time until the first step went, once that is known."""
@@ -165,7 +167,7 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         """For `StatusBoard.post`."""
-        warnings = list(self.tracking.warnings) if self.tracking else []
+        warnings = [*(self.tracking.warnings if self.tracking else []), *self.warnings]
         fields = {"validated": self.validated, "checkpoint": self.checkpoint, "started": self.started}
         return {**fields, "warnings": warnings}
 
