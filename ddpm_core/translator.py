@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ddpm_core import config as configs
-from ddpm_core import faces, full_size, graphs, guidance, images, samplers, schedule
+from ddpm_core import faces, full_size, graphs, guidance, images, samplers, schedule, tiles
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.conditioning import shown
 from ddpm_core.config import (
@@ -83,6 +83,17 @@ def check_sampling(
         )
     if sampling.start in FROM_SIDE:
         _source_index(config, sampling, domain, source_domain)
+
+
+def check_tiles(config: ModelConfig, sampling: SamplingConfig) -> None:
+    """Raises InputError where images cannot be drawn in tiles."""
+    if config.method != "diffusion":
+        raise InputError(f"tiles have no effect on {config.method}, which draws in one pass; leave them out")
+    if sampling.start in FROM_SIDE:
+        raise InputError(
+            f"tiles do not go with sampling.start {sampling.start}, which goes back and forth on whole images; take "
+            "start noise or sdedit, or leave tiles out"
+        )
 
 
 def target_index(config: ModelConfig, domain: str) -> int:
@@ -257,6 +268,55 @@ class Translator:
         ]
 
     @torch.no_grad()
+    def in_tiles(
+        self,
+        photo: Image.Image,
+        domain: str,
+        *,
+        seed: int = 0,
+        batch_size: int = 16,
+        progress: Progress | None = None,
+        **overrides: Any,
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """Translate a Pillow image of any shape at its own size, drawn in overlapping windows (see `tiles`).
+
+        `batch_size`: windows that the network sees at once. `progress`: called with the number of windows drawn and of
+        all, over all steps. `overrides`: as `options` takes them.
+
+        Raises:
+            InputError: as `check_tiles` and a call; or the image is too small or too large.
+        """
+        sampling = self.options(**overrides)
+        check_sampling(self.config, sampling, domain)
+        check_tiles(self.config, sampling)
+        if self.classifier is not None or self.identity_encoder is not None:
+            raise InputError("tiles do not go with classifier or identity guidance, which judge whole images")
+        pixels, side = np.asarray(images.decode(_as_file(photo))), self.config.image_size
+        height, width = pixels.shape[:2]
+        tiles.check(width, height, side)
+        target = target_index(self.config, domain)
+        source = images.to_tensor(pixels[None], self.device)
+        generators = [seeded(seed, images.content_hash(pixels))]
+        timesteps = _timesteps(self.config, sampling)
+        drawn, total = 0, len(timesteps) * tiles.count(width, height, side)
+
+        def done(windows: int) -> None:
+            nonlocal drawn
+            drawn += windows
+            if progress is not None:
+                progress(drawn, total)
+
+        def denoiser_of(seen: Float[Tensor, "b 3 s s"]) -> Denoiser:
+            condition = shown(self.config.shown, seen)
+            return self._denoiser(seen, condition, _labels(target, condition), sampling)
+
+        denoiser = tiles.tiled(denoiser_of, source, side, batch_size=batch_size, done=done)
+        x_0 = self._from_noise(denoiser, source, generators, sampling, timesteps, lambda step, x_0: None)
+        if not x_0.isfinite().all():
+            raise InputError(NOT_FINITE)
+        return images.to_uint8(x_0)[0]
+
+    @torch.no_grad()
     def attempt(
         self,
         pictures: UInt8[np.ndarray, "b h w 3"] | Sequence[Image.Image],
@@ -329,7 +389,20 @@ class Translator:
         chain["timesteps"] = timesteps
         if source is not None:
             return self._edit(pictures, target, source, generators, sampling, chain, told(len(timesteps)))
-        x_T = draw_noise(generators, condition)
+        denoiser = self._denoiser(pictures, condition, _labels(target, condition), sampling)
+        return self._from_noise(denoiser, pictures, generators, sampling, timesteps, told(len(timesteps)))
+
+    def _from_noise(
+        self,
+        denoiser: Denoiser,
+        pictures: Float[Tensor, "b 3 h w"],
+        generators: list[torch.Generator],
+        sampling: SamplingConfig,
+        timesteps: Int64[Tensor, " n"],
+        callback: samplers.Callback,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """x_0 drawn from noise, or from the noised images."""
+        x_T = draw_noise(generators, pictures)
         if sampling.start == "sdedit":
             x_T, _ = samplers.sdedit_start(
                 pictures, timesteps, sampling.strength, noise=x_T, alphas_cumprod=self.alphas_cumprod
@@ -338,11 +411,13 @@ class Translator:
         if sampling.eta:
             sampler = functools.partial(samplers.ddim, eta=sampling.eta)
         return sampler(
-            self._denoiser(pictures, condition, _labels(target, condition), sampling),
+            denoiser,
             x_T,
+            timesteps=timesteps,
+            alphas_cumprod=self.alphas_cumprod,
+            prediction=self.config.diffusion.prediction,
             generators=generators,
-            callback=told(len(timesteps)),
-            **chain,
+            callback=callback,
         )
 
     def _edit(

@@ -844,6 +844,23 @@ def test_results_have_their_photos_size(tmp_path: Path, checkpoint_folder: str) 
     assert "--mark-key" in refused(command(checkpoint_folder, source, out))
 
 
+def test_photos_are_drawn_in_tiles(tmp_path: Path, checkpoint_folder: str) -> None:
+    source, out = photos(tmp_path / "in"), tmp_path / "out"
+    put(source / "small.png", 5, 12)
+    argv = command(checkpoint_folder, source, out, "--tiles", "--mark-key", "none")
+    assert translate.main(argv) == cli.SET_ASIDE
+    assert manifest(out)["small.png"]["error"].startswith("small.png: 12 x 12 pixels; tiles are for photos of 16 x 16")
+    library = Translator(checkpoint.load(checkpoint_folder))
+    for name in ("wide.png", "tall.jpg"):
+        with Image.open(out / f"{name.partition('.')[0]}.png") as image:
+            assert json.loads(image.info["ddpm-translate"])["tiles"] is True
+            wanted = library.in_tiles(Image.open(source / name), "night")
+            assert np.abs(np.asarray(image).astype(int) - wanted).max() <= 1
+    assert "--tiles" in refused(command(checkpoint_folder, source, out, "--mark-key", "none"))
+    for more in (["--output-size", "model"], ["--start", "flowedit"]):
+        assert "tiles" in refused(command(checkpoint_folder, source, tmp_path / "new", "--tiles", *more))
+
+
 def test_results_are_marked_with_the_operators_key_or_not_at_all(tmp_path: Path, checkpoint_folder: str) -> None:
     source, key = photos(tmp_path / "in"), tmp_path / "key"
     key.write_bytes(b"0123456789abcdef")

@@ -55,14 +55,15 @@ class Translate:
         record: Mapping[str, Any] = MappingProxyType({}),
         output_format: OutputFormat = "png",
         mark_key: bytes = b"",
+        tiles: bool = False,
     ) -> None:
         """`sampling`, `guides`: fields of SamplingConfig and of Guides. `output`: where results go, None to keep them
         in `result`. `record`: what is told within each file of how it was made, beside checkpoint and licence.
-        `mark_key`: of the invisible mark, b"" for none."""
+        `mark_key`: of the invisible mark, b"" for none. `tiles`: photos of their own size are drawn in windows."""
         torch.set_num_threads(num_threads)
         loaded = checkpoint.load(checkpoint_uri, ema=ema)
         self.translator = opening.translator(loaded, GuidanceNets(**guides))
-        self.sampling, self.output = sampling, output
+        self.sampling, self.output, self.tiles = sampling, output, tiles
         record = {"checkpoint": loaded.fingerprint, "licence": loaded.config.data.licence, **record}
         self.encode = functools.partial(marks.finish, record=record, kind=output_format, key=mark_key)
 
@@ -70,7 +71,7 @@ class Translate:
         made, errors = list(np.zeros_like(batch["image"])[:, None]), batch["error"].astype(object)
         wanted: dict[tuple[str, int], list[int]] = {}
         for row, (to, seed, error) in enumerate(zip(batch["to"], batch["seed"], batch["error"], strict=True)):
-            if not error:
+            if not error and not self.tiles:
                 wanted.setdefault((str(to), int(seed)), []).append(row)
         for (to, seed), rows in wanted.items():
             for row, squares in self._translated(batch, rows, to, seed):
@@ -82,7 +83,7 @@ class Translate:
             return {**batch, "result": results, "error": errors}
         for row in np.flatnonzero(errors == "").tolist():
             try:
-                data = self._file(batch, row, made[row])
+                data = self._in_tiles(batch, row) if self.tiles else self._file(batch, row, made[row])
             except InputError as error:
                 errors[row] = f"{batch['id'][row]}: {error}"
                 continue
@@ -109,6 +110,16 @@ class Translate:
         ends = np.cumsum([len(each) for each in seen])
         for row, end, each in zip(rows, ends.tolist(), seen, strict=True):
             yield row, Translated(pixels[end - len(each) : end], finite[end - len(each) : end])
+
+    def _in_tiles(self, batch: Batch, row: int) -> bytes:
+        """The file of a photo drawn in windows.
+
+        Raises:
+            InputError: it is too small or too large for that, or its values are no numbers; or as `_file`.
+        """
+        photo, to, seed = images.decode(batch["file"][row]), str(batch["to"][row]), int(batch["seed"][row])
+        made = self.translator.in_tiles(photo, to, seed=seed, **self.sampling)
+        return self.encode(made)
 
     def _file(self, batch: Batch, row: int, results: UInt8[np.ndarray, "n s s 3"]) -> bytes:
         """The result's file: at the size of the photo where that is in the batch, else as it is.

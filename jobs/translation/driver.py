@@ -98,6 +98,7 @@ def translate(job: TranslationJob, manifest: Manifest, todo: list[dict[str, Any]
         output=args.output,
         record=record(job),
         mark_key=job.mark_key,
+        tiles=args.tiles,
     )
     try:
         with Progress(total=len(todo), unit="image", description="translate") as progress:

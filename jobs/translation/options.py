@@ -72,6 +72,10 @@ class TranslateArgs:
     num_workers: NumWorkers | None = None
     """Copies of the network; by default one for each GPU, or for each CPU where there is none. 0: this process alone,
     without Ray."""
+    tiles: bool = False
+    """Draw scenes at their own size in overlapping windows of the network's, whose predictions are averaged at each
+    step (MultiDiffusion), instead of carrying the change of one small view to them: detail drawn anew, at a pass for
+    each window."""
     mark_key: str = "public"
     """Of the invisible mark in each result of 64 pixels and more: none, public (a key that everybody has), or a file
     that holds a secret one (openssl rand -hex 32)."""

@@ -9,11 +9,12 @@ from ddpm_core import faces, images, keyed_mark, storage
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
+from ddpm_core.translator import check_tiles
 from jobs.common import kinds, numbers
 from jobs.datasets.format import DatasetCard, find_card
 from jobs.translation.listing import Sources, check_dataset, list_sources, output_names, split_rows
 from jobs.translation.manifest import Manifest
-from jobs.translation.opening import open_checkpoint
+from jobs.translation.opening import by_flags, open_checkpoint
 from jobs.translation.options import GuidanceNets, TranslateArgs
 
 
@@ -70,6 +71,19 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
     template = () if card is not None else faces.template_of(loaded.config.data.landmarks, args.framing)
     if template:
         options |= {"align": "faces"} | ({"faces": "all"} if args.framing.faces == "all" else {})
+    if args.tiles:
+        if card is not None or template or args.framing.output_size == "model":
+            raise InputError(
+                "--tiles is for scenes at their own size, not for a data set, faces (--align none) or --output-size "
+                "model; leave it out"
+            )
+        try:
+            check_tiles(loaded.config, sampling)
+        except InputError as error:
+            raise InputError(by_flags(str(error))) from None
+        if led := [name for name in ("classifier_guidance", "identity_guidance") if getattr(opened.guides, name)]:
+            raise InputError(f"--tiles does not go with --{led[0].replace('_', '-')}, which judges whole images")
+        options |= {"tiles": True}
     if card is None and args.framing.output_size == "own":  # a data set's squares are of the model's size
         options |= {"output_size": "own"}
     if card is not None:
