@@ -462,7 +462,7 @@ def endpoint(ray_cluster: None, portraits: str) -> Iterator[str]:
 
     port = free_port()
     ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
-    ray.serve.run(app.build_app({"checkpoint": portraits, "device": "cpu", "precision": "fp32"}))
+    ray.serve.run(app.build_app({"checkpoint": portraits, "device": "cpu", "precision": "fp32", "mark_key": "none"}))
     yield f"http://127.0.0.1:{port}"
     ray.serve.shutdown()
 
@@ -501,6 +501,24 @@ def test_the_endpoint_aligns_private_photos(endpoint: str, portraits: str, holid
     assert send("broken.jpg").status_code == 400
     assert "align is 'face'" in send("me.jpg", align="face").json()["detail"]
     assert httpx.get(f"{endpoint}/v1/model", timeout=300).json()["data"]["landmarks"] == list(faces.CELEBA)
+
+
+@pytest.mark.slow
+def test_a_photo_of_twelve_megapixels_goes_through_the_endpoint_and_only_its_face_changes(
+    endpoint: str, hopper: Image.Image
+) -> None:
+    tilted, _ = turned(hopper, degrees=15, scale=0.8, centre=(450, 400), size=(1000, 800))
+    photo = scene((1000, 750)).resize((4000, 3000), Image.Resampling.BICUBIC)
+    photo.paste(tilted, (2000, 1200))
+    query = {"domain": "night"}
+    answer = httpx.post(f"{endpoint}/v1/translate", params=query, content=jpeg(photo), timeout=600)
+    assert answer.status_code == 200, answer.text
+    made, source = (np.asarray(images.decode(each)) for each in (answer.content, jpeg(photo)))
+    assert made.shape == (3000, 4000, 3)
+    changed = (made != source).any(-1)
+    assert changed[1500:1700, 2350:2550].any()
+    changed[1200:2000, 2000:3000] = False
+    assert not changed.any()
 
 
 def test_prepare_aligns_portraits_of_ones_own(hopper: Image.Image, tmp_path: Path) -> None:

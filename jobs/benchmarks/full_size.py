@@ -46,6 +46,8 @@ class Options:
     """A run or checkpoint of drawn landscapes or portraits, to be measured beside the perfect network."""
     num_scenes: Annotated[int, Within(1)] = 50
     """Scenes of each kind."""
+    num_tiled: Annotated[int, Within(0)] = 0
+    """Of the checkpoint's scenes, so many are drawn in tiles as well, beside the other ways."""
     seed: int = 1
     """Of the scenes; that of the checkpoint's data is 0 by default."""
     megapixels: float = 12.0
@@ -136,12 +138,24 @@ def of_checkpoint(uri: str, options: Options) -> list[dict[str, Any]]:
     for factor in FACTORS:
         pairs = [pair(scene, options, index, factor * config.image_size, domain) for index in range(options.num_scenes)]
         sources = np.stack([images.squeezed(photo, config.image_size) for photo, _ in pairs])
-        rows += judged(f"{scene}, checkpoint, {wanted}", config.image_size, pairs, translate(sources, wanted))
+        made, side = translate(sources, wanted), config.image_size
+        rows += judged(f"{scene}, checkpoint, {wanted}", side, pairs, made)
+        if some := pairs[: options.num_tiled]:
+            name = f"the first {len(some)} of them"
+            rows += judged(name, side, some, made[: len(some)])
+            tiled = np.stack([translate.in_tiles(photo, wanted) for photo, _ in some])
+            rows.append(row_of(name, side, "tiles", tiled, truths_of(some)))
     return rows
 
 
-def judged(scenes: str, side: int, pairs: list[tuple[Image.Image, Image.Image]], results: Any) -> list[dict[str, Any]]:
-    truths = np.stack([np.asarray(truth) for _, truth in pairs])
+Pairs = list[tuple[Image.Image, Image.Image]]
+
+
+def truths_of(pairs: Pairs) -> UInt8[np.ndarray, "n h w 3"]:
+    return np.stack([np.asarray(truth) for _, truth in pairs])
+
+
+def judged(scenes: str, side: int, pairs: Pairs, results: Any) -> list[dict[str, Any]]:
     rows = []
     for way, function in WAYS.items():
         made = np.stack(
@@ -150,12 +164,22 @@ def judged(scenes: str, side: int, pairs: list[tuple[Image.Image, Image.Image]],
                 for (photo, _), result in zip(pairs, results, strict=True)
             ]
         )
-        row = {"scenes": scenes, "square": side, "photo": truths.shape[1], "way": way}
-        row["psnr"] = float(metrics.psnr(made, truths).mean())
-        row["ssim"] = float(metrics.ssim(made, truths).mean())
-        row["detail"] = steps(made) / steps(truths)
-        rows.append(row)
+        rows.append(row_of(scenes, side, way, made, truths_of(pairs)))
     return rows
+
+
+def row_of(
+    scenes: str, side: int, way: str, made: UInt8[np.ndarray, "n h w 3"], truths: UInt8[np.ndarray, "n h w 3"]
+) -> dict[str, Any]:
+    return {
+        "scenes": scenes,
+        "square": side,
+        "photo": truths.shape[1],
+        "way": way,
+        "psnr": float(metrics.psnr(made, truths).mean()),
+        "ssim": float(metrics.ssim(made, truths).mean()),
+        "detail": steps(made) / steps(truths),
+    }
 
 
 def steps(pictures: np.ndarray) -> float:
