@@ -296,7 +296,7 @@ def test_without_counterparts_everyone_is_in_one_domain(pairing: str, tmp_path: 
         (("--image-size", "16"), "--image-size is 16; it must lie between 32 and 256"),
         (("--image-size", "512"), "between 32 and 256"),
         (("--count", "0"), "--count is 0"),
-        (("--first", "-1"), "--first -1"),
+        (("--first", "-1"), "--first is -1"),
         (("--first", "99999999", "--count", "2"), "between 0 and 100,000,000"),
         (("--source", "pictures"), "leave --source out"),
         (("--scene", "seas"), "portraits"),
