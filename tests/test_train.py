@@ -483,6 +483,7 @@ def config_for(options: TrainOptions) -> ModelConfig:
         method=options.method,
         unet=options.unet,
         diffusion=options.diffusion,
+        sampling=options.sampling,
         gan=options.gan,
     )
 

@@ -399,7 +399,11 @@ def test_two_workers_compute_what_one_does(ray_cluster, crowd_folder, tmp_path):
         ("identity", ["--encoder.margin", "-1"], "--encoder.margin is -1.0; it must be at least 0"),
         ("identity", ["--encoder.scale", "0"], "encoder.scale is 0.0; it must be positive"),
         ("identity", ["--encoder.brightness", "1"], "encoder.brightness is 1.0; it must lie in [0, 1)"),
-        ("identity", ["--encoder.crop-box", "0", "0", "0", "1"], "encoder.crop-box is [0.0, 0.0, 0.0, 1.0]; give x0 y0 x1 y1"),
+        (
+            "identity",
+            ["--encoder.crop-box", "0", "0", "0", "1"],
+            "encoder.crop-box is [0.0, 0.0, 0.0, 1.0]; give x0 y0 x1 y1",
+        ),
         ("identity", ["--accumulate", "2"], "--accumulate has no effect with --method identity"),
         ("identity", ["--target-domain", "day"], "--target-domain has no effect with --method identity"),
         ("identity", ["--pairing", "unpaired"], "--pairing has no effect with --method identity"),
