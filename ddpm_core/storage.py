@@ -1,7 +1,8 @@
 """Files by URI: local paths and `s3://bucket/prefix`, the same few verbs for both.
 
-pyarrow's own S3 client is used; it reads AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
-AWS_ENDPOINT_URL and AWS_DEFAULT_REGION from the environment, on every machine that touches the URI.
+pyarrow's own S3 client is used, and s3fs for what that cannot do: a listing page by page, conditional writes. Both
+read AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_ENDPOINT_URL and AWS_DEFAULT_REGION from the
+environment, on every machine that touches the URI.
 Only URIs travel to workers, never a file system: a pickled one carries the secret in clear.
 pyarrow is imported where it is used: a `--help` needs none of it, nor does whoever reads a local file.
 
@@ -19,6 +20,7 @@ import posixpath
 import re
 import stat
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -93,7 +95,20 @@ def filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     # Only the bucket is parsed as a URI: in a key, spaces, # and % mean themselves.
     path = uri.partition("://")[2]
     bucket = path.partition("/")[0]
-    return _s3(bucket, tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))), path
+    return _s3(bucket, _environment()), path
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+
+
+def _place(environment: tuple[tuple[str, str], ...]) -> tuple[str | None, str | None]:
+    """Endpoint and region, where they are given."""
+    given = dict(environment)
+    endpoint = given.get("AWS_ENDPOINT_URL_S3") or given.get("AWS_ENDPOINT_URL")
+    if endpoint and not re.match(r"https?://", endpoint):
+        raise InputError(f"AWS_ENDPOINT_URL is {endpoint}; write it with its scheme: http://… or https://…")
+    return endpoint or None, given.get("AWS_DEFAULT_REGION") or given.get("AWS_REGION")
 
 
 @functools.lru_cache(maxsize=8)
@@ -101,11 +116,7 @@ def _s3(bucket: str, environment: tuple[tuple[str, str], ...]) -> "pyarrow.fs.Fi
     """One client, and so one pool of connections, for each bucket and set of AWS_* variables."""
     import pyarrow.fs
 
-    given = dict(environment)
-    endpoint = given.get("AWS_ENDPOINT_URL_S3") or given.get("AWS_ENDPOINT_URL")
-    if endpoint and not re.match(r"https?://", endpoint):
-        raise InputError(f"AWS_ENDPOINT_URL is {endpoint}; write it with its scheme: http://… or https://…")
-    region = given.get("AWS_DEFAULT_REGION") or given.get("AWS_REGION")
+    endpoint, region = _place(environment)
     with user_errors(f"s3://{bucket}"):
         # Not FileSystem.from_uri: its client repeats nothing but connecting, and that 25 times, 100 s if it hangs.
         return pyarrow.fs.S3FileSystem(
@@ -114,6 +125,7 @@ def _s3(bucket: str, environment: tuple[tuple[str, str], ...]) -> "pyarrow.fs.Fi
             connect_timeout=CONNECT_TIMEOUT_S,
             request_timeout=REQUEST_TIMEOUT_S,
             retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=3),
+            allow_delayed_open=True,  # a small object is one request, not the three of an upload in parts
         )
 
 
@@ -324,6 +336,121 @@ def _put(fs: "pyarrow.fs.FileSystem", path: str, data: bytes | memoryview) -> No
         stream.write(data)
 
 
+def write_once(uri: str, data: bytes) -> bool:
+    """Write a whole file that is not there yet; False: another one is there, and stays. On S3 the store decides it
+    (`If-None-Match: *`), on a disk a hard link."""
+    if is_remote(uri):
+        key = uri.partition("://")[2].partition("/")[2]
+        try:
+            _request(uri, "put_object", Key=key, Body=data, IfNoneMatch="*")
+        except FileExistsError:
+            return read_bytes(uri) == data  # it may be ours, whose answer was lost
+        return True
+    aside = f"{posixpath.dirname(uri)}/.{uuid.uuid4().hex[:16]}.tmp"
+    write_bytes(aside, data)
+    try:
+        with user_errors(uri):
+            os.link(aside, uri)
+        return True
+    except UnusableNameError as error:
+        if isinstance(error.__cause__, FileExistsError):
+            return False
+        raise
+    except (InputError, OSError):  # a file system without hard links, such as a memory card's
+        if os.path.exists(uri):
+            return False
+        os.replace(aside, uri)
+        return True
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+
+
+@contextlib.contextmanager
+def writing(uri: str) -> Iterator[str]:
+    """A local path to write to, bit by bit; what is there at the end becomes the file `uri`, as a whole."""
+    if not is_remote(uri):
+        write_bytes(aside := f"{posixpath.dirname(uri)}/.{uuid.uuid4().hex[:16]}.tmp", b"")
+        try:
+            with user_errors(uri):
+                yield aside
+                os.replace(aside, uri)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(aside)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield (path := os.path.join(folder, "file"))
+        with_retries(uri, lambda: _explained(lambda: _s3fs(_environment()).put_file(path, uri)))
+
+
+def _request(uri: str, method: str, **parameters: Any) -> Any:
+    """A request to S3 that pyarrow cannot make.
+
+    Raises:
+        FileExistsError: it was to be done only where nothing is.
+        FileNotFoundError, InputError: as `with_retries`.
+    """
+    bucket = uri.partition("://")[2].partition("/")[0]
+    result = with_retries(uri, lambda: _explained(lambda: _unless_there(bucket, method, parameters)))
+    if result is _THERE:
+        raise FileExistsError(uri)
+    return result
+
+
+_THERE = object()
+
+
+def _unless_there(bucket: str, method: str, parameters: dict[str, Any]) -> Any:
+    try:
+        return _s3fs(_environment()).call_s3(method, Bucket=bucket, **parameters)
+    except OSError as error:
+        if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+            return _THERE
+        raise
+
+
+def _explained(deed: Callable[[], T]) -> T:
+    """With s3fs's errors in the words that pyarrow has for them."""
+    try:
+        return deed()
+    except Exception as error:
+        code = _code(error)
+        if code in ("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "500", "503"):
+            raise OSError(f"SERVICE_UNAVAILABLE: {error}") from error
+        if code or isinstance(error, OSError):
+            raise OSError(f"{code}: {error}") from error
+        if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp", "asyncio", "builtins"):
+            raise OSError(f"NETWORK_CONNECTION: {error}") from error
+        raise
+
+
+def _code(error: BaseException) -> str:
+    """What S3 calls it."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+@functools.lru_cache(maxsize=8)
+def _s3fs(environment: tuple[tuple[str, str], ...]) -> Any:
+    """A client for what pyarrow's cannot do: pages of a listing, conditional writes, files that are sent whole."""
+    import s3fs
+
+    endpoint, region = _place(environment)
+    style = {"addressing_style": "path"} if endpoint else {}
+    return s3fs.S3FileSystem(
+        endpoint_url=endpoint,
+        client_kwargs={"region_name": region} if region else {},
+        config_kwargs={
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "read_timeout": REQUEST_TIMEOUT_S,
+            "retries": {"max_attempts": 2},
+            "s3": style,
+        },
+        skip_instance_cache=True,
+    )
+
+
 def num_bytes(uri: str) -> int:
     """Size of a file.
 
@@ -386,6 +513,8 @@ class Entry(NamedTuple):
     """Where it lies once links are followed; "" on S3, which has none."""
     path: str
     """Below the folder, as the file system has it; `as_text` of it is the file's name everywhere else."""
+    etag: str = ""
+    """What S3 tells contents apart by."""
 
 
 def as_text(path: str) -> str:
@@ -408,33 +537,98 @@ class Tree:
     """Links, not followed, to folders that are read anyway or that lie around this one."""
 
 
+class Item(NamedTuple):
+    """Something below a folder, as `walk` comes to it."""
+
+    name: str
+    """`as_text` of its path below the folder."""
+    path: str
+    entry: Entry | None = None
+    """Of a file that can be read."""
+    fault: str = ""
+    """Why it cannot be, with the remedy."""
+    skipped: bool = False
+    """The caller does not want it. Where nothing else is said it is a link, not followed, to a folder that is read
+    anyway."""
+
+
+def walk(uri: str, *, recursive: bool = True, skip: Callable[[str], bool] = lambda name: False) -> Iterator[Item]:
+    """What lies below `uri`, one after another in the order of their names, however much it is; nothing where there is
+    nothing. Links are followed, each folder is read once. `skip`: see `tree`.
+
+    A store that sorts otherwise than S3 does keeps its own order.
+
+    Raises:
+        InputError: `uri` is a file, or may not be read.
+    """
+    if is_remote(uri):
+        yield from _remote_items(_pages(uri, recursive), skip)
+        return
+    with user_errors(uri), contextlib.suppress(FileNotFoundError):
+        yield from _Walk(uri, recursive, skip).items()
+
+
 def tree(uri: str, *, recursive: bool = True, skip: Callable[[str], bool] = lambda name: False) -> Tree:
-    """What lies below `uri`; nothing where there is nothing. Links are followed, each folder is read once.
+    """What lies below `uri`, all at once; nothing where there is nothing. Links are followed, each folder is read once.
 
     `skip` says which names of files and folders are passed over, with all below them.
 
     Raises:
         InputError: `uri` is a file, or may not be read.
     """
-    if is_remote(uri):
-        return _remote_tree(uri, recursive, skip)
-    with user_errors(uri), contextlib.suppress(FileNotFoundError):
-        return _Walk(uri, recursive, skip).tree()
-    return Tree()
+    items = _remote_items(_infos(uri, recursive), skip) if is_remote(uri) else walk(uri, recursive=recursive, skip=skip)
+    found = Tree()
+    num_again = 0
+    for item in items:
+        if item.entry is not None:
+            found.files[item.name] = item.entry
+        elif item.fault:
+            found.faults[printable(item.path)] = item.fault
+        elif item.skipped:
+            found.skipped.append(printable(item.path))
+        else:
+            num_again += 1
+    return dataclasses.replace(
+        found, files=dict(sorted(found.files.items())), skipped=sorted({*found.skipped}), num_again=num_again
+    )
 
 
-def _remote_tree(uri: str, recursive: bool, skip: Callable[[str], bool]) -> Tree:
-    files, skipped = {}, set()
+def _remote_items(entries: Iterator[Entry], skip: Callable[[str], bool]) -> Iterator[Item]:
+    last = None
+    for entry in entries:
+        parts = entry.path.split("/")
+        if unwanted := next((depth for depth, part in enumerate(parts, 1) if skip(part)), None):
+            above = "/".join(parts[:unwanted])
+            if above != last:  # what is below a folder comes together
+                yield Item(above, above, skipped=True)
+            last = above
+        else:
+            yield Item(entry.path, entry.path, entry)
+
+
+def _pages(uri: str, recursive: bool) -> Iterator[Entry]:
+    """The objects below a prefix, asked for a thousand at a time."""
+    prefix = uri.partition("://")[2].partition("/")[2]
+    prefix = f"{prefix}/" if prefix else ""
+    more: dict[str, Any] = {} if recursive else {"Delimiter": "/"}
+    while True:
+        page = _request(uri, "list_objects_v2", Prefix=prefix, **more)
+        for found in page.get("Contents", ()):
+            if not found["Key"].endswith("/"):  # else what stands for an empty folder
+                mtime_ns = int(found["LastModified"].timestamp() * 1000) * 1_000_000
+                path = found["Key"].removeprefix(prefix)
+                yield Entry(found["Size"], mtime_ns, "", path, found.get("ETag", "").strip('"'))
+        if not page.get("IsTruncated"):
+            return
+        more["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _infos(uri: str, recursive: bool) -> Iterator[Entry]:
+    """As `_pages`, all at once and sooner; without their etags."""
     _, prefix = filesystem(uri)
     for info in _remote_infos(uri, recursive):
-        path = info.path[len(prefix) :].lstrip("/")
-        parts = path.split("/")
-        unwanted = [depth for depth, part in enumerate(parts, 1) if skip(part)]
-        if unwanted:
-            skipped.add("/".join(parts[: unwanted[0]]))
-        elif info.is_file:
-            files[path] = Entry(info.size or 0, info.mtime_ns or 0, "", path)
-    return Tree(dict(sorted(files.items())), skipped=sorted(skipped))
+        if info.is_file:
+            yield Entry(info.size or 0, info.mtime_ns or 0, "", info.path[len(prefix) :].lstrip("/"))
 
 
 def _remote_infos(uri: str, recursive: bool) -> "list[pyarrow.fs.FileInfo]":
@@ -446,73 +640,88 @@ def _remote_infos(uri: str, recursive: bool) -> "list[pyarrow.fs.FileInfo]":
 
 
 class _Walk:
-    """A local folder's tree. What lies there itself is read before what links lead to: nothing is found by the name
-    of a link that has one of its own."""
+    """A local folder's files, in the order of their names. Nothing is found by the name of a link that has one of its
+    own."""
 
     def __init__(self, root: str, recursive: bool, skip: Callable[[str], bool]) -> None:
         self.root, self.recursive, self.skip = os.path.realpath(root), recursive, skip
-        self.seen: set[str] = set()
-        """Folders that were read, by where they lie."""
-        self.folders: list[tuple[str, str]] = []
-        """Those to be read: path below the root, and where it lies."""
-        self.links: list[tuple[str, str]] = []
-        self.files: dict[str, Entry] = {}
-        self.faults: dict[str, str] = {}
-        self.skipped: list[str] = []
-        self.num_again = 0
+        self.elsewhere: set[str] = set()
+        """Folders that links have led to and that were read."""
 
-    def tree(self) -> Tree:
+    def items(self) -> Iterator[Item]:
         """Raises OSError where the root cannot be read; below it that is a fault."""
-        self._read("", self.root)
-        while self.folders or self.links:
-            if not self.folders:
-                self.links.sort(reverse=True)
-            path, real = (self.folders or self.links).pop()
-            if real in self.seen or f"{self.root}/".startswith(f"{real.rstrip('/')}/"):
-                self.num_again += 1
-                continue
+        stack = [iter(self._read([("", self.root)]))]
+        while stack:
+            found = next(stack[-1], None)
+            if found is None:
+                stack.pop()
+            elif isinstance(found, Item):
+                yield found
+            else:
+                stack.append(iter(self._read(found)))
+
+    def _read(self, folders: list[tuple[str, str]]) -> Iterator[Item | list[tuple[str, str]]]:
+        """What is in folders (path below the root, where it lies) of the same name as text: items, and folders again.
+        There are several only where one's name is not valid UTF-8."""
+        found: dict[str, list[tuple[str, os.DirEntry[str]]]] = {}
+        for path, real in folders:
             try:
-                self._read(path, real)
+                with os.scandir(real) as entries:
+                    for entry in entries:
+                        below = f"{path}/{entry.name}" if path else entry.name
+                        key = as_text(below) + ("/" if _is_folder(entry) else "")
+                        found.setdefault(key, []).append((below, entry))
             except OSError as error:
-                self._fault(f"{path}/", f"a folder that cannot be read ({error.strerror}); check its owner and mode")
-        skipped = [printable(path) for path in sorted(self.skipped)]
-        return Tree(dict(sorted(self._named().items())), dict(sorted(self.faults.items())), skipped, self.num_again)
-
-    def _named(self) -> dict[str, Entry]:
-        """The files by their paths as text; whose text is another's own path is a fault."""
-        odd = [path for path in self.files if as_text(path) != path]
-        entries = {path: self.files.pop(path) for path in sorted(odd)}
-        for path, entry in entries.items():
-            if self.files.setdefault(as_text(path), entry) is not entry:
-                self._fault(path, f"its name is not valid UTF-8, and {as_text(path)} is another's; rename one")
-        return self.files
-
-    def _read(self, folder: str, real: str) -> None:
-        self.seen.add(real)
-        with os.scandir(real) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}" if folder else entry.name
+                if not path:
+                    raise
+                reason = f"a folder that cannot be read ({error.strerror}); check its owner and mode"
+                yield Item(f"{as_text(path)}/", f"{path}/", fault=reason)
+        for key in sorted(found):
+            inner = []
+            for below, entry in sorted(found.pop(key), key=lambda each: each[0] != as_text(each[0])):
                 if self.skip(entry.name):
-                    self.skipped.append(path)
-                    continue
-                try:
-                    self._take(path, entry)
-                except OSError as error:
-                    self._fault(path, _why_not(entry, error))
+                    yield Item(key, below, skipped=True)
+                elif not key.endswith("/"):
+                    yield self._file(below, entry)
+                elif self.recursive:
+                    real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                    if self._is_read_anyway(real, entry.is_symlink()):
+                        yield Item(key, below)
+                    else:
+                        inner.append((below, real))
+            if inner:
+                yield inner
 
-    def _take(self, path: str, entry: "os.DirEntry[str]") -> None:
-        there, linked = entry.stat(), entry.is_symlink()
-        real = os.path.realpath(entry.path) if linked else entry.path
-        if stat.S_ISDIR(there.st_mode):
-            if self.recursive:
-                (self.links if linked else self.folders).append((path, real))
-        elif not stat.S_ISREG(there.st_mode):
-            self._fault(path, "a pipe, socket or device, not a file; remove it")
-        else:
-            self.files[path] = Entry(there.st_size, there.st_mtime_ns, real, path)
+    def _is_read_anyway(self, real: str, linked: bool) -> bool:
+        """Whether a folder has been read, is being read, or will be where it lies."""
+        if f"{self.root}/".startswith(f"{real.rstrip('/')}/"):
+            return True
+        if real.startswith(f"{self.root}/") and not any(map(self.skip, real[len(self.root) + 1 :].split("/"))):
+            return linked
+        if real in self.elsewhere:
+            return True
+        self.elsewhere.add(real)
+        return False
 
-    def _fault(self, path: str, reason: str) -> None:
-        self.faults[printable(path)] = reason
+    def _file(self, path: str, entry: "os.DirEntry[str]") -> Item:
+        name = as_text(path)
+        try:
+            there = entry.stat()
+        except OSError as error:
+            return Item(name, path, fault=_why_not(entry, error))
+        if not stat.S_ISREG(there.st_mode):
+            return Item(name, path, fault="a pipe, socket or device, not a file; remove it")
+        if name != path and os.path.lexists(os.path.join(self.root, name)):
+            return Item(name, path, fault=f"its name is not valid UTF-8, and {name} is another's; rename one")
+        real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+        return Item(name, path, Entry(there.st_size, there.st_mtime_ns, real, path))
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _why_not(entry: "os.DirEntry[str]", error: OSError) -> str:

@@ -3,7 +3,7 @@
     python -m jobs.translate --checkpoint RUN --input FOLDER --output FOLDER --domain night
 
 Each image keeps its place, its size (--output-size) and its name, with the suffix .png. What cannot be read is set
-aside with its reason (manifest.parquet, rejected.txt) and the exit code is 3. The same command again goes on where it
+aside with its reason (rejected.parquet) and the exit code is 3. The same command again goes on where it
 was stopped, does new and changed images, and tries again those set aside.
 """
 

@@ -1,5 +1,7 @@
 """Files by URI: the same verbs on disk and on a real S3 server, and one line for what a user can mend."""
 
+import contextlib
+import hashlib
 import os
 import pickle
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import free_port
 
 from ddpm_core import storage
 from ddpm_core.errors import InputError
@@ -216,6 +219,78 @@ def test_a_path_that_is_no_text(tmp_path: Path) -> None:
     entry = storage.tree(str(tmp_path / "in")).files["a%FF/%80%E9.jpg"]
     assert os.fsencode(entry.path) == names[0]
     assert storage.read_bytes(storage.join(str(tmp_path / "in"), entry.path)) == names[0]
+
+
+def test_a_walk_gives_what_a_tree_has_in_order(tmp_path: Path) -> None:
+    for name in ("a/b.jpg", "a.jpg", "a-b/c.jpg", "ab", "b/.x/1.jpg", "b/c/d.jpg", "\u00e9.jpg"):
+        storage.write_bytes(str(tmp_path / name), b"four")
+    storage.write_bytes(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9/1.jpg"), b"four")
+    storage.write_bytes(str(tmp_path / "%E9/2.jpg"), b"four")
+    items = list(storage.walk(str(tmp_path), skip=lambda name: name == ".x"))
+    names = [item.name for item in items]
+    assert names == sorted(names)
+    assert "%E9/1.jpg" in names
+    assert [item.name for item in items if item.skipped] == ["b/.x/"]
+    assert {item.name: item.entry for item in items if item.entry} == storage.tree(
+        str(tmp_path), skip=lambda name: name == ".x"
+    ).files
+
+
+def test_a_bucket_is_listed_page_by_page(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"{s3.uri}/{uuid.uuid4().hex}"
+    names = [f"{number % 3}/{number:02d} #%.jpg" for number in range(20)]
+    for name in names:
+        storage.write_bytes(f"{uri}/{name}", name.encode())
+    request, pages = storage._request, []
+
+    def few(where: str, method: str, **parameters: Any) -> Any:
+        pages.append(page := request(where, method, MaxKeys=7, **parameters))
+        return page
+
+    monkeypatch.setattr(storage, "_request", few)
+    found = [item.entry for item in storage.walk(uri)]
+    assert [entry.path for entry in found] == sorted(names)
+    assert len(pages) == 3
+    (first,) = [entry for entry in found if entry.path == "0/00 #%.jpg"]
+    there = storage.tree(uri).files["0/00 #%.jpg"]
+    assert (first.num_bytes, first.mtime_ns // 10**9) == (there.num_bytes, there.mtime_ns // 10**9)
+    assert first.etag == hashlib.md5(b"0/00 #%.jpg").hexdigest()
+    assert [item.entry.path for item in storage.walk(f"{uri}/1", recursive=False)] == [
+        n[2:] for n in sorted(names) if n[0] == "1"
+    ]
+    assert list(storage.walk(f"{uri}/none")) == []
+    with pytest.raises(InputError, match="no such bucket"):
+        list(storage.walk("s3://no-such-bucket/x"))
+
+
+@pytest.mark.parametrize("where", ["local", "card", "s3"])
+def test_what_is_written_once_stays(where: str, request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if where == "card":
+        monkeypatch.setattr(os, "link", no_links)
+    uri = f"{request.getfixturevalue('s3').uri}/{uuid.uuid4().hex}" if where == "s3" else str(tmp_path / "new")
+    assert storage.write_once(f"{uri}/a b", b"first")
+    assert not storage.write_once(f"{uri}/a b", b"second")
+    assert storage.read_bytes(f"{uri}/a b") == b"first"
+    with storage.writing(f"{uri}/c") as path:
+        Path(path).write_bytes(b"content")
+    with contextlib.suppress(KeyError), storage.writing(f"{uri}/d") as path:
+        Path(path).write_bytes(b"half")
+        raise KeyError
+    assert storage.list_files(uri) == ["a b", "c"]
+    assert storage.read_bytes(f"{uri}/c") == b"content"
+
+
+def test_s3fs_is_refused_in_the_same_words(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment("rw", secret="wrong").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="access denied; check AWS_ACCESS_KEY_ID"):
+        storage.write_once(f"{s3.uri}/x", b"")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(InputError, match="cannot be reached; check AWS_ENDPOINT_URL"):
+        list(storage.walk(f"{s3.uri}/x"))
 
 
 def test_what_a_remote_listing_leaves_out(s3: Any) -> None:

@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
@@ -31,11 +32,14 @@ from jobs.datasets import writing
 from jobs.datasets.format import DatasetCard, Row, read_card
 from jobs.translation import batch as batches
 from jobs.translation import listing
+from jobs.translation import shards as shard_files
 from jobs.translation.batch import Translate, expand_rows, read_images
 from jobs.translation.driver import open_output
-from jobs.translation.manifest import Manifest
+from jobs.translation.listing import Passed
+from jobs.translation.names import RESERVED, Hashes, Taken, output_names
 from jobs.translation.options import TranslateArgs
-from jobs.translation.plan import plan_translation, remaining
+from jobs.translation.plan import plan_translation
+from jobs.translation.shards import Known, Listed, Result, Shards
 
 
 def picture(seed: int, side: int = 16) -> np.ndarray:
@@ -73,7 +77,7 @@ def manifest(output: Path) -> dict[str, dict[str, Any]]:
     ],
 )
 def test_outputs_keep_the_name_and_never_meet(ids: list[str], expected: list[str]) -> None:
-    assert list(listing.output_names(ids, {}).values()) == expected
+    assert list(output_names(ids, {}).values()) == expected
 
 
 def test_odd_names_become_names_that_every_disk_takes() -> None:
@@ -90,11 +94,11 @@ def test_odd_names_become_names_that_every_disk_takes() -> None:
         "a//b",
         "y" * 251 + ".jpg",
     ]
-    names = listing.output_names(ids, {})
+    names = output_names(ids, {})
     assert list(names) == ids
     assert len({name.casefold() for name in names.values()}) == len(ids)
     folders = {parent for name in names.values() for parent in map(str, PurePosixPath(name.casefold()).parents)}
-    assert not folders & {name.casefold() for name in names.values()} | folders & listing.RESERVED
+    assert not folders & {name.casefold() for name in names.values()} | folders & RESERVED
     for name in names.values():
         assert name.endswith(".png")
         assert all(0 < len(part.encode()) <= 255 and part[0] != "." for part in name.split("/"))
@@ -102,24 +106,24 @@ def test_odd_names_become_names_that_every_disk_takes() -> None:
     assert names["y" * 251 + ".jpg"] == "y" * 251 + ".png"
     assert names["dir.png/x"] == "dir.png/x.png"
     assert PurePosixPath(names["é" * 200 + "/1"]).parent == PurePosixPath(names["é" * 200 + "/2"]).parent
-    assert listing.output_names(reversed(ids), {}) == names
-    later = listing.output_names(ids, {name: names[name] for name in ids[::2]})
+    assert output_names(reversed(ids), {}) == names
+    later = output_names(ids, {name: names[name] for name in ids[::2]})
     assert all(later[name] == names[name] for name in ids[::2])
     assert len({name.casefold() for name in later.values()}) == len(ids)
 
 
 def test_a_folder_gives_way_to_a_file_that_is_there() -> None:
-    found = listing.output_names(["dir.png/x"], {"dir": "dir.png"})["dir.png/x"]
+    found = output_names(["dir.png/x"], {"dir": "dir.png"})["dir.png/x"]
     assert re.fullmatch(r"x~[0-9a-f]{16}\.png", found)
 
 
 def test_names_given_before_stay() -> None:
-    names = listing.output_names(["a.jpg", "a.png"], {"a.jpg": "a.png"})
+    names = output_names(["a.jpg", "a.png"], {"a.jpg": "a.png"})
     assert names == {"a.jpg": "a.png", "a.png": "a.png.png"}
 
 
 def test_a_image_called_preview_is_not_lost() -> None:
-    assert listing.output_names(["preview.jpg"], {"": "preview.png"}) == {"preview.jpg": "preview.jpg.png"}
+    assert output_names(["preview.jpg"], {"": "preview.png"}) == {"preview.jpg": "preview.jpg.png"}
 
 
 # -- the listing
@@ -136,19 +140,19 @@ def test_all_that_is_an_image_is_listed_to_any_depth(tmp_path: Path) -> None:
     for name in ("photo", "photo.dat", "clip.mp4"):
         put(tmp_path / "z" / name, 1, format="PNG")
     os.mkfifo(tmp_path / "pipe.png")
-    found = listing.list_sources(str(tmp_path))
-    good = {row["id"]: row for row in found.rows if not row["error"]}
-    bad = {row["id"]: row["error"] for row in found.rows if row["error"]}
+    passed = Passed()
+    found = list(listing.files(str(tmp_path)).images(passed))
+    good = {row.id: row for row in found if not row.error}
+    bad = {row.id: row.error for row in found if row.error}
     assert list(good) == ["b.JPG", "caf%E9.jpg", "x/y/a.png", "z/clip.mp4", "z/photo", "z/photo.dat"]
-    assert good["caf%E9.jpg"]["path"] == os.fsdecode(b"caf\xe9.jpg")
-    assert good["b.JPG"]["size"] == 5
-    assert good["b.JPG"]["mtime_ns"] == (tmp_path / "b.JPG").stat().st_mtime_ns
+    assert good["caf%E9.jpg"].path == b"caf\xe9.jpg"
+    assert good["b.JPG"] == Listed("b.JPG", str(tmp_path / "b.JPG"), 5, (tmp_path / "b.JPG").stat().st_mtime_ns)
     assert sorted(bad) == ["e.jxl", "f.DNG", "gone.jpg", "pipe.png"]
     assert "JPEG XL, which is not read; export it" in bad["e.jxl"]
     assert "target is not there" in bad["gone.jpg"]
-    assert found.num_others == 1
-    assert any("system files and folders passed over" in note for note in found.notes)
-    assert "1 other file passed over (.txt)" in found.notes
+    assert passed.num_others == 1
+    assert any("system files and folders passed over" in note for note in passed.notes)
+    assert "1 other file passed over (.txt)" in passed.notes
 
 
 def test_a_bucket_tells_images_by_their_content_too(s3: Any, tmp_path: Path) -> None:
@@ -156,10 +160,12 @@ def test_a_bucket_tells_images_by_their_content_too(s3: Any, tmp_path: Path) -> 
     uri = f"{s3.uri}/{tmp_path.name}"
     for name, data in {"photo": content, "a/photo.dat": content, "note": b"text", "notes.txt": content}.items():
         storage.write_bytes(f"{uri}/{name}", data)
-    found = listing.list_sources(uri)
-    assert [row["id"] for row in found.rows] == ["a/photo.dat", "photo"]
-    assert found.num_others == 2
-    assert [row["id"] for row in listing.list_sources(f"{uri}/photo").rows] == ["photo"]
+    passed = Passed()
+    found = list(listing.files(uri).images(passed))
+    assert [row.id for row in found] == ["a/photo.dat", "photo"]
+    assert all(row.etag for row in found)
+    assert passed.num_others == 2
+    assert [row.id for row in listing.files(f"{uri}/photo").images(passed)] == ["photo"]
 
 
 def test_an_input_may_be_one_image_or_a_pattern(tmp_path: Path) -> None:
@@ -167,8 +173,9 @@ def test_an_input_may_be_one_image_or_a_pattern(tmp_path: Path) -> None:
         put(tmp_path / name, 1)
 
     def ids(uri: str) -> tuple[str, list[str]]:
-        found = listing.list_sources(uri)
-        return found.root, [row["id"] for row in found.rows]
+        found = listing.files(uri)
+        listing.check_any(found)
+        return found.root, [row.id for row in found.images(Passed())]
 
     assert ids(f"{tmp_path}/a1.png") == (str(tmp_path), ["a1.png"])
     assert ids(f"{tmp_path}/a*.png") == (str(tmp_path), ["a1.png", "a2.png"])
@@ -178,50 +185,194 @@ def test_an_input_may_be_one_image_or_a_pattern(tmp_path: Path) -> None:
     put(tmp_path / "[x]" / "c.png", 1)
     assert ids(f"{tmp_path}/[x]") == (f"{tmp_path}/[x]", ["c.png"])
     with pytest.raises(InputError, match="holds no images"):
-        listing.list_sources(f"{tmp_path}/z*.png")
+        listing.check_any(listing.files(f"{tmp_path}/z*.png"))
 
 
-# -- the manifest
+# -- shards
 
 
-def test_parts_survive_a_kill_and_later_rows_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(name: str, status: str) -> dict[str, Any]:
-        return {"id": name, "output": f"{name}.png", "status": status, "error": "", "size": 1, "mtime_ns": 2}
+FACTS = {"seed": 0, "options": "o", "checkpoint": "c"}
 
-    monkeypatch.setattr(Manifest, "FLUSH_EVERY_S", 0.0)
-    first = Manifest(str(tmp_path))
-    first.add([row("a", "rejected"), row("b", "ok")])
-    first.add([row("a", "ok")])
-    again = Manifest(str(tmp_path))  # the first was killed here
-    assert {name: entry["status"] for name, entry in again.rows.items()} == {"a": "ok", "b": "ok"}
-    again.add([row("c", "ok")])
-    again.finish()
-    assert not (tmp_path / ".manifest").exists()
-    assert set(manifest(tmp_path)) == {"a", "b", "c"}
-    assert set(Manifest(str(tmp_path)).rows) == {"a", "b", "c"}
+
+def images_named(*names: str, size: int = 1, root: str = "/in") -> list[Listed]:
+    return [Listed(name, f"{root}/{name}", size, 2) for name in names]
+
+
+def listed(output: Path, images: list[Listed], **facts: Any) -> Shards:
+    """A run that has listed these."""
+    files = Shards(str(output))
+    known = Known(files.files, str(output))
+    files.list_images(images, known, {**FACTS, **facts}, suffix=".png", stop=threading.Event())
+    files.listed.put(None)
+    return files
+
+
+def todo(files: Shards) -> list[tuple[int, list[str]]]:
+    return [(number, [row["id"] for row in rows]) for number, rows in files.todo()]
+
+
+def do(files: Shards, number: int, *names: str, status: str = "ok") -> None:
+    for name in names:
+        put(Path(files.output, f"{name}.png"), 1)
+    files.note(number, {name: Result(status, "" if status == "ok" else "bad", "", 4, 3, 0.5) for name in names})
+
+
+def rows_of(output: Path) -> dict[str, dict[str, Any]]:
+    """What all runs have left so far."""
+    files = Shards(str(output)).files
+    known = Known(files, str(output))
+    return {row["id"]: row for rows in known.rest(1000) for row in rows}
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_files, "FIRST_ROWS", (2,))
+    monkeypatch.setattr(shard_files, "SHARD_ROWS", 3)
+    monkeypatch.setattr(Shards, "FLUSH_EVERY_S", 0.0)
+
+
+def test_a_run_lists_into_shards_and_a_killed_one_is_taken_up(small_shards: None, tmp_path: Path) -> None:
+    images = images_named("a", "b", "c", "d", "e", "f", "g")
+    first = listed(tmp_path, images)
+    assert todo(first) == [(0, ["a", "b"]), (1, ["c", "d", "e"]), (2, ["f", "g"])]
+    do(first, 1, "c", "d", "e")
+    do(first, 0, "b")
+    do(first, 0, "a", status="rejected")
+    do(first, 2, "g")  # and then it is killed
+    place = tmp_path / ".shards" / "00000001"
+    assert {path.name for path in place.glob("[dl]*")} == {
+        *(f"listing-{number:05d}.parquet" for number in range(3)),
+        "done-00000.parquet",
+        "done-00001.parquet",
+    }
+    assert len(list(place.glob("part-*"))) == 1  # those of shards that are done are gone
+    os.unlink(tmp_path / "d.png")
+    changed = [image._replace(size=9) if image.id == "e" else image for image in images if image.id != "g"]
+    second = listed(tmp_path, [*images_named("A+"), *changed])
+    assert (second.counts.images, second.counts.todo) == (7, 5)
+    assert todo(second) == [(0, ["A+", "a"]), (1, ["d"]), (2, ["e", "f"])]
+    assert not place.exists()
+    do(second, 0, "A+", "a")
+    do(second, 1, "d")
+    do(second, 2, "e", "f")
+    second.finish({"x": 1})
+    second.remove()
+    rows = manifest(tmp_path)
+    assert [*rows] == ["A+", "a", "b", "c", "d", "e", "f", "g"]
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys("abcdef", "ok") | {
+        "A+": "ok",
+        "g": "gone",
+    }
+    assert rows["c"] == {
+        **FACTS,
+        "id": "c",
+        "input": "/in/c",
+        "size": 1,
+        "mtime_ns": 2,
+        "etag": "",
+        "output": "c.png",
+        "status": "ok",
+        "error": "",
+        "note": "",
+        "width": 4,
+        "height": 3,
+        "seconds": 0.5,
+    }
+    schema = pyarrow.parquet.read_schema(tmp_path / "manifest.parquet")
+    assert schema.metadata[b"options"] == b'{"x": 1}'
+    third = listed(tmp_path, [*images_named("A+"), *changed, *images_named("g")])
+    assert third.counts.todo == 0  # the one that was gone is there again, and so is its result
+    assert todo(third) == []
+    assert len(rows_of(tmp_path)) == 8
+
+
+def test_runs_that_are_killed_while_they_list_lose_nothing(small_shards: None, tmp_path: Path) -> None:
+    images = images_named(*"abcdefgh")
+    first = listed(tmp_path, images)
+    for number, names in todo(first):
+        do(first, number, *names)
+    for stop_after in (1, 4, 6):
+
+        def some(most: int = stop_after) -> Iterator[Listed]:
+            yield from images[:most]
+            raise KeyboardInterrupt
+
+        files = Shards(str(tmp_path))
+        with pytest.raises(KeyboardInterrupt):
+            files.list_images(some(), Known(files.files, str(tmp_path)), FACTS, suffix=".png", stop=threading.Event())
+    assert [row["status"] for row in rows_of(tmp_path).values()] == ["ok"] * 8
+    assert todo(listed(tmp_path, images)) == []
+
+
+def test_results_of_other_options_are_done_again(small_shards: None, tmp_path: Path) -> None:
+    images = images_named("a", "b")
+    first = listed(tmp_path, images)
+    do(first, todo(first)[0][0], "a", "b")
+    other = listed(tmp_path, images, options="other")
+    assert todo(other) == [(0, ["a", "b"])]
+    do(other, 0, "a")
+    assert todo(listed(tmp_path, images, options="other")) == [(0, ["b"])]
+
+
+def test_names_of_other_shards_stay(small_shards: None, tmp_path: Path) -> None:
+    """Within a shard both of two that would meet give way; what an earlier shard or run has given stays."""
+    images = images_named("a.jpg", "a.png", "b.jpg", "d.png/x", "e", "c.jpg", "B.webp", "d", "E.png/y")
+    outputs = {row["id"]: row["output"] for _, rows in listed(tmp_path, images).todo() for row in rows}
+    assert (outputs["a.jpg"], outputs["a.png"], outputs["b.jpg"]) == ("a.jpg.png", "a.png.png", "b.png")
+    assert outputs["B.webp"] == "B.webp.png"
+    assert re.fullmatch(r"d~[0-9a-f]{16}\.png", outputs["d"])
+    assert re.fullmatch(r"y~[0-9a-f]{16}\.png", outputs["E.png/y"])
+    again = [*images_named("a.avif", "e/1", "C.png"), *images]
+    later = {row["id"]: row["output"] for _, rows in listed(tmp_path, again).todo() for row in rows}
+    assert outputs.items() <= later.items()
+    assert len({name.casefold() for name in later.values()}) == 12
+    assert later["C.png"] == "C.png.png"
+
+
+def test_a_shard_is_done_once(small_shards: None, tmp_path: Path) -> None:
+    files = listed(tmp_path, images_named("a", "b"))
+    ((number, _),) = todo(files)
+    storage.write_bytes(f"{files.place}/done-{number:05d}.parquet", b"another's")
+    with pytest.raises(InputError, match="was written by another driver"):
+        do(files, number, "a", "b")
 
 
 def test_many_parts_are_put_together_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Manifest, "FLUSH_EVERY_S", 0.0)
-    monkeypatch.setattr(Manifest, "MAX_PARTS", 3)
-    notes = Manifest(str(tmp_path))
-    for i in range(7):
-        notes.add([{"id": str(i), "output": "x", "status": "ok", "error": "", "size": 1, "mtime_ns": 2}])
-    assert len(list((tmp_path / ".manifest").iterdir())) == 1
-    assert len(Manifest(str(tmp_path)).rows) == 7
+    monkeypatch.setattr(Shards, "FLUSH_EVERY_S", 0.0)
+    monkeypatch.setattr(Shards, "MAX_PARTS", 3)
+    names = [f"{number:02d}" for number in range(9)]
+    files = listed(tmp_path, images_named(*names))
+    todo(files)
+    for name in names[:-1]:
+        do(files, 0, name)
+        assert len(list(Path(files.place).glob("part-*"))) <= 4
+    assert sum(row["status"] == "ok" for row in rows_of(tmp_path).values()) == 8
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match=r"manifest\.parquet is damaged"):
-        Manifest(str(tmp_path))
+        Known(Shards(str(tmp_path)).files, str(tmp_path))
 
 
-def test_a_manifest_of_before_there_were_sizes_goes_on(tmp_path: Path) -> None:
-    row = {"id": "a", "output": "a.png", "status": "ok", "error": "", "note": "", "size": 1, "mtime_ns": 2}
-    table = pa.Table.from_pylist([row], schema=Manifest.SCHEMA).drop_columns(["width", "height"])
-    pyarrow.parquet.write_table(table, tmp_path / "manifest.parquet")
-    assert Manifest(str(tmp_path)).rows == {"a": {**row, "width": None, "height": None}}
+def test_an_image_is_the_same_by_its_etag_or_its_time() -> None:
+    row = {"size": 1, "mtime_ns": 2, "etag": "x"}
+    assert shard_files.is_same(row, Listed("a", "a", 1, 3, "x"))
+    assert not shard_files.is_same(row, Listed("a", "a", 1, 2, "y"))
+    assert not shard_files.is_same(row, Listed("a", "a", 2, 2, "x"))
+    assert shard_files.is_same({**row, "etag": ""}, Listed("a", "a", 1, 2))
+    assert not shard_files.is_same({**row, "etag": ""}, Listed("a", "a", 1, 3))
+
+
+def test_hashes_are_a_set() -> None:
+    there = Hashes()
+    assert there.have(["a"]).tolist() == [False]
+    there.add(["a", "b"])
+    there.add(["c", "a"])
+    assert there.have(["c", "d", "a", "b", "\udce9"]).tolist() == [True, False, True, True, False]
+    taken = Taken()
+    taken.add(["x/y.png"])
+    assert taken.meets(["x", "x/y.png", "x/y.png/z", "x/z", "z"]) == {"x", "x/y.png", "x/y.png/z"}
 
 
 # -- rows
@@ -229,9 +380,12 @@ def test_a_manifest_of_before_there_were_sizes_goes_on(tmp_path: Path) -> None:
 
 def test_a_batch_holds_no_more_than_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "BATCH_BYTES", 100)
-    items = [{"id": str(i), "path": "", "output": "", "size": size} for i, size in enumerate([60, 40, 1, 500, 1, 1, 1])]
-    options: Any = {"image_size": 16, "template": (), "output_size": "own", "to": "night", "seed": 0}
-    tasks = batches.file_rows(items, "", **options, batch_size=2).tasks
+    sizes = [60, 40, 1, 500, 1, 1, 1]
+    items = [{"id": str(i), "input": "", "path": None, "output": "", "size": size} for i, size in enumerate(sizes)]
+    tasks = list(batches.file_tasks(items, "", shard=7, batch_size=2))
+    assert tasks[0]["shard"].tolist() == [7, 7]
+    assert [half["id"].tolist() for half in batches.halves(tasks[0])] == [["0"], ["1"]]
+    assert batches.halves(tasks[1]) == []
     assert [task["id"].tolist() for task in tasks] == [["0", "1"], ["2"], ["3"], ["4", "5"], ["6"]]
 
 
@@ -239,7 +393,8 @@ def test_reading_prepares_as_training_did_and_keeps_the_reason(tmp_path: Path) -
     put(tmp_path / "wide.png", 1, side=40)
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     names = np.array(["wide.png", "bad.jpg", "gone.png"])
-    batch = {"id": names, "path": names, "output": np.array(["1", "2", "3"])}
+    uris = np.array([f"{tmp_path}/{name}" for name in names])
+    batch = {"id": names, "uri": uris, "output": np.array(["1", "2", "3"])}
     (read,) = read_images(batch, root=str(tmp_path), image_size=16, to="night", seed=5)
     right = images.to_square(images.decode((tmp_path / "wide.png").read_bytes()), 16)
     assert np.array_equal(read["image"][0], right)
@@ -260,7 +415,11 @@ def test_an_odd_file_is_one_row_s_fault_or_has_a_note(tmp_path: Path) -> None:
         file.truncate(images.MAX_BYTES + 1)
     names = np.array(["exif.jpg", "x.avif", "raw.nef", "huge.jpg"])
     (read,) = read_images(
-        {"id": names, "path": names, "output": names}, root=str(tmp_path), image_size=16, to="night", seed=5
+        {"id": names, "uri": np.array([f"{tmp_path}/{name}" for name in names]), "output": names},
+        root=str(tmp_path),
+        image_size=16,
+        to="night",
+        seed=5,
     )
     assert (read["error"][0], read["note"][0]) == ("", images.EXIF_IGNORED)
     for error, reason in zip(read["error"][1:], ["truncated or corrupt", "a raw photo", "400 MB"], strict=True):
@@ -505,7 +664,7 @@ def test_a_result_that_cannot_be_written_or_is_no_number_is_set_aside(
 ) -> None:
     output = tmp_path / "out"
     put(output / "0" / "p2.png" / "in-the-way.png", 1)  # as another program may put it there
-    (output / "run.json").write_text(json.dumps({"format": "ddpm-translate-results", "format_version": 1}))
+    (output / "run.json").write_text(json.dumps({"format": "ddpm-translate-results", "format_version": 2}))
     attempt = Translator.attempt
 
     def broken(self: Translator, *args: Any, **options: Any) -> Translated:
@@ -789,14 +948,14 @@ def test_killed_half_way_and_started_again_equals_an_unbroken_run(tmp_path: Path
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    parts = killed / ".manifest"
+    parts = killed / ".shards" / "00000001"
     deadline = time.monotonic() + 400
-    while not (parts.exists() and any(parts.glob("*.parquet"))) and process.poll() is None:
+    while not (parts.exists() and any(parts.glob("part-*.parquet"))) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = Manifest(str(killed)).rows
+    before = {name: row for name, row in rows_of(killed).items() if row["status"] == "ok"}
     assert 0 < len(before) < 40, "killed too early or too late to show anything"
     done = {name: (killed / row["output"]).stat().st_mtime_ns for name, row in before.items()}
 
@@ -898,12 +1057,11 @@ def test_squares_are_what_they_were(tmp_path: Path, checkpoint_folder: str) -> N
 
 
 def test_temporary_files_of_a_killed_run_are_swept(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
-    args = TranslateArgs(checkpoint=checkpoint_folder, input=str(folder), output=str(tmp_path / "out"), domain="night")
-    job = plan_translation(args)
-    notes = open_output(job)
+    argv = command(checkpoint_folder, folder, tmp_path / "out")
+    assert translate.main(argv) == cli.DONE
     debris = tmp_path / "out" / "0" / "p0.png.0123abcd.tmp"
     storage.write_bytes(str(debris), b"half")
-    assert len(remaining(job, notes)) == 5
+    assert translate.main(argv) == cli.DONE
     assert not debris.exists()
 
 
@@ -919,7 +1077,9 @@ def test_bucket_to_bucket(s3: Any, folder: Path, checkpoint_folder: str, capsys:
     assert translate.main(argv) == cli.SET_ASIDE
     names = storage.list_files(f"{root}/out")
     results = [f"{i % 2}/p{i}.png" for i in (0, 2, 4, 1, 3)]
-    assert names == sorted([*results, "manifest.parquet", "preview.png", "rejected.txt", "run.json"])
+    assert names == sorted(
+        [*results, "manifest.parquet", "preview.png", "rejected.parquet", "rejected.txt", "run.json"]
+    )
     found = images.to_square(images.decode(storage.read_bytes(f"{root}/out/1/p3.png")), 16)
     right = Translator(checkpoint.load(checkpoint_folder))(picture(3)[None], "night")[0]
     assert np.abs(found.astype(int) - right).max() <= 1

@@ -167,13 +167,18 @@ def set_aside(num: int, *, ok: bool) -> int:
 
 def tally(reasons: Iterable[str], most: int = 3) -> str:
     """The `most` commonest reasons, or one more, without their particulars, each with how often it is there."""
-    counts = collections.Counter(map(_kind, reasons)).most_common()
+    return told(collections.Counter(map(kind, reasons)), most)
+
+
+def told(kinds: "collections.Counter[str]", most: int = 3) -> str:
+    """As `tally`, of kinds of reasons that are counted already."""
+    counts = kinds.most_common()
     if len(counts) > most + 1:
         counts[most:] = [("others", sum(count for _, count in counts[most:]))]
     return ", ".join(f"{printable(reason)} ({count:,})" for reason, count in counts)
 
 
-def _kind(reason: str) -> str:
+def kind(reason: str) -> str:
     """A reason without what is particular to one image: its size, what stands in parentheses, the remedy."""
     return re.split(r"[;(]", re.sub(r"^[\d,]+ x [\d,]+ pixels; ", "", reason))[0].strip()
 

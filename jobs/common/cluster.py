@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ ANSWER_S = 5.0
 """How long a cluster may take to answer."""
 SLOW_S = 5.0
 """After so long a user is told what is waited for."""
+STILL_S = 60.0
+"""And again whenever nothing has come for so long."""
 LONGEST_SOCKET, SOCKET = 107, "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/dash_MetricsHead"
 """Bytes of a Unix socket's path, and where Ray puts its longest one below the temporary folder."""
 ROOM_BYTES = 100 * 2**20
@@ -102,6 +105,36 @@ def slow(line: Callable[[], str], *, say: Callable[[str], object] | None = None)
     thread.start()
     try:
         yield
+    finally:
+        over.set()
+        thread.join(1)
+
+
+@contextlib.contextmanager
+def watched(state: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """Say what is waited for if no result comes: for the first after SLOW_S, then whenever none has come for STILL_S.
+    What this gives is called at each result. `state`: who is at work and what is free; it may ask Ray."""
+    over, last, came = threading.Event(), [time.monotonic()], threading.Event()
+
+    def moved() -> None:
+        last[0] = time.monotonic()
+        came.set()
+
+    def watch() -> None:
+        told = last[0] - STILL_S + SLOW_S
+        while not over.wait(min(SLOW_S, STILL_S) / 5):
+            now, since = time.monotonic(), last[0]
+            if now - max(told, since if came.is_set() else told) < STILL_S:
+                continue
+            told = now
+            what = "results" if came.is_set() else "the first result, while workers start and load what they need"
+            with contextlib.suppress(Exception):  # whatever is wrong with Ray, who waits for it meets it, too
+                _say(f"waiting for {what}; none for {now - since:.0f} s: {state()}")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield moved
     finally:
         over.set()
         thread.join(1)

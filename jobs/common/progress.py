@@ -41,6 +41,9 @@ class Bar:
     def show(self, completed: float, text: str) -> None:
         self.bars.update(self.task, completed=completed, text=text)
 
+    def expect(self, total: float) -> None:
+        self.bars.update(self.task, total=total)
+
     def write(self, line: str) -> None:
         """A line above the bar."""
         self.bars.console.print(line, markup=False)
@@ -78,7 +81,7 @@ class Progress:
         rate is of, `rate_scale` of them to a unit; by default the unit. `warms_up`: what comes first tells how long the
         start took, such as loading nets, and not how fast the rest goes."""
         self.stream = sys.stderr if stream is None else stream
-        self.total, self.unit, self.description = total, unit, description
+        self.total, self.more, self.unit, self.description = total, False, unit, description
         self.rate_unit, self.rate_scale = rate_unit, rate_scale
         self.count = self.initial = initial
         self.every_s = every_s
@@ -103,6 +106,12 @@ class Progress:
             self.bar.show(self.count, self._text(self._rate_since(self.marks[0]), note))
         elif self._passed(self.last_line) >= min(max(self.every_s, self._passed(self.started) / LINES), LONGEST_S):
             self._line(note)
+
+    def expect(self, total: int, *, more: bool = False) -> None:
+        """So many are to do in all, as far as is known; `more` may come."""
+        self.total, self.more = total, more
+        if self.bar is not None:
+            self.bar.expect(total)
 
     def at(self, count: int, note: str = "", *, left_s: float | None = None) -> None:
         """So many are done in all; fewer than before where some were lost. `note`, `left_s`: as `update`'s."""
@@ -155,7 +164,8 @@ class Progress:
         return f"{number} {self.rate_unit}s a second" if self.rate_unit else f"{number} a second"
 
     def _text(self, rate: float, note: str, *, left: bool = True) -> str:
-        parts = [f"{self.count:,}" + (f" of {self.total:,}" if self.total is not None else "") + f" {self.unit}s"]
+        of = "" if self.total is None else f" of {'at least ' if self.more else ''}{self.total:,}"
+        parts = [f"{self.count:,}{of} {self.unit}s"]
         if rate > 0:
             parts.append(self._rate(rate))
         if left and self.total is not None and rate > 0:

@@ -3,12 +3,14 @@
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple
 
 from ddpm_core import images, storage
-from ddpm_core.errors import InputError
+from ddpm_core.errors import InputError, printable
 
 SYSTEM = frozenset(
     {"__macosx", "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "$recycle.bin"}
@@ -24,6 +26,9 @@ PLAIN = re.compile(
 listing looks, unless they end like images."""
 HEAD_BYTES = 32
 """What is read of those."""
+LOOK_AT = 1000
+"""Files are looked at so many at a time, as a bucket's listing brings them."""
+NOT_PULLED = "tracked by DVC, and its content is not here; dvc pull brings it"
 PACKED = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
 
 
@@ -69,40 +74,123 @@ def parts(file: str) -> list[str]:
     return file.replace(".zip!", ".zip/").split("/")
 
 
+class Seen(NamedTuple):
+    """Something below a folder, and what it is taken for."""
+
+    kind: Literal["image", "rejected", "other", "system", "again"]
+    name: str
+    """Path below the folder, as text; of what is rejected as it is printed."""
+    entry: storage.Entry | None = None
+    """Of an image or another file."""
+    reason: str = ""
+    """Why it is rejected, with the remedy."""
+
+
+class PassedOver:
+    """What a listing leaves out, counted, however much it is."""
+
+    MOST_KINDS = 1000
+
+    def __init__(self) -> None:
+        self.num_others = self.num_again = 0
+        self.others: collections.Counter[str] = collections.Counter()
+        self.system: collections.Counter[str] = collections.Counter()
+        self.packed: str | None = None
+        """A file that is packed."""
+
+    def add(self, seen: Seen) -> None:
+        if seen.kind == "other":
+            self.num_others += 1
+            self._count(self.others, _suffix(seen.name) or "without an ending")
+            self.packed = self.packed or (seen.name if seen.name.lower().endswith(PACKED) else None)
+        elif seen.kind == "system":
+            self._count(self.system, posixpath.basename(seen.name.rstrip("/")))
+        elif seen.kind == "again":
+            self.num_again += 1
+
+    def _count(self, counts: "collections.Counter[str]", what: str) -> None:
+        counts[what if what in counts or len(counts) < self.MOST_KINDS else "others"] += 1
+
+    @property
+    def notes(self) -> list[str]:
+        """In words."""
+        notes = []
+        if num := self.system.total():
+            what = "file or folder" if num == 1 else "files and folders"
+            notes.append(f"{num:,} hidden or system {what} passed over ({_commonest(self.system)})")
+        if self.num_again:
+            link = "link to a folder" if self.num_again == 1 else "links to folders"
+            notes.append(f"{self.num_again} {link} not followed: the images there are read where they lie")
+        if self.num_others:
+            files = "file" if self.num_others == 1 else "files"
+            notes.append(f"{self.num_others:,} other {files} passed over ({_commonest(self.others)})")
+        return notes
+
+
+def look(uri: str) -> Iterator[Seen]:
+    """What lies below `uri`, to any depth, in the order of `storage.walk`.
+
+    Raises:
+        InputError: `uri` may not be read.
+    """
+    items = iter(storage.walk(uri, skip=is_system))
+    while some := list(itertools.islice(items, LOOK_AT)):
+        unknown = {
+            item.name: item.entry
+            for item in some
+            if item.entry is not None and not PLAIN.fullmatch(end := _suffix(item.name)) and end not in images.SUFFIXES
+        }
+        heads = _heads(uri, unknown)
+        for item in some:
+            if item.entry is not None:
+                yield _seen(item.name, item.entry, heads.get(item.name, b""))
+                if _is_not_pulled(uri, item.name):
+                    yield Seen("rejected", item.name.removesuffix(".dvc"), reason=NOT_PULLED)
+            elif item.skipped:
+                yield Seen("system", item.name)
+            elif not item.fault:
+                yield Seen("again", item.name)
+            elif item.path.endswith("/") or _maybe_image(item.path):
+                yield Seen("rejected", printable(item.path), reason=item.fault)
+
+
+def _seen(name: str, entry: storage.Entry, head: bytes | InputError) -> Seen:
+    try:
+        if isinstance(head, InputError):
+            raise head
+        images.check_kind(name, head)
+        if _suffix(name) in images.SUFFIXES or images.looks_like_image(head):
+            storage.check_size(name, entry.num_bytes, images.MAX_BYTES)
+            return Seen("image", name, entry)
+    except InputError as error:
+        return Seen("rejected", name, entry, error.args[0].removeprefix(f"{name}: "))
+    return Seen("other", name, entry)
+
+
+def _is_not_pulled(uri: str, name: str) -> bool:
+    """Whether of an image, or a folder of them, only DVC's note is there."""
+    pulled = name.removesuffix(".dvc")
+    return pulled != name and _maybe_image(pulled) and not storage.exists(storage.join(uri, pulled))
+
+
 def list_images(uri: str) -> Listing:
     """The images below `uri`, to any depth.
 
     Raises:
         InputError: `uri` may not be read.
     """
-    tree = storage.tree(uri, skip=is_system)
-    named = {path for path in tree.files if _suffix(path) in images.SUFFIXES}
-    heads = _heads(uri, {path: entry for path, entry in tree.files.items() if path not in named})
     found: dict[str, storage.Entry] = {}
     others: dict[str, storage.Entry] = {}
-    rejected = {path: reason for path, reason in tree.faults.items() if path.endswith("/") or _maybe_image(path)}
-    for path, entry in tree.files.items():
-        head = heads.get(path, b"")
-        try:
-            if isinstance(head, InputError):
-                raise head
-            images.check_kind(path, head)
-            if path in named or images.looks_like_image(head):
-                storage.check_size(path, entry.num_bytes, images.MAX_BYTES)
-                found[path] = entry
-                continue
-        except InputError as error:
-            rejected[path] = error.args[0].removeprefix(f"{path}: ")
-        others[path] = entry
-    rejected |= _not_pulled(tree.files)
-    notes = [_system_note(tree.skipped)] if tree.skipped else []
-    if tree.num_again:
-        link = "link to a folder" if tree.num_again == 1 else "links to folders"
-        notes.append(f"{tree.num_again} {link} not followed: the images there are read where they lie")
-    if none := [path for path in others if path not in rejected]:
-        kinds = _commonest(_suffix(path) or "without an ending" for path in none)
-        notes.append(f"{len(none):,} other file{'' if len(none) == 1 else 's'} passed over ({kinds})")
-    return Listing(images=found, rejected=dict(sorted(rejected.items())), others=others, notes=notes)
+    rejected: dict[str, str] = {}
+    passed = PassedOver()
+    for seen in look(uri):
+        passed.add(seen)
+        if seen.kind == "rejected":
+            rejected[seen.name] = seen.reason
+        if seen.entry is not None:
+            (found if seen.kind == "image" else others)[seen.name] = seen.entry
+    rejected = dict(sorted(rejected.items()))
+    return Listing(images=found, rejected=rejected, others=others, notes=passed.notes)
 
 
 def _suffix(path: str) -> str:
@@ -114,7 +202,7 @@ def _maybe_image(path: str) -> bool:
 
 
 def _heads(uri: str, files: Mapping[str, storage.Entry]) -> dict[str, bytes | InputError]:
-    """How the files begin whose names do not tell what they are, or why that cannot be read.
+    """How files begin, or why that cannot be read.
 
     Raises:
         InputError: the store refuses.
@@ -131,29 +219,10 @@ def _heads(uri: str, files: Mapping[str, storage.Entry]) -> dict[str, bytes | In
                 raise
             return InputError(str(error).removeprefix(f"{file}: "))
 
-    unknown = [path for path in files if not PLAIN.fullmatch(_suffix(path))]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return dict(zip(unknown, pool.map(head, unknown), strict=True))
+        return dict(zip(files, pool.map(head, files), strict=True))
 
 
-def _not_pulled(files: Iterable[str]) -> dict[str, str]:
-    """Images, and folders of them, of which only DVC's note is there."""
-    there = {folder for path in files for folder in (path, *_folders(path))}
-    noted = [path.removesuffix(".dvc") for path in files if path.endswith(".dvc")]
-    reason = "tracked by DVC, and its content is not here; dvc pull brings it"
-    return {path: reason for path in noted if path not in there and _maybe_image(path)}
-
-
-def _folders(path: str) -> Iterable[str]:
-    while path := posixpath.dirname(path):
-        yield path
-
-
-def _system_note(skipped: list[str]) -> str:
-    what = "file or folder" if len(skipped) == 1 else "files and folders"
-    return f"{len(skipped):,} hidden or system {what} passed over ({_commonest(map(posixpath.basename, skipped))})"
-
-
-def _commonest(names: Iterable[str]) -> str:
-    ranked = [name for name, _ in collections.Counter(names).most_common()]
+def _commonest(counts: "collections.Counter[str]") -> str:
+    ranked = [name for name, _ in counts.most_common()]
     return ", ".join(ranked[:3]) + (", …" if len(ranked) > 3 else "")

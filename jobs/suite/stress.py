@@ -114,7 +114,7 @@ def _measure(results: Results, figure: Figure, key: str) -> Folder:
     table = pyarrow.parquet.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, "manifest.parquet"))))
     manifest = {row["id"]: row for row in table.to_pylist()}
     good = [row for row in manifest.values() if row["status"] == "ok"]
-    rejected = {row["id"]: row["error"] for row in manifest.values() if row["status"] != "ok"}
+    rejected = {row["id"]: row["error"] for row in manifest.values() if row["status"] == "rejected"}
     to = note["options"]["domain"]
     if not good:
         return Folder(key, to, (), rejected)
@@ -146,7 +146,12 @@ def _sources(note: dict[str, Any], names: Sequence[str]) -> list[Pixels]:
         template = faces.template_for(tuple(config["data"]["landmarks"]), "faces")
     found = [
         read_image(
-            name, name, root=asked["input"], image_size=config["image_size"], template=template, output_size="model"
+            name,
+            storage.join(asked["input"], name),
+            root=asked["input"],
+            image_size=config["image_size"],
+            template=template,
+            output_size="model",
         )
         for name in names
     ]

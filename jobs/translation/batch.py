@@ -10,7 +10,11 @@ are translated then, and `image` is the first of them.
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
+import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -26,7 +30,7 @@ from ddpm_core.translator import NOT_FINITE, Translated
 from jobs.common import workers
 from jobs.datasets import reading
 from jobs.datasets.format import DatasetCard
-from jobs.translation import opening
+from jobs.translation import listing, opening
 from jobs.translation.options import GuidanceNets
 
 Batch = dict[str, np.ndarray]
@@ -42,6 +46,9 @@ READ_THREADS = 8
 
 class Translate:
     """A worker of a pool: rows with a source image become rows with the result, or with the result written."""
+
+    SHARED = True
+    """By threads: one at a time is with the network, while others write."""
 
     def __init__(
         self,
@@ -66,9 +73,11 @@ class Translate:
         self.sampling, self.output, self.tiles = sampling, output, tiles
         record = {"checkpoint": loaded.fingerprint, "licence": loaded.config.data.licence, **record}
         self.encode = functools.partial(marks.finish, record=record, kind=output_format, key=mark_key)
+        self.turn = threading.Lock()
 
     def __call__(self, batch: Batch) -> Batch:
         made, errors = list(np.zeros_like(batch["image"])[:, None]), batch["error"].astype(object)
+        began = time.perf_counter()
         wanted: dict[tuple[str, int], list[int]] = {}
         for row, (to, seed, error) in enumerate(zip(batch["to"], batch["seed"], batch["error"], strict=True)):
             if not error and not self.tiles:
@@ -94,7 +103,8 @@ class Translate:
         sizes = [views[0].size if views else (0, 0) for views in batch["views"]] if "views" in batch else []
         size = np.array(sizes or [batch["image"].shape[2:0:-1]] * len(made), np.int32).reshape(-1, 2)
         kept = {name: column for name, column in batch.items() if name not in ("image", "file", "views")}
-        return {**kept, "error": errors, "width": size[:, 0], "height": size[:, 1]}
+        seconds = np.full(len(made), (time.perf_counter() - began) / max(len(made), 1))
+        return {**kept, "error": errors, "width": size[:, 0], "height": size[:, 1], "seconds": seconds}
 
     def _translated(self, batch: Batch, rows: list[int], to: str, seed: int) -> Iterator[tuple[int, Translated]]:
         """Each row with what came of its image, or of each of its views; never more at once than the batch has rows."""
@@ -102,10 +112,10 @@ class Translate:
         if "views" in batch:
             seen = [np.stack([view.pixels for view in batch["views"][row]]) for row in rows]
         squares, most = np.concatenate(seen), len(batch["id"])
-        parts = [
-            self.translator.attempt(squares[first : first + most], to, seed=seed, **self.sampling)
-            for first in range(0, len(squares), most)
-        ]
+        parts = []
+        for first in range(0, len(squares), most):
+            with self.turn:
+                parts.append(self.translator.attempt(squares[first : first + most], to, seed=seed, **self.sampling))
         pixels, finite = (np.concatenate([getattr(part, name) for part in parts]) for name in Translated._fields)
         ends = np.cumsum([len(each) for each in seen])
         for row, end, each in zip(rows, ends.tolist(), seen, strict=True):
@@ -118,7 +128,8 @@ class Translate:
             InputError: it is too small or too large for that, or its values are no numbers; or as `_file`.
         """
         photo, to, seed = images.decode(batch["file"][row]), str(batch["to"][row]), int(batch["seed"][row])
-        made = self.translator.in_tiles(photo, to, seed=seed, **self.sampling)
+        with self.turn:
+            made = self.translator.in_tiles(photo, to, seed=seed, **self.sampling)
         return self.encode(made)
 
     def _file(self, batch: Batch, row: int, results: UInt8[np.ndarray, "n s s 3"]) -> bytes:
@@ -135,69 +146,61 @@ class Translate:
 class Source(NamedTuple):
     """Where rows come from: `read` makes the batches of each task."""
 
-    tasks: list[Any]
+    tasks: Iterable[Any]
     read: Callable[[Any], list[Batch]]
+    rescue: "workers.Rescue[Any, Batch] | None" = None
 
     def batches(self) -> Iterator[Batch]:
         """Every batch, by this process."""
-        for batches in workers.mapped(self.read, self.tasks, len(self.tasks), num_workers=0):
+        for batches in workers.mapped(self.read, self.tasks, 0, num_workers=0):
             yield from batches
 
     def through(
         self, worker: Callable[..., Callable[[Batch], Batch]], pool: workers.Pool, **make: Any
     ) -> Iterator[Batch]:
         """Every batch through a worker of the pool."""
-        return workers.piped(self.read, self.tasks, len(self.tasks), worker, make, pool)
+        return workers.piped(self.read, self.tasks, worker, make, pool, self.rescue)
 
 
 # -- sources: files -----------------------------------------------------------------------------------------------
 
 
-def file_rows(
-    items: list[dict[str, Any]],
-    root: str,
-    *,
-    image_size: int,
-    template: tuple[float, ...],
-    output_size: OutputSize,
-    which: Faces = "largest",
-    to: str,
-    seed: int,
-    batch_size: int,
-) -> Source:
-    """Rows of the images `items` (id, path below `root`, output, size in bytes).
+def file_tasks(items: Iterable[dict[str, Any]], root: str, *, shard: int, batch_size: int) -> Iterator[Batch]:
+    """Tasks for `read_images`, of items in order, as many at a time as BATCH_BYTES of files allow: a batch may hold
+    their content.
 
-    `template`: landmarks that faces are aligned to, () to take images as they are.
+    `items`: id, input (its whole path, or below `root` the bytes `path`), output, size in bytes.
     """
-    tasks = [
-        {name: np.array([item[name] for item in some]) for name in ("id", "path", "output")}
-        for some in _batches(items, batch_size)
-    ]
-    return Source(
-        tasks,
-        functools.partial(
-            read_images,
-            root=root,
-            image_size=image_size,
-            template=template,
-            output_size=output_size,
-            which=which,
-            to=to,
-            seed=seed,
-        ),
-    )
-
-
-def _batches(items: list[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    """`items` in order, as many at a time as BATCH_BYTES of files allow: a batch may hold their content."""
     some: list[dict[str, Any]] = []
+
+    def task() -> Batch:
+        uris = [storage.join(root, os.fsdecode(each["path"])) if each["path"] else each["input"] for each in some]
+        named = {name: [each[name] for each in some] for name in ("id", "output")}
+        columns = {name: np.array(values, object) for name, values in {**named, "uri": uris}.items()}
+        return {**columns, "shard": np.full(len(some), shard)}
+
     for item in items:
         if some and (len(some) == batch_size or sum(each["size"] for each in (*some, item)) > BATCH_BYTES):
-            yield some
+            yield task()
             some = []
         some.append(item)
     if some:
-        yield some
+        yield task()
+
+
+def halves(task: Batch) -> list[Batch]:
+    """A task in two; nothing where it is of one image."""
+    middle = len(task["id"]) // 2
+    parts = (slice(0, middle), slice(middle, None))
+    return [{name: column[part] for name, column in task.items()} for part in parts] if middle else []
+
+
+def given_up(task: Batch, reason: str) -> Batch:
+    """What becomes of images that cannot even be tried."""
+    num = len(task["id"])
+    told = {"error": np.full(num, reason, object), "note": np.full(num, "", object)}
+    numbers = {name: np.zeros(num) for name in ("width", "height", "seconds")}
+    return {**{name: task[name] for name in ("id", "shard")}, **told, **numbers}
 
 
 def read_images(
@@ -216,11 +219,10 @@ def read_images(
         one = functools.partial(
             read_image, root=root, image_size=image_size, template=template, output_size=output_size, which=which
         )
-        read = list(threads.map(one, batch["id"].tolist(), batch["path"].tolist()))
+        read = list(threads.map(one, batch["id"].tolist(), batch["uri"].tolist()))
     black = np.zeros((image_size, image_size, 3), np.uint8)
     rows = {
-        "id": batch["id"],
-        "output": batch["output"],
+        **{name: column for name, column in batch.items() if name != "uri"},
         "to": np.array([to] * len(read)),
         "seed": np.full(len(read), seed, np.int64),
         "image": np.stack([each.views[0].pixels if each.views else black for each in read]),
@@ -245,7 +247,7 @@ class ReadImage(NamedTuple):
 
 def read_image(
     name: str,
-    path: str,
+    uri: str,
     *,
     root: str,
     image_size: int,
@@ -256,9 +258,8 @@ def read_image(
     """See `read_images`.
 
     Raises:
-        InputError: the storage itself is gone, which no single image is to blame for.
+        InputError: the storage of `root` itself is gone, which no single image is to blame for.
     """
-    uri = storage.join(root, path)
     with images.reading.take(storage.local_size(uri)):
         try:
             data = storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
@@ -334,6 +335,24 @@ def read_rows(
     )
     starts = range(0, len(rows["id"]), batch_size)
     return [{name: column[start : start + batch_size] for name, column in rows.items()} for start in starts]
+
+
+def piece_tasks(items: Iterable[dict[str, Any]], *, shard: int) -> Iterator[Batch]:
+    """Tasks for `read_piece`, of items as `file_tasks` has them that are rows of a data set: those of a row group."""
+    for _, group in itertools.groupby(items, key=lambda item: listing.row_of(item["input"])[:2]):
+        some = list(group)
+        named = {"id": "id", "output": "output", "uri": "input"}
+        columns = {name: np.array([each[of] for each in some], object) for name, of in named.items()}
+        yield {**columns, "shard": np.full(len(some), shard)}
+
+
+def read_piece(task: Batch, *, split: reading.Split, to: str, seed: int, batch_size: int) -> list[Batch]:
+    """The batches of one of `piece_tasks`."""
+    file, group, _ = listing.row_of(task["uri"][0])
+    piece = next(each for each in split.pieces if each.uri == file and each.groups == (group,))
+    plan = {name: [(to, seed, output)] for name, output in zip(task["id"], task["output"], strict=True)}
+    read = read_rows(("", piece), splits={"": split}, plans={"": plan}, batch_size=batch_size, keep_truth=False)
+    return [{**each, "shard": np.full(len(each["id"]), task["shard"][0])} for each in read]
 
 
 def expand_rows(

@@ -1,14 +1,20 @@
-"""A translation as its driver sees it: sources through the network, the manifest, the end."""
+"""A translation as its driver sees it: shards are listed, done by the pool, and put together at the end."""
 
+import collections
 import contextlib
+import functools
+import itertools
 import json
 import math
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
@@ -16,18 +22,25 @@ from ddpm_core import config as configs
 from ddpm_core import images, provenance, storage
 from ddpm_core.config import Framing, SamplingConfig
 from ddpm_core.errors import InputError
-from jobs.common import cli, resume, workers
+from jobs.common import cli, lock, resume, workers
 from jobs.common.progress import Progress
-from jobs.translation.batch import Batch, Source, Translate, dataset_rows, file_rows
-from jobs.translation.manifest import Manifest
+from jobs.datasets import reading
+from jobs.translation import batch as batches
+from jobs.translation import listing
+from jobs.translation.batch import Batch, Source, Translate
 from jobs.translation.options import GuidanceNets, TranslateArgs
-from jobs.translation.plan import TranslationJob, remaining
+from jobs.translation.plan import TranslationJob
+from jobs.translation.shards import Known, Result, Shards, options_hash
 
-FORMAT, FORMAT_VERSION = "ddpm-translate-results", 1
+FORMAT, FORMAT_VERSION = "ddpm-translate-results", 2
 NUM_PREVIEWS = 8
 """Images shown in preview.png."""
 PREVIEW_SIDE = 192
 """Side of a photo there, in pixels."""
+NUM_REASONS = 1000
+"""Lines of rejected.txt, at most; rejected.parquet has them all."""
+BRIEF_S = 2.0
+"""A listing that takes no longer is waited for, so that the first line says how much there is to do."""
 FLAGS = {
     name: flag
     for options in (TranslateArgs, SamplingConfig, GuidanceNets, Framing)
@@ -41,26 +54,36 @@ def run(job: TranslationJob) -> int:
     """Do what is left to do of a job; the exit code.
 
     Raises:
-        InputError: as `open_output` and `translate`.
+        InputError: as `open_output` and `translate`; or another driver is at work in the output.
     """
-    manifest = open_output(job)
-    remain = remaining(job, manifest)
-    todo = [source for source in remain if not source["error"]]
-    for note in job.sources.notes:
-        print(note)
-    if todo:
-        done = len(job.sources.rows) - len(remain)
-        print(f"{counted(len(todo))} to translate" + (f", {done:,} are done already" if done else ""))
-        with contextlib.nullcontext() if job.args.num_workers == 0 else cli.ray_session():
-            translate(job, manifest, todo)
+    storage.check_writable(job.args.output)
+    with lock.exclusive(job.args.output) as held:
+        shards, known = open_output(job)
+        with listed(job, shards, known) as passed:
+            shards.is_listed.wait(BRIEF_S)
+            todo = iter(shards.todo())
+            if (first := next(todo, None)) is not None:
+                announce(shards)
+                with contextlib.nullcontext() if job.args.num_workers == 0 else cli.ray_session():
+                    translate(job, shards, itertools.chain([first], todo), held)
+            counts = shards.counts
+            if counts.images == counts.unreadable:
+                raise listing.none_found(job.args.input, passed)
+            if first is None:
+                num = counts.images - counts.unreadable
+                print(f"nothing to do, {counted(num)} translated already: {job.args.output}")
+        return finish(job, shards, passed, is_new=first is not None)
+
+
+def announce(shards: Shards) -> None:
+    counts, done = shards.counts, shards.counts.images - shards.counts.unreadable - shards.counts.todo
+    if shards.is_listed.is_set():
+        print(f"{counted(counts.todo)} to translate" + (f", {done:,} are done already" if done else ""))
     else:
-        print(f"nothing to do, {counted(len(job.sources.rows) - len(remain))} translated already: {job.args.output}")
-    manifest.add(noted_row(source, error=source["error"]) for source in remain if source["error"])
-    preview = write_preview(job, manifest) if todo else None
-    return finish(job, manifest, preview)
+        print(f"{counts.images:,} images are listed so far, {done:,} of them are done already; the listing goes on")
 
 
-def open_output(job: TranslationJob) -> Manifest:
+def open_output(job: TranslationJob) -> tuple[Shards, Known]:
     """What earlier runs of this command left in the output.
 
     Raises:
@@ -70,27 +93,60 @@ def open_output(job: TranslationJob) -> Manifest:
     note = storage.join(output, "run.json")
     earlier = resume.read_record(note, FORMAT, FORMAT_VERSION)
     storage.check_writable(output)
-    if earlier is None and storage.list_files(output):
+    if earlier is None and any(item.name != "driver.json" for item in storage.walk(output)):
         raise InputError(f"--output {output} is not empty and holds no earlier translation; give a new folder")
-    manifest = Manifest(output)
-    if earlier is not None and manifest.rows:
-        resume.check_same(output, "results", earlier.get("options", {}), job.options, flags=FLAGS)
-    if not manifest.rows:  # what an earlier command asked for and was refused binds nobody
-        write_note(job, complete=False)
-    return manifest
+    shards = Shards(output)
+    known = Known(shards.files, output)
+    if earlier is not None and known.num_ok and not job.args.replace:
+        remedy = "give the old value back, a new --output folder, or --replace to do them again"
+        old = earlier.get("options", {})
+        resume.check_same(output, "results", old, job.options, flags=FLAGS, remedy=remedy)
+    if not known.num_ok or job.args.replace:  # what an earlier command asked for and was refused binds nobody
+        write_note(job)
+    return shards, known
 
 
-def translate(job: TranslationJob, manifest: Manifest, todo: list[dict[str, Any]]) -> None:
-    """Run `todo` through the network's copies, noting each batch as it comes back. Ray must run unless there are none.
+@contextlib.contextmanager
+def listed(job: TranslationJob, shards: Shards, known: Known) -> Iterator[listing.Passed]:
+    """The images listed into shards, by a thread, while this goes on; what is passed over."""
+    passed, stop = listing.Passed(), threading.Event()
+    facts = {
+        "seed": job.args.seed,
+        "options": options_hash(job.options),
+        "checkpoint": job.loaded.fingerprint,
+    }
+
+    def work() -> None:
+        try:
+            shards.list_images(job.sources.images(passed), known, facts, suffix=".png", stop=stop)
+            shards.is_listed.set()
+            shards.listed.put(None)
+        except BaseException as error:
+            shards.listed.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield passed
+    finally:
+        stop.set()
+        thread.join()
+
+
+def translate(
+    job: TranslationJob, shards: Shards, todo: Iterator[tuple[int, list[dict[str, Any]]]], held: lock.Held
+) -> None:
+    """Run what is to do through the network's copies, noting each batch as it comes back. Ray must run unless there are
+    none.
 
     Raises:
-        InputError: more copies than GPUs, a damaged data set, or the store refuses.
+        InputError: more copies than GPUs, a damaged data set, the store refuses, or another driver took over.
     """
-    args, facts, bad = job.args, {source["id"]: source for source in todo}, 0
-    num_batches = math.ceil(len(todo) / args.batch_size)
-    results = source_rows(job, todo).through(
+    args = job.args
+    most = math.ceil(shards.counts.todo / args.batch_size) if shards.is_listed.is_set() else math.inf
+    results = source(job, todo).through(
         Translate,
-        workers.pool(num_batches, args.num_workers),
+        workers.pool(most, args.num_workers),
         checkpoint_uri=job.loaded.path,
         ema=job.loaded.ema,
         sampling=configs.to_dict(job.sampling),
@@ -100,17 +156,19 @@ def translate(job: TranslationJob, manifest: Manifest, todo: list[dict[str, Any]
         mark_key=job.mark_key,
         tiles=args.tiles,
     )
+    num_bad = 0
     try:
-        with Progress(total=len(todo), unit="image", description="translate") as progress:
+        with Progress(total=0, unit="image", description="translate") as progress:
             for batch in results:
-                rows = noted(batch, facts)
-                manifest.add(rows)
-                bad += sum(row["status"] != "ok" for row in rows)
-                progress.update(len(rows), f"{bad} set aside" if bad else "")
+                held.check()
+                for number, rows in noted(batch).items():
+                    shards.note(number, rows)
+                    num_bad += sum(row.status != "ok" for row in rows.values())
+                progress.expect(shards.counts.todo, more=not shards.is_listed.is_set())
+                progress.update(len(batch["id"]), f"{num_bad:,} set aside" if num_bad else "")
     finally:
-        manifest.flush()
-    missing = [name for name in facts if name not in manifest.rows]
-    if missing:
+        shards.flush()
+    if missing := [name for shard in shards.open.values() for name in shard.rows if name not in shard.results]:
         raise RuntimeError(f"{len(missing)} images came back without a result, the first: {missing[0]}")
 
 
@@ -120,68 +178,147 @@ def record(job: TranslationJob) -> dict[str, Any]:
     return {**made_with, "licence": job.loaded.config.data.licence}
 
 
-def source_rows(job: TranslationJob, todo: list[dict[str, Any]]) -> Source:
-    """The images to translate."""
+def source(job: TranslationJob, todo: Iterable[tuple[int, list[dict[str, Any]]]]) -> Source:
+    """The images to translate: of each shard by its number."""
     args = job.args
+    common: dict[str, Any] = {"to": args.domain, "seed": args.seed}
+    rescue = workers.Rescue(batches.halves, batches.given_up)
     if job.card is not None:
-        plan = {source["id"]: [(args.domain, args.seed, source["output"])] for source in todo}
-        return dataset_rows(args.input, job.card, {args.split: plan}, batch_size=args.batch_size)
-    return file_rows(
-        todo,
-        job.sources.root,
+        split = reading.open_split(args.input, args.split, rows_in_piece=1)
+        read = functools.partial(batches.read_piece, split=split, batch_size=args.batch_size, **common)
+        tasks = (task for number, rows in todo for task in batches.piece_tasks(rows, shard=number))
+        return Source(tasks, read, rescue)
+    root = job.sources.root
+    read = functools.partial(
+        batches.read_images,
+        root=root,
         image_size=job.loaded.config.image_size,
         template=job.template,
         output_size=args.framing.output_size,
         which=args.framing.faces,
-        to=args.domain,
-        seed=args.seed,
-        batch_size=args.batch_size,
+        **common,
     )
+    tasks = (
+        task
+        for number, rows in todo
+        for task in batches.file_tasks(rows, root, shard=number, batch_size=args.batch_size)
+    )
+    return Source(tasks, read, rescue)
 
 
-def noted(batch: Batch, facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A batch's rows of the manifest."""
-    return [
-        noted_row(facts[str(name)], error=str(error), note=str(note), width=int(width), height=int(height))
-        for name, error, note, width, height in zip(
-            *(batch[column] for column in ("id", "error", "note", "width", "height")), strict=True
+def noted(batch: Batch) -> dict[int, dict[str, Result]]:
+    """What became of a batch's images: of each shard, by id."""
+    found: dict[int, dict[str, Result]] = {}
+    columns = ("shard", "id", "error", "note", "width", "height", "seconds")
+    for shard, name, error, note, width, height, seconds in zip(*(batch[each] for each in columns), strict=True):
+        found.setdefault(int(shard), {})[str(name)] = Result(
+            status="rejected" if error else "ok",
+            error=str(error),
+            note=str(note),
+            width=None if error else int(width),
+            height=None if error else int(height),
+            seconds=float(seconds),
         )
-    ]
+    return found
 
 
-def noted_row(
-    source: dict[str, Any], *, error: str = "", note: str = "", width: int = 0, height: int = 0
-) -> dict[str, Any]:
-    """A source's row of the manifest; `width` and `height` are the result's."""
-    facts = {name: source[name] for name in ("id", "output", "size", "mtime_ns")}
-    size = {"width": None, "height": None} if error else {"width": width, "height": height}
-    return {**facts, "status": "rejected" if error else "ok", "error": error, "note": note, **size}
+# -- the end ------------------------------------------------------------------------------------------------------
 
 
-def write_preview(job: TranslationJob, manifest: Manifest) -> list[str]:
-    """preview.png: images evenly spread over the sorted names, beside their results. Their ids."""
+def finish(job: TranslationJob, shards: Shards, passed: listing.Passed, *, is_new: bool) -> int:
+    """The manifest, the reasons in plain text too, the preview, run.json; the exit code."""
+    output = job.args.output
+    shards.finish(job.options)
+    end = End()
+    for table in shards.done():
+        end.add(table)
+    preview = write_preview(job, shards, end.num_ok) if is_new else None
+    reasons = storage.join(output, "rejected.txt")
+    if sum(end.num_bad):
+        storage.write_bytes(reasons, cli.reasons_text(end.reasons))
+    elif storage.exists(reasons):
+        storage.delete_file(reasons)
+    write_note(job, end=end, passed=passed, preview=preview)
+    shards.remove()
+    num_bad, total = sum(end.num_bad), sum(end.num_ok) + sum(end.num_bad)
+    print(f"{counted(sum(end.num_ok))} translated: {output}")
+    for note in passed.notes:
+        print(note)
+    if end.num_notes:
+        print(f"{counted(end.num_notes)} with a note in manifest.parquet: {cli.told(end.notes)}")
+    if passed.of_the_side:
+        print(f"passed over, rows that are {job.args.domain} already: {passed.of_the_side:,}")
+    if num_bad:
+        print(
+            f"{num_bad:,} of {total:,} images were set aside: {cli.told(end.why)}; the reasons are in {reasons}",
+            file=sys.stderr,
+        )
+    return cli.set_aside(num_bad, ok=job.args.set_aside_ok)
+
+
+class End:
+    """What a finished job comes to, counted shard by shard."""
+
+    MOST_KINDS = 1000
+
+    def __init__(self) -> None:
+        self.num_ok: list[int] = []
+        """Of each shard."""
+        self.num_bad: list[int] = []
+        self.num_notes = 0
+        self.reasons: list[tuple[str, str]] = []
+        """Of the first images that were set aside."""
+        self.why: collections.Counter[str] = collections.Counter()
+        self.notes: collections.Counter[str] = collections.Counter()
+
+    def add(self, table: pa.Table) -> None:
+        status = table["status"].to_pylist()
+        self.num_ok.append(status.count("ok"))
+        self.num_bad.append(status.count("rejected"))
+        for name, error in rows_of(table, "rejected", "id", "error"):
+            if len(self.reasons) < NUM_REASONS:
+                self.reasons.append((name, error))
+            self._count(self.why, error.removeprefix(f"{name}: "))
+        for _, note in rows_of(table, "ok", "id", "note"):
+            self.num_notes += bool(note)
+            for part in note.split("; ") if note else ():
+                self._count(self.notes, part)
+
+    def _count(self, counts: "collections.Counter[str]", reason: str) -> None:
+        kind = cli.kind(reason)
+        counts[kind if kind in counts or len(counts) < self.MOST_KINDS else "others"] += 1
+
+
+def rows_of(table: pa.Table, status: str, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """The values of some columns in the rows of a status."""
+    chosen = table.filter(pa.compute.equal(table["status"], status))
+    return zip(*(chosen[name].to_pylist() for name in columns), strict=True)
+
+
+def write_preview(job: TranslationJob, shards: Shards, num_ok: list[int]) -> list[str]:
+    """preview.png: images evenly spread over the listing, beside their results. Their ids."""
     from jobs.reports import grids
 
-    good = [s for s in job.sources.rows if manifest.rows[s["id"]]["status"] == "ok"]
-    if not good:
+    total = sum(num_ok)
+    if not total:
         return []
-    shown = [good[len(good) * (2 * i + 1) // (2 * NUM_PREVIEWS)] for i in range(NUM_PREVIEWS)]
-    chosen = list({source["id"]: source for source in shown}.values()) if len(good) > NUM_PREVIEWS else good
-    todo = [{**source, "output": manifest.rows[source["id"]]["output"]} for source in chosen]
+    wanted = sorted({total * (2 * i + 1) // (2 * NUM_PREVIEWS) for i in range(NUM_PREVIEWS)})
+    wanted = [*range(total)] if total <= NUM_PREVIEWS else wanted
+    chosen = list(shards.pick(wanted, num_ok))
     rows = {
         str(name): image
-        for batch in source_rows(job, todo).batches()
+        for batch in source(job, [(0, chosen)]).batches()
         for name, image in zip(batch["id"], shown_sources(batch), strict=True)
     }
     pairs = []
-    for source in todo:
-        result = images.decode(storage.read_bytes(storage.join(job.args.output, source["output"])))
+    for row in chosen:
+        result = images.decode(storage.read_bytes(storage.join(job.args.output, row["output"])))
         own = "output_size" in job.options
         made = framed(result) if own else images.to_square(result, job.loaded.config.image_size)
-        pairs.append([rows[source["id"]], made])
+        pairs.append([rows[row["id"]], made])
     png = grids.labelled_grid(["source", job.args.domain], pairs)
     storage.write_bytes(storage.join(job.args.output, "preview.png"), png)
-    return [source["id"] for source in chosen]
+    return [row["id"] for row in chosen]
 
 
 def shown_sources(batch: Batch) -> Iterable[UInt8[np.ndarray, "s s 3"]]:
@@ -197,54 +334,35 @@ def framed(photo: Image.Image) -> UInt8[np.ndarray, "s s 3"]:
     return np.asarray(ImageOps.pad(photo, (PREVIEW_SIDE, PREVIEW_SIDE), color="white"))
 
 
-def finish(job: TranslationJob, manifest: Manifest, preview: list[str] | None) -> int:
-    """The manifest in one file, the reasons in plain text, run.json; the exit code."""
-    output, total = job.args.output, len(job.sources.rows)
-    bad = [row for s in job.sources.rows if (row := manifest.rows[s["id"]])["status"] != "ok"]
-    manifest.finish()
-    reasons = storage.join(output, "rejected.txt")
-    if bad:
-        storage.write_bytes(reasons, cli.reasons_text((row["id"], row["error"]) for row in bad))
-    elif storage.exists(reasons):
-        storage.delete_file(reasons)
-    write_note(job, complete=True, num_rejected=len(bad), preview=preview)
-    print(f"{counted(total - len(bad))} translated: {output}")
-    notes = [note for s in job.sources.rows if (note := manifest.rows[s["id"]]["note"])]
-    if notes:
-        what = cli.tally(part for note in notes for part in note.split("; "))
-        print(f"{counted(len(notes))} with a note in manifest.parquet: {what}")
-    if job.card is not None and job.sources.num_others:  # files were told of by the listing's notes
-        print(f"passed over, rows that are {job.args.domain} already: {job.sources.num_others:,}")
-    if bad:
-        why = cli.tally(row["error"].removeprefix(f"{row['id']}: ") for row in bad)
-        print(
-            f"{len(bad):,} of {total:,} images were set aside: {why}; the reasons are in {reasons}",
-            file=sys.stderr,
-        )
-    return cli.set_aside(len(bad), ok=job.args.set_aside_ok)
-
-
 def counted(num: int) -> str:
     return f"{num:,} image{'' if num == 1 else 's'}"
 
 
-def write_note(job: TranslationJob, *, complete: bool, num_rejected: int = 0, preview: list[str] | None = None) -> None:
+def write_note(
+    job: TranslationJob,
+    *,
+    end: End | None = None,
+    passed: listing.Passed | None = None,
+    preview: list[str] | None = None,
+) -> None:
     """run.json: what was asked of what, and what came of it; `preview`: ids of the images in preview.png, None where an
     earlier run made it."""
-    config = job.loaded.config
-    total, ignored = len(job.sources.rows), job.sources.num_others
-    counts = {"images": total, "ok": total - num_rejected, "rejected": num_rejected, "ignored": ignored}
+    config, counts = job.loaded.config, {}
+    if end is not None and passed is not None:
+        ok, bad = sum(end.num_ok), sum(end.num_bad)
+        ignored = passed.num_others + passed.of_the_side
+        counts = {"images": ok + bad, "ok": ok, "rejected": bad, "ignored": ignored}
     note = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "complete": complete,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if complete else None,
+        "complete": end is not None,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if end is not None else None,
         "options": job.options,
         "command": configs.to_dict(job.args),
         "checkpoint": job.loaded.path,
         "model": configs.to_dict(config),
         "licence": config.data.licence,
-        "counts": counts if complete else {"images": total, "ignored": ignored},
+        "counts": counts,
         "preview": preview,
         "environment": provenance.environment(),
     }

@@ -1,163 +1,144 @@
-"""What is to be translated: files below a folder or rows of a data set, and the names of their results."""
+"""What is to be translated, listed one after another: files, or rows of files."""
 
-import collections
 import dataclasses
 import fnmatch
-import hashlib
-import posixpath
+import itertools
+import os
 import re
-import unicodedata
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from ddpm_core import images, storage
 from ddpm_core.config import ModelConfig
 from ddpm_core.errors import InputError
 from jobs.datasets import listing, reading
 from jobs.datasets.format import DatasetCard
+from jobs.translation.shards import Listed
 
-RESERVED = frozenset({"preview.png", "manifest.parquet", "rejected.txt", "run.json"})
-"""What lies in the output beside the results."""
-NAME_BYTES = 255
-"""Most bytes of a file's name, on every file system in use."""
+LOOKED_AT = 10_000
+"""How much of an input is looked at for an image before anything is written."""
+
+
+class Passed(listing.PassedOver):
+    """What is not translated, counted while the listing goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_the_side = 0
+        """Rows of a data set that are on the wanted side already."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """What is to be translated, where it comes from files."""
+    """What is to be translated."""
 
+    uri: str
     root: str
-    """The folder or prefix that `path` is below."""
-    rows: list[dict[str, Any]]
-    """id, path, size, mtime_ns and error of each image, sorted by id: the id is `storage.as_text` of the path below the
-    root; `error` says why it cannot even be read, mostly ""."""
-    num_others: int
-    """Files that are no images."""
-    notes: list[str]
-    """What was passed over, in words."""
+    """What is asked where an image cannot be read: whether the storage is there at all."""
+    images: Callable[[Passed], Iterator[Listed]]
+    """Lists them, from the first on."""
+    dataset: DatasetCard | None = None
 
 
-def list_sources(uri: str) -> Sources:
+def check_any(sources: Sources) -> None:
+    """Raises InputError where there is no image that can be read, as far as that is soon told."""
+    passed = Passed()
+    bad: Listed | None = None
+    num_bad = 0
+    for image in itertools.islice(sources.images(passed), LOOKED_AT):
+        if not image.error:
+            return
+        bad, num_bad = bad or image, num_bad + 1
+    if num_bad < LOOKED_AT:
+        raise none_found(sources.uri, passed, bad, num_bad)
+
+
+def none_found(uri: str, passed: Passed, bad: Listed | None = None, num_bad: int = 0) -> InputError:
+    if passed.of_the_side:
+        return InputError(f"--input {uri}: all {passed.of_the_side:,} rows are of the wanted side already")
+    hint = f"; wanted: {' '.join(sorted(images.SUFFIXES))}"
+    if bad is not None:
+        hint = f"; {num_bad:,} cannot be read, the first: {bad.error}"
+    elif passed.packed:
+        hint = f"; {passed.packed} is packed: unpack it"
+    return InputError(f"--input {uri} holds no images{hint}")
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def files(uri: str) -> Sources:
     """The images that `--input` means: a file, all below a folder or prefix, or those that match a pattern.
 
     Raises:
-        InputError: there is none that can be read.
+        InputError: nothing is there.
     """
     if storage.is_file(uri):
         folder, _, name = uri.rpartition("/")
-        row = {"id": storage.as_text(name), "path": name, "size": storage.num_bytes(uri)}
-        return Sources(folder, [row | {"mtime_ns": storage.mtime_ns(uri), "error": ""}], 0, [])
+        entry = storage.Entry(storage.num_bytes(uri), storage.mtime_ns(uri), "", name)
+        return Sources(uri, folder, lambda passed: iter([_of_file(folder, storage.as_text(name), entry)]))
     root, pattern = uri, "*"
     if not storage.exists(uri) and (fixed := re.match(r"([^*?\[]*)/[^/]*[*?\[]", uri)):
         root, pattern = fixed[1], uri[len(fixed[1]) + 1 :]
     if not storage.exists(root):
         raise InputError(f"--input {uri}: no such file or folder")
-    there = listing.list_images(root)
-
-    def wanted(name: str) -> bool:
-        return fnmatch.fnmatchcase(name, pattern)
-
-    rows = {
-        name: {
-            "id": name,
-            "path": entry.path,
-            "size": entry.num_bytes,
-            "mtime_ns": entry.mtime_ns,
-            "error": "",
-        }
-        for name, entry in there.images.items()
-        if wanted(name)
-    }
-    if not rows:
-        kinds = " ".join(sorted(images.SUFFIXES))
-        raise InputError(f"--input {uri} holds no images{there.hint() or f'; wanted: {kinds}'}")
-    for name, reason in there.rejected.items():
-        if wanted(name):
-            # a name that is no text is told as it is printed, and another file may be called so
-            own = f"{name} (as printed)" if name in rows else name
-            rows[own] = {"id": own, "path": name, "size": 0, "mtime_ns": 0, "error": f"{own}: {reason}"}
-    others = [name for name in there.others if wanted(name) and name not in there.rejected]
-    return Sources(root, [rows[name] for name in sorted(rows)], len(others), there.notes)
+    return Sources(uri, root, lambda passed: _below(root, pattern, passed))
 
 
-# -- names of results ---------------------------------------------------------------------------------------------
+def _below(root: str, pattern: str, passed: Passed) -> Iterator[Listed]:
+    for seen in listing.look(root):
+        if seen.kind in ("system", "again") or fnmatch.fnmatchcase(seen.name, pattern):
+            passed.add(seen)
+            if seen.kind == "image" and seen.entry is not None:
+                yield _of_file(root, seen.name, seen.entry)
+            elif seen.kind == "rejected":
+                # a name that is no text is told as it is printed, and another file may be called so
+                name = f"{seen.name} (as printed)" if seen.entry is None and _is_there(root, seen.name) else seen.name
+                yield Listed(name, storage.join(root, name), error=f"{name}: {seen.reason}")
 
 
-def output_names(ids: Iterable[str], taken: Mapping[str, str]) -> dict[str, str]:
-    """id → output path, suffix .png, of names that every file system takes. Ids whose outputs would meet keep their own
-    suffix (a.jpg.png); where these meet too, or a file would lie where a folder must, a hash of the id is added.
+def _is_there(root: str, name: str) -> bool:
+    return "\\" in name and not storage.is_remote(root) and os.path.lexists(storage.join(root, name))
 
-    `taken`: names given by an earlier run, which stay. Case and the spelling of accents do not tell names apart on
-    every disk, so they do not here.
+
+def _of_file(root: str, name: str, entry: storage.Entry) -> Listed:
+    path = None if entry.path == name else os.fsencode(entry.path)
+    return Listed(name, storage.join(root, name), entry.num_bytes, entry.mtime_ns, entry.etag, path=path)
+
+
+# -- rows of a data set -------------------------------------------------------------------------------------------
+
+
+def dataset(uri: str, card: DatasetCard, split: str, domain: str) -> Sources:
+    """The rows that can be turned into the wanted side. A paired row has an image of either side; of the other sets,
+    rows that are on the wanted side stay out.
+
+    Raises:
+        InputError: no such split, or a file is missing or damaged.
     """
-    wanted = list(ids)
-    step = {name: 0 for name in wanted if name not in taken}
-    paths = {name: _way(name, 0) for name in step}
-    keys = {name: _key(path) for name, path in paths.items()}
-    fixed = {_key(path) for path in (*RESERVED, *taken.values())}
-    while True:
-        files = collections.Counter([*fixed, *keys.values()])
-        folders = {above for path in files for above in _folders(path)}
-        first: dict[str, int] = {}
-        for name, key in keys.items():
-            first[key] = min(step[name], first.get(key, LAST_WAY))
-        clashing = [
-            name
-            for name, key in keys.items()
-            # a file gives way to a folder, unless an earlier run has put it there; of files those that still can
-            if (files[key] > 1 or key in folders or any(above in fixed for above in _folders(key)))
-            and step[name] == first[key] < LAST_WAY
-        ]
-        if not clashing:
-            return {name: taken.get(name) or paths[name] for name in wanted}
-        for name in clashing:
-            step[name] += 1
-            paths[name] = _way(name, step[name])
-            keys[name] = _key(paths[name])
+    there = reading.open_split(uri, split, columns=("id", "domain"), rows_in_piece=1)
+
+    def rows(passed: Passed) -> Iterator[Listed]:
+        for piece in there.pieces:
+            table = there.read(piece)
+            for row, (name, side) in enumerate(zip(*table.select(["id", "domain"]).to_pydict().values(), strict=True)):
+                if card.pairing == "paired" or card.domains[side] != domain:
+                    yield Listed(name, row_uri(piece.uri, piece.groups[0], row))
+                else:
+                    passed.of_the_side += 1
+
+    return Sources(uri, uri, rows, dataset=card)
 
 
-LAST_WAY = 3
+def row_uri(file: str, group: int, row: int) -> str:
+    """Where a row of a parquet file lies: the number of its row group, and its own in that."""
+    return f"{file}#{group:05d}.{row:07d}"
 
 
-def _way(name: str, step: int) -> str:
-    """What the result of an image may be called; the next where that clashes."""
-    stem = _stem(name)
-    if step == 1:
-        path = f"{_inside(name)}.png"
-    else:
-        mark = f"~{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}" if step else ""
-        path = f"{posixpath.basename(stem) if step == LAST_WAY else stem}{mark}.png"
-    return "/".join(map(_shortened, path.split("/")))
-
-
-def _key(path: str) -> str:
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
-
-
-def _folders(path: str) -> Iterable[str]:
-    while path := posixpath.dirname(path):
-        yield path
-
-
-def _shortened(part: str) -> str:
-    """A file's or folder's name of at most NAME_BYTES; what is cut off leaves a hash."""
-    if len(part.encode()) <= NAME_BYTES:
-        return part
-    end = f"~{hashlib.blake2b(part.encode(), digest_size=8).hexdigest()}" + (".png" if part.endswith(".png") else "")
-    return part.encode()[: NAME_BYTES - len(end)].decode(errors="ignore") + end
-
-
-def _inside(name: str) -> str:
-    """`name` without parts that lead out of a folder or hide in it, and without control characters: a data set's ids
-    are any strings."""
-    parts = re.sub(r"[\x00-\x1f\x7f]", "_", name).split("/")
-    return "/".join("_" + part if not part or part.startswith(".") else part for part in parts)
-
-
-def _stem(name: str) -> str:
-    folder, slash, base = _inside(name).rpartition("/")
-    stem, dot, suffix = base.rpartition(".")
-    return folder + slash + (stem if dot and stem and "." + suffix.lower() in images.SUFFIXES else base)
+def row_of(uri: str) -> tuple[str, int, int]:
+    """File, row group and row of a `row_uri`."""
+    file, _, place = uri.rpartition("#")
+    group, _, row = place.partition(".")
+    return file, int(group), int(row)
 
 
 def check_dataset(uri: str, card: DatasetCard, config: ModelConfig) -> None:

@@ -81,5 +81,8 @@ class TranslateArgs:
     that holds a secret one (openssl rand -hex 32)."""
     set_aside_ok: bool = False
     """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
+    replace: bool = False
+    """Do again what the output holds of another checkpoint, other guidance or another seed; without it such a command
+    is refused."""
     split: str = "test"
     """Of a data set, the rows to translate."""

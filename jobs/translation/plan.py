@@ -4,7 +4,6 @@ import dataclasses
 import os
 from typing import Any
 
-from ddpm_core import config as configs
 from ddpm_core import faces, images, keyed_mark, storage
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
@@ -12,8 +11,8 @@ from ddpm_core.errors import InputError
 from ddpm_core.translator import check_tiles
 from jobs.common import kinds, numbers
 from jobs.datasets.format import DatasetCard, find_card
-from jobs.translation.listing import Sources, check_dataset, list_sources, output_names, split_rows
-from jobs.translation.manifest import Manifest
+from jobs.translation import listing
+from jobs.translation.listing import Sources
 from jobs.translation.opening import by_flags, open_checkpoint
 from jobs.translation.options import GuidanceNets, TranslateArgs
 
@@ -33,7 +32,7 @@ class TranslationJob:
     template: tuple[float, ...]
     """Landmarks that faces are aligned to; () where images are taken as they are."""
     sources: Sources
-    """The images; of a data set, `num_others` are the rows that are on the wanted side already."""
+    """The images."""
     mark_key: bytes = dataclasses.field(default=b"", repr=False)
     """Of the results' invisible mark; b"" for none."""
 
@@ -87,10 +86,12 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
     if card is None and args.framing.output_size == "own":  # a data set's squares are of the model's size
         options |= {"output_size": "own"}
     if card is not None:
-        sources = dataset_sources(args, card, loaded.config)
+        listing.check_dataset(args.input, card, loaded.config)
+        sources = listing.dataset(args.input, card, args.split, args.domain)
         options |= {"split": args.split, "content_hash": card.content_hash}
     else:
-        sources = list_sources(args.input)
+        sources = listing.files(args.input)
+    listing.check_any(sources)
     return TranslationJob(args, loaded, sampling, opened.guides, card, options, template, sources, mark_key)
 
 
@@ -98,48 +99,3 @@ def check_image_name(output: str) -> None:
     """Raises InputError where a folder would be called as an image: results of one image lie in a folder too."""
     if os.path.splitext(output)[1].lower() in images.SUFFIXES:
         raise InputError(f"--output {output} is called as an image; give a folder, in which the results are to lie")
-
-
-def dataset_sources(args: TranslateArgs, card: DatasetCard, config: configs.ModelConfig) -> Sources:
-    """The rows that can be turned into the wanted side.
-
-    A paired row has an image of either side; of the other sets, rows that are on the wanted side stay out.
-
-    Raises:
-        InputError: there is none.
-    """
-    check_dataset(args.input, card, config)
-    rows = split_rows(args.input, card, args.split)
-    usable = [name for name, domain in rows if card.pairing == "paired" or card.domains[domain] != args.domain]
-    if not usable:
-        raise InputError(
-            f"--input {args.input}: all {len(rows):,} rows of split {args.split} are {args.domain} already"
-        )
-    sources = [{"id": name, "size": 0, "mtime_ns": 0, "error": ""} for name in usable]
-    return Sources(args.input, sources, len(rows) - len(usable), [])
-
-
-def remaining(job: TranslationJob, manifest: Manifest) -> list[dict[str, Any]]:
-    """The sources to translate, each with its output: new, changed, set aside before, or with the result gone; and
-    those that cannot even be read."""
-    there = set()
-    for name in storage.list_files(job.args.output):
-        if storage.is_debris(name):
-            storage.delete_file(storage.join(job.args.output, name))
-        else:
-            there.add(name)
-    names = output_names(
-        (source["id"] for source in job.sources.rows if not source["error"]),
-        {row["id"]: row["output"] for row in manifest.rows.values() if row["output"]},
-    )
-
-    def done(source: dict[str, Any]) -> bool:
-        row = manifest.rows.get(source["id"])
-        return (
-            row is not None
-            and row["status"] == "ok"
-            and row["output"] in there
-            and all(row[key] == source[key] for key in ("size", "mtime_ns"))
-        )
-
-    return [{**source, "output": names.get(source["id"], "")} for source in job.sources.rows if not done(source)]

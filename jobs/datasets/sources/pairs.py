@@ -154,7 +154,7 @@ def _make(
         with contextlib.nullcontext() if num_workers == 0 or not todo else cli.ray_session():
             if todo:
                 pool = workers.pool(len(wanted), num_workers)
-                for made in workers.piped(read, todo, len(todo), Editor, make, pool):
+                for made in workers.piped(read, todo, Editor, make, pool):
                     file = io.BytesIO()
                     np.savez(file, image=made["image"], taken=made["taken"])
                     storage.write_bytes(storage.join(parts, _file(made["first"])), file.getvalue())
