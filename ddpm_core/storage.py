@@ -13,6 +13,7 @@ answered is given up within seconds: the endpoint is wrong.
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import functools
 import json
 import os
@@ -40,6 +41,8 @@ AGAIN_S = (0.05, 0.2, 1.0)
 """Waits before a file that made no sense is read again."""
 DEBRIS = r"\.[0-9a-f]{16}\.tmp"
 """What files are called while they are written: no longer than any name may be."""
+DEBRIS_AGE_S = 2.0
+"""Age from which they may be taken for left behind: a younger one may not be locked yet."""
 OUTAGE_S = 60.0
 """How long requests go on being repeated to a server that is down."""
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S = 3.0, 10.0
@@ -318,10 +321,12 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
         aside = os.path.join(os.path.dirname(uri), f".{uuid.uuid4().hex[:16]}.tmp")
         try:
             with open(aside, "wb") as file:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # tells `clear_debris` that somebody still writes
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, uri)
+                os.replace(aside, uri)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
@@ -762,6 +767,18 @@ def is_debris(name: str) -> bool:
     return re.search(rf"(^|/){DEBRIS}$|\.[0-9a-f]{{8}}\.tmp$", name) is not None  # the second: releases before this one
 
 
+def clear_debris(uri: str) -> None:
+    """Delete what kills in the middle of `write_bytes` have left in a local folder and below; S3 keeps no such rest."""
+    for folder, _, names in () if is_remote(uri) else os.walk(uri):
+        for name in names:
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):
+                if is_debris(name) and time.time() - os.lstat(path).st_mtime > DEBRIS_AGE_S:
+                    with open(path, "rb") as file:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+                        os.unlink(path)
+
+
 def delete_file(uri: str) -> None:
     fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
@@ -775,7 +792,7 @@ def delete_folder(uri: str) -> None:
 
 
 def check_writable(uri: str, *, flag: str = "--output") -> None:
-    """Fail now rather than after an hour of work.
+    """Fail now rather than after an hour of work; also clears what a kill left there (`clear_debris`).
 
     Raises:
         InputError: nothing can be written under `uri`.
@@ -788,6 +805,7 @@ def check_writable(uri: str, *, flag: str = "--output") -> None:
         fs, path = filesystem(probe)
         with contextlib.suppress(FileNotFoundError):
             fs.delete_file(path)
+        clear_debris(uri)
     except InputError as error:
         raise InputError(f"{flag} {str(error).replace(probe, uri)}") from None
     except OSError as error:

@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             except SweepError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return cli.FAILED
+            finally:
+                storage.clear_debris(output)  # of trials that were stopped in the middle of a file
     print(f"best: {output} (take it for --checkpoint)\nreport: {report_uri}")
     return cli.DONE
 

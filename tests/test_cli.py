@@ -381,3 +381,32 @@ def test_who_waits_is_told_what_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with cluster.slow(lambda: "never", say=said.append):
         pass
     assert said == ["waiting for a node"]
+
+
+# -- a process as machines start it ------------------------------------------------------------------------------------
+
+RUNS = f"PYTHONPATH={ROOT} {sys.executable} -m jobs.runs"
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        (f"{RUNS} --help >&-", 0, ""),
+        (f"{RUNS} --help 2>&-", 0, "usage: python -m jobs.runs"),
+        (f"{RUNS} --help <&- >&- 2>&-", 0, ""),
+        (f"{RUNS} list none >&-", 2, "error: "),
+        (f"PYTHONIOENCODING=ascii LC_ALL=C {RUNS} list --help", 0, "usage: python -m jobs.runs list"),
+        (f"PYTHONIOENCODING=ascii LC_ALL=C {RUNS} list ä", 2, "error: "),
+        (f"{RUNS} --help >/dev/full", 2, "no space left"),
+        (f"mkdir gone; cd gone; rmdir ../gone; {RUNS} --help", 2, "the working directory has been deleted"),
+    ],
+)
+def test_streams_and_folders_that_are_closed_or_gone_end_in_no_traceback(
+    line: str, code: int, said: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+    )
+    told = done.stdout + done.stderr
+    assert (done.returncode, "Traceback" in told) == (code, False), told
+    assert said in told

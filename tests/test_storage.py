@@ -1,6 +1,7 @@
 """Files by URI: the same verbs on disk and on a real S3 server, and one line for what a user can mend."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import pickle
@@ -419,3 +420,33 @@ def test_what_a_kill_leaves_is_known_by_its_name(tmp_path: Path, monkeypatch: py
     assert storage.is_debris(Path(left[0]).name)
     assert storage.is_debris("a/x.png.0123abcd.tmp")  # of an earlier release
     assert not any(map(storage.is_debris, ("x.png", "x.tmp", ".0123abcd", "0123456789abcdef.tmp")))
+
+
+def test_what_a_kill_left_goes_with_the_next_command_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    left, young, locked = (tmp_path / "trials" / f".{letter * 16}.tmp" for letter in "abc")
+    left.parent.mkdir()
+    for path in (left, young, locked):
+        path.write_bytes(b"half")
+    for path in (left, locked):
+        os.utime(path, (0, 0))
+    (tmp_path / "kept.tmp").write_bytes(b"")
+    with locked.open("rb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        storage.check_writable(str(tmp_path))
+        assert {path.name for path in tmp_path.rglob("*.tmp")} == {young.name, locked.name, "kept.tmp"}
+    storage.clear_debris(str(tmp_path))
+    assert {path.name for path in tmp_path.rglob("*.tmp")} == {young.name, "kept.tmp"}
+
+
+def test_a_file_is_locked_until_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the debris of another command's eyes might be what this one is about to rename."""
+    seen = []
+
+    def replace(aside: str, uri: str) -> None:
+        os.utime(aside, (0, 0))
+        storage.clear_debris(str(tmp_path))
+        seen.append(os.path.exists(aside))
+
+    monkeypatch.setattr(storage.os, "replace", replace)
+    storage.write_bytes(str(tmp_path / "x.png"), b"1")
+    assert seen == [True]

@@ -191,8 +191,10 @@ def reasons_text(rows: Iterable[tuple[str, str]]) -> bytes:
 def run(main: Callable[[], int]) -> None:
     """Run an entry point and end the process with its exit code; a user's mistake costs one line, no traceback, and so
     does a signal."""
+    _take_streams()
     stopping.install()
     try:
+        _check_folder()
         code = main()
     except KeyboardInterrupt:
         print(f"\n{stopping.word()}; {stopping.GOES_ON}", file=sys.stderr)
@@ -211,6 +213,33 @@ def run(main: Callable[[], int]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _take_streams() -> None:
+    """Streams that take any text, and lead nowhere where they are closed: else the next file that is opened would be
+    the output of whatever prints."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not what a test has put there
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_folder() -> None:
+    """Refuse to work in a folder that is no more: libraries end the process where they look for themselves.
+
+    Raises:
+        InputError: it was deleted.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise InputError("the working directory has been deleted; go to one that is there (cd)") from None
 
 
 def dispatch() -> None:
