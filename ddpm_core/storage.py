@@ -337,7 +337,7 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
 
 def _put(fs: "pyarrow.fs.FileSystem", path: str, data: bytes | memoryview) -> None:
     # All in one call: a stream that an exception leaves between two calls publishes what it has.
-    with fs.open_output_stream(path) as stream:
+    with fs.open_output_stream(path, compression=None) as stream:  # by itself it packs what is called .gz
         stream.write(data)
 
 
@@ -567,7 +567,7 @@ def walk(uri: str, *, recursive: bool = True, skip: Callable[[str], bool] = lamb
         InputError: `uri` is a file, or may not be read.
     """
     if is_remote(uri):
-        yield from _remote_items(_pages(uri, recursive), skip)
+        yield from items_of(_pages(uri, recursive), skip)
         return
     with user_errors(uri), contextlib.suppress(FileNotFoundError):
         yield from _Walk(uri, recursive, skip).items()
@@ -581,7 +581,7 @@ def tree(uri: str, *, recursive: bool = True, skip: Callable[[str], bool] = lamb
     Raises:
         InputError: `uri` is a file, or may not be read.
     """
-    items = _remote_items(_infos(uri, recursive), skip) if is_remote(uri) else walk(uri, recursive=recursive, skip=skip)
+    items = items_of(_infos(uri, recursive), skip) if is_remote(uri) else walk(uri, recursive=recursive, skip=skip)
     found = Tree()
     num_again = 0
     for item in items:
@@ -598,7 +598,8 @@ def tree(uri: str, *, recursive: bool = True, skip: Callable[[str], bool] = lamb
     )
 
 
-def _remote_items(entries: Iterator[Entry], skip: Callable[[str], bool]) -> Iterator[Item]:
+def items_of(entries: Iterator[Entry], skip: Callable[[str], bool]) -> Iterator[Item]:
+    """What `walk` makes of objects that are listed one after another; `skip`: see `tree`."""
     last = None
     for entry in entries:
         parts = entry.path.split("/")

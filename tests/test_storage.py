@@ -264,6 +264,11 @@ def test_a_bucket_is_listed_page_by_page(s3: Any, monkeypatch: pytest.MonkeyPatc
         list(storage.walk("s3://no-such-bucket/x"))
 
 
+def test_what_is_called_packed_is_written_as_it_is(folder: str) -> None:
+    storage.write_bytes(f"{folder}/a.gz", b"content")
+    assert storage.read_bytes(f"{folder}/a.gz") == b"content"
+
+
 @pytest.mark.parametrize("where", ["local", "card", "s3"])
 def test_what_is_written_once_stays(where: str, request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: Any) -> None:

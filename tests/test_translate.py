@@ -1,6 +1,7 @@
 """Batch translation: names, resume, bad images, exit codes; in this process with a tiny network."""
 
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -13,8 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote_plus
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
@@ -31,7 +34,7 @@ from jobs.common import cli
 from jobs.datasets import writing
 from jobs.datasets.format import DatasetCard, Row, read_card
 from jobs.translation import batch as batches
-from jobs.translation import listing
+from jobs.translation import listing, tables
 from jobs.translation import shards as shard_files
 from jobs.translation.batch import Translate, expand_rows, read_images
 from jobs.translation.driver import open_output
@@ -186,6 +189,120 @@ def test_an_input_may_be_one_image_or_a_pattern(tmp_path: Path) -> None:
     assert ids(f"{tmp_path}/[x]") == (f"{tmp_path}/[x]", ["c.png"])
     with pytest.raises(InputError, match="holds no images"):
         listing.check_any(listing.files(f"{tmp_path}/z*.png"))
+
+
+# -- images that files tell of
+
+
+def found_in(uri: Path | str) -> tuple[list[Listed], Passed]:
+    passed = Passed()
+    return list(tables.find(str(uri)).images(passed)), passed
+
+
+def test_a_list_of_uris(tmp_path: Path) -> None:
+    lines = ["b/1.jpg", "s3://bucket/k #1.jpg", str(tmp_path / "x.png"), "", "http://host/1.jpg", "b/1.jpg"]
+    (tmp_path / "list.txt").write_bytes("\n".join(lines).encode() + b"\r\ncaf\xe9.jpg\n")
+    found, passed = found_in(tmp_path / "list.txt")
+    assert [(row.id, row.input) for row in found] == [
+        ("b/1.jpg", f"{tmp_path}/b/1.jpg"),
+        ("bucket/k #1.jpg", "s3://bucket/k #1.jpg"),
+        (str(tmp_path / "x.png")[1:], str(tmp_path / "x.png")),
+        ("host/1.jpg", "http://host/1.jpg"),
+        ("caf%E9.jpg", f"{tmp_path}/caf%E9.jpg"),
+    ]
+    assert [bool(row.error) for row in found] == [False, False, False, True, False]
+    assert found[-1].path == os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    assert passed.num_twice == 1
+
+
+def parquet(path: Path, **columns: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pa.table(columns), path, row_group_size=2)
+    return path
+
+
+@pytest.mark.parametrize("shape", ["bytes", "struct"])
+def test_parquet_with_images(tmp_path: Path, checkpoint_folder: str, shape: str) -> None:
+    contents: list[Any] = [put(tmp_path / "x" / f"{i}.png", i).read_bytes() for i in range(5)]
+    column = contents if shape == "bytes" else [{"bytes": each, "path": "x"} for each in contents]
+    parquet(tmp_path / "in" / "a.parquet", id=["n1", "n2", "n1"], image=column[:3])
+    parquet(tmp_path / "in" / "b.parquet", id=["n3", "n4", "n5"], image=[*column[3:], None])
+    out = tmp_path / "out"
+    argv = command(checkpoint_folder, tmp_path / "in", out, "--output-size", "model")
+    assert translate.main(argv) == cli.SET_ASIDE
+    rows = manifest(out)
+    again = "n1 (again, a/00001-0000000)"
+    assert {name: row["status"] for name, row in rows.items()} == {
+        **dict.fromkeys(["n1", "n2", "n3", "n4"], "ok"), again: "rejected", "n5": "rejected",
+    }  # fmt: skip
+    assert rows["n3"]["input"] == f"{tmp_path}/in/b.parquet#00000.0000000"
+    alone = Translator(checkpoint.load(checkpoint_folder))
+    for name, seed in {"n1": 0, "n2": 1, "n3": 3, "n4": 4}.items():
+        made = np.asarray(Image.open(out / f"{name}.png")).astype(int)
+        assert np.abs(made - alone(picture(seed)[None], "night")[0]).max() <= 1
+    before = {path: path.stat().st_mtime_ns for path in out.glob("n*.png")}
+    assert translate.main(argv) == cli.SET_ASIDE
+    assert {path: path.stat().st_mtime_ns for path in out.glob("n*.png")} == before
+
+
+def test_parquet_that_tells_where_images_lie(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "a.parquet", label=["x", "y", "x"], uri=["1.jpg", "2.jpg", "1.jpg"])
+    found, passed = found_in(file)
+    assert [row.input for row in found] == [f"{tmp_path}/1.jpg", f"{tmp_path}/2.jpg"]
+    assert passed.num_twice == 1
+    assert [row.id for row in found_in(f"{tmp_path}/*.parquet")[0]] == ["1.jpg", "2.jpg"]
+    nothing = parquet(tmp_path / "b.parquet", label=["x"], kind=["y"])
+    with pytest.raises(InputError, match=r"b\.parquet has the columns label, kind; one must hold the images' bytes"):
+        tables.find(str(nothing))
+    (tmp_path / "c.parquet").write_bytes(b"no")
+    with pytest.raises(InputError, match=r"c\.parquet is not a readable parquet file"):
+        tables.find(str(tmp_path / "c.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["CSV", "Parquet"])
+def test_an_s3_inventory(s3: Any, tmp_path: Path, checkpoint_folder: str, kind: str) -> None:
+    prefix = f"inventory-{kind}"
+    keys = [f"{prefix}/in/my photo #{i}.png" for i in range(3)]
+    for i, key in enumerate(keys):
+        storage.write_bytes(f"{s3.uri}/{key}", put(tmp_path / f"{i}.png", i).read_bytes())
+    listed = [*keys, f"{prefix}/in/notes.txt", f"{prefix}/in/.hidden/x.png", f"{prefix}/in/gone.png"]
+    data = f"{prefix}/inventory/data/1.{'csv.gz' if kind == 'CSV' else 'parquet'}"
+    if kind == "CSV":
+        rows = [
+            f'"{s3.bucket}","{quote_plus(key)}","","true","false","5","2026-01-02T03:04:05.000Z","e{i}"'
+            for i, key in enumerate(listed)
+        ]
+        rows += [f'"{s3.bucket}","{quote_plus(keys[0])}","v","false","false","5","2026-01-02T03:04:05.000Z","old"']
+        content = gzip.compress("\n".join(rows).encode())
+        schema = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag"
+    else:
+        when = pa.array([1767323045000] * len(listed), pa.timestamp("ms"))
+        tags = [f"e{i}" for i in range(len(listed))]
+        parquet(
+            tmp_path / "1.parquet",
+            bucket=[s3.bucket] * len(listed),
+            key=listed,
+            size=[5] * len(listed),
+            last_modified_date=when,
+            e_tag=tags,
+        )
+        content, schema = (tmp_path / "1.parquet").read_bytes(), "message s3.inventory { … }"
+    storage.write_bytes(f"{s3.uri}/{data}", content)
+    told = {"sourceBucket": s3.bucket, "destinationBucket": f"arn:aws:s3:::{s3.bucket}", "fileFormat": kind}
+    told |= {"fileSchema": schema, "files": [{"key": data, "size": 1}]}
+    uri = f"{s3.uri}/{prefix}/inventory/manifest.json"
+    storage.write_bytes(uri, json.dumps(told).encode())
+    found, passed = found_in(uri)
+    assert [row.id for row in found] == [*keys, f"{prefix}/in/gone.png"]
+    assert found[1] == Listed(keys[1], f"{s3.uri}/{keys[1]}", 5, 1767323045 * 10**9, "e1")
+    assert passed.num_others == 1
+    assert translate.main(command(checkpoint_folder, uri, tmp_path / "out")) == cli.SET_ASIDE
+    rows = manifest(tmp_path / "out")
+    assert [row["status"] for row in rows.values()] == ["ok"] * 3 + ["rejected"]
+    assert "gone since" in rows[f"{prefix}/in/gone.png"]["error"]
+    storage.write_bytes(uri, b"{}")
+    with pytest.raises(InputError, match=r"is not the manifest\.json of an S3 Inventory"):
+        tables.find(uri)
 
 
 # -- shards

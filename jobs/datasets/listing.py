@@ -127,13 +127,13 @@ class PassedOver:
         return notes
 
 
-def look(uri: str) -> Iterator[Seen]:
-    """What lies below `uri`, to any depth, in the order of `storage.walk`.
+def look(uri: str, items: Iterator[storage.Item] | None = None) -> Iterator[Seen]:
+    """What lies below `uri`, to any depth, in the order of `storage.walk`, or `items` of it.
 
     Raises:
         InputError: `uri` may not be read.
     """
-    items = iter(storage.walk(uri, skip=is_system))
+    items = storage.walk(uri, skip=is_system) if items is None else items
     while some := list(itertools.islice(items, LOOK_AT)):
         unknown = {
             item.name: item.entry

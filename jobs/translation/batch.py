@@ -30,7 +30,7 @@ from ddpm_core.translator import NOT_FINITE, Translated
 from jobs.common import workers
 from jobs.datasets import reading
 from jobs.datasets.format import DatasetCard
-from jobs.translation import listing, opening
+from jobs.translation import listing, opening, tables
 from jobs.translation.options import GuidanceNets
 
 Batch = dict[str, np.ndarray]
@@ -213,13 +213,23 @@ def read_images(
     template: tuple[float, ...] = (),
     output_size: OutputSize = "model",
     which: Faces = "largest",
+    column: str = "",
 ) -> list[Batch]:
-    """Each file read and prepared as training did it; what cannot be read gets its reason in `error`."""
+    """Each file read and prepared as training did it; what cannot be read gets its reason in `error`. `column`: of the
+    parquet file that holds the images, where `uri` is a `listing.row_uri`; then all of a batch are of one row group."""
+    options: dict[str, Any] = {
+        "image_size": image_size,
+        "template": template,
+        "output_size": output_size,
+        "which": which,
+    }
+    names, uris = batch["id"].tolist(), batch["uri"].tolist()
     with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as threads:
-        one = functools.partial(
-            read_image, root=root, image_size=image_size, template=template, output_size=output_size, which=which
-        )
-        read = list(threads.map(one, batch["id"].tolist(), batch["uri"].tolist()))
+        if column:
+            contents = packed_images(uris, column)
+            read = list(threads.map(functools.partial(read_packed, **options), names, contents))
+        else:
+            read = list(threads.map(functools.partial(read_image, root=root, **options), names, uris))
     black = np.zeros((image_size, image_size, 3), np.uint8)
     rows = {
         **{name: column for name, column in batch.items() if name != "uri"},
@@ -235,6 +245,27 @@ def read_images(
             for row, each in enumerate(read):
                 rows[name][row] = getattr(each, name)
     return [rows]
+
+
+def packed_images(uris: list[str], column: str) -> list[bytes | None]:
+    """The images of rows of one row group."""
+    file, group, _ = listing.row_of(uris[0])
+    rows = tables.images_of(file, group, column)
+    places = [listing.row_of(uri)[2] for uri in uris]
+    return [rows[place] if place < len(rows) else None for place in places]
+
+
+def read_packed(name: str, data: bytes | None, **options: Any) -> "ReadImage":
+    """See `read_images`."""
+    if data is None:
+        return ReadImage((), f"{name}: no image in this row")
+    try:
+        storage.check_size(name, len(data), images.MAX_BYTES)
+        images.check_kind(name, data)
+    except InputError as error:
+        return ReadImage((), str(error))
+    with images.reading.take(len(data)):
+        return seen_of(name, data, **options)
 
 
 class ReadImage(NamedTuple):
@@ -269,10 +300,23 @@ def read_image(
         except InputError as error:
             storage.exists(root)  # raises where the server is unreachable or refuses everything
             return ReadImage((), str(error))
-        try:
-            views = full_size.look(data, image_size, template, output_size=output_size, which=which, name=name)
-        except InputError as error:
-            return ReadImage((), str(error))
+        return seen_of(name, data, image_size=image_size, template=template, output_size=output_size, which=which)
+
+
+def seen_of(
+    name: str,
+    data: bytes,
+    *,
+    image_size: int,
+    template: tuple[float, ...],
+    output_size: OutputSize,
+    which: Faces = "largest",
+) -> ReadImage:
+    """What the network sees of an image file, or why it sees nothing."""
+    try:
+        views = full_size.look(data, image_size, template, output_size=output_size, which=which, name=name)
+    except InputError as error:
+        return ReadImage((), str(error))
     if output_size == "own":
         return ReadImage(tuple(views), file=data)
     if not template and looks_like_two(views[0].size, views[0].pixels):
@@ -337,13 +381,13 @@ def read_rows(
     return [{name: column[start : start + batch_size] for name, column in rows.items()} for start in starts]
 
 
-def piece_tasks(items: Iterable[dict[str, Any]], *, shard: int) -> Iterator[Batch]:
-    """Tasks for `read_piece`, of items as `file_tasks` has them that are rows of a data set: those of a row group."""
+def piece_tasks(items: Iterable[dict[str, Any]], *, shard: int, most: int | None = None) -> Iterator[Batch]:
+    """Tasks of items as `file_tasks` has them that are rows of parquet files: those of a row group, at most `most`."""
     for _, group in itertools.groupby(items, key=lambda item: listing.row_of(item["input"])[:2]):
-        some = list(group)
-        named = {"id": "id", "output": "output", "uri": "input"}
-        columns = {name: np.array([each[of] for each in some], object) for name, of in named.items()}
-        yield {**columns, "shard": np.full(len(some), shard)}
+        while some := list(itertools.islice(group, most)):
+            named = {"id": "id", "output": "output", "uri": "input"}
+            columns = {name: np.array([each[of] for each in some], object) for name, of in named.items()}
+            yield {**columns, "shard": np.full(len(some), shard)}
 
 
 def read_piece(task: Batch, *, split: reading.Split, to: str, seed: int, batch_size: int) -> list[Batch]:

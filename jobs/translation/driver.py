@@ -196,13 +196,16 @@ def source(job: TranslationJob, todo: Iterable[tuple[int, list[dict[str, Any]]]]
         template=job.template,
         output_size=args.framing.output_size,
         which=args.framing.faces,
+        column=job.sources.column,
         **common,
     )
-    tasks = (
-        task
-        for number, rows in todo
-        for task in batches.file_tasks(rows, root, shard=number, batch_size=args.batch_size)
-    )
+
+    def tasks_of(number: int, rows: list[dict[str, Any]]) -> Iterator[Batch]:
+        if job.sources.column:
+            return batches.piece_tasks(rows, shard=number, most=args.batch_size)
+        return batches.file_tasks(rows, root, shard=number, batch_size=args.batch_size)
+
+    tasks = (task for number, rows in todo for task in tasks_of(number, rows))
     return Source(tasks, read, rescue)
 
 
@@ -246,6 +249,8 @@ def finish(job: TranslationJob, shards: Shards, passed: listing.Passed, *, is_ne
         print(note)
     if end.num_notes:
         print(f"{counted(end.num_notes)} with a note in manifest.parquet: {cli.told(end.notes)}")
+    if passed.num_twice:
+        print(f"given more than once, of which once counts: {passed.num_twice:,}")
     if passed.of_the_side:
         print(f"passed over, rows that are {job.args.domain} already: {passed.of_the_side:,}")
     if num_bad:

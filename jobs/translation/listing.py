@@ -25,6 +25,8 @@ class Passed(listing.PassedOver):
         super().__init__()
         self.of_the_side = 0
         """Rows of a data set that are on the wanted side already."""
+        self.num_twice = 0
+        """Images of a list that it tells of again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Sources:
     """What is asked where an image cannot be read: whether the storage is there at all."""
     images: Callable[[Passed], Iterator[Listed]]
     """Lists them, from the first on."""
-    dataset: DatasetCard | None = None
+    column: str = ""
+    """Of parquet files that hold the images, the one they are in."""
 
 
 def check_any(sources: Sources) -> None:
@@ -81,11 +84,12 @@ def files(uri: str) -> Sources:
         root, pattern = fixed[1], uri[len(fixed[1]) + 1 :]
     if not storage.exists(root):
         raise InputError(f"--input {uri}: no such file or folder")
-    return Sources(uri, root, lambda passed: _below(root, pattern, passed))
+    return Sources(uri, root, lambda passed: listed(root, None, pattern, passed))
 
 
-def _below(root: str, pattern: str, passed: Passed) -> Iterator[Listed]:
-    for seen in listing.look(root):
+def listed(root: str, items: Iterator[storage.Item] | None, pattern: str, passed: Passed) -> Iterator[Listed]:
+    """The images below `root`, or among `items` of it, that match a pattern."""
+    for seen in listing.look(root, items):
         if seen.kind in ("system", "again") or fnmatch.fnmatchcase(seen.name, pattern):
             passed.add(seen)
             if seen.kind == "image" and seen.entry is not None:
@@ -126,7 +130,7 @@ def dataset(uri: str, card: DatasetCard, split: str, domain: str) -> Sources:
                 else:
                     passed.of_the_side += 1
 
-    return Sources(uri, uri, rows, dataset=card)
+    return Sources(uri, uri, rows)
 
 
 def row_uri(file: str, group: int, row: int) -> str:

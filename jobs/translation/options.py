@@ -55,7 +55,8 @@ class TranslateArgs:
     """A run (its best checkpoint) or a checkpoint folder, local or s3://."""
     input: str
     """Folder or s3:// prefix of images, searched to any depth; one image; a pattern such as 'photos/*.jpg', where *
-    also stands for folders; or a data set (holds dataset.json)."""
+    also stands for folders; a data set (holds dataset.json); parquet with a column of images or URIs; a .txt with a URI
+    a line; or the manifest.json of an S3 Inventory."""
     output: str
     """Folder or s3:// prefix for the results; outside the input."""
     domain: str

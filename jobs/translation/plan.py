@@ -11,7 +11,7 @@ from ddpm_core.errors import InputError
 from ddpm_core.translator import check_tiles
 from jobs.common import kinds, numbers
 from jobs.datasets.format import DatasetCard, find_card
-from jobs.translation import listing
+from jobs.translation import listing, tables
 from jobs.translation.listing import Sources
 from jobs.translation.opening import by_flags, open_checkpoint
 from jobs.translation.options import GuidanceNets, TranslateArgs
@@ -90,7 +90,7 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         sources = listing.dataset(args.input, card, args.split, args.domain)
         options |= {"split": args.split, "content_hash": card.content_hash}
     else:
-        sources = listing.files(args.input)
+        sources = tables.find(args.input)
     listing.check_any(sources)
     return TranslationJob(args, loaded, sampling, opened.guides, card, options, template, sources, mark_key)
 
