@@ -38,7 +38,7 @@ def endpoint(ray_cluster: None, checkpoint_folder: str) -> Iterator[str]:
 
     port = free_port()
     ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
-    args = {"checkpoint": checkpoint_folder, "device": "cpu", "precision": "fp32", "max_body_mb": 1}
+    args = {"mark_key": "none", "checkpoint": checkpoint_folder, "device": "cpu", "precision": "fp32", "max_body_mb": 1}
     ray.serve.run(app.build_app(args), route_prefix="/demo")  # behind a prefix, as behind a reverse proxy
     yield f"http://127.0.0.1:{port}/demo"
     ray.serve.shutdown()
