@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import re
 import shutil
 import warnings
@@ -23,7 +24,7 @@ from jobs import evaluate
 from jobs.common import cli, intervals, progress
 from jobs.datasets import cache, writing
 from jobs.datasets.format import DatasetCard, Pairing, Row
-from jobs.evaluation import baselines, driver, summary, worker
+from jobs.evaluation import baselines, driver, journal, summary, worker
 from jobs.evaluation import metrics as evaluation_metrics
 from jobs.evaluation import plan as evaluation_plan
 from jobs.reports.metric_table import METHODS
@@ -732,3 +733,46 @@ def test_wrong_input_is_named_before_ray_starts(tmp_path: Path, checkpoint_folde
     assert "num-step" in refused(*command(checkpoint_folder, dataset, out, "--num-stepps", "3"))
     assert "it has train, test" in refused(*command(checkpoint_folder, dataset, out, "--split", "val"))
     assert not out.exists()
+
+
+# -- what has been measured is kept ------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_at_the_end_costs_no_measurement(
+    tmp_path: Path, checkpoint_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = write_set(tmp_path / "set", "paired", num_test=8)
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    few = ("--domain", "night", "--num-diverse", "2", "--num-train", "4", *HERE)
+    assert evaluate.main(command(checkpoint_folder, dataset, whole, *few)) == cli.DONE
+
+    def full(*args: object) -> None:
+        raise InputError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(driver, "write", full)
+        with pytest.raises(InputError, match="no space left"):
+            evaluate.main(command(checkpoint_folder, dataset, output, *few))
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.Measure, "__call__", full)
+        assert evaluate.main(command(checkpoint_folder, dataset, output, *few)) == cli.DONE
+    assert read(output)["domains"] == read(whole)["domains"]
+    assert not (output / ".measured").exists()
+
+
+def test_measurements_of_other_options_and_damaged_ones_are_not_taken(tmp_path: Path) -> None:
+    key, found = ("night", "a/ö.jpg", 3, "measure"), {"model/features": np.arange(3, dtype=np.float32), "device": "cpu"}
+    written = journal.Journal(str(tmp_path), {"seed": 0})
+    written.add({key: found, ("night", "b", 0, "show"): {"model/psnr": np.float64(20.5), "nfe": 2}})
+    written.flush()
+    again = journal.Journal(str(tmp_path), {"seed": 0}).rows
+    assert [*again] == [*written.rows]
+    assert again[key]["model/features"].dtype == np.float32
+    np.testing.assert_array_equal(again[key]["model/features"], found["model/features"])
+    assert (again[key]["device"], again["night", "b", 0, "show"]["model/psnr"]) == ("cpu", 20.5)
+    assert journal.Journal(str(tmp_path), {"seed": 1}).rows == {}
+    (part,) = tmp_path.rglob("*.npz")
+    whole = part.read_bytes()
+    for damaged in (b"", whole[:-40], b"x" * 100, pickle.dumps(again)):
+        part.write_bytes(damaged)
+        assert journal.Journal(str(tmp_path), {"seed": 0}).rows == {}

@@ -17,6 +17,7 @@ from jobs.common import workers
 from jobs.common.progress import Progress
 from jobs.datasets import cache, reading
 from jobs.evaluation import baselines, summary, worker
+from jobs.evaluation.journal import MEASURED, Journal, Key
 from jobs.evaluation.plan import EvaluationJob
 from jobs.evaluation.results import FORMAT, FORMAT_VERSION
 from jobs.evaluation.summary import Measured, Summary
@@ -24,10 +25,6 @@ from jobs.evaluation.worker import Found
 from jobs.reports.metric_table import METHODS
 from jobs.translation.batch import dataset_rows
 from jobs.translation.options import GuidanceNets
-
-Key = tuple[str, str, int, str]
-"""(domain, id, seed, purpose) of one image."""
-
 
 # -- measuring ----------------------------------------------------------------------------------------------------
 
@@ -44,7 +41,13 @@ def fit_color_maps(job: EvaluationJob) -> dict[str, np.ndarray]:
 
 
 def measure(job: EvaluationJob) -> tuple[dict[Key, Found], int]:
-    """What is known of every image that the plans name, and how many copies of the network there were."""
+    """What is known of every image that the plans name, and how many copies of the network there were; what an earlier
+    command has measured is not measured again."""
+    journal = Journal(job.args.output, job.options)
+    plans = {
+        split: {name: rest for name, wishes in plan.items() if (rest := unmeasured(name, wishes, journal.rows))}
+        for split, plan in job.plans.items()
+    }
     make: dict[str, Any] = {
         "checkpoint_uri": job.checkpoint_path,
         "ema": job.ema,
@@ -55,22 +58,37 @@ def measure(job: EvaluationJob) -> tuple[dict[Key, Found], int]:
         "pairing": job.card.pairing,
         "color_maps": fit_color_maps(job),
     }
-    purposes = [purpose for plan in job.plans.values() for wishes in plan.values() for _, _, purpose in wishes]
+    purposes = [purpose for plan in plans.values() for wishes in plan.values() for _, _, purpose in wishes]
     pool = workers.pool(math.ceil(len(purposes) / job.args.batch_size), job.args.num_workers)
     rows = dataset_rows(
-        job.args.data, job.card, job.plans, batch_size=job.args.batch_size, keep_truth=job.card.has_targets
+        job.args.data,
+        job.card,
+        {split: plan for split, plan in plans.items() if plan},
+        batch_size=job.args.batch_size,
+        keep_truth=job.card.has_targets,
     )
-    found: dict[Key, Found] = {}
+    if journal.rows:
+        print(f"{len(journal.rows):,} images are measured already, {len(purposes):,} are left")
     left = TimeLeft(purposes, pool.size)
-    with Progress(total=len(purposes), unit="image", description="evaluate") as progress:
-        for batch in rows.through(worker.Measure, pool, **make):
-            done = dict(worker.opened(batch))
-            found.update(done)
-            left.add(done)
-            progress.update(len(done), left_s=left.seconds())
-    if len(found) != len(purposes):
-        raise RuntimeError(f"{len(purposes)} images were to be measured, {len(found)} came back")
-    return found, pool.size
+    missing = len(purposes)
+    try:
+        with Progress(total=len(purposes), unit="image", description="evaluate") as progress:
+            for batch in rows.through(worker.Measure, pool, **make) if purposes else ():
+                done = dict(worker.opened(batch))
+                journal.add(done)
+                missing -= len(done)
+                left.add(done)
+                progress.update(len(done), left_s=left.seconds())
+    finally:
+        journal.flush()
+    if missing:
+        raise RuntimeError(f"{len(purposes)} images were to be measured, {missing} did not come back")
+    return journal.rows, pool.size
+
+
+def unmeasured(name: str, wishes: list[tuple[str, int, str]], known: Mapping[Key, Found]) -> list[tuple[str, int, str]]:
+    """What of the wishes for a row nobody has measured."""
+    return [(domain, seed, why) for domain, seed, why in wishes if (domain, name, seed, why) not in known]
 
 
 class TimeLeft:
@@ -287,3 +305,4 @@ def write(job: EvaluationJob, evaluation: dict[str, Any], files: dict[str, bytes
     storage.write_bytes(storage.join(job.args.output, "README.md"), card.encode())
     text = json.dumps(evaluation, indent=2, allow_nan=False)
     storage.write_bytes(storage.join(job.args.output, "metrics.json"), text.encode())
+    storage.delete_folder(storage.join(job.args.output, MEASURED))
