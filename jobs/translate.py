@@ -16,10 +16,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jobs.translation.options import TranslateArgs
 
     args = cli.parse(TranslateArgs, argv, prog="jobs.translate", description=__doc__)
-    from jobs.translation import driver  # seconds, which --help and a wrong flag need not wait for
+    from jobs.translation import driver, dry_run  # seconds, which --help and a wrong flag need not wait for
     from jobs.translation.plan import plan_translation
 
-    return driver.run(plan_translation(args))
+    job = plan_translation(args)
+    return dry_run.run(job) if args.dry_run else driver.run(job)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from jobs.common import cli
 from jobs.datasets import writing
 from jobs.datasets.format import DatasetCard, Row, read_card
 from jobs.translation import batch as batches
-from jobs.translation import listing, tables
+from jobs.translation import driver, listing, tables
 from jobs.translation import shards as shard_files
 from jobs.translation.batch import Translate, expand_rows, read_images
 from jobs.translation.driver import open_output
@@ -1046,6 +1046,67 @@ def test_a_data_set_of_another_size_is_named(tmp_path: Path, checkpoint_folder: 
     card = read_card(str(tmp_path / "set"))
     with pytest.raises(InputError, match="no rows in split 'test'; it has train"):
         listing.split_rows(str(tmp_path / "set"), card, "test")
+
+
+# -- early ends, other formats
+
+
+@pytest.mark.parametrize(("most", "code"), [(None, 3), ("1", 3), ("0", 2), ("99%", 3), ("5%", 2)])
+def test_an_input_that_is_plainly_wrong_ends_it_early(
+    folder: Path, tmp_path: Path, checkpoint_folder: str, monkeypatch: pytest.MonkeyPatch, most: str | None, code: int
+) -> None:
+    monkeypatch.setattr(driver, "LOOK_AT", 3)
+    (folder / "bad.png").write_bytes(b"no image")
+    argv = command(checkpoint_folder, folder, tmp_path / "out", *(["--max-rejected", most] if most else []))
+    if code == 2:
+        assert f"1 of 6 images were set aside, more than --max-rejected {most}: not an image" in refused(
+            [*argv, "--batch-size", "16"]
+        )
+        assert not (tmp_path / "out" / "manifest.parquet").exists()
+    else:
+        assert translate.main(argv) == code
+
+
+@pytest.mark.parametrize("most", ["100%", "-1", "x", "1.5", "%"])
+def test_what_max_rejected_may_be(folder: Path, tmp_path: Path, checkpoint_folder: str, most: str) -> None:
+    message = refused([*command(checkpoint_folder, folder, tmp_path / "out"), f"--max-rejected={most}"])
+    assert f"--max-rejected is {most}; give a number of images, or a share" in message
+
+
+def test_a_dry_run_tries_ten_and_writes_nothing(
+    s3: Any, tmp_path: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = f"{s3.uri}/dry/in", tmp_path / "out"
+    for i in range(12):
+        storage.write_bytes(f"{source}/{i:02d}.png", put(tmp_path / "x.png", i).read_bytes())
+    storage.write_bytes(f"{source}/00.png", b"no image")
+    argv = command(checkpoint_folder, source, out, "--dry-run")
+    assert translate.main(argv) == cli.DONE
+    said = capsys.readouterr().out
+    assert "12 images to translate of 12 that are listed" in said
+    assert "tried: 10, of which 1 would be set aside: not an image" in said
+    assert "requests to S3: 12 to read, 1 to list and write; at the list price 0.00 dollars" in said
+    assert not out.exists()
+    assert translate.main(argv[:-1]) == cli.SET_ASIDE
+    before = storage.file_sizes(str(out))
+    capsys.readouterr()
+    assert translate.main(argv) == cli.DONE
+    assert "1 image to translate of 12 that are listed" in capsys.readouterr().out
+    assert storage.file_sizes(str(out)) == before
+
+
+@pytest.mark.parametrize(("kind", "suffix", "format"), [("jpeg", ".jpg", "JPEG"), ("webp", ".webp", "WEBP")])
+def test_results_in_other_formats(
+    folder: Path, tmp_path: Path, checkpoint_folder: str, kind: str, suffix: str, format: str
+) -> None:
+    out = tmp_path / "out"
+    assert translate.main(command(checkpoint_folder, folder, out, "--output-format", kind)) == cli.DONE
+    outputs = [row["output"] for row in manifest(out).values()]
+    assert outputs == [f"{i % 2}/p{i}{suffix}" for i in (0, 2, 4, 1, 3)]
+    assert {Image.open(out / name).format for name in outputs} == {format}
+    assert (
+        "--output-format jpeg, this command says" in refused(command(checkpoint_folder, folder, out)) or kind == "webp"
+    )
 
 
 # -- kill -9

@@ -30,7 +30,7 @@ from jobs.translation import listing
 from jobs.translation.batch import Batch, Source, Translate
 from jobs.translation.options import GuidanceNets, TranslateArgs
 from jobs.translation.plan import TranslationJob
-from jobs.translation.shards import Known, Result, Shards, options_hash
+from jobs.translation.shards import Known, Result, Shards, facts_of
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-results", 2
 NUM_PREVIEWS = 8
@@ -39,6 +39,8 @@ PREVIEW_SIDE = 192
 """Side of a photo there, in pixels."""
 NUM_REASONS = 1000
 """Lines of rejected.txt, at most; rejected.parquet has them all."""
+LOOK_AT = 300
+"""A share of images that were set aside is judged from so many on."""
 BRIEF_S = 2.0
 """A listing that takes no longer is waited for, so that the first line says how much there is to do."""
 FLAGS = {
@@ -110,15 +112,10 @@ def open_output(job: TranslationJob) -> tuple[Shards, Known]:
 def listed(job: TranslationJob, shards: Shards, known: Known) -> Iterator[listing.Passed]:
     """The images listed into shards, by a thread, while this goes on; what is passed over."""
     passed, stop = listing.Passed(), threading.Event()
-    facts = {
-        "seed": job.args.seed,
-        "options": options_hash(job.options),
-        "checkpoint": job.loaded.fingerprint,
-    }
 
     def work() -> None:
         try:
-            shards.list_images(job.sources.images(passed), known, facts, suffix=".png", stop=stop)
+            shards.list_images(job.sources.images(passed), known, facts_of(job), suffix=job.suffix, stop=stop)
             shards.is_listed.set()
             shards.listed.put(None)
         except BaseException as error:
@@ -144,32 +141,52 @@ def translate(
     """
     args = job.args
     most = math.ceil(shards.counts.todo / args.batch_size) if shards.is_listed.is_set() else math.inf
-    results = source(job, todo).through(
-        Translate,
-        workers.pool(most, args.num_workers),
-        checkpoint_uri=job.loaded.path,
-        ema=job.loaded.ema,
-        sampling=configs.to_dict(job.sampling),
-        guides=configs.to_dict(job.guides),
-        output=args.output,
-        record=record(job),
-        mark_key=job.mark_key,
-        tiles=args.tiles,
-    )
-    num_bad = 0
+    results = source(job, todo).through(Translate, workers.pool(most, args.num_workers), **make(job))
+    num_bad = num_seen = 0
+    why: collections.Counter[str] = collections.Counter()
     try:
         with Progress(total=0, unit="image", description="translate") as progress:
             for batch in results:
                 held.check()
                 for number, rows in noted(batch).items():
                     shards.note(number, rows)
-                    num_bad += sum(row.status != "ok" for row in rows.values())
+                    bad = [row.error.removeprefix(f"{name}: ") for name, row in rows.items() if row.status != "ok"]
+                    num_bad, num_seen = num_bad + len(bad), num_seen + len(rows)
+                    why.update(map(cli.kind, bad))
+                check_rejected(job, num_bad, num_seen, why)
                 progress.expect(shards.counts.todo, more=not shards.is_listed.is_set())
                 progress.update(len(batch["id"]), f"{num_bad:,} set aside" if num_bad else "")
     finally:
         shards.flush()
     if missing := [name for shard in shards.open.values() for name in shard.rows if name not in shard.results]:
         raise RuntimeError(f"{len(missing)} images came back without a result, the first: {missing[0]}")
+
+
+def check_rejected(job: TranslationJob, num_bad: int, num_seen: int, why: "collections.Counter[str]") -> None:
+    """Raises InputError where more images than --max-rejected allows were set aside."""
+    if job.max_rejected is None:
+        return
+    most, is_share = job.max_rejected
+    if num_bad > (most * num_seen if is_share else most) and (num_seen >= LOOK_AT or not is_share):
+        raise InputError(
+            f"{num_bad:,} of {num_seen:,} images were set aside, more than --max-rejected {job.args.max_rejected}: "
+            f"{cli.told(why)}; mend the input, or allow more"
+        )
+
+
+def make(job: TranslationJob) -> dict[str, Any]:
+    """What a worker is made with."""
+    return {
+        "checkpoint_uri": job.loaded.path,
+        "ema": job.loaded.ema,
+        "sampling": configs.to_dict(job.sampling),
+        "guides": configs.to_dict(job.guides),
+        "output": job.args.output,
+        "record": record(job),
+        "mark_key": job.mark_key,
+        "tiles": job.args.tiles,
+        "output_format": job.args.output_format,
+    }
 
 
 def record(job: TranslationJob) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from ddpm_core import config as configs
-from ddpm_core.config import Framing, SamplingConfig
+from ddpm_core.config import Framing, OutputFormat, SamplingConfig
 from jobs.common.numbers import BatchSize, NumWorkers, Seed, Share, Within
 
 T = TypeVar("T")
@@ -82,6 +82,12 @@ class TranslateArgs:
     that holds a secret one (openssl rand -hex 32)."""
     set_aside_ok: bool = False
     """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
+    output_format: OutputFormat = "png"
+    """How results are stored; JPEG and WebP lose a little."""
+    max_rejected: str | None = None
+    """Stop where more images are set aside: a number, or a share such as 1%, judged from 300 images on."""
+    dry_run: bool = False
+    """Count, try ten images, say what all would take in time, requests and money, and write nothing."""
     replace: bool = False
     """Do again what the output holds of another checkpoint, other guidance or another seed; without it such a command
     is refused."""

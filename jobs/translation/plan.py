@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import re
 from typing import Any
 
+from ddpm_core import config as configs
 from ddpm_core import faces, images, keyed_mark, storage
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
@@ -15,6 +17,8 @@ from jobs.translation import listing, tables
 from jobs.translation.listing import Sources
 from jobs.translation.opening import by_flags, open_checkpoint
 from jobs.translation.options import GuidanceNets, TranslateArgs
+
+SUFFIXES: dict[configs.OutputFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,13 @@ class TranslationJob:
     """The images."""
     mark_key: bytes = dataclasses.field(default=b"", repr=False)
     """Of the results' invisible mark; b"" for none."""
+    max_rejected: tuple[float, bool] | None = None
+    """How many images may be set aside, and whether that is a share of them."""
+
+    @property
+    def suffix(self) -> str:
+        """Of the results."""
+        return SUFFIXES[self.args.output_format]
 
 
 def plan_translation(args: TranslateArgs) -> TranslationJob:
@@ -91,8 +102,27 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         options |= {"split": args.split, "content_hash": card.content_hash}
     else:
         sources = tables.find(args.input)
+    if args.output_format != "png":
+        options |= {"output_format": args.output_format}
+    most = read_most(args.max_rejected)
     listing.check_any(sources)
-    return TranslationJob(args, loaded, sampling, opened.guides, card, options, template, sources, mark_key)
+    return TranslationJob(args, loaded, sampling, opened.guides, card, options, template, sources, mark_key, most)
+
+
+def read_most(given: str | None) -> tuple[float, bool] | None:
+    """--max-rejected as a number, and whether it is a share.
+
+    Raises:
+        InputError: it is neither a number of images nor a share of them.
+    """
+    if given is None:
+        return None
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)%", given):
+        if float(found[1]) < 100:
+            return float(found[1]) / 100, True
+    elif re.fullmatch(r"\d+", given):
+        return int(given), False
+    raise InputError(f"--max-rejected is {given}; give a number of images, or a share below 100 % such as 1%")
 
 
 def check_image_name(output: str) -> None:

@@ -150,8 +150,8 @@ class Known:
     """What earlier runs have noted of each image, found by where it lies. Of a row 15 bytes are held: a hash, its place
     in the files and whether its result is there; and 8 for its result's name."""
 
-    def __init__(self, files: Sequence[str], output: str) -> None:
-        """`files`: those that come later count.
+    def __init__(self, files: Sequence[str], output: str, *, sweep: bool = True) -> None:
+        """`files`: those that come later count. `sweep`: delete what a kill has left half-written.
 
         Raises:
             InputError: one is damaged, or of another kind.
@@ -162,7 +162,7 @@ class Known:
         """Rows with a result."""
         there = Hashes()
         if files:
-            there.add_hashes(_outputs(output))
+            there.add_hashes(_outputs(output, sweep))
         self.parts: list[tuple[str, int]] = []
         """File and row group of each piece."""
         hashes, present, ends = [np.empty(0, np.uint64)], [np.empty(0, bool)], [0]
@@ -210,13 +210,13 @@ class Known:
         return rows
 
 
-def _outputs(output: str) -> np.ndarray:
-    """Hashes of the files that are there; what a kill has left of others is swept."""
+def _outputs(output: str, sweep: bool) -> np.ndarray:
+    """Hashes of the files that are there."""
     found = []
     walk = (item.path for item in storage.walk(output))
     while some := list(itertools.islice(walk, SHARD_ROWS)):
         for path in some:
-            if storage.is_debris(path):
+            if sweep and storage.is_debris(path):
                 storage.delete_file(storage.join(output, path))
         found.append(hashed(some))
     return np.concatenate([np.empty(0, np.uint64), *found])
@@ -288,14 +288,12 @@ class Shards:
         *,
         suffix: str,
         stop: threading.Event,
-        anew: bool = False,
     ) -> None:
-        """List `images` in shards. `facts`: columns that all have in common. `anew`: do again what was made with other
-        options."""
+        """List `images` in shards. `facts`: columns that all have in common."""
         images = iter(images)
         sizes = itertools.chain(FIRST_ROWS, itertools.repeat(SHARD_ROWS))
         while not stop.is_set() and (some := list(itertools.islice(images, next(sizes)))):
-            rows = list(self._rows(some, known, facts, suffix))
+            rows = list(self.rows(some, known, facts, suffix))
             self.counts.images += len(rows)
             self.counts.todo += sum(row["status"] == "" for row in rows)
             self.counts.unreadable += sum(row["status"] == "rejected" for row in rows)
@@ -309,9 +307,10 @@ class Shards:
         for run in self.earlier:  # all of it is in this run's files now
             storage.delete_folder(storage.join(self.folder, run))
 
-    def _rows(
+    def rows(
         self, some: Sequence[Listed], known: Known, facts: Mapping[str, Any], suffix: str
     ) -> Iterator[dict[str, Any]]:
+        """What is to be done with images, or has been."""
         before = known.take([image.input for image in some])
         given = {image.id: row["output"] for image in some if (row := before.get(image.input)) and row["output"]}
         names = output_names((image.id for image in some if not image.error), given, known.names, suffix=suffix)
@@ -466,6 +465,7 @@ def _writer(path: str, schema: pa.Schema) -> pyarrow.parquet.ParquetWriter:
     return pyarrow.parquet.ParquetWriter(path, schema, compression="zstd")
 
 
-def options_hash(options: Mapping[str, Any]) -> str:
-    """Tells options apart: 16 digits."""
-    return hashlib.blake2b(json.dumps(dict(options), sort_keys=True).encode(), digest_size=8).hexdigest()
+def facts_of(job: Any) -> dict[str, Any]:
+    """What all rows of a `TranslationJob` have in common; its options by 16 digits that tell them apart."""
+    options = hashlib.blake2b(json.dumps(job.options, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return {"seed": job.args.seed, "options": options, "checkpoint": job.loaded.fingerprint}
