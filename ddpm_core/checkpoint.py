@@ -104,7 +104,7 @@ def resolve(path: str) -> tuple[str, dict[str, Any]]:
         if not isinstance(best, dict) or not isinstance(best.get("checkpoint"), str):
             raise InputError(f"{path}/best.json names no checkpoint; name a folder under {path}/checkpoints instead")
         folder = best["checkpoint"]
-        elsewhere = folder.startswith("/") or "://" in folder  # a sweep over a checkpoint that was there before
+        elsewhere = folder.startswith("/") or "://" in folder  # as sweeps of earlier versions have it
         return storage.absolute(folder, flag=f"{path}/best.json:") if elsewhere else f"{path}/{folder}", best
     return path, {}
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -243,13 +244,14 @@ def test_the_same_command_again_does_nothing(
 def test_a_checkpoint_alone_can_be_tuned_and_more_points_are_only_more_points(
     dataset_folder: str, checkpoint_folder: str, tmp_path: Path
 ) -> None:
-    output = tmp_path / "sampled"
-    argv = command(dataset_folder, output, "--checkpoint", checkpoint_folder, "--num-images", "4")
+    output, given = tmp_path / "sampled", tmp_path / "given"
+    shutil.copytree(checkpoint_folder, given)
+    argv = command(dataset_folder, output, "--checkpoint", str(given), "--num-images", "4")
     argv += [*HERE, "--space", "sampling.num_steps=1:3", "--num-points"]
     assert sweep.main([*argv, "2"]) == cli.DONE
     first = results(output)
     assert (len(first["trials"]), len(first["points"])) == (0, 2)
-    assert checkpoint.load(str(output)).path == checkpoint_folder  # it stays where it is
+    assert checkpoint.load(str(output)).fingerprint == checkpoint.load(str(given)).fingerprint
     page = (output / "report.html").read_text()
     assert ": sweep from a checkpoint</title>" in page
     assert "Options that all trials share" not in page  # of trials there are none
@@ -260,6 +262,8 @@ def test_a_checkpoint_alone_can_be_tuned_and_more_points_are_only_more_points(
     assert [{name: row[name] for name in kept} for row in points[:2]] == [
         {name: row[name] for name in kept} for row in first["points"]
     ]
+    shutil.rmtree(given)  # as by a run that trains on
+    assert checkpoint.load(str(output)).path == str(output / "checkpoints/given")
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import posixpath
 from typing import Any
 
 from ddpm_core import checkpoint, storage
@@ -62,11 +63,22 @@ class Sweep:
             self.sampling.measure_again(loaded)
         self._promote(checkpoint_uri, complete=True)
 
+    def _own(self, folder: str) -> str:
+        """A copy of a checkpoint in the sweep's folder: a run that trains on deletes its own."""
+        own = storage.join(self.output, "checkpoints", posixpath.basename(folder))
+        if not storage.exists(storage.join(own, "config.json")):
+            names = [name for name in storage.list_files(folder) if not name.startswith("train_state/")]
+            for name in sorted(names, key="config.json".__eq__):  # which is last: then the copy is complete
+                storage.write_bytes(storage.join(own, name), storage.read_bytes(storage.join(folder, name)))
+        return own
+
     def _promote(self, checkpoint_uri: str, *, complete: bool) -> None:
         """Point best.json at the best so far."""
         folder, best = checkpoint.resolve(checkpoint_uri)
         if self.training.best is not None:
             best = run_folder.read_best(self.job.run_of(self.training.best))
+        if not folder.startswith(f"{self.output}/"):
+            folder = self._own(folder)
         content: dict[str, Any] = {"checkpoint": folder.removeprefix(f"{self.output}/"), "metric": best.get("metric")}
         if self.sampling.values:
             fields, ema = spaces.sampling_options(self.sampling.values)
