@@ -13,6 +13,7 @@ gpu         the presets' networks on a GPU within minutes, on a machine that has
 full-size   results at the photo's own size: how true, what stays untouched, seams, cost
 marks       the invisible mark: PSNR, detection after changes by size, false positives
 serve       the endpoint's engine beside request-level batching, under load
+translate   jobs.translate's steady state beside the network alone; its memory from few images to many
 """
 
 import importlib
@@ -26,7 +27,9 @@ MODULES = {"train": "training", "full-size": "full_size"}
 """Of `jobs.benchmarks`, where they are not called as their subject is: it would be `jobs.train`'s name, or none
 of Python's."""
 
-Subject = Literal["network", "data", "size", "train", "validation", "sweep", "gpu", "full-size", "marks", "serve"]
+Subject = Literal[
+    "network", "data", "size", "train", "validation", "sweep", "gpu", "full-size", "marks", "serve", "translate"
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -261,6 +261,15 @@ def test_what_the_gpu_benchmarks_rows_come_to() -> None:
     assert gpu.against_peers(rows[:0]) == []
 
 
+def test_ways_to_translate_take_turns(tmp_path: Path, checkpoint_folder: str) -> None:
+    words = "translate --num-images 8 --batch-size 2 --rounds 1 --keys 50 --images"
+    assert benchmark.main([*words.split(), "--checkpoint", checkpoint_folder, "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "translate.json").read_text())
+    assert all(found["speed"][way] > 0 for way in ("raw", "job", "script", "start_s", "job / raw"))
+    (listed,) = found["keys"]
+    assert (listed["keys"], listed["first_todo"], listed["again_todo"]) == (50, 50, 0)
+
+
 def test_the_ways_to_serve_take_turns(
     tmp_path: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
