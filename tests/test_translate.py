@@ -1048,6 +1048,42 @@ def test_a_data_set_of_another_size_is_named(tmp_path: Path, checkpoint_folder: 
         listing.split_rows(str(tmp_path / "set"), card, "test")
 
 
+def test_what_memory_does_not_hold_is_halved(
+    folder: Path, tmp_path: Path, checkpoint_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    attempt, most = Translator.attempt, 2
+
+    def narrow(self: Translator, sources: np.ndarray, *args: Any, **options: Any) -> Translated:
+        if len(sources) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return attempt(self, sources, *args, **options)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one worker
+    argv = [*command(checkpoint_folder, folder, tmp_path / "whole"), "--batch-size", "5"]
+    assert translate.main(argv) == cli.DONE
+    monkeypatch.setattr(Translator, "attempt", narrow)
+    argv[argv.index("--output") + 1] = str(tmp_path / "out")
+    assert translate.main(argv) == cli.DONE
+    assert "out of memory: 2 images at once from here on" in capsys.readouterr().err
+    for name in (row["output"] for row in manifest(tmp_path / "out").values()):
+        made, whole = (np.asarray(Image.open(tmp_path / where / name)).astype(int) for where in ("out", "whole"))
+        assert np.abs(made - whole).max() <= 1  # one at a time is computed by other sums than several
+    most = 0
+    argv[argv.index("--output") + 1] = str(tmp_path / "none")
+    assert "out of memory with one image at a time" in refused(argv)
+
+
+@pytest.mark.parametrize("batch_size", [3])
+def test_results_do_not_hang_on_the_batch(
+    folder: Path, tmp_path: Path, checkpoint_folder: str, batch_size: int
+) -> None:
+    for output, size in {"a": batch_size, "b": 16}.items():
+        argv = command(checkpoint_folder, folder, tmp_path / output, "--batch-size", str(size))
+        assert translate.main(argv) == cli.DONE
+    for row in manifest(tmp_path / "a").values():
+        assert (tmp_path / "a" / row["output"]).read_bytes() == (tmp_path / "b" / row["output"]).read_bytes()
+
+
 # -- early ends, other formats
 
 

@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -74,6 +75,8 @@ class Translate:
         record = {"checkpoint": loaded.fingerprint, "licence": loaded.config.data.licence, **record}
         self.encode = functools.partial(marks.finish, record=record, kind=output_format, key=mark_key)
         self.turn = threading.Lock()
+        self.most = sys.maxsize
+        """Images at once, as far as memory allows."""
 
     def __call__(self, batch: Batch) -> Batch:
         made, errors = list(np.zeros_like(batch["image"])[:, None]), batch["error"].astype(object)
@@ -104,22 +107,44 @@ class Translate:
         size = np.array(sizes or [batch["image"].shape[2:0:-1]] * len(made), np.int32).reshape(-1, 2)
         kept = {name: column for name, column in batch.items() if name not in ("image", "file", "views")}
         seconds = np.full(len(made), (time.perf_counter() - began) / max(len(made), 1))
-        return {**kept, "error": errors, "width": size[:, 0], "height": size[:, 1], "seconds": seconds}
+        numbers = {"width": size[:, 0], "height": size[:, 1], "seconds": seconds, "most": np.full(len(made), self.most)}
+        return {**kept, "error": errors, **numbers}
 
     def _translated(self, batch: Batch, rows: list[int], to: str, seed: int) -> Iterator[tuple[int, Translated]]:
         """Each row with what came of its image, or of each of its views; never more at once than the batch has rows."""
         seen = [batch["image"][[row]] for row in rows]
         if "views" in batch:
             seen = [np.stack([view.pixels for view in batch["views"][row]]) for row in rows]
-        squares, most = np.concatenate(seen), len(batch["id"])
-        parts = []
-        for first in range(0, len(squares), most):
-            with self.turn:
-                parts.append(self.translator.attempt(squares[first : first + most], to, seed=seed, **self.sampling))
+        squares = np.concatenate(seen)
+        parts = list(self._attempts(squares, to, seed, len(batch["id"])))
         pixels, finite = (np.concatenate([getattr(part, name) for part in parts]) for name in Translated._fields)
         ends = np.cumsum([len(each) for each in seen])
         for row, end, each in zip(rows, ends.tolist(), seen, strict=True):
             yield row, Translated(pixels[end - len(each) : end], finite[end - len(each) : end])
+
+    def _attempts(self, squares: UInt8[np.ndarray, "n s s 3"], to: str, seed: int, most: int) -> Iterator[Translated]:
+        """`squares` translated, at most `most` at once, and no more than memory has shown to hold.
+
+        Raises:
+            InputError: it does not hold one.
+        """
+        first = 0
+        while first < len(squares):
+            part = squares[first : first + min(most, self.most)]
+            try:
+                with self.turn:
+                    made = self.translator.attempt(part, to, seed=seed, **self.sampling)
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                    raise
+                if len(part) == 1:
+                    raise InputError("out of memory with one image at a time; use a machine that has more") from error
+                self.most = len(part) // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            first += len(part)
+            yield made
 
     def _in_tiles(self, batch: Batch, row: int) -> bytes:
         """The file of a photo drawn in windows.
@@ -199,7 +224,8 @@ def given_up(task: Batch, reason: str) -> Batch:
     """What becomes of images that cannot even be tried."""
     num = len(task["id"])
     told = {"error": np.full(num, reason, object), "note": np.full(num, "", object)}
-    numbers = {name: np.zeros(num) for name in ("width", "height", "seconds")}
+    numbers: Batch = {name: np.zeros(num) for name in ("width", "height", "seconds")}
+    numbers["most"] = np.full(num, sys.maxsize)
     return {**{name: task[name] for name in ("id", "shard")}, **told, **numbers}
 
 

@@ -142,12 +142,15 @@ def translate(
     args = job.args
     most = math.ceil(shards.counts.todo / args.batch_size) if shards.is_listed.is_set() else math.inf
     results = source(job, todo).through(Translate, workers.pool(most, args.num_workers), **make(job))
-    num_bad = num_seen = 0
+    num_bad, num_seen, most_at_once = 0, 0, args.batch_size
     why: collections.Counter[str] = collections.Counter()
     try:
         with Progress(total=0, unit="image", description="translate") as progress:
             for batch in results:
                 held.check()
+                if len(batch["most"]) and batch["most"].min() < most_at_once:
+                    most_at_once = int(batch["most"].min())
+                    print(f"out of memory: {counted(most_at_once)} at once from here on", file=sys.stderr)
                 for number, rows in noted(batch).items():
                     shards.note(number, rows)
                     bad = [row.error.removeprefix(f"{name}: ") for name, row in rows.items() if row.status != "ok"]
