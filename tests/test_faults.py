@@ -84,7 +84,7 @@ def test_a_command_that_is_cut_short_says_so_and_goes_on(
 
     code, line = cut_short("full", 3)
     assert code == cli.WRONG_INPUT
-    assert line.startswith(f"error: {output}/")
+    assert line.startswith((f"error: {output}/", f"error: --output {output}"))
     assert line.endswith(": no space left on the device; free some or write elsewhere")
     assert cut_short("SIGTERM", 2) == (143, "stopped by SIGTERM; the same command goes on from here")
     assert exit_code(name, argv) == cli.DONE

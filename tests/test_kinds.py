@@ -167,9 +167,9 @@ def test_what_is_not_to_be_removed_stays(there: Path, tmp_path: Path) -> None:
     (there / "two" / "metrics.jsonl").touch()
     assert "is at work (written to 0 s ago)" in refused(str(there / "two"), "--yes")
     study = leave(there / "study", "sweep", num_trials=4)
-    driver = {"host": platform.node(), "pid": os.getpid(), "renewed": time.time()}
+    driver = {"host": platform.node(), "pid": os.getppid(), "renewed": time.time()}
     (study / "driver.json").write_text(json.dumps(driver))
-    assert f"is at work (process {os.getpid()} on" in refused(str(study), "--yes")
+    assert f"is at work (process {os.getppid()} on" in refused(str(study), "--yes")
     assert sorted(os.listdir(there)) == ["data", "evaluation", "one", "study", "two"]
     assert runs.main(["remove", str(there / "two"), "--yes", "--force"]) == 0
     assert sorted(os.listdir(there)) == ["data", "evaluation", "one", "study"]
