@@ -189,7 +189,8 @@ class Known:
         places, there = found(self.hashes, hashed(inputs))
         self.met[places[there]] = True
         rows = self._rows(self.places[places[there]].astype(np.int64))
-        return {row["input"]: row for row in rows if row["input"] in {*inputs}}
+        wanted = {*inputs}
+        return {row["input"]: row for row in rows if row["input"] in wanted}
 
     def rest(self, most: int) -> Iterator[list[dict[str, Any]]]:
         """The rows of inputs that were not asked for, in their order, some at a time."""
