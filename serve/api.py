@@ -12,6 +12,7 @@ import functools
 import hashlib
 import hmac
 import http
+import ipaddress
 import json
 import logging
 import math
@@ -279,6 +280,13 @@ def edit(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in ours.items() if value is not None}
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only the machine itself is behind an address or a name."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 class Door:
     """Who may come in, and how often."""
 
@@ -296,7 +304,7 @@ class Door:
         tokens = self.settings.tokens
         if not tokens:
             host = request.client.host if request.client else ""
-            if not (self.settings.arguments.open_to_all or host in ("127.0.0.1", "::1", "localhost", "")):
+            if not (self.settings.arguments.open_to_all or not host or is_loopback(host)):
                 raise refusal(403, "this endpoint serves its own machine only; start it with tokens_file=FILE")
             return host
         scheme, _, token = request.headers.get("authorization", "").partition(" ")

@@ -26,6 +26,7 @@ import ray.exceptions
 import ray.serve
 import ray.serve.exceptions
 import torch
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from ddpm_core import checkpoint, full_size, keyed_mark, storage
@@ -44,8 +45,9 @@ GRACE_S = 5.0
 """A model that does not answer so long after a request's time is over is taken for dead."""
 
 
-class StartError(click.ClickException):
-    """What `serve run`, a click program, prints as one line instead of a traceback."""
+class StartError(click.ClickException, ray.serve.exceptions.RayServeException):
+    """What `serve run`, a click program, prints as one line, and `serve status` after `serve deploy`, too: of its own
+    errors Ray Serve tells the text, of others the traceback."""
 
     exit_code = 2
 
@@ -219,6 +221,7 @@ class Gateway:
     """HTTP."""
 
     def __init__(self, model: DeploymentHandle, reader: DeploymentHandle, settings: Settings) -> None:
+        check_listening(settings.arguments)  # `serve run` builds the application before it joins a Serve that runs
         self.settings = settings
         api.access_log.setLevel(logging.INFO)  # Ray shows warnings only
         api.access_log.addHandler(logging.StreamHandler())
@@ -256,6 +259,19 @@ def read_tokens(uri: str | None) -> dict[str, str]:
     return tokens
 
 
+def check_listening(arguments: Arguments) -> None:
+    """Raises InputError where Ray Serve runs and listens to other machines, and nothing says who may come."""
+    if arguments.tokens_file or arguments.open_to_all or not ray.is_initialized():
+        return  # Serve that is started for this application listens to its own machine
+    client = _get_global_client(raise_if_no_controller_running=False)
+    host = client.http_config.host if client else None
+    if host is not None and not api.is_loopback(host):
+        raise InputError(
+            f"Ray Serve listens on {host}, where other machines can reach it: give tokens_file=FILE, or "
+            "open_to_all=true behind a proxy that decides who may come"
+        )
+
+
 def build_app(args: dict[str, Any]) -> ray.serve.Application:
     """The application, for `serve run` and `serve deploy`.
 
@@ -264,6 +280,7 @@ def build_app(args: dict[str, Any]) -> ray.serve.Application:
     """
     try:
         arguments = validate(Arguments, args)
+        check_listening(arguments)
         loaded = checkpoint.load(storage.absolute(arguments.checkpoint, flag="checkpoint"))
         tokens, mark_key = read_tokens(arguments.tokens_file), keyed_mark.read_key(arguments.mark_key)
     except (InputError, OSError) as error:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,23 @@ def test_serve_run_ends_with_that_line_and_no_traceback(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith(f"Error: {tmp_path}: no checkpoint here")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost", None])
+@pytest.mark.parametrize("public", ["0.0.0.0", "::", "", "10.1.2.3", "a.org"])
+def test_who_may_come_is_said_before_other_machines_are_listened_to(
+    host: str | None, public: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = types.SimpleNamespace(http_config=types.SimpleNamespace(host=host))
+    monkeypatch.setattr(app.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(app, "_get_global_client", lambda raise_if_no_controller_running: running)
+    app.check_listening(validate(Arguments, {"checkpoint": "x"}))
+    running.http_config.host = public
+    for more in ({"tokens_file": "tokens"}, {"open_to_all": "true"}):
+        app.check_listening(validate(Arguments, {"checkpoint": "x", **more}))
+    with pytest.raises(app.StartError, match=f"^Ray Serve listens on {public}, .*: give tokens_file=FILE") as caught:
+        app.build_app({"checkpoint": "x"})
+    assert "\n" not in str(caught.value)
 
 
 ODD_KEY = "a run/%20 #1%"
