@@ -1073,7 +1073,7 @@ def test_what_memory_does_not_hold_is_halved(
     assert "out of memory with one image at a time" in refused(argv)
 
 
-@pytest.mark.parametrize("batch_size", [3])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_results_do_not_hang_on_the_batch(
     folder: Path, tmp_path: Path, checkpoint_folder: str, batch_size: int
 ) -> None:
@@ -1081,7 +1081,12 @@ def test_results_do_not_hang_on_the_batch(
         argv = command(checkpoint_folder, folder, tmp_path / output, "--batch-size", str(size))
         assert translate.main(argv) == cli.DONE
     for row in manifest(tmp_path / "a").values():
-        assert (tmp_path / "a" / row["output"]).read_bytes() == (tmp_path / "b" / row["output"]).read_bytes()
+        mine, whole = ((tmp_path / where / row["output"]).read_bytes() for where in "ab")
+        if batch_size >= 3:
+            assert mine == whole
+        else:  # one or two images are computed by other sums than many
+            apart = np.asarray(images.decode(mine)).astype(int) - np.asarray(images.decode(whole))
+            assert np.abs(apart).max() <= 1
 
 
 # -- early ends, other formats

@@ -69,8 +69,8 @@ class TranslateArgs:
     seed: Seed = 0
     """Another seed gives another result for each image."""
     batch_size: BatchSize = 16
-    """Images the network sees at once; memory and speed, not results. Where memory does not hold so many: half, and so
-    on."""
+    """Images the network sees at once; memory and speed, not results (but for 1 of 255 with one or two). Where memory
+    does not hold so many: half, and so on."""
     num_workers: NumWorkers | None = None
     """Copies of the network; by default one for each GPU, or for each CPU where there is none. 0: this process alone,
     without Ray."""
