@@ -1092,17 +1092,24 @@ def test_results_do_not_hang_on_the_batch(
 # -- early ends, other formats
 
 
+@pytest.mark.parametrize("wrong", ["bad.png", "raw.dng"])
 @pytest.mark.parametrize(("most", "code"), [(None, 3), ("1", 3), ("0", 2), ("99%", 3), ("5%", 2)])
 def test_an_input_that_is_plainly_wrong_ends_it_early(
-    folder: Path, tmp_path: Path, checkpoint_folder: str, monkeypatch: pytest.MonkeyPatch, most: str | None, code: int
+    folder: Path,
+    tmp_path: Path,
+    checkpoint_folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    most: str | None,
+    code: int,
+    wrong: str,
 ) -> None:
     monkeypatch.setattr(driver, "LOOK_AT", 3)
-    (folder / "bad.png").write_bytes(b"no image")
+    (folder / wrong).write_bytes(b"no image")
     argv = command(checkpoint_folder, folder, tmp_path / "out", *(["--max-rejected", most] if most else []))
     if code == 2:
-        assert f"1 of 6 images were set aside, more than --max-rejected {most}: not an image" in refused(
-            [*argv, "--batch-size", "16"]
-        )
+        why = {"bad.png": "not an image", "raw.dng": "unreadable"}[wrong]
+        said = refused([*argv, "--batch-size", "16"])
+        assert f"1 of 6 images were set aside, more than --max-rejected {most}: {why}" in said
         assert not (tmp_path / "out" / "manifest.parquet").exists()
     else:
         assert translate.main(argv) == code

@@ -64,6 +64,7 @@ def run(job: TranslationJob) -> int:
         with listed(job, shards, known) as passed:
             shards.is_listed.wait(BRIEF_S)
             todo = iter(shards.todo())
+            check_listed(job, shards)
             if (first := next(todo, None)) is not None:
                 announce(shards)
                 with contextlib.nullcontext() if job.args.num_workers == 0 else cli.ray_session():
@@ -157,6 +158,7 @@ def translate(
                     num_bad, num_seen = num_bad + len(bad), num_seen + len(rows)
                     why.update(map(cli.kind, bad))
                 check_rejected(job, num_bad, num_seen, why)
+                check_listed(job, shards)
                 progress.expect(shards.counts.todo, more=not shards.is_listed.is_set())
                 progress.update(len(batch["id"]), f"{num_bad:,} set aside" if num_bad else "")
     finally:
@@ -175,6 +177,12 @@ def check_rejected(job: TranslationJob, num_bad: int, num_seen: int, why: "colle
             f"{num_bad:,} of {num_seen:,} images were set aside, more than --max-rejected {job.args.max_rejected}: "
             f"{cli.told(why)}; mend the input, or allow more"
         )
+
+
+def check_listed(job: TranslationJob, shards: Shards) -> None:
+    """The same of what the listing says that it cannot be read."""
+    counts = shards.counts
+    check_rejected(job, counts.unreadable, counts.images, collections.Counter({"unreadable": counts.unreadable}))
 
 
 def make(job: TranslationJob) -> dict[str, Any]:
