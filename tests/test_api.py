@@ -9,8 +9,12 @@ import hashlib
 import io
 import json
 import random
+import resource
+import struct
 import time
 import warnings
+import zipfile
+import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
@@ -395,6 +399,164 @@ def test_a_line_a_request_names_its_id_and_nothing_of_what_was_sent(
     assert told.keys() == {"id", "method", "route", "status", "s"}
     assert told["id"] == answer.headers["x-request-id"]
     assert (told["method"], told["route"], told["status"]) == ("POST", "/v1/translate", 200)
+
+
+# -- files that are made to harm ------------------------------------------------------------------------------------
+
+IMAGE = Image.open(io.BytesIO(png()))
+
+
+def saved(kind: str, mode: str = "RGB", *, image: Image.Image = IMAGE, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png_announcing(width: int, height: int) -> bytes:
+    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
+
+
+def png_with(name: bytes, text: bytes) -> bytes:
+    """A PNG with a chunk that is 50 MB unpacked."""
+    return png()[:33] + png_chunk(name, text + zlib.compress(bytes(50_000_000))) + png()[33:]
+
+
+def commented(jpeg: bytes, text: bytes) -> bytes:
+    """A JPEG that says `text` after its first two bytes."""
+    return jpeg[:2] + b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text + jpeg[2:]
+
+
+def riff(content: bytes) -> bytes:
+    return b"RIFF" + struct.pack("<I", len(content) + 4) + b"WEBP" + content
+
+
+def tiff_announcing(width: int, height: int) -> bytes:
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: 2**31 - 1}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def tiff_of_thumbnails(count: int) -> bytes:
+    """Each page says that it is none of the images themselves (tag 254)."""
+    tags = {254: 1, 256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 16, 279: 256}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    length = 2 + len(entries) + 4
+    pages = [struct.pack("<H", len(tags)) + entries + struct.pack("<I", 8 + length * (i + 1)) for i in range(count)]
+    return b"II*\0\x08\0\0\0" + b"".join(pages)
+
+
+def big_tiff(announced: int, entries: int) -> bytes:
+    head = b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, announced)
+    return head + struct.pack("<HHQQ", 65000, 1, 1, 0) * entries + bytes(8)
+
+
+def replaced(data: bytes, after: bytes, skip: int, new: bytes) -> bytes:
+    """`data` with `new` in the place of what lies `skip` bytes behind the first `after`."""
+    at = data.index(after) + len(after) + skip
+    return data[:at] + new + data[at + len(new) :]
+
+
+def zipped() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("index.html", "<script>alert(1)</script>")
+    return buffer.getvalue()
+
+
+PDF = b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF\n"
+GIF, MORE = saved("GIF", "P"), {"save_all": True, "append_images": [IMAGE.rotate(90), IMAGE.rotate(180)]}
+DOT = saved("GIF", "P", image=Image.new("P", (8, 8)))
+LARGE, NO_IMAGE, ANIMATION = "100,000,000", "not an image", "an animation"
+TAKEN = {
+    "GIF and JavaScript": GIF + b"\n=1;alert(1)//",
+    "GIF, a comment of JavaScript": GIF[:-1] + b"\x21\xfe\x0c*/=alert(1)//\0;",
+    "JPEG and PDF": saved("JPEG") + PDF,
+    "JPEG around a PDF": commented(saved("JPEG"), PDF),
+    "JPEG and ZIP": saved("JPEG") + zipped(),
+    "PNG and ZIP": png() + zipped(),
+    "PNG and HTML": png()[:33] + png_chunk(b"tEXt", b"a\0<script>alert(1)</script>") + png()[33:],
+    "PNG, packed text": png_with(b"zTXt", b"a\0\0"),
+    "PNG, packed international text": png_with(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0"),
+    "PNG, packed profile": png_with(b"iCCP", b"a\0\0"),
+    "PNG, 50,000 texts": png()[:33] + png_chunk(b"tEXt", b"a\0b") * 50_000 + png()[33:],
+    "CMYK JPEG": saved("JPEG", "CMYK"),
+    "CMYK TIFF": saved("TIFF", "CMYK"),
+    "16-bit PNG": saved("PNG", "I;16"),
+    "16-bit TIFF": saved("TIFF", "I;16"),
+}
+"""Odd files whose image is right: the answer has what a plain file of that image gives."""
+REFUSED = {
+    "PDF before JPEG": (PDF + saved("JPEG"), NO_IMAGE),
+    "ZIP before PNG": (zipped() + png(), NO_IMAGE),
+    "HTML before PNG": (b"<script>alert(1)</script>" + png(), NO_IMAGE),
+    "a program before PNG": (b"MZ" + png(), NO_IMAGE),
+    "PNG of 1 x 10^9": (png_announcing(1, 10**9), LARGE),
+    "PNG of 10^9 x 1": (png_announcing(10**9, 1), LARGE),
+    "PNG of 50,000 x 50,000": (png_announcing(50_000, 50_000), LARGE),
+    "PNG, nothing in it": (png_announcing(10_000, 10_000), "truncated"),
+    "WebP, lossless": (riff(b"VP8L\x69\0\0\0\x2f" + struct.pack("<I", 2**28 - 1) + bytes(101)), LARGE),
+    "WebP, extended": (riff(b"VP8X\x0a\0\0\0" + bytes(4) + b"\xff" * 6 + saved("WEBP")[12:]), LARGE),
+    "TIFF of 50,000 x 50,000": (tiff_announcing(50_000, 50_000), LARGE),
+    "TIFF of 7,900 thumbnails": (tiff_of_thumbnails(7_900), "raw photo"),
+    "TIFF, a directory without end": (big_tiff(2**60, 10), NO_IMAGE),
+    "TIFF, a million entries announced": (big_tiff(10**6, 40_000), NO_IMAGE),
+    "AVIF of 50,000 x 50,000": (replaced(saved("AVIF"), b"ispe", 4, struct.pack(">II", 50_000, 50_000)), ""),
+    "GIF of 65,535 x 65,535": (replaced(GIF, b"GIF8", 2, b"\xff" * 4), LARGE),
+    "GIF of 10,000 frames": (DOT[:-1] + DOT[DOT.index(b"\x2c") : -1] * 9_999 + b";", ANIMATION),
+    "BMP": (replaced(saved("BMP"), b"BM", 16, struct.pack("<ii", 50_000, 50_000)), LARGE),
+    "PNM": (b"P6 50000 50000 255\n", LARGE),
+    "PFM": (b"Pf 50000 50000 -1\n", LARGE),
+    "QOI": (b"qoif" + struct.pack(">IIBB", 50_000, 50_000, 3, 0) + bytes(20), LARGE),
+    "TGA": (struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 50_000, 50_000, 24, 0) + bytes(100), LARGE),
+    "JPEG": (replaced(saved("JPEG"), b"\xff\xc0", 3, struct.pack(">HH", 65_000, 65_000)), LARGE),
+    "SVG": (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg' width='99' height='99'/>", NO_IMAGE),
+    "SVG that loads": (b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>", NO_IMAGE),
+    "PNG, animated": (saved("PNG", **MORE), ANIMATION),
+    "WebP, animated": (saved("WEBP", **MORE), ANIMATION),
+    "AVIF, animated": (saved("AVIF", **MORE), ANIMATION),
+    "GIF, animated": (saved("GIF", **MORE), ANIMATION),
+}
+
+
+@pytest.fixture(scope="module")
+def application(local: Local) -> Any:
+    return made(local)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_an_odd_file_gives_what_its_image_gives(application: Any, name: str) -> None:
+    query = "/v1/translate?domain=night&num_steps=1"
+    answer = ask(application, "POST", query, content=TAKEN[name])
+    assert answer.status_code == 200, answer.text
+    plain = images.encode_png(np.asarray(images.decode(TAKEN[name])))
+    assert np.array_equal(pixels(answer), pixels(ask(application, "POST", query, content=plain)))
+    for text in (b"<script", b"alert(", b"/Catalog", b"index.html"):
+        assert text not in answer.content
+
+
+@pytest.mark.parametrize("output_size", ["own", "model"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_is_made_to_harm_is_refused_before_it_costs_anything(
+    local: Local, application: Any, name: str, output_size: str
+) -> None:
+    data, words = REFUSED[name]
+    passes, begun, before = local.engine.counts.get("passes", 0), time.process_time(), most_memory()
+    answer = ask(application, "POST", f"/v1/translate?domain=night&output_size={output_size}", content=data)
+    assert answer.status_code == 400, answer.text
+    assert words in detail(answer)
+    assert local.engine.counts.get("passes", 0) == passes
+    assert time.process_time() - begun < 1  # of work: a busy machine does not count
+    assert most_memory() < before + 64
+
+
+def most_memory() -> int:
+    """The most that this process has ever held, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 # -- who may come in ------------------------------------------------------------------------------------------------
