@@ -103,6 +103,19 @@ os.environ["DDPM_TRANSLATE_CACHE"] = tempfile.mkdtemp(prefix="ddpm-translate-tes
 atexit.register(shutil.rmtree, os.environ["DDPM_TRANSLATE_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = (
+    "prepare",
+    "train",
+    "sweep",
+    "evaluate",
+    "translate",
+    "experiments",
+    "recipe",
+    "benchmark",
+    "runs",
+    "verify",
+)
+"""Thin entry points, `python -m jobs.NAME`; nothing but tests and benchmarks imports them."""
 if "DDPM_TESTS_ON_RAY" not in os.environ:  # this is the process that gives the others their work
     os.environ["DDPM_TESTS_ON_RAY"] = tempfile.mkdtemp(prefix="ddpm-translate-tests-")
     atexit.register(shutil.rmtree, os.environ["DDPM_TESTS_ON_RAY"], ignore_errors=True)

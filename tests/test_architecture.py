@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import COMMANDS, ROOT
 
 CORE_MAY_IMPORT = {"torch", "numpy", "PIL", "safetensors", "jaxtyping", "ddpm_core", *sys.stdlib_module_names}
 MORE = {
@@ -18,19 +18,6 @@ MORE = {
     "ddpm_core/images.py": {"pillow_heif"},
     "ddpm_core/kernels.py": {"triton"},
 }
-COMMANDS = {
-    "prepare",
-    "train",
-    "sweep",
-    "evaluate",
-    "translate",
-    "experiments",
-    "recipe",
-    "benchmark",
-    "runs",
-    "verify",
-}
-"""Thin entry points, `python -m jobs.NAME`; nothing but tests and benchmarks imports them."""
 PACKAGES: dict[str, set[str]] = {
     "common": set(),
     "inventory": {"common"},
@@ -99,9 +86,9 @@ def test_the_core_stands_on_five_libraries() -> None:
 
 
 def test_at_the_top_of_jobs_are_commands_and_nothing_else() -> None:
-    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == COMMANDS | {"__init__"}
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {*COMMANDS, "__init__"}
     assert {path.name for path in (ROOT / "jobs").iterdir() if (path / "__init__.py").exists()} == set(PACKAGES)
-    assert {module_name(path).split(".")[1] for path in ENTRY_POINTS} == COMMANDS
+    assert {module_name(path).split(".")[1] for path in ENTRY_POINTS} == {*COMMANDS}
 
 
 def test_packages_import_what_stands_below_them() -> None:

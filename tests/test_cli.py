@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment, free_port
+from conftest import COMMANDS, ROOT, environment, free_port
 
 from ddpm_core.errors import InputError
 from jobs.common import cli, cluster, stopping
@@ -31,18 +31,6 @@ except SystemExit as stop:
 print(*(each for each in sys.modules if each in {slow}), file=sys.stderr)
 """
 SLOW = {"ray", "torch", "pyarrow", "pandas", "matplotlib", "scipy", "faiss", "torchmetrics", "optuna"}
-COMMANDS = [
-    "train",
-    "sweep",
-    "prepare",
-    "evaluate",
-    "translate",
-    "experiments",
-    "recipe",
-    "benchmark",
-    "runs",
-    "verify",
-]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -22,6 +22,7 @@ Key = tuple[str, str, int, str]
 MEASURED = ".measured"
 """Folder in the output; it goes when the evaluation is complete."""
 FLUSH_EVERY_S = 10.0
+ROWS, VALUES = "rows/", "values/"
 
 
 class Journal:
@@ -54,11 +55,14 @@ class Journal:
 
 
 def _packed(rows: Mapping[Key, Found]) -> bytes:
-    arrays: dict[str, Any] = {
-        f"{i}/{name}": np.asarray(value) for i, each in enumerate(rows.values()) for name, value in each.items()
-    }
+    """A column of each name, and the rows that have it."""
+    arrays: dict[str, Any] = {"keys": np.array(json.dumps([*rows]))}
+    for name in {name: None for each in rows.values() for name in each}:
+        there = [(i, each[name]) for i, each in enumerate(rows.values()) if name in each]
+        arrays[f"{ROWS}{name}"] = np.array([i for i, _ in there])
+        arrays[f"{VALUES}{name}"] = np.stack([value for _, value in there])
     file = io.BytesIO()
-    np.savez(file, allow_pickle=False, keys=np.array(json.dumps([*rows])), **arrays)
+    np.savez(file, allow_pickle=False, **arrays)
     return file.getvalue()
 
 
@@ -71,10 +75,10 @@ def _unpacked(content: bytes) -> dict[Key, Found]:
             ]
             rows: list[Found] = [{} for _ in keys]
             for place in arrays.files:
-                if place != "keys":
-                    number, _, name = place.partition("/")
-                    value = arrays[place]
-                    rows[int(number)][name] = value[()]  # of no dimension: the number itself
+                if place.startswith(VALUES):
+                    name = place.removeprefix(VALUES)
+                    for row, value in zip(arrays[f"{ROWS}{name}"].tolist(), arrays[place], strict=True):
+                        rows[row][name] = value
             return dict(zip(keys, rows, strict=True))
     except (ValueError, KeyError, IndexError, TypeError, OSError, EOFError, zipfile.BadZipFile):
         return {}
