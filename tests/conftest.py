@@ -42,11 +42,11 @@ os.environ.update(
 )  # before ray is imported
 
 CHECKED: set[Any] = set()
-"""Calls whose shapes are checked already in this test."""
+"""Calls whose shapes are checked already."""
 
 
 def checked_once(typechecker: Any) -> Any:
-    """`jaxtyping.jaxtyped`; in a test the same function with arguments of the same shapes and numbers is checked once.
+    """`jaxtyping.jaxtyped`; the same function with arguments of the same types, shapes and numbers is checked once.
     A step of a sampler is like the one before, and to check it takes longer than to compute it."""
 
     def decorate(function: Any) -> Any:
@@ -69,14 +69,12 @@ def checked_once(typechecker: Any) -> Any:
 
 
 def alike(value: Any) -> Any:
-    """What a check makes of an argument: arrays by shape and type, plain values by what they are, others by which."""
+    """What a check makes of an argument: arrays by shape and type, plain values by what they are, others by type."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return type(value), value.shape, value.dtype
-    return (type(value), value) if isinstance(value, bool | int | str | None) else id(value)
-
-
-def pytest_runtest_setup() -> None:
-    CHECKED.clear()
+    if isinstance(value, bool | int | str):
+        return type(value), value
+    return (type(value), *map(alike, value)) if isinstance(value, list | tuple) else type(value)
 
 
 jaxtyped, jaxtyping.jaxtyped = jaxtyping.jaxtyped, checked_once

@@ -423,7 +423,12 @@ def png_announcing(width: int, height: int) -> bytes:
 
 def png_with(name: bytes, text: bytes) -> bytes:
     """A PNG with a chunk that is 50 MB unpacked."""
-    return png()[:33] + png_chunk(name, text + zlib.compress(bytes(50_000_000))) + png()[33:]
+    return png()[:33] + png_chunk(name, text + packed_zeros()) + png()[33:]
+
+
+@functools.cache
+def packed_zeros() -> bytes:
+    return zlib.compress(bytes(50_000_000))
 
 
 def commented(jpeg: bytes, text: bytes) -> bytes:

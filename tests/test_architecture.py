@@ -1,6 +1,7 @@
 """What may import what, and what an import may do."""
 
 import ast
+import functools
 import importlib
 import json
 import subprocess
@@ -39,16 +40,15 @@ RAY_LIBRARIES = {
     "ray.data": {"common"},
 }
 """Which packages of `jobs` use which library, benchmarks aside."""
-SOURCES = {
-    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
-    for package in ("ddpm_core", "jobs", "serve")
-    for path in sorted((ROOT / package).rglob("*.py"))
-}
-ENTRY_POINTS = [
-    path
-    for path, tree in SOURCES.items()
-    if path.startswith("jobs/") and any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
-]
+
+
+@functools.cache
+def sources() -> dict[str, ast.Module]:
+    return {
+        path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for package in ("ddpm_core", "jobs", "serve")
+        for path in sorted((ROOT / package).rglob("*.py"))
+    }
 
 
 def module_name(path: str) -> str:
@@ -57,7 +57,7 @@ def module_name(path: str) -> str:
 
 def imports(package: str) -> Iterator[tuple[str, str]]:
     """(file, module) of every absolute import in a package; `from a import b` gives a and a.b."""
-    for path, tree in SOURCES.items():
+    for path, tree in sources().items():
         for node in ast.walk(tree) if path.startswith(f"{package}/") else ():
             if isinstance(node, ast.Import):
                 yield from ((path, alias.name) for alias in node.names)
@@ -88,7 +88,13 @@ def test_the_core_stands_on_five_libraries() -> None:
 def test_at_the_top_of_jobs_are_commands_and_nothing_else() -> None:
     assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {*COMMANDS, "__init__"}
     assert {path.name for path in (ROOT / "jobs").iterdir() if (path / "__init__.py").exists()} == set(PACKAGES)
-    assert {module_name(path).split(".")[1] for path in ENTRY_POINTS} == {*COMMANDS}
+    entry_points = [
+        path
+        for path, tree in sources().items()
+        if path.startswith("jobs/")
+        and any(isinstance(each, ast.FunctionDef) and each.name == "main" for each in tree.body)
+    ]
+    assert sorted(entry_points) == sorted(f"jobs/{name}.py" for name in COMMANDS)
 
 
 def test_packages_import_what_stands_below_them() -> None:
@@ -120,7 +126,7 @@ def test_commands_do_not_import_commands() -> None:
 def test_no_module_imports_in_circles() -> None:
     """At import time; an import within a function may go up again."""
     below: dict[str, set[str]] = {}
-    for path, tree in SOURCES.items():
+    for path, tree in sources().items():
         names = [
             name
             for node in tree.body
@@ -167,7 +173,7 @@ def test_ray_libraries_are_written_in_full() -> None:
     """`from ray import train, data` would read like `jobs.train` and `jobs.data`."""
     short = [
         (path, alias.name)
-        for path, tree in SOURCES.items()
+        for path, tree in sources().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module == "ray"
         for alias in node.names
@@ -192,7 +198,7 @@ def test_no_module_reads_the_environment_when_imported() -> None:
     readers = {"environ", "getenv"}
     found = [
         path
-        for path, tree in SOURCES.items()
+        for path, tree in sources().items()
         for node in at_import(tree)
         if isinstance(node, ast.Attribute) and node.attr in readers and not is_main_guard(tree, node)
     ]
@@ -212,7 +218,7 @@ def test_importing_everything_starts_nothing() -> None:
         "import ray, torch\n"
         "print(ray.is_initialized(), torch.cuda.is_initialized())"
     )
-    names = json.dumps([module_name(path) for path in SOURCES])
+    names = json.dumps([module_name(path) for path in sources()])
     command = [sys.executable, "-W", "ignore", "-c", code, names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "False False\n"), done.stderr
@@ -229,10 +235,10 @@ def test_what_evaluates_and_translates_loads_nothing_that_takes_seconds_for_noth
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
-@pytest.mark.parametrize("path", ENTRY_POINTS)
-def test_every_command_lists_its_options(path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main: Any = importlib.import_module(module_name(path)).main
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_lists_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main: Any = importlib.import_module(f"jobs.{name}").main
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     assert stopped.value.code in (0, None)
-    assert f"usage: python -m {module_name(path)}" in capsys.readouterr().out
+    assert f"usage: python -m jobs.{name}" in capsys.readouterr().out

@@ -6,8 +6,6 @@ import torch
 from celeba999 import celeba, centre_crops
 from pictures import noise, smooth
 from torch import nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from ddpm_core import nets
 from ddpm_core.errors import InputError
@@ -39,6 +37,8 @@ def test_ssim_of_constant_images_is_its_luminance_term() -> None:
 
 
 def test_psnr_and_ssim_agree_with_torchmetrics_own_metrics() -> None:
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     one, two = smooth(5), (smooth(5) * 0.7 + noise(5) * 0.3).astype(np.uint8)
     given = [torch.tensor(each).permute(0, 3, 1, 2).float() for each in (one, two)]
     psnr = peak_signal_noise_ratio(*given, data_range=255.0, reduction="none", dim=(1, 2, 3))
@@ -116,6 +116,8 @@ def test_kid_is_the_unbiased_sum_over_pairs() -> None:
 
 @pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
 def test_kid_agrees_with_torchmetrics_own_metric() -> None:
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     real, made = torch.randn(60, 8), 1.2 * torch.randn(60, 8) + 0.3
     metric = KernelInceptionDistance(feature=nn.Flatten(), subsets=400, subset_size=30)
     metric.update(real, real=True)

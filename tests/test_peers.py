@@ -4,9 +4,10 @@ diffusers keeps its abar in float32; it is given ours. DPM-Solver++ rounds each 
 what can be asked of it; the others agree to 1e-9. Where diffusers is wrong, the closed form decides.
 """
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from ddpm_core.config import DiffusionConfig
 from ddpm_core.diffusion import seeded, training_target
@@ -18,6 +19,13 @@ ABAR = alphas_cumprod(DiffusionConfig())
 ZERO_ABAR = alphas_cumprod(DiffusionConfig(zero_terminal_snr=True, prediction="v"))
 THEIR_NAME = {"eps": "epsilon", "v": "v_prediction", "x_0": "sample"}
 PREDICTIONS = pytest.mark.parametrize("prediction", THEIR_NAME)
+
+
+def their(name: str) -> Any:
+    """A scheduler of diffusers, which takes seconds to import: not before it is needed."""
+    import diffusers
+
+    return getattr(diffusers, name)
 
 
 def optimal(prediction, abars):
@@ -76,7 +84,7 @@ def assert_same(ours, theirs, tolerance):
 
 
 def their_ddim(timesteps, prediction="eps", spacing="trailing", abars=ABAR, **options):
-    scheduler = DDIMScheduler(
+    scheduler = their("DDIMScheduler")(
         prediction_type=THEIR_NAME[prediction],
         timestep_spacing=spacing,
         **{"clip_sample": False, **options},
@@ -130,7 +138,9 @@ def test_ddim_from_pure_noise(prediction):
 @PREDICTIONS
 @pytest.mark.parametrize("timesteps", [SPACINGS["trailing"](1000, 20), SPACINGS["linspace"](1000, 7)], ids=len)
 def test_ddpm(prediction, timesteps, monkeypatch):
-    scheduler = DDPMScheduler(prediction_type=THEIR_NAME[prediction], clip_sample=False, variance_type="fixed_small")
+    scheduler = their("DDPMScheduler")(
+        prediction_type=THEIR_NAME[prediction], clip_sample=False, variance_type="fixed_small"
+    )
     scheduler.alphas_cumprod = ABAR
     scheduler.set_timesteps(timesteps=timesteps.tolist())
     left = draws(len(timesteps))
@@ -147,7 +157,7 @@ def test_ddpm(prediction, timesteps, monkeypatch):
     ids=["trailing", "linspace", "uneven"],
 )
 def test_dpm_solver(prediction, timesteps):
-    scheduler = DPMSolverMultistepScheduler(
+    scheduler = their("DPMSolverMultistepScheduler")(
         prediction_type=THEIR_NAME[prediction],
         algorithm_type="dpmsolver++",
         solver_order=2,
@@ -162,10 +172,10 @@ def test_dpm_solver(prediction, timesteps):
 
 def test_schedules():
     cosine = alphas_cumprod(DiffusionConfig(schedule="cosine"))
-    theirs = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
+    theirs = their("DDPMScheduler")(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
     torch.testing.assert_close(cosine, theirs, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(ABAR, DDPMScheduler().alphas_cumprod.double(), rtol=1e-3, atol=1e-6)
-    rescaled = DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod.double()
+    torch.testing.assert_close(ABAR, their("DDPMScheduler")().alphas_cumprod.double(), rtol=1e-3, atol=1e-6)
+    rescaled = their("DDIMScheduler")(rescale_betas_zero_snr=True).alphas_cumprod.double()
     torch.testing.assert_close(ZERO_ABAR, rescaled, rtol=1e-3, atol=1e-6)
 
 

@@ -161,8 +161,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, dataset_folder, t
     for one, two in zip(metrics_of(two_epochs), metrics_of(output), strict=True):
         clocks = {"images_per_s": 0, "data_wait_share": 0}
         assert one | clocks == two | clocks
+    resumed = weights(output)
     for name, tensor in weights(two_epochs).items():
-        assert torch.equal(tensor, weights(output)[name]), name
+        assert torch.equal(tensor, resumed[name]), name
 
 
 def assert_alike(one: Path, other: Path) -> None:
@@ -1141,8 +1142,9 @@ def test_a_run_begins_with_anothers_weights_and_ends_the_same_when_it_was_interr
     assert run(dataset_folder, tmp_path / "run", *begin, "--epochs", "1") == 0
     shutil.rmtree(gone)
     assert run(dataset_folder, tmp_path / "run", *begin) == 0
+    resumed = weights(tmp_path / "run")
     for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(tmp_path / "run")[name]), name
+        assert torch.equal(tensor, resumed[name]), name
     found = checkpoint.load(str(tmp_path / "run"))
     assert (found.config.unet.num_res_blocks, found.config.unet.attn_resolutions) == (2, (8,))  # the same level
     assert (found.config.diffusion.prediction, found.config.diffusion.max_snr) == ("v", 7.0)
