@@ -41,6 +41,11 @@ LARGE_PIXELS = 24_000_000
 """Where a square is wanted of a larger image, it is cut out and shrunk first, to four times its side or more."""
 STRIP_PIXELS = 2**20
 """Colours are converted strip by strip, so that the steps between take no memory to speak of."""
+MAX_SLOW_PIXELS = 16_000_000
+"""Larger images are refused where Pillow decodes in Python (QOI, plain and 16-bit PNM, BMP in runs): 1 to 2 s for each
+million pixels."""
+MAX_EXIF_BYTES, MAX_EXIF_PARTS = 2**20, 16
+"""Longer EXIF data, and those in more parts, are not looked at: values become objects of hundreds of bytes."""
 MAX_THUMBNAILS = 8
 """Pages of a TIFF that may stand before the image itself: to the n-th Pillow takes a time of n²."""
 QUICK_PIXELS = 2**21
@@ -58,7 +63,8 @@ FORMATS = tuple("AVIF BMP DDS DIB GIF HEIF JPEG2000 PCX PNG PPM QOI SGI TGA TIFF
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif", ".bmp", ".dib"}
     | {".heic", ".heif", ".hif", ".heics", ".heifs", ".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".qoi"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".icb", ".vda", ".vst", ".qoi"}
+    | {".dds", ".pcx", ".sgi", ".rgb", ".rgba", ".bw"}
 )
 """File endings taken for images when a folder is listed."""
 UNREADABLE = {
@@ -74,7 +80,12 @@ UNREADABLE = {
         "a drawing, which is not read": "svg svgz eps ai ps wmf emf",
         "a document, which is not read": "pdf djvu",
         "a high dynamic range image, which is not read": "exr hdr",
-        "a video, which is not read": "mp4 m4v mov avi mkv webm mpg mpeg wmv flv 3gp mts m2ts ogv",
+        "an icon, which is not read": "ico cur icns",
+        "a scientific image, which is not read": "fit fits fts dcm dicom nii grib bufr hdf",
+        "an image of a rare kind, which is not read": (
+            "blp dcx ftc ftu gbr iim im msp palm pcd pct pict pxr ras wbmp xbm xpm xwd"
+        ),
+        "a video, which is not read": "mp4 m4v mov avi mkv webm mpg mpeg wmv flv 3gp mts m2ts ogv fli flc",
     }.items()
     for ending in endings.split()
 }
@@ -139,7 +150,7 @@ def check_kind(name: str, first_bytes: bytes) -> None:
 
 def looks_like_image(first_bytes: bytes) -> bool:
     """Whether a file that begins like this (32 bytes will do) is an image that `decode` may take, whatever its name."""
-    return bool(containers.MAGIC.match(first_bytes))
+    return bool(containers.MAGIC.match(first_bytes[:1000]))
 
 
 def decode(data: bytes, *, name: str = "image", square: int | None = None) -> Image.Image:
@@ -195,6 +206,10 @@ def _decode(data: bytes, square: int | None) -> Image.Image:
     pixels = width * height if image.info.get("progressive") else image.width * image.height
     if pixels > MAX_PIXELS or width * height > MAX_JPEG_PIXELS:
         raise InputError(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are taken: scale it down")
+    if pixels > MAX_SLOW_PIXELS and any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ())):
+        raise InputError(
+            f"{width} x {height} pixels; at most {MAX_SLOW_PIXELS:,} are taken of this format: save it as PNG"
+        )
     with _decoding.take(pixels):
         image.load()
         if isinstance(image, JpegImagePlugin.JpegImageFile):
@@ -222,12 +237,18 @@ def _open(data: bytes, notes: list[str]) -> tuple[Image.Image, dict[bytes, bytes
     chunks: dict[bytes, bytes] = {}
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         data, chunks = containers.png_parts(data)
+    data = containers.checked(data)
     try:
+        if data.count(b"Exif\0\0") > MAX_EXIF_PARTS:
+            raise ValueError("more EXIF data than any camera writes")
         image = _open_as_it_is(data)
     except Exception:
         if b"Exif" not in data:
             raise
         image = _open_as_it_is(data.replace(b"Exif", b"void"))  # some decoders read EXIF at once, and stumble over it
+        notes.append(EXIF_IGNORED)
+    if len(image.info.get("exif") or b"") > MAX_EXIF_BYTES:
+        del image.info["exif"]
         notes.append(EXIF_IGNORED)
     several = getattr(image, "is_animated", False)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -301,7 +322,7 @@ def _check_whole(image: JpegImagePlugin.JpegImageFile, data: bytes) -> None:
 
 def _small(data: bytes) -> bytes:
     """The pixels of a JPEG at an eighth of its size."""
-    image = _open_as_it_is(data)
+    image = _open_as_it_is(data.replace(b"Exif", b"void"))  # which tells nothing of pixels, and may be huge
     image.draft(None, (max(image.width // 8, 1), max(image.height // 8, 1)))
     return image.tobytes()
 
@@ -364,7 +385,7 @@ def _profile(image: Image.Image, data: bytes, chunks: dict[bytes, bytes]) -> byt
     if image.format in ("HEIF", "AVIF") and (at := data.find(b"colrnclx")) >= 0:
         return colour.numbered_profile(*struct.unpack_from(">HH", data, at + 8))
     with contextlib.suppress(Exception):  # damaged EXIF is spoken of elsewhere
-        if image.getexif().get_ifd(0xA005).get(1) == "R03":  # DCF's optional colour space
+        if image.format != "TIFF" and image.getexif().get_ifd(0xA005).get(1) == "R03":  # DCF's optional colour space
             return colour.adobe_rgb_profile()
     return b""
 

@@ -59,7 +59,7 @@ def absolute(uri: str, *, flag: str = "path") -> str:
     """`uri` in the form that means the same on every worker: absolute for local paths, no trailing slash.
 
     Raises:
-        InputError: empty or of an unknown scheme; or a relative path inside a submitted job, whose working
+        InputError: empty, of an unknown scheme, or a pipe; or a relative path inside a submitted job, whose working
             directory is a temporary copy that is thrown away.
     """
     if not uri:
@@ -82,6 +82,11 @@ def absolute(uri: str, *, flag: str = "path") -> str:
             f"{flag} {uri} is relative, and a submitted job runs in a temporary copy of the working directory: "
             "give an absolute path on storage that all nodes share, or an s3:// URI"
         )
+    mode = stat.S_IFDIR
+    with contextlib.suppress(OSError, ValueError):  # nothing is there yet, or it is told when it is used
+        mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{flag} {uri} is a pipe, socket or device; give a file or folder")
     return str(Path(os.path.abspath(path)))
 
 

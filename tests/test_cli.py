@@ -374,6 +374,7 @@ def test_who_waits_is_told_what_for(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- a process as machines start it ------------------------------------------------------------------------------------
 
 RUNS = f"PYTHONPATH={ROOT} {sys.executable} -m jobs.runs"
+PRINTS = f"PYTHONPATH={ROOT} {sys.executable} -c 'from jobs.common import cli; cli.run(lambda: print(1) or 0)'"
 
 
 @pytest.mark.parametrize(
@@ -385,7 +386,17 @@ RUNS = f"PYTHONPATH={ROOT} {sys.executable} -m jobs.runs"
         (f"{RUNS} list none >&-", 2, "error: "),
         (f"PYTHONIOENCODING=ascii LC_ALL=C {RUNS} list --help", 0, "usage: python -m jobs.runs list"),
         (f"PYTHONIOENCODING=ascii LC_ALL=C {RUNS} list ä", 2, "error: "),
-        (f"{RUNS} --help >/dev/full", 2, "no space left"),
+        (f"{RUNS} --help >/dev/full", 2, "error: standard output: no space left on the device; free some or write"),
+        (
+            f"{PRINTS} >/dev/full",
+            2,
+            "error: standard output: no space left on the device; free some or write elsewhere",
+        ),
+        (f"PYTHONUNBUFFERED=1 {PRINTS} >/dev/full", 2, "error: standard output: no space left on the device"),
+        (f"{PRINTS} 2>/dev/full >&2", 2, ""),
+        (f"ulimit -f 0; {PRINTS} >some", 2, "error: standard output: File too large; send it elsewhere"),
+        (f"mkfifo p; exec 3<>p; exec 4>p; exec 3<&-; {PRINTS} >&4", 141, ""),
+        (f"mkfifo p; exec 3<>p; exec 4>p; exec 3<&-; PYTHONUNBUFFERED=1 {PRINTS} >&4", 141, ""),
         (f"mkdir gone; cd gone; rmdir ../gone; {RUNS} --help", 2, "the working directory has been deleted"),
     ],
 )

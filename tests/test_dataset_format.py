@@ -285,6 +285,12 @@ def test_unknown_split_is_refused(dataset: Path, tmp_path: Path) -> None:
         reading.open_split(str(tmp_path), "val")
 
 
+def without_footer(data: bytes) -> bytes:
+    """A parquet file whose description of itself begins with nonsense."""
+    length = int.from_bytes(data[-8:-4], "little")
+    return data[: -8 - length] + b"\xff" * 8 + data[-length:]
+
+
 def _rewrite(path: Path, change: Any) -> None:
     pyarrow.parquet.write_table(change(pyarrow.parquet.read_table(path)), path)
 
@@ -302,8 +308,9 @@ def _rewrite(path: Path, change: Any) -> None:
         ),
         (lambda path: _rewrite(path, lambda table: table.slice(1)), "29 rows where dataset.json says 30"),
         (lambda path: _rewrite(path, lambda table: table), r"has [\d,]+ bytes where dataset.json says [\d,]+; make"),
+        (lambda path: path.write_bytes(without_footer(path.read_bytes())), "is damaged"),
     ],
-    ids=["gone", "cut", "text", "column", "type", "rows", "another"],
+    ids=["gone", "cut", "text", "column", "type", "rows", "another", "footer"],
 )
 def test_damaged_file_is_named(dataset: Path, tmp_path: Path, damage: Any, reason: str) -> None:
     uri = edit_card(dataset, tmp_path)
@@ -393,3 +400,11 @@ def test_a_flipped_bit_in_a_image_is_told(dataset: Path, tmp_path: Path) -> None
     shard.write_bytes(content)
     with pytest.raises(InputError, match=r"train/part-00000\.parquet is damaged"):
         list(reading.read_tables(uri, "train"))
+
+
+def test_row_groups_that_unpack_to_more_than_memory_holds_are_refused(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MAX_GROUP_BYTES", 1000)
+    with pytest.raises(InputError, match=r"train/part-00000\.parquet unpacks to more than images of a data set take"):
+        reading.open_split(str(dataset), "train")

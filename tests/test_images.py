@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from ddpm_core import colour, images
+from ddpm_core import colour, containers, images
 from ddpm_core.errors import InputError
 
 
@@ -137,6 +137,14 @@ def test_an_image_is_known_by_its_first_bytes(kind: str) -> None:
 )  # fmt: skip
 def test_other_files_do_not_look_like_images(data: bytes) -> None:
     assert not images.looks_like_image(data[:32])
+
+
+def test_every_ending_of_an_image_is_read_or_told_to_be_not() -> None:
+    pillow_heif.register_heif_opener()
+    plain = {".h5"}  # holds numbers more often
+    for ending, kind in Image.registered_extensions().items():
+        known = (ending in images.SUFFIXES, ending in images.UNREADABLE or ending in plain)
+        assert known == ((True, False) if kind in (*images.FORMATS, "JPEG", "MPO") else (False, True)), ending
 
 
 def test_an_ending_tells_what_is_not_read_unless_the_file_begins_like_an_image() -> None:
@@ -919,6 +927,76 @@ def fuzz_cases() -> dict[str, bytes]:
 
 FUZZED = fuzz_cases()
 """Made once: encoders are slower than decoders."""
+
+
+def many_parts(kind: str, count: int) -> bytes:
+    """An image with so many parts of a kind, which a decoder goes through one by one."""
+    jpeg, png = encoded(smooth(40, 24), "JPEG"), encoded(smooth(40, 24), "PNG")
+    if kind == "chunks":
+        return png[:33] + struct.pack(">I4sI", 0, b"prVt", zlib.crc32(b"prVt")) * count + png[33:]
+    if kind == "scans":
+        data = encoded(smooth(40, 24), "JPEG", progressive=True)
+        *_, before, last = containers.jpeg_scans(data)
+        return data[: last.end] + data[before.end : last.end] * (count - 10) + data[last.end :]
+    if kind == "values":
+        entries = [(256, 4, 1, 8), (257, 4, 1, count), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+        entries += [(273, 4, count, 122), (278, 4, 1, 1), (279, 4, count, 122)]
+        table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+        return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + table.ljust(112, b"\0") + bytes([8, 0, 0, 0]) * count
+    if kind == "header":
+        return b"P6\n#" + b" " * (count - 14) + b"\n 40 24\n255\n" + smooth(40, 24).tobytes()
+    return jpeg[:20] + {"segments": b"\xff\xe5\0\2", "padding": b"\xff", "junk": b"\0"}[kind] * count + jpeg[20:]
+
+
+@pytest.mark.parametrize("kind", ["chunks", "segments", "padding", "junk", "scans", "values", "header"])
+def test_a_file_of_endless_parts_is_refused_before_they_are_gone_through(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "MAX_PARTS", 500)
+    most = containers.MAX_SCANS if kind == "scans" else 450
+    image = images.decode(many_parts(kind, most))
+    assert (image.width, image.mode) in ((40, "RGB"), (8, "RGB"))
+    data = many_parts(kind, most + 101)
+    monkeypatch.setattr(images, "_open_as_it_is", None)
+    with pytest.raises(InputError, match=r"image: truncated or corrupt \((more than|no header in)"):
+        images.decode(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "HEIF"])
+def test_endless_exif_is_not_looked_at(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_EXIF_BYTES", 1000)
+    for num_bytes, notes in ((900, ()), (1100, (images.EXIF_IGNORED,))):
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010E] = 6, "x" * (num_bytes - 60)
+        image = images.decode(encoded(smooth(40, 24), kind, exif=exif.tobytes()))
+        assert (image.info["notes"], image.size) == (notes, (24, 40) if not notes or kind == "HEIF" else (40, 24))
+
+
+def test_exif_in_endless_parts_is_not_put_together() -> None:
+    jpeg, part = encoded(smooth(40, 24), "JPEG"), b"\xff\xe1\0\x64" + b"Exif\0\0".ljust(98, b"\0")
+    image = images.decode(jpeg[:2] + part * (images.MAX_EXIF_PARTS + 1) + jpeg[2:])
+    assert (image.size, image.info["notes"]) == ((40, 24), (images.EXIF_IGNORED,))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(smooth(40, 24), "QOI"),
+        b"P3 40 24 255 " + b"1 " * (3 * 40 * 24),
+        b"P6 40 24 65535 " + bytes(6 * 40 * 24),
+        b"P5 40 24 100 " + bytes(40 * 24),
+    ],
+)
+def test_what_is_decoded_slowly_may_be_less_large(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert images.decode(data).size == (40, 24)
+    monkeypatch.setattr(images, "MAX_SLOW_PIXELS", 900)
+    with pytest.raises(InputError, match="40 x 24 pixels; at most 900 are taken of this format: save it as PNG"):
+        images.decode(data)
+
+
+def test_comments_in_a_plain_image_take_no_time() -> None:
+    data = b"P2 #\n 40 #a\n24 255\n" + b"#\n" * 100_000 + b"7 #b\n" * (40 * 24)
+    assert images.decode(data).tobytes() == bytes([7]) * (3 * 40 * 24)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -35,6 +35,7 @@ from jobs.datasets.listing import Listing
 from jobs.datasets.options import Earth
 from jobs.datasets.source import split_names
 from jobs.datasets.sources import earth, folders
+from jobs.datasets.sources.celeba import parse_table
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTRIBUTES = ("Bald", "Male", "Smiling", "Wearing_Hat", "Young")
@@ -259,6 +260,7 @@ def test_killed_in_the_middle_the_same_command_gives_the_same_bytes(earth_set: P
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert [each.name for each in tmp_path.iterdir()] == ["set"]  # nothing is left of temporary files
     assert not (tmp_path / "set/dataset.json").exists()
     with pytest.raises(InputError, match="is not a data set"):
         read_card(str(tmp_path / "set"))
@@ -960,6 +962,9 @@ def _edit(file: str, change: Callable[[str], str]) -> Callable[[Path], None]:
     return edit
 
 
+TABLE = "2\nMale Young\n1.jpg -1 1\n2.jpg 1 1\n"
+
+
 def _to_csv(header: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         (folder / "list_attr_celeba.txt").unlink()
@@ -985,11 +990,15 @@ def _to_csv(header: str) -> Callable[[Path], None]:
         (lambda folder: (folder / "list_eval_partition.txt").write_text("000001.png 0"), (), "lists none of the 60"),
         (lambda folder: (folder / "list_eval_partition.txt").write_text("000001.jpg some"), (),
          "list_eval_partition.txt line 1: 'some' is not a whole number"),
+        (_edit("list_attr_celeba.txt", lambda text: text.replace("60", "\u00b2", 1)), (), "first line must be"),
+        (_edit("list_attr_celeba.txt", lambda text: text + "\n" * 2_000_001), (), "more lines than CelebA has images"),
+        (_edit("list_attr_celeba.txt", lambda text: text + " 1" * 5000), (), "lines of more than 4096 letters"),
+        (_edit("list_attr_celeba.txt", lambda text: text + " " * 100_000_000), (), "too large a file, 100 MB; at most"),
         (_to_csv("picture,Male,Young"), (), "column 'image_id' is missing"),
         (_to_csv("image_id,Bald,Young"), (), "--domain-attribute Male: "),
     ],
     ids=["attribute", "limit", "no-list", "no-pictures", "count", "cut", "head", "text", "zero", "twice", "three",
-         "partition", "words", "id", "none"],
+         "partition", "words", "digit", "lines", "line", "huge", "id", "none"],
 )  # fmt: skip
 def test_celeba_refusals(
     source: CelebA, tmp_path: Path, damage: Callable[[Path], None] | None, flags: tuple[object, ...], reason: str
@@ -1285,11 +1294,56 @@ def test_zip_on_s3(s3: Any) -> None:
         Archive(f"{s3.uri}/prepare/y.zip")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"PK\x05\x06" + b"\xff" * 60])
+@pytest.mark.parametrize(
+    "text", [TABLE.replace("\n", "\r\n"), TABLE.replace("\n", "\r"), f"\ufeff{TABLE}", f"{TABLE}\n \n", TABLE.rstrip()]
+)
+def test_celeba_s_tables_as_editors_leave_them(text: str) -> None:
+    table = parse_table(text.encode(), "list_attr_celeba.txt", header=True)
+    assert table.columns == ("Male", "Young")
+    assert {name: values.tolist() for name, values in table.rows.items()} == {"1.jpg": [-1, 1], "2.jpg": [1, 1]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK",
+        b"PK\x05\x06" + bytes(18),
+        b"PK\x05\x06" + b"\xff" * 60,
+        b"PK\x05\x06" + struct.pack("<8xII2x", 2**28, 0),
+        b"PK\x06\x06"
+        + struct.pack("<36xQQ", 2**60, 0)
+        + b"PK\x06\x07"
+        + bytes(16)
+        + b"PK\x05\x06"
+        + b"\xff" * 16
+        + b"\0\0",
+    ],
+)
 def test_what_is_no_zip(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.zip").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.zip is not a whole zip file"):
         Archive(str(tmp_path / "x.zip"))
+
+
+def test_a_member_without_a_name_is_passed_over(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.jpg", b"image")
+        archive.writestr("b", b"image")
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    struct.pack_into("<HH", content, content.rindex(b"PK\x01\x02") + 28, 0, 1)  # its name is an extra field
+    (tmp_path / "x.zip").write_bytes(content)
+    assert list(Archive(str(tmp_path / "x.zip")).members) == ["a.jpg"]
+
+
+@pytest.mark.parametrize("offset", [-(2**31), 2**40, 2**63])
+def test_a_member_that_lies_beyond_the_file(tmp_path: Path, offset: int) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.jpg", b"image")
+    there = Archive(str(tmp_path / "x.zip"))
+    there.members["a.jpg"].header_offset = offset
+    with pytest.raises(zipfile.BadZipFile):
+        there.read("a.jpg")
 
 
 def test_a_zip_packed_otherwise(tmp_path: Path) -> None:
@@ -1315,8 +1369,8 @@ def test_a_member_of_a_zip_is_unpacked_no_further_than_it_says(tmp_path: Path) -
         there.read("large.jpg", max_bytes=1_000_000)
 
 
-def test_no_room_for_decoded_images(tmp_path: Path) -> None:
-    pixels = decode.Pixels((2, 1, 8, 8, 3), tmp_path)
+def test_no_room_for_decoded_images() -> None:
+    pixels = decode.Pixels((2, 1, 8, 8, 3))
     pixels.file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
     with pytest.raises(InputError, match=r"TMPDIR.*no space left"), pixels.file:
         pixels[0] = bytes(8 * 8 * 3)

@@ -55,7 +55,13 @@ def test_absolute(given: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"), [("", "empty"), ("gs://b/x", "gs:// is not supported"), ("s3://", "no bucket")]
+    ("given", "reason"),
+    [
+        ("", "empty"),
+        ("gs://b/x", "gs:// is not supported"),
+        ("s3://", "no bucket"),
+        ("/dev/zero", "/dev/zero is a pipe, socket or device"),
+    ],
 )
 def test_absolute_refuses(given: str, reason: str) -> None:
     with pytest.raises(InputError, match=f"--data.*{reason}"):

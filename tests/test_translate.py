@@ -31,7 +31,7 @@ from ddpm_core.errors import InputError
 from ddpm_core.translator import NOT_FINITE, Translated, Translator
 from jobs import evaluate, translate
 from jobs.common import cli
-from jobs.datasets import writing
+from jobs.datasets import reading, writing
 from jobs.datasets.format import DatasetCard, Row, read_card
 from jobs.translation import batch as batches
 from jobs.translation import driver, listing, tables
@@ -254,9 +254,47 @@ def test_parquet_that_tells_where_images_lie(tmp_path: Path) -> None:
     nothing = parquet(tmp_path / "b.parquet", label=["x"], kind=["y"])
     with pytest.raises(InputError, match=r"b\.parquet has the columns label, kind; one must hold the images' bytes"):
         tables.find(str(nothing))
-    (tmp_path / "c.parquet").write_bytes(b"no")
-    with pytest.raises(InputError, match=r"c\.parquet is not a readable parquet file"):
-        tables.find(str(tmp_path / "c.parquet"))
+    whole = file.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for content in (
+        b"no",
+        whole[:-9],
+        whole[:footer] + b"\xff" * 8 + whole[footer + 8 :],
+        whole[:4] + b"\xff" * (footer - 4) + whole[footer:],
+    ):
+        (tmp_path / "c.parquet").write_bytes(content)
+        with pytest.raises(InputError, match=r"c\.parquet is not a readable parquet file"):
+            found_in(tmp_path / "c.parquet")
+
+
+def test_a_parquet_file_is_read_by_row_groups_that_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = parquet(tmp_path / "a.parquet", uri=["1.jpg"], image=[bytes(2_000_000)])
+    tables.images_of.cache_clear()
+    monkeypatch.setattr(reading, "MAX_GROUP_BYTES", 1_000_000)
+    assert [row.id for row in found_in(file)[0]] == ["a/00000-0000000"]
+    with pytest.raises(InputError, match=r"a\.parquet: row group 0 unpacks to 0\.0 GB; at most .* smaller row groups"):
+        tables.images_of(str(file), 0, "image")
+
+
+def test_text_that_is_no_utf_8_is_one_row_s_name(tmp_path: Path) -> None:
+    column = pa.array([b"a.jpg", b"caf\xe9.jpg"]).view(pa.string())
+    pyarrow.parquet.write_table(pa.table({"uri": column}), tmp_path / "a.parquet")
+    assert [row.id for row in found_in(tmp_path / "a.parquet")[0]] == ["a.jpg", "caf%E9.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"x" * 70_000),
+        ("a.txt", b"1.jpg\n" + bytes(70_000)),
+    ],
+)
+def test_lists_that_are_none(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.txt: a line is longer than any URI"):
+        found_in(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["CSV", "Parquet"])

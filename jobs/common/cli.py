@@ -14,7 +14,6 @@ import logging
 import os
 import pkgutil
 import re
-import select
 import signal
 import sys
 import traceback
@@ -193,26 +192,48 @@ def run(main: Callable[[], int]) -> None:
     does a signal."""
     _take_streams()
     stopping.install()
-    try:
-        _check_folder()
-        code = main()
-    except KeyboardInterrupt:
-        print(f"\n{stopping.word()}; {stopping.GOES_ON}", file=sys.stderr)
-        code = stopping.exit_code()
-    except Exception as error:
-        cause = input_error(error)
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            code = 128 + signal.SIGPIPE
-        elif cause is None:
-            traceback.print_exc()
-            code = FAILED
-        else:
-            print(f"error: {cause}", file=sys.stderr)
-            code = WRONG_INPUT
+    code: Any
+    with contextlib.suppress(OSError):  # nobody can be told that stderr is full
+        try:
+            _check_folder()
+            try:
+                code = main()
+            except SystemExit as stop:  # --help
+                code = stop.code
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            code = stopping.exit_code()
+            print(f"\n{stopping.word()}; {stopping.GOES_ON}", file=sys.stderr)
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and error.filename == STDOUT:  # it went to a program such as `head`
+                code = 128 + signal.SIGPIPE
+            elif (cause := input_error(error)) is None:
+                code = FAILED
+                traceback.print_exc()
+            else:
+                code = WRONG_INPUT
+                print(f"error: {cause}", file=sys.stderr)
     stopping.settle()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # else the interpreter tries it again, and says so
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+STDOUT = "standard output"
+
+
+class _Stdout(io.FileIO):
+    """File descriptor 1, whose errors say that they are of it."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = STDOUT
+            raise
 
 
 def _take_streams() -> None:
@@ -228,6 +249,15 @@ def _take_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not what a test has put there
             stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
+        ours = _Stdout(1, "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(
+            ours if isinstance(sys.stdout.buffer, io.RawIOBase) else io.BufferedWriter(ours),  # python -u
+            encoding=sys.stdout.encoding,
+            errors=sys.stdout.errors,
+            line_buffering=sys.stdout.line_buffering,
+            write_through=sys.stdout.write_through,
+        )
 
 
 def _check_folder() -> None:
@@ -283,16 +313,6 @@ def commands() -> dict[str, str]:
     return found
 
 
-def _nobody_reads() -> bool:
-    """Whether what we print goes to a program that has ended, such as `head`; from then on it goes nowhere."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
-
-
 def input_error(error: BaseException | None) -> InputError | None:
     """The InputError behind `error`, through what Ray wraps around a worker's exception; None if there is none."""
     seen: set[int] = set()
@@ -312,6 +332,10 @@ def input_error(error: BaseException | None) -> InputError | None:
         if isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT):  # of whatever library
             place = current.filename or "a file, perhaps in TMPDIR"
             return InputError(f"{place}: no space left on the device; free some or write elsewhere")
+        if isinstance(current, OSError) and current.filename == STDOUT:
+            return InputError(f"{STDOUT}: {current.strerror}; send it elsewhere")
+        if isinstance(current, FileNotFoundError) and "No usable temporary directory" in str(current):
+            return InputError("there is no folder for temporary files that can be written to; set TMPDIR to one")
         todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
         todo += list(getattr(current, "worker_failures", {}).values())
         if type(current).__module__.startswith("ray."):  # Ray Data keeps a task's exception as text only

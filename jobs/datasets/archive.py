@@ -8,6 +8,9 @@ import zlib
 from ddpm_core import storage
 from ddpm_core.errors import InputError
 
+END_BYTES, MAX_LISTING = 2**17, 2**27
+"""Where a zip file says how long its listing is, and the longest that is read: two million members take 1 GB."""
+
 
 class Archive:
     """A zip file, local or remote: listed once, then each member costs one ranged read, from any thread."""
@@ -23,8 +26,14 @@ class Archive:
         self.members = {info.filename: info for info in listing if not info.is_dir()}
 
     def _listing(self) -> list[zipfile.ZipInfo]:
+        size = self.file.size()
+        end = self.file.read_at(min(size, END_BYTES), max(size - END_BYTES, 0))
+        for mark, kind, offset in ((b"PK\5\6", "<I", 12), (b"PK\6\6", "<Q", 40)):  # the records of zip and of zip64
+            at = end.rfind(mark) + offset
+            if at >= offset and at + 8 <= len(end) and 2**32 - 1 != struct.unpack_from(kind, end, at)[0] > MAX_LISTING:
+                raise zipfile.BadZipFile("it lists more files than any set of images has")
         try:
-            return zipfile.ZipFile(self.file).infolist()
+            return [info for info in zipfile.ZipFile(self.file).infolist() if info.filename]
         except (ValueError, NotImplementedError, struct.error) as error:  # so it ends where the listing is nonsense
             raise zipfile.BadZipFile(str(error)) from None
 
@@ -46,6 +55,8 @@ class Archive:
             raise zipfile.BadZipFile(f"packed by method {info.compress_type}, only 0 and 8 are read: pack it anew")
         # local header: 30 bytes, name and extra field (whose length may differ from the listing's), then data
         start, size = info.header_offset, 30 + len(info.filename.encode()) + 2**10 + info.compress_size
+        if not 0 <= start < self.file.size():
+            raise zipfile.BadZipFile("it lies beyond the file's end")
         data = storage.with_retries(self.uri, lambda: self.file.read_at(size, start))
         if len(data) < 30 or data[:4] != b"PK\x03\x04" or info.flag_bits & 1:
             raise zipfile.BadZipFile("damaged or encrypted member")

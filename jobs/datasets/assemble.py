@@ -4,10 +4,8 @@ import copy
 import dataclasses
 import io
 import json
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow
@@ -64,8 +62,8 @@ def make(output: str, draft: source.Draft, *, append: bool, overwrite: bool, num
         return there.num_rejected
     storage.check_writable(output)
     started = time.monotonic()
-    with workers.session(num_workers), tempfile.TemporaryDirectory(prefix="ddpm-prepare-") as scratch:
-        made = draft.make(Path(scratch))
+    with workers.session(num_workers):
+        made = draft.make()
         card = write(output, draft.card, made) if before is None else extend(output, draft.card, made, before)
         made.clean()
     seconds = max(time.monotonic() - started, 1e-3)
@@ -258,7 +256,7 @@ def read_lines(output: str, file: str, card: DatasetCard) -> list[dict[str, Any]
         table = pyarrow.parquet.read_table(io.BytesIO(storage.read_bytes(where)))
     except FileNotFoundError:
         return []
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{where} is not a readable parquet file ({str(error).splitlines()[0]}); delete it") from None
     return [line for line in table.to_pylist() if line["version"] <= card.version]
 

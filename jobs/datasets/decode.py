@@ -7,7 +7,6 @@ import functools
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,10 +60,11 @@ class Decoded(NamedTuple):
 class Pixels:
     """Decoded images in a file, (n, parts, s, s, 3) uint8, so that 200,000 of them need no memory."""
 
-    def __init__(self, shape: tuple[int, int, int, int, int], scratch: Path) -> None:
-        self.shape, self.scratch = shape, scratch
-        # It has no name: nothing of it is left when the process is killed.
-        self.file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
+    def __init__(self, shape: tuple[int, int, int, int, int]) -> None:
+        self.shape = shape
+        with self._explained():
+            # It has no name, nor a folder of its own: nothing is left when the process is killed.
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115
         self.ok = np.zeros(shape[0], bool)
         """(n,) whether the image is used."""
         self.marks: list[tuple[bytes, ...]] = [()] * shape[0]
@@ -107,7 +107,9 @@ class Pixels:
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
         bytes_needed = int(np.prod(self.shape))
-        return storage.user_errors(f"{self.scratch} (TMPDIR says where) for {bytes_needed / 1e6:,.0f} MB of pixels")
+        return storage.user_errors(
+            f"{tempfile.gettempdir()} (TMPDIR says where) for {bytes_needed / 1e6:,.0f} MB of pixels"
+        )
 
     def means(self) -> np.ndarray:
         """(parts,) mean grey level of each part over the decoded images."""
@@ -133,7 +135,6 @@ def decode_images(
     *,
     size: int,
     halves: bool,
-    scratch: Path,
     encoding: Encoding,
     template: tuple[float, ...] = (),
 ) -> tuple[Pixels, list[tuple[str, str]]]:
@@ -147,7 +148,7 @@ def decode_images(
     Raises:
         InputError: none could be decoded, or the store refuses.
     """
-    pixels = Pixels((len(files), 2 if halves else 1, size, size, 3), scratch)
+    pixels = Pixels((len(files), 2 if halves else 1, size, size, 3))
     rejected = []
     decode = functools.partial(decode_task, size=size, halves=halves, encoding=encoding, template=template)
     each = FACES_PER_TASK if template else IMAGES_PER_TASK
@@ -245,14 +246,14 @@ def in_archive(uri: str) -> tuple[str, str]:
 _is_archive = functools.lru_cache(maxsize=64)(storage.is_file)
 
 
-def read_or_error(uri: str) -> bytes | InputError:
+def read_or_error(uri: str, *, max_bytes: int = images.MAX_BYTES) -> bytes | InputError:
     """An image's bytes. What is wrong with one file sets it aside; a store that refuses stops the work."""
     packed, member = in_archive(uri)
     try:
         if packed:
-            content = archive(packed).read(member, max_bytes=images.MAX_BYTES)
+            content = archive(packed).read(member, max_bytes=max_bytes)
         else:
-            content = storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
+            content = storage.read_bytes(uri, max_bytes=max_bytes)
         images.check_kind(member or uri, content)
         return content
     except FileNotFoundError:

@@ -1,6 +1,7 @@
 """Reading the data-set format, by this process or on Ray's workers: the same pieces, the same reader."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from jobs.datasets.options import Encoding
 COLUMNS = ("id", "domain", "image", "target")
 ROWS_IN_PIECE, PIECE_BYTES = 1024, 64 * 2**20
 """Aim for pieces of this many rows, or decoded bytes: enough of them for every CPU, few enough to cost nothing."""
+MAX_GROUP_BYTES = 2**31
+"""Of a row group, unpacked, which is read at once; ours have 64 MB or a single row."""
 
 
 def read_index(uri: str, card: DatasetCard) -> dict[str, IndexRow]:
@@ -43,11 +46,12 @@ def read_labels(uri: str, card: DatasetCard, split: str, columns: Sequence[str])
     """
     shards = [shard for shard in card.shards if shard.file.startswith(f"{split}/")]
     check_shards(uri, shards, columns)
-    fs, path = storage.filesystem(uri)
     tables = [pyarrow.schema([SCHEMA.field(name) for name in columns]).empty_table()]
     for shard in shards:
-        with storage.user_errors(uri), fs.open_input_file(storage.join(path, shard.file)) as file:
+        fs, path = storage.filesystem(storage.join(uri, shard.file))
+        with _explained(path), fs.open_input_file(path) as file:
             tables.append(pyarrow.parquet.read_table(file, columns=list(columns)))
+            tables[-1].validate(full=True)
     return pyarrow.concat_tables(tables)
 
 
@@ -85,8 +89,10 @@ class Split:
                 _check_size(piece.uri, file.size(), piece.num_bytes)
                 try:
                     parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
-                    return parquet.read_row_groups(piece.groups, columns=list(self.columns), use_threads=False)
-                except pyarrow.ArrowInvalid as error:
+                    rows = parquet.read_row_groups(piece.groups, columns=list(self.columns), use_threads=False)
+                    rows.validate(full=True)
+                    return rows
+                except pyarrow.ArrowException as error:
                     raise _damaged(piece.uri, error) from None
 
         try:
@@ -106,8 +112,23 @@ def _check_size(uri: str, found: int, wanted: int) -> None:
         raise InputError(f"{uri} has {found:,} bytes where dataset.json says {wanted:,}; {MAKE_AGAIN}")
 
 
+@contextlib.contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """What a file, or the store where it lies, is found to be, as an InputError that names it."""
+    try:
+        with storage.user_errors(uri):
+            try:
+                yield
+            except pyarrow.ArrowException as error:
+                raise _damaged(uri, error) from None
+    except FileNotFoundError:
+        raise InputError(f"{uri} is missing; {MAKE_AGAIN}") from None
+    except OSError as error:  # Arrow's for what it cannot make sense of
+        raise _damaged(uri, error) from None
+
+
 def _damaged(uri: str, error: Exception) -> InputError:
-    return InputError(f"{uri} is damaged ({str(error).splitlines()[0]}); {MAKE_AGAIN}")
+    return InputError(f"{uri} is damaged or not a readable parquet file ({str(error).splitlines()[0]}); {MAKE_AGAIN}")
 
 
 def open_split(uri: str, split: str, *, columns: Sequence[str] = COLUMNS, rows_in_piece: int | None = None) -> Split:
@@ -168,16 +189,9 @@ def check_shards(uri: str, shards: Sequence[Shard], columns: Sequence[str]) -> l
 def _check_shard(uri: str, shard: Shard, columns: Sequence[str]) -> list[int]:
     remedy = MAKE_AGAIN
     fs, path = storage.filesystem(uri)
-    try:
-        with storage.user_errors(uri), fs.open_input_file(path) as file:
-            try:
-                parquet = pyarrow.parquet.ParquetFile(file)
-            except pyarrow.ArrowInvalid as error:
-                reason = str(error).splitlines()[0]
-                raise InputError(f"{uri} is not a readable parquet file ({reason}); {remedy}") from None
-            schema, metadata, size = parquet.schema_arrow, parquet.metadata, file.size()
-    except FileNotFoundError:
-        raise InputError(f"{uri} is missing; {remedy}") from None
+    with _explained(uri), fs.open_input_file(path) as file:
+        parquet = pyarrow.parquet.ParquetFile(file)
+        schema, metadata, size = parquet.schema_arrow, parquet.metadata, file.size()
     for name in columns:
         if name not in schema.names:
             raise InputError(f"{uri}: column {name!r} is missing; {remedy}")
@@ -187,7 +201,10 @@ def _check_shard(uri: str, shard: Shard, columns: Sequence[str]) -> list[int]:
     if metadata.num_rows != shard.rows:
         raise InputError(f"{uri} has {metadata.num_rows} rows where dataset.json says {shard.rows}; {remedy}")
     _check_size(uri, size, shard.num_bytes)
-    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    if any(group.total_byte_size > MAX_GROUP_BYTES for group in groups):
+        raise InputError(f"{uri} unpacks to more than images of a data set take; {remedy}")
+    return [group.num_rows for group in groups]
 
 
 def decode_table(table: pyarrow.Table, image_size: int, encoding: Encoding) -> pyarrow.Table:

@@ -7,7 +7,6 @@ cheap and reads no image; `Draft.make` does the work.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,8 +44,8 @@ class Draft:
 
     card: DatasetCard
     """All that is known before an image is read."""
-    make: Callable[[Path], Made]
-    """Does the work; the folder is for scratch files that the rows still need while they are iterated."""
+    make: Callable[[], Made]
+    """Does the work."""
 
 
 def source_folder(options: Common, what: str) -> str:

@@ -11,14 +11,16 @@ import itertools
 import posixpath
 import re
 import urllib.parse
+import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from ddpm_core import images, storage
 from ddpm_core.errors import InputError
+from jobs.datasets import reading
 from jobs.datasets.listing import is_system
 from jobs.translation import listing
 from jobs.translation.listing import LOOKED_AT, Passed, Sources, row_uri
@@ -29,6 +31,9 @@ LISTS = (".txt", ".lst", ".list")
 URI_COLUMNS = ("uri", "url", "path", "file", "file_name", "image_path", "image_uri", "key")
 """Of several columns of text, the first of these tells where an image lies."""
 AT_ONCE = 10_000
+MAX_LINE = 2**16
+"""Letters of a line in a list."""
+T = TypeVar("T")
 
 
 def find(uri: str) -> Sources:
@@ -75,7 +80,10 @@ def of_list(uri: str) -> Sources:
 
 def _lines(uri: str) -> Iterator[str]:
     with _opened(uri) as stream:
-        for line in io.TextIOWrapper(stream, "utf-8", errors="surrogateescape"):
+        text = io.TextIOWrapper(stream, "utf-8", errors="surrogateescape")
+        for line in iter(lambda: text.readline(MAX_LINE), ""):
+            if len(line) == MAX_LINE:
+                raise InputError(f"{uri}: a line is longer than any URI; give a text file with a URI a line")
             if line.strip():
                 yield line.strip("\r\n")
 
@@ -88,8 +96,11 @@ def _opened(uri: str) -> Iterator[Any]:
         stream = storage.with_retries(uri, lambda: fs.open_input_stream(path, compression=None))
     except FileNotFoundError:
         raise InputError(f"{uri}: no such file") from None
-    with storage.user_errors(uri), stream:
-        yield gzip.GzipFile(fileobj=stream) if uri.endswith(".gz") else stream
+    try:
+        with storage.user_errors(uri), stream:
+            yield gzip.GzipFile(fileobj=stream) if uri.endswith(".gz") else stream
+    except (gzip.BadGzipFile, EOFError, zlib.error, csv.Error, KeyError) as error:
+        raise InputError(f"{uri} is damaged ({str(error) or type(error).__name__}); bring it anew") from None
 
 
 def _at(uris: Iterator[str], folder: str, passed: Passed) -> Iterator[Listed]:
@@ -144,7 +155,7 @@ def packed(uri: str, files: list[str]) -> Sources:
             stem = posixpath.splitext(file.removeprefix(root).lstrip("/"))[0]
             for group, num_rows, table in _groups(file, ["id"] if named else []):
                 places = [f"{stem}/{group:05d}-{row:07d}" for row in range(num_rows)]
-                names = [str(each) for each in table["id"].to_pylist()] if named else places
+                names = [storage.as_text(str(each)) for each in _values(table["id"])] if named else places
                 again = set()
                 there = seen.have(names)
                 for row, (name, place) in enumerate(zip(names, places, strict=True)):
@@ -167,15 +178,29 @@ def _schema(file: str) -> pa.Schema:
         with fs.open_input_file(path) as stream, _readable(file):
             return pyarrow.parquet.read_schema(stream)
 
-    return storage.with_retries(file, read)
+    return _asked(file, read)
 
 
 @contextlib.contextmanager
 def _readable(file: str) -> Iterator[None]:
     try:
         yield
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{file} is not a readable parquet file ({str(error).splitlines()[0]})") from None
+    except pa.ArrowException as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: str, error: Exception) -> InputError:
+    return InputError(f"{file} is not a readable parquet file ({str(error).splitlines()[0]})")
+
+
+def _asked(file: str, read: Callable[[], T]) -> T:
+    """What `read` gives, as `storage.with_retries`; what Arrow cannot make sense of is the file's fault."""
+    try:
+        return storage.with_retries(file, read)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _damaged(file, error) from None
 
 
 def _column(file: str, schema: pa.Schema) -> tuple[str, str]:
@@ -218,14 +243,32 @@ def _group(file: str, group: int, columns: list[str]) -> tuple[int, pa.Table] | 
                 return None
             if missing := [name for name in columns if name not in opened.schema_arrow.names]:
                 raise InputError(f"{file} has no column {missing[0]}, as others of the input have")
-            rows = opened.metadata.row_group(group).num_rows
-            return rows, opened.read_row_group(group, columns=columns)
+            about = opened.metadata.row_group(group)
+            chunks = [about.column(index) for index in range(about.num_columns)]
+            held = sum(each.total_uncompressed_size for each in chunks if each.path_in_schema.split(".")[0] in columns)
+            if held > reading.MAX_GROUP_BYTES:
+                raise InputError(
+                    f"{file}: row group {group} unpacks to {held / 1e9:,.1f} GB; at most "
+                    f"{reading.MAX_GROUP_BYTES / 1e9:.1f} are read at once: write it anew with smaller row groups"
+                )
+            table = opened.read_row_group(group, columns=columns)
+            if len(table) != about.num_rows:
+                raise InputError(f"{file}: row group {group} has {len(table)} rows and says {about.num_rows}")
+            return about.num_rows, table
 
-    return storage.with_retries(file, read)
+    return _asked(file, read)
 
 
 def _texts(table: pa.Table) -> list[str]:
-    return [each for each in table.column(0).to_pylist() if each]
+    return [each for each in _values(table.column(0)) if each]
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """A column's values; text that is no UTF-8 as names of files have it."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column.to_pylist()
+    texts = column.cast(pa.large_binary()).to_pylist()
+    return [None if each is None else each.decode("utf-8", "surrogateescape") for each in texts]
 
 
 @functools.lru_cache(maxsize=2)  # batches of one row group follow each other

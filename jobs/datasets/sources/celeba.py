@@ -12,13 +12,13 @@ of the attributes that do not go with the domain (and, where they are known, has
 jobs/datasets/matching.py weighs them). Such pairs are proxies.
 """
 
+import codecs
 import dataclasses
 import difflib
 import itertools
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
@@ -54,6 +54,8 @@ WIDTH, HEIGHT = 178, 218
 CENTRE = np.array([WIDTH // 2, HEIGHT // 2] * 5)
 MARGIN = 100
 """Landmarks may lie outside of the image by this much, in pixels."""
+MAX_TABLE_BYTES, MAX_LINE, MAX_LINES = 100_000_000, 4096, 1_000_000
+"""Of a table: CelebA's have 27 MB at most, lines of 200 letters, and one for each of 202,599 images."""
 LINES_AT_ONCE = 1000
 """Lines of a table that are text cells at a time: Python's strings take twenty times the room of the numbers."""
 
@@ -112,7 +114,7 @@ def draft(options: CelebA) -> Draft:
         prepared_by=prepared_by("celeba", dataclasses.replace(options, identity_encoder=encoder)),
         source_hash=fingerprint(sizes),
     )
-    return Draft(card=card, make=lambda scratch: _make(faces, rejected, notes, column, options, there, scratch))
+    return Draft(card=card, make=lambda: _make(faces, rejected, notes, column, options, there))
 
 
 def _check_matching(options: CelebA) -> None:
@@ -184,7 +186,7 @@ def _table(source: str, sizes: Mapping[str, int], stem: str, *, header: bool) ->
         return None
     best = min(found, key=lambda file: (wanted.index(parts(file)[-1]), file.count("/"), file))
     uri = storage.join(source, best)
-    content = decode.read_or_error(uri)
+    content = decode.read_or_error(uri, max_bytes=MAX_TABLE_BYTES)
     if isinstance(content, InputError):
         raise InputError(f"{uri}: {content}")
     words = {word: SPLITS.index(split) for word, split in SPLIT_WORDS.items()} if stem == PARTITION else {}
@@ -199,10 +201,14 @@ def parse_table(content: bytes, uri: str, *, header: bool, words: Mapping[str, i
     Raises:
         InputError: naming the file and the line.
     """
+    if content.count(b"\n") + content.count(b"\r") > 2 * MAX_LINES:
+        raise InputError(f"{uri} has more lines than CelebA has images; download it again")
     try:
-        lines = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        lines = [line.decode() for line in content.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise InputError(f"{uri} is not a text file; download it again") from None
+    if any(len(line) > MAX_LINE for line in lines):
+        raise InputError(f"{uri} has lines of more than {MAX_LINE} letters; download it again")
     comma = uri.endswith(".csv")
     count = None
     columns: list[str] = []
@@ -215,7 +221,7 @@ def parse_table(content: bytes, uri: str, *, header: bool, words: Mapping[str, i
             raise InputError(f"{uri}: column 'image_id' must be the first, that is {columns[0]!r}")
         columns, start = columns[1:], 1
     elif header:
-        if len(lines) < 2 or not lines[0].strip().isdigit():
+        if len(lines) < 2 or not lines[0].strip().isdecimal():
             raise InputError(f"{uri}: the first line must be the number of images, the second the names of columns")
         count, columns, start = int(lines[0]), lines[1].split(), 2
     width = len(columns) or 1
@@ -239,6 +245,8 @@ def parse_table(content: bytes, uri: str, *, header: bool, words: Mapping[str, i
 def _values(cells: Sequence[Sequence[str]], words: Mapping[str, int], where: str, first: int) -> np.ndarray:
     """Raises InputError with the number of the line whose value is no whole number and none of the words."""
     try:
+        if max(map(len, itertools.chain.from_iterable(cells)), default=0) > 20:  # no number, and costly in an array
+            raise ValueError
         return np.array(cells).astype(np.int32)
     except (ValueError, OverflowError):
         known = [[words.get(cell.casefold(), cell) for cell in record] for record in cells]
@@ -454,12 +462,9 @@ def _make(
     column: int,
     options: CelebA,
     there: Mapping[str, IndexRow],
-    scratch: Path,
 ) -> Made:
     files = [File(face.name, face.uri) for face in faces]
-    pixels, rejected = decode.decode_images(
-        files, size=options.image_size, halves=False, scratch=scratch, encoding=options.encoding
-    )
+    pixels, rejected = decode.decode_images(files, size=options.image_size, halves=False, encoding=options.encoding)
     names = [face.name for face in faces]
     copies, dropped, word = weed(
         pixels, names, [face.split for face in faces], options, known=[name in there for name in names]

@@ -6,7 +6,6 @@ SOURCE/day/…  SOURCE/night/…         (or Day, NIGHT) counterparts have equal
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from ddpm_core import storage
 from ddpm_core.errors import InputError
@@ -79,19 +78,15 @@ def draft(options: Day2Night) -> Draft:
         prepared_by=prepared_by("day2night", options),
         source_hash=fingerprint(listing.sizes),
     )
-    return Draft(card=card, make=lambda scratch: _make(items, listing.rejected, notes, options, scratch))
+    return Draft(card=card, make=lambda: _make(items, listing.rejected, notes, options))
 
 
-def _make(
-    items: Sequence[Item], unread: Mapping[str, str], found: Sequence[str], options: Day2Night, scratch: Path
-) -> Made:
+def _make(items: Sequence[Item], unread: Mapping[str, str], found: Sequence[str], options: Day2Night) -> Made:
     there = rows_there(options)
     kept = {layout.item_name(name): row.split for name, row in there.items()}
     splits, note = folders.assign_splits({"": items}, kept)
     files = [File(item.file, item.uri) for item in items]
-    pixels, rejected = decode.decode_images(
-        files, size=options.image_size, halves=True, scratch=scratch, encoding=options.encoding
-    )
+    pixels, rejected = decode.decode_images(files, size=options.image_size, halves=True, encoding=options.encoding)
     left, notes = options.left, [note, *found]
     if left == "auto":
         means = pixels.means()

@@ -65,7 +65,7 @@ def draft(options: Earth) -> source.Draft:
         prepared_by=source.prepared_by("earth", options),
         source_hash=source.fingerprint(*content.values()),
     )
-    return source.Draft(card=card, make=lambda scratch: _make(options, content))
+    return source.Draft(card=card, make=lambda: _make(options, content))
 
 
 def maps_folder() -> Path:

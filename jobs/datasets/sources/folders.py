@@ -17,7 +17,6 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 from ddpm_core import faces, storage
@@ -144,7 +143,7 @@ def draft_domains(
         source_hash=fingerprint(there.sizes, *domains, *([] if pairs is None else [pairs.content])),
     )
     there = dataclasses.replace(there, domains=domains, rejected=rejected)
-    return Draft(card=card, make=lambda scratch: _make(there, pairing, pairs, options, template, scratch))
+    return Draft(card=card, make=lambda: _make(there, pairing, pairs, options, template))
 
 
 def match_names(domains: Mapping[str, list[Item]]) -> tuple[dict[str, list[Item]], dict[str, str]]:
@@ -334,7 +333,6 @@ def _make(
     pairs: Pairs | None,
     options: FromFiles,
     template: tuple[float, ...],
-    scratch: Path,
 ) -> Made:
     there, domains = rows_there(options), found.domains
     torn: list[tuple[str, str]] = []
@@ -347,7 +345,6 @@ def _make(
         [File(name, item.uri) for name, (_, item) in zip(names, flat, strict=True)],
         size=options.image_size,
         halves=False,
-        scratch=scratch,
         encoding=options.encoding,
         template=template,
     )

@@ -15,7 +15,6 @@ import io
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,9 +87,7 @@ def draft(options: MadePairs) -> source.Draft:
     parts = storage.join(f"{output.rstrip('/')}.parts", source.fingerprint(made.source_hash, made.prepared_by))
     make: dict[str, Any] = {"checkpoint_uri": loaded.path, "ema": loaded.ema, "sampling": configs.to_dict(sampling)}
     make |= {"weights": options.weights, "seed": options.seed, "classifier": classifier, "identity_encoder": encoder}
-    return source.Draft(
-        card=made, make=lambda scratch: _make(data, card, make, parts, scratch, num_workers=options.num_workers)
-    )
+    return source.Draft(card=made, make=lambda: _make(data, card, make, parts, num_workers=options.num_workers))
 
 
 def checked(card: DatasetCard, config: ModelConfig, data: str) -> SamplingConfig:
@@ -123,7 +120,6 @@ def _make(
     card: DatasetCard,
     make: dict[str, Any],
     parts: str,
-    scratch: Path,
     *,
     num_workers: int | None,
 ) -> source.Made:
@@ -134,7 +130,7 @@ def _make(
         for piece in split.pieces:
             tasks.append((name, total, piece))
             total += piece.rows
-    pixels = decode.Pixels((total, 1, card.image_size, card.image_size, 3), scratch)
+    pixels = decode.Pixels((total, 1, card.image_size, card.image_size, 3))
     taken = np.full(total, NOT_TURNED, np.int8)
     there = {int(name.removesuffix(".npz")) for name in storage.file_sizes(parts) if name.endswith(".npz")}
     with Progress(total=total, unit="row", description="edit") as progress:

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -60,7 +59,7 @@ def draft(options: Rendered) -> source.Draft:
         prepared_by=source.prepared_by("rendered", options),
         source_hash=source.fingerprint(scene, options.seed),
     )
-    return source.Draft(card=card, make=lambda scratch: _make(options, scratch))
+    return source.Draft(card=card, make=lambda: _make(options))
 
 
 def check(options: Rendered) -> None:
@@ -136,7 +135,7 @@ class Task:
         return (0, 1) if self.paired else (domain_of(self.seed, index),)
 
 
-def _make(options: Rendered, scratch: Path) -> source.Made:
+def _make(options: Rendered) -> source.Made:
     task = Task(
         scene=options.scene,
         seed=options.seed,
@@ -144,7 +143,7 @@ def _make(options: Rendered, scratch: Path) -> source.Made:
         size=options.image_size,
         paired=options.pairing == "paired",
     )
-    pixels = draw_all(task, options.count, scratch)
+    pixels = draw_all(task, options.count)
     indices: dict[str, list[int]] = {split: [] for split in SPLITS}
     for index in range(options.first, options.first + options.count):
         indices[split_of(options.seed, index)].append(index)
@@ -156,9 +155,9 @@ def _make(options: Rendered, scratch: Path) -> source.Made:
     )
 
 
-def draw_all(task: Task, count: int, scratch: Path) -> decode.Pixels:
+def draw_all(task: Task, count: int) -> decode.Pixels:
     """Every image; parts are the domains of `Task.domains`."""
-    pixels = decode.Pixels((count, 2 if task.paired else 1, task.size, task.size, 3), scratch)
+    pixels = decode.Pixels((count, 2 if task.paired else 1, task.size, task.size, 3))
     numbers = [range(count)[start : start + IMAGES_PER_TASK] for start in range(0, count, IMAGES_PER_TASK)]
     with Progress(total=count, unit="row", description="draw") as progress:
         for some, drawn in workers.mapped(functools.partial(draw_task, task=task), numbers, len(numbers)):
