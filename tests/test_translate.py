@@ -24,7 +24,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from ddpm_core import checkpoint, encoders, full_size, images, keyed_mark, marks, storage
+from ddpm_core import checkpoint, encoders, full_size, images, keyed_mark, marks, nets, storage
 from ddpm_core import config as configs
 from ddpm_core.config import DiffusionConfig, SamplingConfig
 from ddpm_core.errors import InputError
@@ -33,6 +33,7 @@ from jobs import evaluate, translate
 from jobs.common import cli
 from jobs.datasets import reading, writing
 from jobs.datasets.format import DatasetCard, Row, read_card
+from jobs.reports import grids
 from jobs.translation import batch as batches
 from jobs.translation import driver, listing, tables
 from jobs.translation import shards as shard_files
@@ -199,7 +200,8 @@ def found_in(uri: Path | str) -> tuple[list[Listed], Passed]:
     return list(tables.find(str(uri)).images(passed)), passed
 
 
-def test_a_list_of_uris(tmp_path: Path) -> None:
+def test_a_list_of_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "stamps", lambda uris: [(1, 2)] * len(uris))  # there is no such bucket
     lines = ["b/1.jpg", "s3://bucket/k #1.jpg", str(tmp_path / "x.png"), "", "http://host/1.jpg", "b/1.jpg"]
     (tmp_path / "list.txt").write_bytes("\n".join(lines).encode() + b"\r\ncaf\xe9.jpg\n")
     found, passed = found_in(tmp_path / "list.txt")
@@ -211,8 +213,23 @@ def test_a_list_of_uris(tmp_path: Path) -> None:
         ("caf%E9.jpg", f"{tmp_path}/caf%E9.jpg"),
     ]
     assert [bool(row.error) for row in found] == [False, False, False, True, False]
+    assert [row.mtime_ns for row in found] == [2, 2, 2, 0, 2]
     assert found[-1].path == os.fsencode(tmp_path) + b"/caf\xe9.jpg"
     assert passed.num_twice == 1
+
+
+def test_changed_images_of_a_list_are_done_again(
+    folder: Path, tmp_path: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+    (folder / "list.txt").write_text("\n".join(names))
+    argv = command(checkpoint_folder, folder / "list.txt", tmp_path / "out")
+    assert translate.main(argv) == cli.DONE
+    put(folder / names[1], 9)
+    (folder / names[2]).unlink()  # its result stays
+    capsys.readouterr()
+    assert translate.main(argv) == cli.DONE
+    assert f"1 image to translate, {len(names) - 1} are done already" in capsys.readouterr().out
 
 
 def parquet(path: Path, **columns: Any) -> Path:
@@ -870,11 +887,17 @@ def test_two_images_side_by_side_are_told_of(tmp_path: Path, checkpoint_folder: 
 
 
 def test_the_preview_is_spread_over_all_images(tmp_path: Path, checkpoint_folder: str) -> None:
-    for i in range(24):
+    for i in range(72):
         put(tmp_path / "in" / f"{i:02d}.png", i)
-    translate.main(command(checkpoint_folder, tmp_path / "in", tmp_path / "out"))
+    translate.main(command(checkpoint_folder, tmp_path / "in", tmp_path / "out", "--output-size", "model"))
     shown = json.loads((tmp_path / "out" / "run.json").read_text())["preview"]
-    assert shown == ["01.png", "04.png", "07.png", "10.png", "13.png", "16.png", "19.png", "22.png"]
+    assert shown == [f"{i:02d}.png" for i in range(1, 72, 3)]
+    columns, rows = grids.ungrid((tmp_path / "out" / "preview.png").read_bytes())
+    assert (columns, len(rows)) == (["source", "night"] * 3, 8)
+    images_shown = [image for row in rows for image in row]
+    for i, name in enumerate(shown):
+        for image, path in zip(images_shown[2 * i : 2 * i + 2], ("in", "out"), strict=True):
+            assert np.array_equal(image, np.asarray(Image.open(tmp_path / path / name)))
 
 
 def test_a_refused_command_binds_nobody(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
@@ -1015,6 +1038,32 @@ def test_guides_reach_the_network_and_the_manifest(folder: Path, tmp_path: Path,
     assert translate.main([*command(checkpoint_folder, folder, out), *flags]) == cli.DONE
 
 
+def test_how_far_people_are_kept_is_told(
+    folder: Path, tmp_path: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "bad.jpg").write_text("no image")
+    who, out = write_encoder(tmp_path / "who", **IDENTITY), tmp_path / "out"
+    argv = [*command(checkpoint_folder, folder, out, "--output-size", "model"), "--identity-net", str(who)]
+    assert translate.main(argv) == cli.SET_ASIDE
+    rows = manifest(out)
+    assert rows.pop("bad.jpg")["identity_cosine"] is None
+    net = nets.identity_net(str(who)).module
+    for name, row in rows.items():
+        pair = np.stack([np.asarray(Image.open(each)) for each in (folder / name, out / row["output"])])
+        one, two = nets.features(net, pair).numpy()
+        assert row["identity_cosine"] == pytest.approx(float(one @ two), abs=2e-3)
+        assert row["identity_cosine"] < 0.9999
+    page = (out / "report.html").read_text()
+    least = min(rows, key=lambda name: rows[name]["identity_cosine"])
+    assert page.index("least alike") < page.index(f"<th>{least}") < page.index(f"{rows[least]['identity_cosine']:.2f}")
+    assert all(text in page for text in ("5 translated", "1 set aside", "not an image", "data:image/png"))
+    assert translate.main(argv) == cli.SET_ASIDE  # with the same sheet
+    assert (out / "report.html").read_text().count("data:image/png") == page.count("data:image/png") == 1
+    assert "no encoder here" in refused([*argv[:-1], str(folder)])
+    argv[argv.index(str(out))] = str(tmp_path / "other")
+    assert "would judge its own work" in refused([*argv, "--identity-guidance", str(who)])
+
+
 def test_guides_that_cannot_lead_are_refused(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
     out = tmp_path / "out"
     judge, who = str(write_encoder(tmp_path / "judge")), str(write_encoder(tmp_path / "who", **IDENTITY))
@@ -1109,6 +1158,28 @@ def test_what_memory_does_not_hold_is_halved(
     most = 0
     argv[argv.index("--output") + 1] = str(tmp_path / "none")
     assert "out of memory with one image at a time" in refused(argv)
+
+
+@pytest.mark.parametrize(
+    ("rates", "sizes"),
+    [
+        ({16: 10, 32: 15, 64: 18, 128: 20}, [16, 16, 32, 32, 64, 64, 128, 128, 128]),
+        ({16: 10, 32: 15, 64: 15.1, 128: 20}, [16, 16, 32, 32, 64, 64, 32, 32, 32]),
+        ({16: 10, 32: 9}, [16, 16, 32, 32, 16, 16, 16, 16, 16]),
+    ],
+)
+def test_how_many_at_once_are_best_is_found(rates: dict[int, float], sizes: list[int]) -> None:
+    found, seen = batches.AtOnce(None), []
+    for turn in range(9):
+        seen.append(found.now)
+        found.took(3, 0.001)  # the end of a batch tells nothing
+        found.took(found.now, found.now / rates[found.now] + (1 if turn % 2 == 0 else 0))  # the first of each is slow
+    assert seen == sizes
+    found.holds(8)
+    assert found.now == 8
+    said = batches.AtOnce(40)
+    said.took(40, 1.0)
+    assert said.now == 40
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -1342,7 +1413,7 @@ def test_bucket_to_bucket(s3: Any, folder: Path, checkpoint_folder: str, capsys:
     names = storage.list_files(f"{root}/out")
     results = [f"{i % 2}/p{i}.png" for i in (0, 2, 4, 1, 3)]
     assert names == sorted(
-        [*results, "manifest.parquet", "preview.png", "rejected.parquet", "rejected.txt", "run.json"]
+        [*results, "manifest.parquet", "preview.png", "rejected.parquet", "rejected.txt", "report.html", "run.json"]
     )
     found = images.to_square(images.decode(storage.read_bytes(f"{root}/out/1/p3.png")), 16)
     right = Translator(checkpoint.load(checkpoint_folder))(picture(3)[None], "night")[0]

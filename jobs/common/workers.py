@@ -147,6 +147,15 @@ class Pool:
     grows: bool = False
     """With the cluster."""
 
+    @property
+    def on_gpus(self) -> bool:
+        """Whether each has one."""
+        if self.on_ray:
+            return "num_gpus" in self.resources
+        import torch
+
+        return torch.cuda.is_available()
+
 
 def pool(num_batches: float, num_workers: int | None) -> Pool:
     """Workers for so many batches: this process for 0; by default a GPU each where the cluster has any, else a CPU.

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 
-from ddpm_core import checkpoint, full_size, images, marks, storage
+from ddpm_core import checkpoint, full_size, images, marks, nets, storage
 from ddpm_core.config import Faces, OutputFormat, OutputSize
 from ddpm_core.errors import InputError
 from ddpm_core.translator import NOT_FINITE, Translated
@@ -41,8 +42,40 @@ Plan = Mapping[str, list[tuple[str, int, str]]]
 TWO_IMAGES = "looks like two images side by side, of which the middle is taken: cut them apart first"
 BATCH_BYTES = 2**28
 """Files in a batch have no more bytes together, but for a single one."""
+AT_ONCE, MOST_AT_ONCE = 16, 128
+"""Images that the network sees at once where nobody says how many, and as many as are tried."""
 READ_THREADS = 8
 """Images read at once by one task: hides a bucket's latency."""
+
+
+class AtOnce:
+    """How many images the network sees at once: doubled as long as that makes an image MIN_GAIN cheaper."""
+
+    MIN_GAIN = 1.03
+
+    def __init__(self, fixed: int | None) -> None:
+        """`fixed`: it is said, and stays."""
+        self.now = fixed or AT_ONCE
+        self.is_found = fixed is not None
+        self.best_rate = 0.0
+        self.is_warm = False
+        """Whether a pass of this size has been: the first one makes ready what others use."""
+
+    def took(self, num: int, seconds: float) -> None:
+        """Note what a pass of `num` images took."""
+        if self.is_found or num != self.now:
+            return
+        if not self.is_warm:
+            self.is_warm = True
+        elif (rate := num / max(seconds, 1e-9)) >= self.MIN_GAIN * self.best_rate:
+            self.best_rate, self.is_warm = rate, False
+            self.now, self.is_found = min(2 * num, MOST_AT_ONCE), num == MOST_AT_ONCE
+        else:
+            self.now, self.is_found = num // 2, True
+
+    def holds(self, num: int) -> None:
+        """Memory holds no more than `num`."""
+        self.now, self.is_found = min(self.now, num), True
 
 
 class Translate:
@@ -64,19 +97,25 @@ class Translate:
         output_format: OutputFormat = "png",
         mark_key: bytes = b"",
         tiles: bool = False,
+        identity_net: str | None = None,
+        batch_size: int | None = sys.maxsize,
     ) -> None:
         """`sampling`, `guides`: fields of SamplingConfig and of Guides. `output`: where results go, None to keep them
         in `result`. `record`: what is told within each file of how it was made, beside checkpoint and licence.
-        `mark_key`: of the invisible mark, b"" for none. `tiles`: photos of their own size are drawn in windows."""
+        `mark_key`: of the invisible mark, b"" for none. `tiles`: photos of their own size are drawn in windows.
+        `identity_net`: compares each result with its source. `batch_size`: images that the network sees at once, at
+        most; None to find how many are best."""
         torch.set_num_threads(num_threads)
         loaded = checkpoint.load(checkpoint_uri, ema=ema)
         self.translator = opening.translator(loaded, GuidanceNets(**guides))
         self.sampling, self.output, self.tiles = sampling, output, tiles
         record = {"checkpoint": loaded.fingerprint, "licence": loaded.config.data.licence, **record}
         self.encode = functools.partial(marks.finish, record=record, kind=output_format, key=mark_key)
+        self.identity = nets.identity_net(identity_net) if identity_net else None
         self.turn = threading.Lock()
         self.most = sys.maxsize
         """Images at once, as far as memory allows."""
+        self.at_once = AtOnce(batch_size)
 
     def __call__(self, batch: Batch) -> Batch:
         made, errors = list(np.zeros_like(batch["image"])[:, None]), batch["error"].astype(object)
@@ -95,7 +134,10 @@ class Translate:
             return {**batch, "result": results, "error": errors}
         for row in np.flatnonzero(errors == "").tolist():
             try:
-                data = self._in_tiles(batch, row) if self.tiles else self._file(batch, row, made[row])
+                if self.tiles:
+                    data, made[row] = self._in_tiles(batch, row)
+                else:
+                    data = self._file(batch, row, made[row])
             except InputError as error:
                 errors[row] = f"{batch['id'][row]}: {error}"
                 continue
@@ -106,15 +148,14 @@ class Translate:
         sizes = [views[0].size if views else (0, 0) for views in batch["views"]] if "views" in batch else []
         size = np.array(sizes or [batch["image"].shape[2:0:-1]] * len(made), np.int32).reshape(-1, 2)
         kept = {name: column for name, column in batch.items() if name not in ("image", "file", "views")}
+        kept["identity_cosine"] = self._likeness(batch, made, np.flatnonzero(errors == "").tolist())
         seconds = np.full(len(made), (time.perf_counter() - began) / max(len(made), 1))
         numbers = {"width": size[:, 0], "height": size[:, 1], "seconds": seconds, "most": np.full(len(made), self.most)}
         return {**kept, "error": errors, **numbers}
 
     def _translated(self, batch: Batch, rows: list[int], to: str, seed: int) -> Iterator[tuple[int, Translated]]:
         """Each row with what came of its image, or of each of its views; never more at once than the batch has rows."""
-        seen = [batch["image"][[row]] for row in rows]
-        if "views" in batch:
-            seen = [np.stack([view.pixels for view in batch["views"][row]]) for row in rows]
+        seen = [seen_in(batch, row) for row in rows]
         squares = np.concatenate(seen)
         parts = list(self._attempts(squares, to, seed, len(batch["id"])))
         pixels, finite = (np.concatenate([getattr(part, name) for part in parts]) for name in Translated._fields)
@@ -130,24 +171,43 @@ class Translate:
         """
         first = 0
         while first < len(squares):
-            part = squares[first : first + min(most, self.most)]
+            part = squares[first : first + min(most, self.most, self.at_once.now)]
             try:
                 with self.turn:
+                    began = time.perf_counter()
                     made = self.translator.attempt(part, to, seed=seed, **self.sampling)
+                    self.at_once.took(len(part), time.perf_counter() - began)
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                     raise
                 if len(part) == 1:
                     raise InputError("out of memory with one image at a time; use a machine that has more") from error
                 self.most = len(part) // 2
+                self.at_once.holds(self.most)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue
             first += len(part)
             yield made
 
-    def _in_tiles(self, batch: Batch, row: int) -> bytes:
-        """The file of a photo drawn in windows.
+    def _likeness(self, batch: Batch, made: list[UInt8[np.ndarray, "_ s s 3"]], rows: list[int]) -> np.ndarray:
+        """Of each row the cosine between what the identity net takes source and result for; of several views the least;
+        no number where it is not known."""
+        found = np.full(len(made), np.nan, np.float32)
+        if self.identity is None or not rows:
+            return found
+        squares = [
+            np.concatenate(each) for each in ([seen_in(batch, row) for row in rows], [made[row] for row in rows])
+        ]
+        with self.turn:
+            see = functools.partial(nets.features, self.identity.module, device=str(self.translator.device))
+            source, result = (see(each).numpy() for each in squares)
+        starts = np.cumsum([0, *(len(made[row]) for row in rows[:-1])])
+        found[rows] = np.minimum.reduceat((source * result).sum(1), starts)
+        return found
+
+    def _in_tiles(self, batch: Batch, row: int) -> tuple[bytes, UInt8[np.ndarray, "1 s s 3"]]:
+        """The file of a photo drawn in windows, and what the network would see of it.
 
         Raises:
             InputError: it is too small or too large for that, or its values are no numbers; or as `_file`.
@@ -155,7 +215,8 @@ class Translate:
         photo, to, seed = images.decode(batch["file"][row]), str(batch["to"][row]), int(batch["seed"][row])
         with self.turn:
             made = self.translator.in_tiles(photo, to, seed=seed, **self.sampling)
-        return self.encode(made)
+        square = images.to_square(Image.fromarray(made), self.translator.config.image_size)
+        return self.encode(made), square[None]
 
     def _file(self, batch: Batch, row: int, results: UInt8[np.ndarray, "n s s 3"]) -> bytes:
         """The result's file: at the size of the photo where that is in the batch, else as it is.
@@ -166,6 +227,13 @@ class Translate:
         if "views" not in batch:
             return self.encode(results[0])
         return full_size.finish(batch["file"][row], batch["views"][row], list(results), self.encode)
+
+
+def seen_in(batch: Batch, row: int) -> UInt8[np.ndarray, "_ s s 3"]:
+    """What the network sees of a row: its image, or each of its photo's views."""
+    if "views" not in batch:
+        return batch["image"][[row]]
+    return np.stack([view.pixels for view in batch["views"][row]])
 
 
 class Source(NamedTuple):
@@ -224,7 +292,7 @@ def given_up(task: Batch, reason: str) -> Batch:
     """What becomes of images that cannot even be tried."""
     num = len(task["id"])
     told = {"error": np.full(num, reason, object), "note": np.full(num, "", object)}
-    numbers: Batch = {name: np.zeros(num) for name in ("width", "height", "seconds")}
+    numbers: Batch = {name: np.zeros(num) for name in ("width", "height", "seconds", "identity_cosine")}
     numbers["most"] = np.full(num, sys.maxsize)
     return {**{name: task[name] for name in ("id", "shard")}, **told, **numbers}
 

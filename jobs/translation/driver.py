@@ -25,6 +25,7 @@ from ddpm_core.errors import InputError
 from jobs.common import cli, lock, resume, workers
 from jobs.common.progress import Progress
 from jobs.datasets import reading
+from jobs.reports import translation as reports
 from jobs.translation import batch as batches
 from jobs.translation import listing
 from jobs.translation.batch import Batch, Source, Translate
@@ -33,8 +34,8 @@ from jobs.translation.plan import TranslationJob
 from jobs.translation.shards import Known, Result, Shards, facts_of
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-results", 2
-NUM_PREVIEWS = 8
-"""Images shown in preview.png."""
+NUM_PREVIEWS, PREVIEWS_A_ROW = 24, 3
+"""Images shown in preview.png, the contact sheet."""
 PREVIEW_SIDE = 192
 """Side of a photo there, in pixels."""
 NUM_REASONS = 1000
@@ -141,9 +142,11 @@ def translate(
         InputError: more copies than GPUs, a damaged data set, the store refuses, or another driver took over.
     """
     args = job.args
-    most = math.ceil(shards.counts.todo / args.batch_size) if shards.is_listed.is_set() else math.inf
-    results = source(job, todo).through(Translate, workers.pool(most, args.num_workers), **make(job))
-    num_bad, num_seen, most_at_once = 0, 0, args.batch_size
+    num = shards.counts.todo if shards.is_listed.is_set() else math.inf
+    pool = workers.pool(num / (args.batch_size or batches.AT_ONCE), args.num_workers)
+    at_once = args.batch_size or tried_at_once(num, pool)
+    results = source(job, todo, at_once).through(Translate, pool, **make(job))
+    num_bad, num_seen, most_at_once = 0, 0, at_once
     why: collections.Counter[str] = collections.Counter()
     try:
         with Progress(total=0, unit="image", description="translate") as progress:
@@ -165,6 +168,15 @@ def translate(
         shards.flush()
     if missing := [name for shard in shards.open.values() for name in shard.rows if name not in shard.results]:
         raise RuntimeError(f"{len(missing)} images came back without a result, the first: {missing[0]}")
+
+
+def tried_at_once(num_images: float, pool: workers.Pool) -> int:
+    """Images in a batch of a pool whose workers find how many are best, if there are so many for each; a multiple of
+    those that they begin with."""
+    if not pool.on_gpus:
+        return batches.AT_ONCE
+    each = math.ceil(min(num_images / (4 * pool.size), batches.MOST_AT_ONCE) / batches.AT_ONCE)
+    return max(each, 1) * batches.AT_ONCE
 
 
 def check_rejected(job: TranslationJob, num_bad: int, num_seen: int, why: "collections.Counter[str]") -> None:
@@ -197,6 +209,8 @@ def make(job: TranslationJob) -> dict[str, Any]:
         "mark_key": job.mark_key,
         "tiles": job.args.tiles,
         "output_format": job.args.output_format,
+        "identity_net": job.args.identity_net,
+        "batch_size": job.args.batch_size,
     }
 
 
@@ -206,14 +220,16 @@ def record(job: TranslationJob) -> dict[str, Any]:
     return {**made_with, "licence": job.loaded.config.data.licence}
 
 
-def source(job: TranslationJob, todo: Iterable[tuple[int, list[dict[str, Any]]]]) -> Source:
+def source(
+    job: TranslationJob, todo: Iterable[tuple[int, list[dict[str, Any]]]], batch_size: int = batches.AT_ONCE
+) -> Source:
     """The images to translate: of each shard by its number."""
     args = job.args
     common: dict[str, Any] = {"to": args.domain, "seed": args.seed}
     rescue = workers.Rescue(batches.halves, batches.given_up)
     if job.card is not None:
         split = reading.open_split(args.input, args.split, rows_in_piece=1)
-        read = functools.partial(batches.read_piece, split=split, batch_size=args.batch_size, **common)
+        read = functools.partial(batches.read_piece, split=split, batch_size=batch_size, **common)
         tasks = (task for number, rows in todo for task in batches.piece_tasks(rows, shard=number))
         return Source(tasks, read, rescue)
     root = job.sources.root
@@ -230,8 +246,8 @@ def source(job: TranslationJob, todo: Iterable[tuple[int, list[dict[str, Any]]]]
 
     def tasks_of(number: int, rows: list[dict[str, Any]]) -> Iterator[Batch]:
         if job.sources.column:
-            return batches.piece_tasks(rows, shard=number, most=args.batch_size)
-        return batches.file_tasks(rows, root, shard=number, batch_size=args.batch_size)
+            return batches.piece_tasks(rows, shard=number, most=batch_size)
+        return batches.file_tasks(rows, root, shard=number, batch_size=batch_size)
 
     tasks = (task for number, rows in todo for task in tasks_of(number, rows))
     return Source(tasks, read, rescue)
@@ -240,8 +256,8 @@ def source(job: TranslationJob, todo: Iterable[tuple[int, list[dict[str, Any]]]]
 def noted(batch: Batch) -> dict[int, dict[str, Result]]:
     """What became of a batch's images: of each shard, by id."""
     found: dict[int, dict[str, Result]] = {}
-    columns = ("shard", "id", "error", "note", "width", "height", "seconds")
-    for shard, name, error, note, width, height, seconds in zip(*(batch[each] for each in columns), strict=True):
+    columns = ("shard", "id", "error", "note", "width", "height", "seconds", "identity_cosine")
+    for shard, name, error, note, width, height, seconds, like in zip(*(batch[each] for each in columns), strict=True):
         found.setdefault(int(shard), {})[str(name)] = Result(
             status="rejected" if error else "ok",
             error=str(error),
@@ -249,6 +265,7 @@ def noted(batch: Batch) -> dict[int, dict[str, Result]]:
             width=None if error else int(width),
             height=None if error else int(height),
             seconds=float(seconds),
+            identity_cosine=None if error or np.isnan(like) else float(like),
         )
     return found
 
@@ -264,17 +281,20 @@ def finish(job: TranslationJob, shards: Shards, passed: listing.Passed, *, is_ne
     for table in shards.done():
         end.add(table)
     preview = write_preview(job, shards, end.num_ok) if is_new else None
+    if not is_new:
+        preview = (resume.read_record(storage.join(output, "run.json"), FORMAT, FORMAT_VERSION) or {}).get("preview")
     reasons = storage.join(output, "rejected.txt")
     if sum(end.num_bad):
         storage.write_bytes(reasons, cli.reasons_text(end.reasons))
     elif storage.exists(reasons):
         storage.delete_file(reasons)
-    write_note(job, end=end, passed=passed, preview=preview)
+    note = write_note(job, end=end, passed=passed, preview=preview)
+    write_report(job, note, end)
     shards.remove()
     num_bad, total = sum(end.num_bad), sum(end.num_ok) + sum(end.num_bad)
     print(f"{counted(sum(end.num_ok))} translated: {output}")
-    for note in passed.notes:
-        print(note)
+    for text in passed.notes:
+        print(text)
     if end.num_notes:
         print(f"{counted(end.num_notes)} with a note in manifest.parquet: {cli.told(end.notes)}")
     if passed.num_twice:
@@ -293,6 +313,7 @@ class End:
     """What a finished job comes to, counted shard by shard."""
 
     MOST_KINDS = 1000
+    NUM_LEAST = 10
 
     def __init__(self) -> None:
         self.num_ok: list[int] = []
@@ -303,6 +324,12 @@ class End:
         """Of the first images that were set aside."""
         self.why: collections.Counter[str] = collections.Counter()
         self.notes: collections.Counter[str] = collections.Counter()
+        self.seconds = 0.0
+        """Of work, over all images."""
+        self.cosines = np.zeros(reports.BINS, int)
+        """How many images are how like their sources."""
+        self.least: list[tuple[float, str]] = []
+        """The least like."""
 
     def add(self, table: pa.Table) -> None:
         status = table["status"].to_pylist()
@@ -312,6 +339,13 @@ class End:
             if len(self.reasons) < NUM_REASONS:
                 self.reasons.append((name, error))
             self._count(self.why, error.removeprefix(f"{name}: "))
+        self.seconds += pa.compute.sum(table["seconds"]).as_py() or 0.0
+        known = table.filter(pa.compute.is_valid(table["identity_cosine"]))
+        cosines = known["identity_cosine"].to_numpy()
+        self.cosines += np.histogram(cosines, reports.BINS, (-1, 1))[0]
+        lowest = np.argsort(cosines, kind="stable")[: self.NUM_LEAST]
+        names = known["id"].take(lowest).to_pylist()
+        self.least = sorted([*self.least, *zip(cosines[lowest].tolist(), names, strict=True)])[: self.NUM_LEAST]
         for _, note in rows_of(table, "ok", "id", "note"):
             self.num_notes += bool(note)
             for part in note.split("; ") if note else ():
@@ -349,7 +383,11 @@ def write_preview(job: TranslationJob, shards: Shards, num_ok: list[int]) -> lis
         own = "output_size" in job.options
         made = framed(result) if own else images.to_square(result, job.loaded.config.image_size)
         pairs.append([rows[row["id"]], made])
-    png = grids.labelled_grid(["source", job.args.domain], pairs)
+    several = PREVIEWS_A_ROW if len(pairs) > NUM_PREVIEWS // PREVIEWS_A_ROW else 1
+    blank = [np.full_like(image, 255) for image in pairs[0]]
+    pairs += [blank] * (-len(pairs) % several)
+    rows_of_pairs = [list(itertools.chain(*pairs[i : i + several])) for i in range(0, len(pairs), several)]
+    png = grids.labelled_grid(["source", job.args.domain] * several, rows_of_pairs)
     storage.write_bytes(storage.join(job.args.output, "preview.png"), png)
     return [row["id"] for row in chosen]
 
@@ -377,9 +415,8 @@ def write_note(
     end: End | None = None,
     passed: listing.Passed | None = None,
     preview: list[str] | None = None,
-) -> None:
-    """run.json: what was asked of what, and what came of it; `preview`: ids of the images in preview.png, None where an
-    earlier run made it."""
+) -> dict[str, Any]:
+    """run.json: what was asked of what, and what came of it; `preview`: ids of the images in preview.png."""
     config, counts = job.loaded.config, {}
     if end is not None and passed is not None:
         ok, bad = sum(end.num_ok), sum(end.num_bad)
@@ -400,3 +437,18 @@ def write_note(
         "environment": provenance.environment(),
     }
     storage.write_bytes(storage.join(job.args.output, "run.json"), json.dumps(note, indent=2).encode())
+    return note
+
+
+def write_report(job: TranslationJob, note: dict[str, Any], end: End) -> None:
+    """report.html."""
+    sheet = storage.join(job.args.output, "preview.png")
+    page = reports.build(
+        note,
+        seconds=end.seconds,
+        reasons={"set aside": end.why, "translated, with a note": end.notes},
+        cosines=end.cosines.tolist(),
+        least=end.least,
+        sheet=storage.read_bytes(sheet) if note["preview"] and storage.exists(sheet) else None,
+    )
+    storage.write_bytes(storage.join(job.args.output, "report.html"), page.encode())

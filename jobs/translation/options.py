@@ -68,9 +68,10 @@ class TranslateArgs:
     """Weights averaged over this share of the training; those that validated best by default."""
     seed: Seed = 0
     """Another seed gives another result for each image."""
-    batch_size: BatchSize = 16
-    """Images the network sees at once; memory and speed, not results (but for 1 of 255 with one or two). Where memory
-    does not hold so many: half, and so on."""
+    batch_size: BatchSize | None = None
+    """Images the network sees at once; memory and speed, not results (but for 1 of 255 with one or two). By default 16
+    on CPUs, where more gain nothing, and on GPUs what is found to be fastest, up to 128. Where memory does not hold so
+    many: half, and so on."""
     num_workers: NumWorkers | None = None
     """Copies of the network; by default one for each GPU, or for each CPU where there is none. 0: this process alone,
     without Ray."""
@@ -81,6 +82,9 @@ class TranslateArgs:
     mark_key: str = "public"
     """Of the invisible mark in each result of 64 pixels and more: none, public (a key that everybody has), or a file
     that holds a secret one (openssl rand -hex 32)."""
+    identity_net: str | None = None
+    """How much each result shows whom its source shows goes into the manifest, as this net sees it: a net file that
+    gives an embedding, or a run of our own identity encoder."""
     set_aside_ok: bool = False
     """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
     output_format: OutputFormat = "png"

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ddpm_core import config as configs
-from ddpm_core import faces, images, keyed_mark, storage
+from ddpm_core import faces, images, keyed_mark, nets, storage
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
 from ddpm_core.errors import InputError
@@ -70,6 +70,10 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
         "seed": args.seed,
         **opened.options,
     }
+    if args.identity_net is not None:
+        net = storage.absolute(args.identity_net, flag="--identity-net")
+        check_identity_net(net, opened.guides.identity_guidance)
+        args = dataclasses.replace(args, identity_net=net)
     mark_key = keyed_mark.read_key(args.mark_key, flag="--mark-key")
     if mark_key:
         options |= {"mark_key": keyed_mark.name_of(mark_key)}
@@ -107,6 +111,16 @@ def plan_translation(args: TranslateArgs) -> TranslationJob:
     most = read_most(args.max_rejected)
     listing.check_any(sources)
     return TranslationJob(args, loaded, sampling, opened.guides, card, options, template, sources, mark_key, most)
+
+
+def check_identity_net(uri: str, leads: str | None) -> None:
+    """Raises InputError where there is no such net, or its weights are those of the net that `leads` the sampling."""
+    try:
+        net = nets.identity_net(uri)
+    except InputError as error:
+        raise InputError(f"--identity-net: {error}") from None
+    if leads and nets.identity_net(leads).fingerprint == net.fingerprint:
+        raise InputError("--identity-net is the encoder of --identity-guidance and would judge its own work")
 
 
 def read_most(given: str | None) -> tuple[float, bool] | None:

@@ -50,11 +50,12 @@ MANIFEST = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("seconds", pa.float32()),  # its share of the time that its batch took
+        ("identity_cosine", pa.float32()),  # of source and result, with --identity-net; of several faces the least
     ]
 )
 LISTING = MANIFEST.append(pa.field("path", pa.binary()))
 """With the name by which a file is opened where that is no text."""
-RESULT = ("status", "error", "note", "width", "height", "seconds")
+RESULT = ("status", "error", "note", "width", "height", "seconds", "identity_cosine")
 """What becomes of a row."""
 REJECTED = pa.schema([MANIFEST.field(name) for name in ("id", "input", "error")])
 FIRST_ROWS = (1_000, 10_000)
@@ -85,10 +86,14 @@ class Result(NamedTuple):
     width: int | None
     height: int | None
     seconds: float
+    identity_cosine: float | None
 
 
 def is_same(row: Mapping[str, Any], image: Listed) -> bool:
-    """Whether an image is the one that a row tells of: by its etag, where the store has one, else by its time."""
+    """Whether an image is the one that a row tells of: by its etag, where the store has one, else by its time. One that
+    could not be looked at, then or now, is taken for the same."""
+    if not all(each["etag"] or each["mtime_ns"] or each["size"] for each in (row, image._asdict())):
+        return True
     if row["etag"] or image.etag:
         return row["size"] == image.size and row["etag"] == image.etag
     return row["size"] == image.size and row["mtime_ns"] == image.mtime_ns

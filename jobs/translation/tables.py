@@ -8,6 +8,7 @@ import functools
 import gzip
 import io
 import itertools
+import os
 import posixpath
 import re
 import urllib.parse
@@ -30,7 +31,8 @@ from jobs.translation.shards import Listed
 LISTS = (".txt", ".lst", ".list")
 URI_COLUMNS = ("uri", "url", "path", "file", "file_name", "image_path", "image_uri", "key")
 """Of several columns of text, the first of these tells where an image lies."""
-AT_ONCE = 10_000
+AT_ONCE = (1_000, 10_000)
+"""Lines of a list read together: at first, so that work begins soon, and then."""
 MAX_LINE = 2**16
 """Letters of a line in a list."""
 T = TypeVar("T")
@@ -104,16 +106,20 @@ def _opened(uri: str) -> Iterator[Any]:
 
 
 def _at(uris: Iterator[str], folder: str, passed: Passed) -> Iterator[Listed]:
-    """Images by where they lie; what is told twice counts once. Nothing is known of them, so a changed one is not
-    noticed."""
-    seen = Hashes()
-    while some := list(itertools.islice(uris, AT_ONCE)):
+    """Images by where they lie; what is told twice counts once."""
+    seen, sizes = Hashes(), itertools.chain(AT_ONCE, itertools.repeat(AT_ONCE[-1]))
+    while some := list(itertools.islice(uris, next(sizes))):
         rows = {row.id: row for row in (_of_uri(each, folder) for each in some)}
         there = dict(zip(rows, seen.have([*rows]), strict=True))
         new = [row for name, row in rows.items() if not there[name]]
         passed.num_twice += len(some) - len(new)
         seen.add([row.id for row in new])
-        yield from new
+        places = [os.fsdecode(row.path) if row.path else row.input for row in new]
+        known = [row.error == "" for row in new]
+        found = iter(storage.stamps([place for place, is_known in zip(places, known, strict=True) if is_known]))
+        for row, is_known in zip(new, known, strict=True):
+            size, mtime_ns = next(found) if is_known else (0, 0)
+            yield row._replace(size=size, mtime_ns=mtime_ns)
 
 
 def _of_uri(given: str, folder: str) -> Listed:
