@@ -238,6 +238,49 @@ def parquet(path: Path, **columns: Any) -> Path:
     return path
 
 
+def packed(out: Path) -> dict[str, bytes]:
+    """The results in parquet files; that each is there once, where the manifest says."""
+    found: dict[str, bytes] = {}
+    for path in sorted((out / "images").iterdir()):
+        for row in pyarrow.parquet.read_table(path).to_pylist():
+            assert row["id"] not in found
+            assert manifest(out)[row["id"]]["output"] == f"images/{path.name}"
+            found[row["id"]] = row["image"]
+    return found
+
+
+def test_results_in_parquet(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
+    """Each once, whatever came between; the same as in files of their own; an input like any other."""
+    (folder / "bad.jpg").write_text("no image")
+    put(folder / "more" / "p0.png", 7)
+    argv = command(checkpoint_folder, folder, tmp_path / "files", "--output-size", "model")
+    assert translate.main(argv) == cli.SET_ASIDE
+    alone = {name: (tmp_path / "files" / row["output"]) for name, row in manifest(tmp_path / "files").items()}
+    out = tmp_path / "out"
+    argv = command(checkpoint_folder, folder, out, "--output-size", "model", "--output-format", "parquet")
+    assert translate.main([*argv, "--batch-size", "4"]) == cli.SET_ASIDE
+    first = packed(out)
+    assert first.keys() == alone.keys() - {"bad.jpg"}
+    for name, data in first.items():
+        made, right = (np.asarray(images.decode(each)).astype(int) for each in (data, alone[name].read_bytes()))
+        assert np.abs(made - right).max() <= 1
+    assert len({row["output"] for row in manifest(out).values()}) > 2  # and one "" of what was set aside
+    shutil.copy(next((out / "images").iterdir()), out / "images" / "of-a-worker-that-died.parquet")
+    changed, gone = sorted(first)[1], sorted(first)[2]
+    put(folder / changed, 70)
+    (folder / gone).unlink()
+    put(folder / "new.png", 71)
+    assert translate.main(argv) == cli.SET_ASIDE
+    second = packed(out)
+    assert second.keys() == {*first, "new.png"}
+    assert {name for name in first if first[name] != second[name]} == {changed}
+    assert manifest(out)[gone]["status"] == "gone"
+    assert translate.main(argv) == cli.SET_ASIDE
+    assert packed(out) == second
+    assert translate.main(command(checkpoint_folder, out / "images", tmp_path / "again")) == cli.DONE
+    assert manifest(tmp_path / "again").keys() == second.keys()
+
+
 @pytest.mark.parametrize("shape", ["bytes", "struct"])
 def test_parquet_with_images(tmp_path: Path, checkpoint_folder: str, shape: str) -> None:
     contents: list[Any] = [put(tmp_path / "x" / f"{i}.png", i).read_bytes() for i in range(5)]
@@ -386,7 +429,8 @@ def todo(files: Shards) -> list[tuple[int, list[str]]]:
 def do(files: Shards, number: int, *names: str, status: str = "ok") -> None:
     for name in names:
         put(Path(files.output, f"{name}.png"), 1)
-    files.note(number, {name: Result(status, "" if status == "ok" else "bad", "", 4, 3, 0.5) for name in names})
+    error = "" if status == "ok" else "bad"
+    files.note(number, {name: Result(f"{name}.png", status, error, "", 4, 3, 0.5, None) for name in names})
 
 
 def rows_of(output: Path) -> dict[str, dict[str, Any]]:

@@ -220,7 +220,7 @@ def keys(num: int, folder: str) -> dict[str, float]:
             found[f"{run}_s"] = time.perf_counter() - began
             shards.listed.put(None)
             for number, rows in shards.todo():
-                shards.note(number, {row["id"]: Result("ok", "", "", 8, 8, 0.0, None) for row in rows})
+                shards.note(number, {row["id"]: Result(row["output"], "ok", "", "", 8, 8, 0.0, None) for row in rows})
             shards.finish({})
             shards.remove()
             found[f"{run}_todo"] = shards.counts.todo

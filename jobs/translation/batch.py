@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from ddpm_core.translator import NOT_FINITE, Translated
 from jobs.common import workers
 from jobs.datasets import reading
 from jobs.datasets.format import DatasetCard
-from jobs.translation import listing, opening, tables
+from jobs.translation import listing, opening, packs, tables
 from jobs.translation.options import GuidanceNets
 
 Batch = dict[str, np.ndarray]
@@ -94,7 +94,7 @@ class Translate:
         num_threads: int,
         guides: Mapping[str, Any] = MappingProxyType({}),
         record: Mapping[str, Any] = MappingProxyType({}),
-        output_format: OutputFormat = "png",
+        output_format: OutputFormat | Literal["parquet"] = "png",
         mark_key: bytes = b"",
         tiles: bool = False,
         identity_net: str | None = None,
@@ -110,7 +110,9 @@ class Translate:
         self.translator = opening.translator(loaded, GuidanceNets(**guides))
         self.sampling, self.output, self.tiles = sampling, output, tiles
         record = {"checkpoint": loaded.fingerprint, "licence": loaded.config.data.licence, **record}
-        self.encode = functools.partial(marks.finish, record=record, kind=output_format, key=mark_key)
+        self.is_packed = output_format == "parquet"
+        kind: OutputFormat = "png" if output_format == "parquet" else output_format
+        self.encode = functools.partial(marks.finish, record=record, kind=kind, key=mark_key)
         self.identity = nets.identity_net(identity_net) if identity_net else None
         self.turn = threading.Lock()
         self.most = sys.maxsize
@@ -132,6 +134,7 @@ class Translate:
         if self.output is None:
             results = np.stack([squares[0] for squares in made])
             return {**batch, "result": results, "error": errors}
+        outputs, pack = batch["output"].astype(object), packs.Pack(self.output)
         for row in np.flatnonzero(errors == "").tolist():
             try:
                 if self.tiles:
@@ -141,17 +144,23 @@ class Translate:
             except InputError as error:
                 errors[row] = f"{batch['id'][row]}: {error}"
                 continue
+            if self.is_packed:
+                pack.add(row, str(batch["id"][row]), data)
+                continue
             try:
-                storage.write_bytes(storage.join(self.output, batch["output"][row]), data)
+                storage.write_bytes(storage.join(self.output, outputs[row]), data)
             except storage.UnusableNameError as error:
                 errors[row] = f"its result cannot be written: {error}"
+        pack.flush()
+        for row, file in pack.files.items():
+            outputs[row] = file
         sizes = [views[0].size if views else (0, 0) for views in batch["views"]] if "views" in batch else []
         size = np.array(sizes or [batch["image"].shape[2:0:-1]] * len(made), np.int32).reshape(-1, 2)
         kept = {name: column for name, column in batch.items() if name not in ("image", "file", "views")}
         kept["identity_cosine"] = self._likeness(batch, made, np.flatnonzero(errors == "").tolist())
         seconds = np.full(len(made), (time.perf_counter() - began) / max(len(made), 1))
         numbers = {"width": size[:, 0], "height": size[:, 1], "seconds": seconds, "most": np.full(len(made), self.most)}
-        return {**kept, "error": errors, **numbers}
+        return {**kept, "output": outputs, "error": errors, **numbers}
 
     def _translated(self, batch: Batch, rows: list[int], to: str, seed: int) -> Iterator[tuple[int, Translated]]:
         """Each row with what came of its image, or of each of its views; never more at once than the batch has rows."""
@@ -294,7 +303,7 @@ def given_up(task: Batch, reason: str) -> Batch:
     told = {"error": np.full(num, reason, object), "note": np.full(num, "", object)}
     numbers: Batch = {name: np.zeros(num) for name in ("width", "height", "seconds", "identity_cosine")}
     numbers["most"] = np.full(num, sys.maxsize)
-    return {**{name: task[name] for name in ("id", "shard")}, **told, **numbers}
+    return {**{name: task[name] for name in ("id", "output", "shard")}, **told, **numbers}
 
 
 def read_images(

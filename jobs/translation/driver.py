@@ -27,13 +27,15 @@ from jobs.common.progress import Progress
 from jobs.datasets import reading
 from jobs.reports import translation as reports
 from jobs.translation import batch as batches
-from jobs.translation import listing
+from jobs.translation import listing, packs
 from jobs.translation.batch import Batch, Source, Translate
 from jobs.translation.options import GuidanceNets, TranslateArgs
 from jobs.translation.plan import TranslationJob
 from jobs.translation.shards import Known, Result, Shards, facts_of
 
 FORMAT, FORMAT_VERSION = "ddpm-translate-results", 2
+MOST_PACKED = 256
+"""Results in a parquet file; a kill loses as many of a worker's."""
 NUM_PREVIEWS, PREVIEWS_A_ROW = 24, 3
 """Images shown in preview.png, the contact sheet."""
 PREVIEW_SIDE = 192
@@ -144,9 +146,9 @@ def translate(
     args = job.args
     num = shards.counts.todo if shards.is_listed.is_set() else math.inf
     pool = workers.pool(num / (args.batch_size or batches.AT_ONCE), args.num_workers)
-    at_once = args.batch_size or tried_at_once(num, pool)
-    results = source(job, todo, at_once).through(Translate, pool, **make(job))
-    num_bad, num_seen, most_at_once = 0, 0, at_once
+    at_once = args.batch_size or (None if pool.on_gpus else batches.AT_ONCE)
+    results = source(job, todo, rows_at_once(job, num, pool, at_once)).through(Translate, pool, **make(job, at_once))
+    num_bad, num_seen, most_at_once = 0, 0, sys.maxsize
     why: collections.Counter[str] = collections.Counter()
     try:
         with Progress(total=0, unit="image", description="translate") as progress:
@@ -170,13 +172,12 @@ def translate(
         raise RuntimeError(f"{len(missing)} images came back without a result, the first: {missing[0]}")
 
 
-def tried_at_once(num_images: float, pool: workers.Pool) -> int:
-    """Images in a batch of a pool whose workers find how many are best, if there are so many for each; a multiple of
-    those that they begin with."""
-    if not pool.on_gpus:
-        return batches.AT_ONCE
-    each = math.ceil(min(num_images / (4 * pool.size), batches.MOST_AT_ONCE) / batches.AT_ONCE)
-    return max(each, 1) * batches.AT_ONCE
+def rows_at_once(job: TranslationJob, num_images: float, pool: workers.Pool, at_once: int | None) -> int:
+    """Images in a batch: those that the network sees `at_once`; or more where it is to find how many are best, or where
+    their results become one file, if there are several batches for each worker."""
+    least = at_once or batches.AT_ONCE
+    most = MOST_PACKED if job.args.output_format == "parquet" else least if at_once else batches.MOST_AT_ONCE
+    return max(math.ceil(min(num_images / (4 * pool.size), most) / least), 1) * least
 
 
 def check_rejected(job: TranslationJob, num_bad: int, num_seen: int, why: "collections.Counter[str]") -> None:
@@ -197,8 +198,8 @@ def check_listed(job: TranslationJob, shards: Shards) -> None:
     check_rejected(job, counts.unreadable, counts.images, collections.Counter({"unreadable": counts.unreadable}))
 
 
-def make(job: TranslationJob) -> dict[str, Any]:
-    """What a worker is made with."""
+def make(job: TranslationJob, at_once: int | None) -> dict[str, Any]:
+    """What a worker is made with. `at_once`: images that the network sees, None to find how many are best."""
     return {
         "checkpoint_uri": job.loaded.path,
         "ema": job.loaded.ema,
@@ -210,7 +211,7 @@ def make(job: TranslationJob) -> dict[str, Any]:
         "tiles": job.args.tiles,
         "output_format": job.args.output_format,
         "identity_net": job.args.identity_net,
-        "batch_size": job.args.batch_size,
+        "batch_size": at_once,
     }
 
 
@@ -256,9 +257,12 @@ def source(
 def noted(batch: Batch) -> dict[int, dict[str, Result]]:
     """What became of a batch's images: of each shard, by id."""
     found: dict[int, dict[str, Result]] = {}
-    columns = ("shard", "id", "error", "note", "width", "height", "seconds", "identity_cosine")
-    for shard, name, error, note, width, height, seconds, like in zip(*(batch[each] for each in columns), strict=True):
+    columns = ("shard", "id", "output", "error", "note", "width", "height", "seconds", "identity_cosine")
+    for shard, name, output, error, note, width, height, seconds, like in zip(
+        *(batch[each] for each in columns), strict=True
+    ):
         found.setdefault(int(shard), {})[str(name)] = Result(
+            output=str(output),
             status="rejected" if error else "ok",
             error=str(error),
             note=str(note),
@@ -277,6 +281,8 @@ def finish(job: TranslationJob, shards: Shards, passed: listing.Passed, *, is_ne
     """The manifest, the reasons in plain text too, the preview, run.json; the exit code."""
     output = job.args.output
     shards.finish(job.options)
+    if job.args.output_format == "parquet":
+        packs.tidy(output, shards.done, is_first=not shards.files)
     end = End()
     for table in shards.done():
         end.add(table)
@@ -379,7 +385,10 @@ def write_preview(job: TranslationJob, shards: Shards, num_ok: list[int]) -> lis
     }
     pairs = []
     for row in chosen:
-        result = images.decode(storage.read_bytes(storage.join(job.args.output, row["output"])))
+        if job.args.output_format == "parquet":
+            result = images.decode(packs.image_of(job.args.output, row["output"], row["id"]))
+        else:
+            result = images.decode(storage.read_bytes(storage.join(job.args.output, row["output"])))
         own = "output_size" in job.options
         made = framed(result) if own else images.to_square(result, job.loaded.config.image_size)
         pairs.append([rows[row["id"]], made])

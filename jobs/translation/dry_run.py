@@ -9,6 +9,7 @@ from typing import Any
 from ddpm_core import storage
 from jobs.common import cli
 from jobs.common.progress import duration
+from jobs.translation import batch as batches
 from jobs.translation import driver
 from jobs.translation.batch import Translate
 from jobs.translation.listing import Passed
@@ -49,10 +50,9 @@ def run(job: TranslationJob) -> int:
     with tempfile.TemporaryDirectory() as folder:
         elsewhere = dataclasses.replace(job, args=dataclasses.replace(job.args, output=folder))
         began = time.perf_counter()
-        translate = Translate(**driver.make(elsewhere), num_threads=1)
+        translate = Translate(**driver.make(elsewhere, batches.AT_ONCE), num_threads=1)
         loaded = time.perf_counter()
-        batches = driver.source(elsewhere, [(0, tried)]).batches()
-        done = [translate(batch) for batch in batches]
+        done = [translate(batch) for batch in driver.source(elsewhere, [(0, tried)]).batches()]
         each_s = (time.perf_counter() - loaded) / len(tried)
         written = sum(storage.file_sizes(folder).values())
     pairs = [pair for batch in done for pair in zip(batch["id"], batch["error"], strict=True)]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -87,8 +87,9 @@ class TranslateArgs:
     gives an embedding, or a run of our own identity encoder."""
     set_aside_ok: bool = False
     """Exit with 0, not 3, where images were set aside: Ray calls a job FAILED that ends with anything but 0."""
-    output_format: OutputFormat = "png"
-    """How results are stored; JPEG and WebP lose a little."""
+    output_format: OutputFormat | Literal["parquet"] = "png"
+    """How results are stored: each in a file, of which JPEG and WebP lose a little; or as PNGs in the rows of parquet
+    files, images/*.parquet with id and image."""
     max_rejected: str | None = None
     """Stop where more images are set aside: a number, or a share such as 1%, judged from 300 images on."""
     dry_run: bool = False

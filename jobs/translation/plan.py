@@ -5,7 +5,6 @@ import os
 import re
 from typing import Any
 
-from ddpm_core import config as configs
 from ddpm_core import faces, images, keyed_mark, nets, storage
 from ddpm_core.checkpoint import Checkpoint
 from ddpm_core.config import SamplingConfig
@@ -18,7 +17,7 @@ from jobs.translation.listing import Sources
 from jobs.translation.opening import by_flags, open_checkpoint
 from jobs.translation.options import GuidanceNets, TranslateArgs
 
-SUFFIXES: dict[configs.OutputFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "parquet": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ class TranslationJob:
 
     @property
     def suffix(self) -> str:
-        """Of the results."""
+        """Of the results' files; "" where each is a row of one."""
         return SUFFIXES[self.args.output_format]
 
 

@@ -55,7 +55,7 @@ MANIFEST = pa.schema(
 )
 LISTING = MANIFEST.append(pa.field("path", pa.binary()))
 """With the name by which a file is opened where that is no text."""
-RESULT = ("status", "error", "note", "width", "height", "seconds", "identity_cosine")
+RESULT = ("output", "status", "error", "note", "width", "height", "seconds", "identity_cosine")
 """What becomes of a row."""
 REJECTED = pa.schema([MANIFEST.field(name) for name in ("id", "input", "error")])
 FIRST_ROWS = (1_000, 10_000)
@@ -80,6 +80,7 @@ class Listed(NamedTuple):
 class Result(NamedTuple):
     """What became of an image."""
 
+    output: str
     status: str
     error: str
     note: str
@@ -295,7 +296,8 @@ class Shards:
         suffix: str,
         stop: threading.Event,
     ) -> None:
-        """List `images` in shards. `facts`: columns that all have in common."""
+        """List `images` in shards. `facts`: columns that all have in common. `suffix`: of the results' files; "" where
+        who makes them says which these are."""
         images = iter(images)
         sizes = itertools.chain(FIRST_ROWS, itertools.repeat(SHARD_ROWS))
         while not stop.is_set() and (some := list(itertools.islice(images, next(sizes)))):
@@ -319,8 +321,10 @@ class Shards:
         """What is to be done with images, or has been."""
         before = known.take([image.input for image in some])
         given = {image.id: row["output"] for image in some if (row := before.get(image.input)) and row["output"]}
-        names = output_names((image.id for image in some if not image.error), given, known.names, suffix=suffix)
-        known.names.add([name for id, name in names.items() if id not in given])
+        names: Mapping[str, str] = {}
+        if suffix:
+            names = output_names((image.id for image in some if not image.error), given, known.names, suffix=suffix)
+            known.names.add([name for id, name in names.items() if id not in given])
         for image in some:
             row = before.get(image.input)
             if (
