@@ -29,7 +29,7 @@ from ddpm_core import config as configs
 from ddpm_core.config import DiffusionConfig, SamplingConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import NOT_FINITE, Translated, Translator
-from jobs import evaluate, translate
+from jobs import evaluate, translate, verify
 from jobs.common import cli
 from jobs.datasets import reading, writing
 from jobs.datasets.format import DatasetCard, Row, read_card
@@ -249,7 +249,9 @@ def packed(out: Path) -> dict[str, bytes]:
     return found
 
 
-def test_results_in_parquet(folder: Path, tmp_path: Path, checkpoint_folder: str) -> None:
+def test_results_in_parquet(
+    folder: Path, tmp_path: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each once, whatever came between; the same as in files of their own; an input like any other."""
     (folder / "bad.jpg").write_text("no image")
     put(folder / "more" / "p0.png", 7)
@@ -277,6 +279,10 @@ def test_results_in_parquet(folder: Path, tmp_path: Path, checkpoint_folder: str
     assert manifest(out)[gone]["status"] == "gone"
     assert translate.main(argv) == cli.SET_ASIDE
     assert packed(out) == second
+    capsys.readouterr()
+    assert verify.main([str(out), "--mark-key", "none"]) == cli.DONE
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"{len(second) + 1} images: {len(second)} say that they were generated"  # and a contact sheet
     assert translate.main(command(checkpoint_folder, out / "images", tmp_path / "again")) == cli.DONE
     assert manifest(tmp_path / "again").keys() == second.keys()
 

@@ -1,9 +1,11 @@
 """What images say of how they were made, told in lines."""
 
+import functools
+import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,37 +26,60 @@ def run(options: VerifyArgs) -> int:
     roots = [storage.absolute(uri, flag="URI") for uri in options.uris]
     if not roots:
         raise InputError("no image is named; give files, folders or s3:// prefixes")
-    there = [uri for root in roots for uri in below(root)]
     counts: Counter[str] = Counter()
-    for uri in there:
-        row = look(uri, key)
+    for name, read in itertools.chain.from_iterable(map(below, roots)):
+        row = look(name, read, key)
         print(json.dumps(row) if options.json else line(row), flush=True)
-        counts.update([name for name in ("generated", "marked", "error") if row[name]])
-    if not options.json and len(there) > 1:
+        counts.update(["images", *(name for name in ("generated", "marked", "error") if row[name])])
+    if not options.json and counts["images"] > 1:
         parts = [f"{counts['generated']:,} say that they were generated"]
         parts += [f"{counts['marked']:,} have the mark"] if key else []
-        print(f"{len(there):,} images: {', '.join(parts)}")
+        print(f"{counts['images']:,} images: {', '.join(parts)}")
     if counts["error"]:
-        print(f"{counts['error']:,} of {len(there):,} images could not be read", file=sys.stderr)
+        print(f"{counts['error']:,} of {counts['images']:,} images could not be read", file=sys.stderr)
     return cli.set_aside(counts["error"], ok=False)
 
 
-def below(uri: str) -> Iterator[str]:
-    """The images at or below `uri`.
+def below(uri: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The images at or below `uri` and in the rows of parquet files there, and how each is read.
 
     Raises:
         InputError: there are none.
     """
-    if storage.is_file(uri):
-        yield uri
-        return
-    found = [name for name in storage.list_files(uri) if "." + name.rpartition(".")[2].lower() in images.SUFFIXES]
-    if not found:
+    files = [uri] if storage.is_file(uri) else [storage.join(uri, name) for name in sorted(storage.list_files(uri))]
+    num = 0
+    for file in files:
+        suffix = "." + file.rpartition(".")[2].lower()
+        found: Iterable[tuple[str, Callable[[], bytes]]] = ()
+        if suffix == ".parquet":
+            found = packed(file)
+        elif suffix in images.SUFFIXES or file == uri:
+            found = [(file, functools.partial(storage.read_bytes, file, max_bytes=images.MAX_BYTES))]
+        for each in found:
+            num += 1
+            yield each
+    if not num:
         raise InputError(f"{uri}: no image there; give a file, or a folder or s3:// prefix that holds some")
-    yield from (storage.join(uri, name) for name in sorted(found))
 
 
-def look(uri: str, key: bytes) -> dict[str, Any]:
+def packed(uri: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Those of a translation's parquet file: FILE#ID."""
+    import pyarrow.parquet
+
+    fs, path = storage.filesystem(uri)
+    with storage.user_errors(uri), fs.open_input_file(path) as opened:
+        try:
+            file = pyarrow.parquet.ParquetFile(opened)
+            if not {"id", "image"} <= {*file.schema_arrow.names}:
+                return
+            for some in file.iter_batches(16, columns=["id", "image"]):
+                for row in some.to_pylist():
+                    yield f"{uri}#{row['id']}", functools.partial(bytes, row["image"] or b"")
+        except pyarrow.ArrowInvalid as error:
+            raise InputError(f"{uri} is not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def look(uri: str, read: Callable[[], bytes], key: bytes) -> dict[str, Any]:
     """What one image says: `generated`, `record`, `marked` and `score` (None where no mark was looked for), or the
     `error` that kept it from being read.
 
@@ -63,12 +88,12 @@ def look(uri: str, key: bytes) -> dict[str, Any]:
     """
     row: dict[str, Any] = {"uri": uri, "generated": False, "record": {}, "marked": None, "score": None, "error": ""}
     try:
-        data = storage.read_bytes(uri, max_bytes=images.MAX_BYTES)
+        data = read()
         pixels = np.asarray(images.decode(data, name=uri))
     except FileNotFoundError:
         return row | {"error": f"{uri}: it is gone"}
     except InputError as error:
-        storage.exists(uri)  # raises where the server is unreachable or refuses everything
+        storage.exists(uri.partition("#")[0])  # raises where the server is unreachable or refuses everything
         return row | {"error": str(error)}
     told = marks.read(data)
     row |= {"generated": told.generated, "record": told.record}
