@@ -314,6 +314,8 @@ class _Crew(Generic[T, R]):
         """Actors that are being placed, or load what they need, by the reference to that."""
         self.ready: dict[Any, int] = {}
         """Actors, and how many tasks each has."""
+        self.alone: set[Any] = set()
+        """Actors that get no second task beside the one they have."""
         self.running: dict[Any, tuple[Any, _Job]] = {}
         """Actor and task by the reference to the results."""
         self.again: collections.deque[_Job] = collections.deque()
@@ -343,8 +345,9 @@ class _Crew(Generic[T, R]):
                             yield result
         finally:
             self.over.set()
-            for actor in (*self.starting.values(), *self.ready):
-                ray.kill(actor)
+            if ray.is_initialized():  # it is not where an error has ended all; then `ray.kill` would start a new one
+                for actor in (*self.starting.values(), *self.ready):
+                    ray.kill(actor)
 
     def _feed(self) -> None:
         try:
@@ -407,12 +410,13 @@ class _Crew(Generic[T, R]):
                 free[name] = free.get(name, 0) - each
 
     def _hand_out(self) -> None:
-        while self.ready:
-            actor = min(self.ready, key=lambda each: self.ready[each])
-            if self.ready[actor] >= AHEAD:
+        while free := self.ready.keys() - self.alone:
+            actor = min(free, key=lambda each: self.ready[each])
+            if self.ready[actor] >= (1 if self.again else AHEAD):
                 return
-            if self.again:
+            if self.again:  # what a worker died with has the next one for itself: no other task is to die of it
                 job = self.again.popleft()
+                self.alone.add(actor)
             else:
                 try:
                     job = self.queue.get_nowait()
@@ -439,11 +443,13 @@ class _Crew(Generic[T, R]):
             self.ready[actor] = 0
             return []
         self.ready[actor] -= 1
+        self.alone.discard(actor)
         return results or []
 
     def _lost(self, actor: Any, job: _Job | None, error: Exception) -> list[R]:
         import ray
 
+        self.alone.discard(actor)
         if self.ready.pop(actor, None) is not None or job is None:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(actor)

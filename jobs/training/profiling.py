@@ -19,7 +19,7 @@ SKIP, WARM_UP, STEPS = 5, 2, 3
 """Steps that are let pass, traced and thrown away, and kept."""
 NEEDED = SKIP + WARM_UP + STEPS
 """Steps that training must take for a trace."""
-NUM_OPERATORS = 40
+NUM_OPERATORS = 60
 
 
 def tracer(run: str | None) -> Callable[[], None]:
