@@ -499,6 +499,7 @@ def test_a_run_lists_into_shards_and_a_killed_one_is_taken_up(small_shards: None
         "width": 4,
         "height": 3,
         "seconds": 0.5,
+        "identity_cosine": None,
     }
     schema = pyarrow.parquet.read_schema(tmp_path / "manifest.parquet")
     assert schema.metadata[b"options"] == b'{"x": 1}'
