@@ -40,6 +40,8 @@ NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 """What a damaged JSON file raises; ValueError would take in InputError."""
 AGAIN_S = (0.05, 0.2, 1.0)
 """Waits before a file that made no sense is read again."""
+MAX_PARSED_BYTES = 2**28
+"""Of a file of JSON: more is none of ours."""
 DEBRIS = r"\.[0-9a-f]{16}\.tmp"
 """What files are called while they are written: no longer than any name may be."""
 DEBRIS_AGE_S = 2.0
@@ -172,6 +174,9 @@ def user_errors(uri: str) -> Iterator[None]:
         for pattern, remedy in _REMEDIES:
             if re.search(pattern, text):
                 raise InputError(f"{uri}: {remedy}") from error
+        if error.errno in _FAILING:
+            why = os.strerror(error.errno)
+            raise InputError(f"{uri}: the disk, or the network that it is on, fails ({why}); check it") from error
         raise
     except ValueError as error:
         if type(error).__name__ != "ArrowInvalid" and "null byte" not in str(error):
@@ -181,7 +186,10 @@ def user_errors(uri: str) -> Iterator[None]:
         ) from error
 
 
-_NAME_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EILSEQ})
+_NAME_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP})
+_FAILING = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EUCLEAN, errno.EBADMSG}
+)
 _NAME_REFUSED = r"(?i)key_?too_?long"
 _PASSING = (
     r"NETWORK_CONNECTION|curlCode|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|REQUEST_TIMEOUT|HTTP status 50\d"
@@ -273,7 +281,7 @@ def check_size(uri: str, num_bytes: int, max_bytes: int | None) -> None:
     if max_bytes is not None and num_bytes > max_bytes:
         raise TooLargeError(
             f"{uri}: too large a file, {num_bytes / 1e6:,.0f} MB; "
-            f"at most {max_bytes / 1e6:,.0f} MB are read: scale it down"
+            f"at most {max_bytes / 1e6:,.0f} MB are read: give a smaller one"
         )
 
 
@@ -281,9 +289,14 @@ def read_bytes(uri: str, *, first: int | None = None, max_bytes: int | None = No
     """A file's content, or its `first` so many bytes. Raises FileNotFoundError where there is none, InputError where
     access fails, TooLargeError before anything is read of a file larger than `max_bytes`."""
     if not is_remote(uri):
-        with user_errors(uri), open(uri, "rb") as file:
-            check_size(uri, os.fstat(file.fileno()).st_size, max_bytes)
-            return file.read(first)
+        with user_errors(uri), open(uri, "rb", opener=_without_waiting) as file:
+            there = os.fstat(file.fileno())
+            if not stat.S_ISREG(there.st_mode):
+                raise InputError(f"{uri} is a pipe, socket or device, not a file")
+            check_size(uri, there.st_size, max_bytes)
+            content = file.read(first if first is not None or max_bytes is None else max_bytes + 1)
+            check_size(uri, len(content), max_bytes)  # it may have grown
+            return content
     fs, path = filesystem(uri)
 
     def read() -> bytes:
@@ -294,14 +307,33 @@ def read_bytes(uri: str, *, first: int | None = None, max_bytes: int | None = No
     return with_retries(uri, read)
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe that nobody writes to, too, and does not wait for one that does."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def json_of(content: bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        NOT_JSON: it is none, or none that Python takes: nested a thousand levels deep, numbers of thousands of digits.
+    """
+    try:
+        return json.loads(content)
+    except NOT_JSON:
+        raise
+    except (RecursionError, ValueError) as error:
+        raise json.JSONDecodeError(str(error), "", 0) from None
+
+
 def read_json(uri: str) -> Any:
     """A JSON file's content; `read_parsed` says what it raises."""
-    return read_parsed(uri, json.loads)
+    return read_parsed(uri, json_of)
 
 
 def read_json_lines(uri: str) -> list[Any]:
     """The rows of a file with a JSON value a line; `read_parsed` says what it raises."""
-    return read_parsed(uri, lambda content: [json.loads(line) for line in content.splitlines() if line.strip()])
+    return read_parsed(uri, lambda content: [json_of(line) for line in content.splitlines() if line.strip()])
 
 
 def read_parsed(uri: str, parse: Callable[[bytes], T]) -> T:
@@ -314,9 +346,9 @@ def read_parsed(uri: str, parse: Callable[[bytes], T]) -> T:
     """
     for wait_s in AGAIN_S if is_remote(uri) else ():
         with contextlib.suppress(*NOT_JSON):
-            return parse(read_bytes(uri))
+            return parse(read_bytes(uri, max_bytes=MAX_PARSED_BYTES))
         time.sleep(wait_s)
-    return parse(read_bytes(uri))
+    return parse(read_bytes(uri, max_bytes=MAX_PARSED_BYTES))
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:

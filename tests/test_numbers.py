@@ -119,6 +119,7 @@ class Held:
     lengths: tuple[typing.Annotated[float, Within(0, 1)], ...] = ()
     free: float = 0.0
     yes: bool = False
+    rate: typing.Annotated[float, Within(0, 1, over=True)] = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Holder:
         (Held(depth=0), "--held.depth is 0; it must lie between 1 and 3"),
         (Held(depth=4), "--held.depth is 4; it must lie between 1 and 3"),
         (Held(lengths=(0.5, 1.5)), "--held.lengths is 1.5; it must lie between 0 and 1"),
+        (Held(rate=0.0), "--held.rate is 0.0; it must be positive"),
+        (Held(rate=1.5), "--held.rate is 1.5; it must lie between 0 and 1"),
         (Held(free=-0.1), "--held.free is -0.1; it must be at least 0"),
         (Held(free=math.nan), "--held.free is nan; it must lie between 0 and 2,147,483,647"),
     ],

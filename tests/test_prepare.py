@@ -443,7 +443,8 @@ def test_what_may_be_a_split_and_may_be_none_is_refused(folders: str) -> None:
     [
         ("images/cats/train images/dogs", "only images; .*; if cats, dogs are the domains, give --source IN/images$"),
         ("train test", "no images in sub-folders; .*; 2 lie in no domain's folder .*jobs.prepare day2night"),
-        ("test/a test/b", "all images lie in folders for val or test; training needs some"),
+        ("test/a test/b", "all images of a and of b lie in folders for val or test; training needs some"),
+        ("train/a test/a test/b", "all images of b lie in folders for val or test; training needs some"),
         ("Day day", "the domains Day and day differ only in capitals"),
         ("cafe\u0301 caf\u00e9", "differ only in capitals or in how accents are stored"),
     ],

@@ -1,6 +1,7 @@
 """Files by URI: the same verbs on disk and on a real S3 server, and one line for what a user can mend."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -128,6 +129,46 @@ def test_local_places_that_take_no_files(place: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"^--output {uri}[: ]") as caught:
         storage.check_writable(uri)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "endless", "loop"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    there, told = tmp_path / "x", "x is a pipe, socket or device, not a file"
+    if kind == "pipe":
+        os.mkfifo(there)
+    elif kind == "device":
+        there.symlink_to("/dev/zero")
+    elif kind == "loop":
+        there.symlink_to("x")
+        told = r"x: a name that cannot be used \(Too many levels of symbolic links\)"
+    else:
+        with open(there, "w") as file:
+            file.truncate(10**12)
+        told = "x: too large a file, 1,000,000 MB; at most 1 MB are read"
+    with pytest.raises(InputError, match=told):
+        storage.read_bytes(str(there), max_bytes=10**6)
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_no_further(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "x").write_bytes(bytes(2000))
+    sizes, check = iter([10]), storage.check_size
+    monkeypatch.setattr(storage, "check_size", lambda uri, size, most: check(uri, next(sizes, size), most))
+    with pytest.raises(storage.TooLargeError):
+        storage.read_bytes(str(tmp_path / "x"), max_bytes=1000)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_disk_that_fails_is_told(code: int) -> None:
+    told = r"^x: the disk, or the network that it is on, fails \(.*\); check it$"
+    with pytest.raises(InputError, match=told), storage.user_errors("x"):
+        raise OSError(code, "it")
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**5, b'{"a":' * 10**5, b"1" * 5000, b"", b"{", b"\xff"])
+def test_what_python_cannot_take_of_json_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(storage.NOT_JSON):
+        storage.read_json(str(tmp_path / "x.json"))
 
 
 def test_folder_read_as_a_file(tmp_path: Path) -> None:
@@ -380,7 +421,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(monkeypatch):
     """On S3 length and content are asked for one after the other."""
     whole = b'{"a": 1}\n{"a": 22}\n'
     pieces = [whole[:12], whole[7:], whole]
-    monkeypatch.setattr(storage, "read_bytes", lambda uri: pieces.pop(0))
+    monkeypatch.setattr(storage, "read_bytes", lambda uri, **limits: pieces.pop(0))
     assert storage.read_json_lines("s3://bucket/metrics.jsonl") == [{"a": 1}, {"a": 22}]
     pieces = [b"{"] * 9
     with pytest.raises(ValueError, match="Expecting"):

@@ -957,7 +957,7 @@ def test_pix2pix_takes_the_same_path(ray_cluster, dataset_folder, tmp_path, caps
         (["--identity-weight", "-1"], "--identity-weight is -1.0; it must lie between 0 and 1,000,000"),
         (["--identity-encoder", "/nowhere"], "has no effect without --identity-weight or --perceptual-weight"),
         (["--identity-encoder", "/nowhere", "--identity-weight", "1"], "/nowhere: no encoder here"),
-        (["--optim.ema-sigma-rels", "0.1", "0.3"], "each must lie between 0 and 0.28"),
+        (["--optim.ema-sigma-rels", "0.1", "0.3"], "0.3; it must lie between 0 and 0.28"),
         (["--optim.ema-sigma-rels", "0.1", "0.1"], "give one or more different lengths"),
         (["--pairing", "matched"], "--pairing matched: gradients was prepared paired; prepare it anew for that"),
         (["--method", "pix2pix", "--pairing", "unpaired"], "pix2pix learns from pairs; leave it out, or give --method"),

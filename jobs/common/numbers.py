@@ -19,6 +19,8 @@ class Within(NamedTuple):
 
     least: float = 0
     most: float = MAX_SEED
+    over: bool = False
+    """Whether `least` itself is refused."""
 
 
 Seed = Annotated[int, Within()]
@@ -64,8 +66,10 @@ def check_number(flag: str, number: float, limits: Within) -> None:
     Raises:
         InputError: naming the flag, its value and the range.
     """
-    if limits.least <= number <= limits.most:
+    if limits.least <= number <= limits.most and not (limits.over and number == limits.least):
         return
+    if limits.over and number <= limits.least == 0:
+        raise InputError(f"{flag} is {number}; it must be positive")
     if number < limits.least and limits.most == MAX_SEED:
         raise InputError(f"{flag} is {number}; it must be at least {limits.least:,}")
     raise InputError(f"{flag} is {number}; it must lie between {limits.least:,} and {limits.most:,}")

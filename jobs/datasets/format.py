@@ -19,7 +19,6 @@ within a shard, and of the two tables lines whose `version` is above dataset.jso
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +37,8 @@ FORMAT_VERSION = 2
 MAKE_AGAIN = "make the data set again with python -m jobs.prepare"
 """The remedy for a data set that cannot be read."""
 CARD = "dataset.json"
+MAX_SIDE = 1024
+"""Pixels along a side of a data set's images."""
 REJECTED, DUPLICATES, REASONS = "rejected.parquet", "duplicates.parquet", "rejected.txt"
 CONTACT_SHEET, ENVIRONMENT = "contact_sheet.png", "environment.json"
 SPLITS = ("train", "val", "test")
@@ -171,12 +172,10 @@ def find_card(uri: str) -> DatasetCard | None:
     """
     where = storage.join(uri, CARD)
     try:
-        text = storage.read_bytes(where)
+        values = storage.read_json(where)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        values = json.loads(text)
-    except ValueError as error:
+    except storage.NOT_JSON as error:
         raise InputError(f"{where} is damaged ({error}); {MAKE_AGAIN}") from None
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
@@ -190,6 +189,7 @@ def _card(values: dict[str, Any], where: str) -> DatasetCard:
         raise InputError(f"{where} is damaged: no field {name!r}; {MAKE_AGAIN}")
     card = from_dict(DatasetCard, values, where=where)
     good_counts = set(card.splits) <= set(SPLITS) and all(isinstance(n, int) for n in card.splits.values())
+    good_counts &= 0 < card.image_size <= MAX_SIDE and all(shard.rows >= 0 for shard in card.shards)
     per_split = dict.fromkeys(card.splits, 0)
     for shard in card.shards:
         split = shard.file.partition("/")[0]

@@ -72,7 +72,7 @@ class CelebA(FromFiles):
     network is to be shown the image's own structure."""
     identity_encoder: str | None = None
     """Folder or s3:// prefix of an identity encoder: matches are looked for among people who look alike."""
-    match_correlation: Annotated[float, Within(0, 100)] = 0.3
+    match_correlation: Annotated[float, Within(0, 100, over=True)] = 0.3
     """Attributes that correlate with the domain's by this much or more (lipstick, beard) say the same as the domain
     and are not compared when matching, or a few images would match nearly everything; above 1 compares all."""
     limit: Annotated[int, Within(1)] | None = None

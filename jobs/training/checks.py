@@ -96,18 +96,9 @@ def check_fit(card: DatasetCard, config: ModelConfig, args: TrainArgs) -> None:
     """
     options, (_, workers) = args.options, args.workers
     numbers.check(args)
-    for flag, value in {
-        "--optim.learning-rate": options.optim.learning_rate,
-        "--optim.grad-clip": options.optim.grad_clip,
-        "--checkpoint-every-minutes": args.checkpoint_every_minutes,
-    }.items():
-        if not value > 0:
-            raise InputError(f"{flag} is {value}; it must be positive")
     lengths = options.optim.ema_sigma_rels
     if not lengths or len({checkpoint.ema_file(each) for each in lengths}) < len(lengths):
         raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; give one or more different lengths, such as 0.1")
-    if not all(0 < each < 0.28 for each in lengths):
-        raise InputError(f"--optim.ema-sigma-rels is {list(lengths)}; each must lie between 0 and 0.28")
     check_batch(card, args)
     if len(config.domains) < 2 and config.method not in configs.ENCODERS:
         raise InputError(f"{args.data} has one domain, {config.domains[0]!r}; translation needs two")

@@ -19,7 +19,7 @@ from ddpm_core.config import (
     UNetConfig,
 )
 from ddpm_core.errors import InputError
-from jobs.common.numbers import Cpus, NumWorkers, Seed, Share, Within, check_number, within
+from jobs.common.numbers import Cpus, NumWorkers, Seed, Within, check_number, within
 
 Parallel = Literal["ddp", "fsdp"]
 """Workers with a copy of the network each, or with a part of it each."""
@@ -31,7 +31,7 @@ Weight = Annotated[float, Within(0, MAX_WEIGHT)]
 class OptimConfig:
     """Optimisation."""
 
-    learning_rate: Annotated[float, Within(0, 100)] = 2e-4
+    learning_rate: Annotated[float, Within(0, 100, over=True)] = 2e-4
     """Peak learning rate of AdamW, or of the GANs' Adam, which wants 2e-4."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a cosine down to zero at the last step."""
@@ -39,9 +39,9 @@ class OptimConfig:
     """Steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Within(0, 1000)] = 0.0
     """AdamW's decoupled weight decay; the GANs have none."""
-    grad_clip: Annotated[float, Within(0, 1_000_000)] = 1.0
+    grad_clip: Annotated[float, Within(0, 1_000_000, over=True)] = 1.0
     """Largest norm of the gradient; longer ones are scaled down, but not the GANs'."""
-    ema_sigma_rels: tuple[Share, ...] = (0.05, 0.1)
+    ema_sigma_rels: tuple[Annotated[float, Within(0, 0.28, over=True)], ...] = (0.05, 0.1)
     """Lengths of the EMAs as shares of the run so far (power-function EMA). All are validated and kept."""
 
 
@@ -135,7 +135,7 @@ class TrainArgs:
     """CPU cores for each worker, and its number of threads."""
     wait_for_nodes_s: Annotated[int, Within(0, 10_000_000)] = 0
     """How long to wait for a cluster with an autoscaler to grow to what the workers need, in seconds."""
-    checkpoint_every_minutes: Annotated[float, Within(0, 1_000_000)] = 10.0
+    checkpoint_every_minutes: Annotated[float, Within(0, 1_000_000, over=True)] = 10.0
     """Between validations too; it is stored while training goes on, and again whenever a node is about to be taken."""
     keep_every_epochs: Annotated[int, Within()] = 0
     """Keep the checkpoints of every so many epochs beside the best and the last one; 0 keeps none."""

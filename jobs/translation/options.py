@@ -39,11 +39,11 @@ class GuidanceNets:
     classifier_guidance: str | None = None
     """A run or checkpoint of an attribute classifier trained with --encoder.noise-aware on the network's chain: leads
     towards what it takes for the wanted domain."""
-    classifier_scale: Annotated[float, Within(0, 1000)] = 1.0
+    classifier_scale: Annotated[float, Within(0, 1000, over=True)] = 1.0
     """Its weight."""
     identity_guidance: str | None = None
     """A run or checkpoint of an identity encoder: leads towards what it takes for the person or place of the source."""
-    identity_scale: Annotated[float, Within(0, 1000)] = 1.0
+    identity_scale: Annotated[float, Within(0, 1000, over=True)] = 1.0
     """Its weight."""
 
 

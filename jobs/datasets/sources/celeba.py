@@ -119,8 +119,6 @@ def draft(options: CelebA) -> Draft:
 
 def _check_matching(options: CelebA) -> None:
     """Raises InputError for options of matching that cannot work or have no effect."""
-    if not options.match_correlation > 0:
-        raise InputError(f"--match-correlation is {options.match_correlation}; it must be positive")
     if options.pairing != "matched" and options.identity_encoder is not None:
         raise InputError(f"--identity-encoder has no effect with --pairing {options.pairing}; leave it out")
 

@@ -125,8 +125,11 @@ def draft_domains(
     empty = [domain for domain, items in domains.items() if not items]
     if empty and (pairing == "paired" or not options.append or len(empty) == len(domains)):
         raise InputError(f"--domain {empty[0]}: no images there; check the path{there.hint}")
-    if not options.append and not any(item.split in (None, "train") for items in domains.values() for item in items):
-        raise InputError(f"{where}: all images lie in folders for val or test; training needs some")
+    held_out = [name for name, of in domains.items() if not any(item.split in (None, "train") for item in of)]
+    if held_out and not options.append:
+        raise InputError(
+            f"{where}: all images of {' and of '.join(held_out)} lie in folders for val or test; training needs some"
+        )
     rejected = dict(there.rejected)
     if pairing == "paired" and pairs is None:
         domains, ambiguous = match_names(domains)
