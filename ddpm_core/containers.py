@@ -155,6 +155,8 @@ class Scan(NamedTuple):
     """Of these the lowest bit."""
     end: int
     """Where its data end: the offset of the next marker."""
+    frame: int
+    """Marker of the frame that it is of, 0 for none: 0xC2 is progressive, those over 0xC8 are coded arithmetically."""
 
 
 class Segment(NamedTuple):
@@ -183,15 +185,20 @@ _MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
 
 def jpeg_scans(data: bytes) -> Iterator[Scan]:
     """A JPEG's scans in order (ITU-T T.81, B.2.3)."""
+    frame = 0
     for segment in _segments(data):
+        if segment.marker in _FRAMES:
+            frame = segment.marker
         if segment.marker == 0xDA:
             start, count = segment.at + 5, data[segment.at + 4]
             header = data[start + 2 * count : start + 2 * count + 3]
             if len(header) < 3:
                 return
-            yield Scan(data[start : start + 2 * count : 2], header[0], header[1], header[2] & 15, segment.end)
+            components = data[start : start + 2 * count : 2]
+            yield Scan(components, header[0], header[1], header[2] & 15, segment.end, frame)
 
 
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SCAN_END = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 NOISE = bytes(range(255)) * 4
 """Data that would become blocks of a JPEG, were any missing; 0 comes first, lest an 0xFF before it makes a marker."""

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import math
 import posixpath
 import struct
 import threading
@@ -30,7 +31,7 @@ from ddpm_core.errors import InputError
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded (decompression bombs); a JPEG counts as its decoder scales it."""
 MAX_JPEG_PIXELS = 4 * MAX_PIXELS
-"""Larger JPEGs are refused, too, and of progressive ones, which are held in memory whole, those over MAX_PIXELS."""
+"""Larger JPEGs are refused, too."""
 MIN_SIDE = 8
 """Smaller images are refused: there is nothing in them to translate."""
 MAX_BYTES = 4 * MAX_PIXELS
@@ -108,7 +109,8 @@ POINTERS = {
     b"/annex/objects/": "a pointer of git-annex whose content is not here; git annex get brings it",
 }
 """How text files begin that stand for images, with the reason and the remedy."""
-SCALED_DOWN = f"it has more than {MAX_PIXELS:,} pixels and was scaled down"
+CUT = "truncated or corrupt (a part of its data is missing); copy or save it again"
+SCALED_DOWN = f"it counts as more than {MAX_PIXELS:,} pixels and was scaled down"
 PROFILE_IGNORED = "its colour profile cannot be used and was ignored"
 
 
@@ -163,8 +165,9 @@ def decode(data: bytes, *, name: str = "image", square: int | None = None) -> Im
     square: the decoder leaves out detail that shrinking would lose, in half the time. Of other very large images comes
     their centred square, shrunk.
 
-    Over all threads no more than MAX_PIXELS are decoded at once, at 4 bytes a pixel (PNG, JPEG, TIFF) to 9 (HEIF, AVIF,
-    progressive JPEG) and 19 (WebP, JPEG 2000), and without `square` 4 to 8 more for the result.
+    Over all threads no more than MAX_PIXELS are decoded at once, at 4 bytes a pixel (PNG, JPEG, TIFF) to 9 (HEIF, AVIF)
+    and 19 (WebP, JPEG 2000), and without `square` 4 to 8 more for the result. What the decoder of a progressive JPEG
+    holds beside its pixels counts as further pixels.
 
     Raises:
         InputError: one line naming the image: empty, not an image, truncated, animated, too small, too large,
@@ -200,12 +203,22 @@ def _decode(data: bytes, square: int | None) -> Image.Image:
     width, height = image.size
     if min(width, height) < MIN_SIDE:
         raise InputError(f"{width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
-    extent = _draft(image, square)
+    too_large = f"{width} x {height} pixels; at most {MAX_PIXELS:,} are taken: scale it down"
+    if width * height > MAX_JPEG_PIXELS:
+        raise InputError(too_large)
+    scans, held = [], 0
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        scans = _scans(image, data)
+        if image.info.get("progressive") or len(scans[0].components) < image.layers:
+            # Until the last scan is read its decoder holds all coefficients, however small the image comes out.
+            held = 32 * _blocks(image)  # 64 of 2 bytes each are as much as 32 pixels
+    extent = _draft(image, square, MAX_PIXELS - held)
     if extent is not None and square is None:
         notes.append(SCALED_DOWN)
-    pixels = width * height if image.info.get("progressive") else image.width * image.height
-    if pixels > MAX_PIXELS or width * height > MAX_JPEG_PIXELS:
-        raise InputError(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are taken: scale it down")
+    pixels = image.width * image.height + held
+    if pixels > MAX_PIXELS:
+        whole = f", or save it as a baseline JPEG: as a progressive one it counts as {pixels:,}" if held else ""
+        raise InputError(too_large + whole)
     if pixels > MAX_SLOW_PIXELS and any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ())):
         raise InputError(
             f"{width} x {height} pixels; at most {MAX_SLOW_PIXELS:,} are taken of this format: save it as PNG"
@@ -213,7 +226,7 @@ def _decode(data: bytes, square: int | None) -> Image.Image:
     with _decoding.take(pixels):
         image.load()
         if isinstance(image, JpegImagePlugin.JpegImageFile):
-            _check_whole(image, data)
+            _check_whole(image, data, scans)
         turn = _turn(image, notes)
         transform = _transform(image, data, chunks, notes)
         if extent is not None and square is not None:
@@ -288,36 +301,56 @@ def _skip_thumbnails(image: TiffImagePlugin.TiffImageFile) -> None:
     raise InputError(UNREADABLE[".dng"])
 
 
-def _draft(image: Image.Image, square: int | None) -> tuple[float, float] | None:
-    """Has a JPEG's decoder scale it down, to twice `square` or, without that, to MAX_PIXELS: what is then of the image,
-    a width and a height that need not be whole; None where it stays as large as it is."""
+def _scans(image: JpegImagePlugin.JpegImageFile, data: bytes) -> list[containers.Scan]:
+    """A JPEG's.
+
+    Raises:
+        InputError: some, or their data, are missing: of 1 kB libjpeg makes whatever size it announces.
+    """
+    scans = list(containers.jpeg_scans(data))
+    if containers.jpeg_misses_scans(scans, bytes(layer[0] for layer in image.layer)):
+        raise InputError(CUT)
+    if scans[0].frame < 0xC8 and 8 * len(data) < _blocks(image):  # of Huffman's code a block takes a bit or more
+        raise InputError(CUT)
+    return scans
+
+
+def _blocks(image: JpegImagePlugin.JpegImageFile) -> int:
+    """Of 64 coefficients, over all components (ITU-T T.81, A.1.1)."""
+    most = [max(layer[side] for layer in image.layer) for side in (1, 2)]
+    counts = (
+        math.prod(-(-image.size[side] * layer[1 + side] // (8 * most[side])) for side in (0, 1))
+        for layer in image.layer
+    )
+    return sum(counts)
+
+
+def _draft(image: Image.Image, square: int | None, room: int) -> tuple[float, float] | None:
+    """Has a JPEG's decoder scale it down, to twice `square` or, without that, to `room` pixels: what is then of the
+    image, a width and a height that need not be whole; None where it stays as large as it is."""
     if image.format != "JPEG":
         return None
     before = image.size
     wanted = (square, square) if square is not None else before
     if square is None:
-        scale = next((n for n in (1, 2, 4) if before[0] * before[1] <= MAX_PIXELS * n**2), 8)
+        scale = next((n for n in (1, 2, 4) if before[0] * before[1] <= room * n**2), 8)
         wanted = (before[0] // scale, before[1] // scale)
     drafted = image.draft(None, (max(wanted[0], 1), max(wanted[1], 1)))
     return None if drafted is None or image.size == before else drafted[1][2:]
 
 
-def _check_whole(image: JpegImagePlugin.JpegImageFile, data: bytes) -> None:
+def _check_whole(image: JpegImagePlugin.JpegImageFile, data: bytes, scans: list[containers.Scan]) -> None:
     """Raises InputError for a JPEG that was cut and then closed with an end marker.
 
-    libjpeg fills what is missing with grey, or leaves out the finer scans of it, and says nothing.
+    libjpeg fills what is missing with grey and says nothing.
     """
-    scans = list(containers.jpeg_scans(data))
-    cut = InputError("truncated or corrupt (a part of its data is missing); copy or save it again")
-    if containers.jpeg_misses_scans(scans, bytes(layer[0] for layer in image.layer)):
-        raise cut
     last = image.getpixel((image.width - 1, image.height - 1))
     grey = all(value in (127, 128) for value in (last if isinstance(last, tuple) else (last,)))
     if grey or (len(scans) > 1 and not image.info.get("progressive")):
         # The last block is what is filled in, or may be what was drawn: only the former changes with more data.
         drawn = [_small(each) for each in (data, containers.with_more_data(data, scans[-1]))]
         if drawn[0] != drawn[1]:
-            raise cut
+            raise InputError(CUT)
 
 
 def _small(data: bytes) -> bytes:

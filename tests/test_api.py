@@ -460,6 +460,12 @@ def big_tiff(announced: int, entries: int) -> bytes:
     return head + struct.pack("<HHQQ", 65000, 1, 1, 0) * entries + bytes(8)
 
 
+def jpeg_of_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    data = saved("JPEG", image=Image.new("L", (16, 16)), progressive=True)[:-2]
+    return data + data[data.rindex(b"\xff\xda") :] * count
+
+
 def replaced(data: bytes, after: bytes, skip: int, new: bytes) -> bytes:
     """`data` with `new` in the place of what lies `skip` bytes behind the first `after`."""
     at = data.index(after) + len(after) + skip
@@ -476,7 +482,7 @@ def zipped() -> bytes:
 PDF = b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF\n"
 GIF, MORE = saved("GIF", "P"), {"save_all": True, "append_images": [IMAGE.rotate(90), IMAGE.rotate(180)]}
 DOT = saved("GIF", "P", image=Image.new("P", (8, 8)))
-LARGE, NO_IMAGE, ANIMATION = "100,000,000", "not an image", "an animation"
+LARGE, NO_IMAGE, ANIMATION, PARTLY = "100,000,000", "not an image", "an animation", "a part of its data is missing"
 TAKEN = {
     "GIF and JavaScript": GIF + b"\n=1;alert(1)//",
     "GIF, a comment of JavaScript": GIF[:-1] + b"\x21\xfe\x0c*/=alert(1)//\0;",
@@ -519,6 +525,18 @@ REFUSED = {
     "QOI": (b"qoif" + struct.pack(">IIBB", 50_000, 50_000, 3, 0) + bytes(20), LARGE),
     "TGA": (struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 50_000, 50_000, 24, 0) + bytes(100), LARGE),
     "JPEG": (replaced(saved("JPEG"), b"\xff\xc0", 3, struct.pack(">HH", 65_000, 65_000)), LARGE),
+    **{
+        f"{name}, nothing in it": (
+            replaced(saved("JPEG", **options), frame, 3, struct.pack(">HH", 9_999, 10_000)),
+            PARTLY,
+        )
+        for name, (frame, options) in {
+            "JPEG": (b"\xff\xc0", {}),
+            "JPEG, progressive": (b"\xff\xc2", {"progressive": True}),
+            "JPEG, progressive, every colour": (b"\xff\xc2", {"progressive": True, "subsampling": 0}),
+        }.items()
+    },
+    "JPEG of 20,000 scans": (jpeg_of_scans(20_000), "more than 100 scans"),
     "SVG": (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg' width='99' height='99'/>", NO_IMAGE),
     "SVG that loads": (b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>", NO_IMAGE),
     "PNG, animated": (saved("PNG", **MORE), ANIMATION),

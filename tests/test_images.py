@@ -826,6 +826,58 @@ def test_a_jpeg_counts_as_it_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
             images.decode(refused, square=square)
 
 
+HELD = {"L": ({}, 2), "4:2:0": ({"subsampling": 2}, 3), "4:4:4": ({"subsampling": 0}, 6), "CMYK": ({}, 8)}
+"""Bytes of coefficients for each pixel of a progressive JPEG."""
+
+
+@pytest.mark.parametrize("square", [None, 16])
+@pytest.mark.parametrize("kind", HELD)
+def test_what_the_decoder_of_a_progressive_jpeg_holds_counts(
+    kind: str, square: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, held = HELD[kind]
+    image = smooth(640, 480).convert(kind if ":" not in kind else "RGB")
+    data = encoded(image, "JPEG", progressive=True, **options)
+    counts = 640 * 480 * held // 4 + 80 * 60  # at an eighth of its size
+    monkeypatch.setattr(images, "MAX_PIXELS", counts)
+    taken = images.decode(data, square=square)
+    assert taken.size == ((80, 60) if square is None else (16, 16))
+    assert taken.info["notes"] == ((images.SCALED_DOWN,) if square is None else ())
+    monkeypatch.setattr(images, "MAX_PIXELS", counts - 1)
+    with pytest.raises(
+        InputError, match=f"or save it as a baseline JPEG: as a progressive one it counts as {counts:,}$"
+    ):
+        images.decode(data, square=square)
+
+
+JPEG_KINDS: dict[str, tuple[str, dict[str, object]]] = {
+    f"{mode} {name}": (mode, {**options, "optimize": True})
+    for mode in ("L", "RGB", "CMYK")
+    for name, options in {**JPEG_OPTIONS, "full progressive": {"subsampling": 0, "progressive": True}}.items()
+}
+
+
+@pytest.mark.parametrize("square", [None, 16])
+@pytest.mark.parametrize("kind", JPEG_KINDS)
+def test_a_jpeg_that_announces_more_than_it_holds_is_not_decoded(
+    kind: str, square: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode, options = JPEG_KINDS[kind]
+    data = encoded(Image.new(mode, (64, 64)), "JPEG", **options)
+    frame = data.index(b"\xff\xc2" if "progressive" in kind else b"\xff\xc0")
+    announced = data[: frame + 5] + struct.pack(">HH", 5000, 5000) + data[frame + 9 :]
+    monkeypatch.setattr(images, "_decoding", None)  # not reached
+    with pytest.raises(InputError, match="a part of its data is missing"):
+        images.decode(announced, square=square)
+
+
+@pytest.mark.parametrize("kind", JPEG_KINDS)
+def test_a_jpeg_of_one_colour_is_taken_however_small_its_file(kind: str) -> None:
+    mode, options = JPEG_KINDS[kind]
+    for size in ((8, 20_000), (20_000, 8), (400, 400)):
+        assert images.decode(encoded(Image.new(mode, size), "JPEG", **options)).size == size
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16"])
 @pytest.mark.parametrize(("width", "height"), [(611, 403), (201, 399), (250, 250)])
 def test_a_large_image_is_shrunk_as_its_square(
