@@ -7,27 +7,32 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import random
 import resource
 import struct
 import time
+import urllib.parse
 import warnings
 import zipfile
 import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_translator import TINY, network
 
-from ddpm_core import faces, full_size, images, keyed_mark, marks
+from ddpm_core import checkpoint, faces, full_size, images, keyed_mark, marks
 from ddpm_core.config import Framing, ModelConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
+from jobs import translate
 from serve import api, app
 from serve.engine import Done, Engine, Full, Job, Late
 from serve.schemas import Arguments, validate
@@ -38,9 +43,11 @@ CONFIG = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, licence="
 class Local:
     """A backend of this process: the real engine and reader around a tiny network."""
 
-    def __init__(self, config: ModelConfig = CONFIG) -> None:
+    def __init__(
+        self, config: ModelConfig = CONFIG, loaded: checkpoint.Checkpoint | None = None, precision: str = "fp32"
+    ) -> None:
         self.config = config
-        translate = Translator(network(config), device="cpu", precision="fp32")
+        translate = Translator(loaded or network(config), device="cpu", precision=precision)
         self.engine = Engine(translate, max_rows=8, max_waiting=100)
         self.translate, self.stream = self.engine.translate, self.engine.stream
 
@@ -146,6 +153,56 @@ def test_every_kind_of_body_gives_the_same_image(local: Local) -> None:
     source = images.read_square(png(), 8)
     square = ask(application, "POST", f"{url}?domain=night&seed=3&output_size=model", content=png())
     assert np.abs(pixels(square).astype(int) - expected(source[None], "night", seed=3)[0]).max() <= 1
+
+
+@pytest.mark.parametrize(("precision", "most", "mean"), [("fp32", 1, 0.01), ("bf16", 16, 1.0)])
+def test_an_image_comes_out_the_same_alone_in_a_crowd_and_by_translate(
+    precision: str, most: int, mean: float, checkpoint_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for roundings where the kernels add up in another order, as those of two threads may, too."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: precision == "bf16")  # what translate goes by
+    shared = {"num_steps": "3", "guidance_scale": "2", "seed": "3", "output_size": "model"}
+    source, files = tmp_path / "in", [png(i) for i in range(4)]
+    source.mkdir()
+    for i, file in enumerate(files):
+        (source / f"{i}.png").write_bytes(file)
+    loaded, folder = checkpoint.load(checkpoint_folder), tmp_path / "checkpoint"
+    by_v = dataclasses.replace(loaded.config.diffusion, prediction="v")  # whose results are not black and white
+    config = dataclasses.replace(loaded.config, diffusion=by_v)
+    folder.mkdir()
+    for name, content in checkpoint.files(loaded.model.state_dict(), config).items():
+        (folder / name).write_bytes(content)
+    company = [{"num_steps": 2 + i, "guidance_scale": i / 2, "seed": i, "domain": "day"} for i in range(4)]
+
+    async def crowd(application: Any) -> list[httpx.Response]:
+        transport = httpx.ASGITransport(application, client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint", timeout=300) as http:
+            asked = [(file, {"domain": "night", **shared}) for file in files] + list(zip(files, company, strict=True))
+            posts = [http.post("/v1/translate", params=query, content=file) for file, query in asked]
+            return (await asyncio.gather(*posts))[: len(files)]
+
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            backend = Local(
+                config, checkpoint.load(str(folder)), precision
+            )  # its thread takes the number that it finds
+            application, query = made(backend, config), urllib.parse.urlencode({"domain": "night", **shared})
+            found.append([pixels(ask(application, "POST", f"/v1/translate?{query}", content=file)) for file in files])
+            found.append([pixels(answer) for answer in asyncio.run(asyncio.wait_for(crowd(application), 300))])
+            backend.engine.close()
+        where = {"checkpoint": folder, "input": source, "output": tmp_path / "out", "domain": "night", **shared}
+        more = {"mark_key": "none", "num_workers": 0, "batch_size": 4}
+        words = ((f"--{name.replace('_', '-')}", str(value)) for name, value in {**where, **more}.items())
+        translate.main([*itertools.chain(*words)])
+        found.append([np.asarray(Image.open(tmp_path / f"out/{i}.png")) for i in range(len(files))])
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        differences = np.abs(np.array(others, int) - np.array(found[0], int))
+        assert differences.max() <= most
+        assert differences.mean() <= mean
 
 
 def pixels(answer: httpx.Response) -> np.ndarray:

@@ -1,7 +1,10 @@
-"""The jobs as a user of a cluster runs them: `make cluster`, then `ray job submit`."""
+"""The project as a user of a cluster runs it: `make cluster`, then `ray job submit`, and `serve deploy`."""
 
+import hashlib
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -14,9 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from chaos import NEVER, SMOKE, attempts_of, reached
+import yaml
+from chaos import NEVER, OFTEN, SMOKE, attempts_of, reached
 from conftest import ROOT, free_port, write_gradients
+from dashboards import needs_prometheus, prometheus, queries
+from PIL import Image
 
 from jobs.training import run_folder
 
@@ -222,6 +229,103 @@ def test_a_sweep_by_ray_job_submit_whose_driver_is_killed_goes_on(cluster: Clust
     assert [row["number"] for row in points] == [0]
     assert json.loads((output / "best.json").read_text())["sweep"]["num_points"] == 1
     assert not (output / "driver.json").exists()
+
+
+@needs_prometheus
+def test_every_panel_of_the_trainings_dashboard_shows_something(cluster: Cluster, tmp_path: Path) -> None:
+    """Those about GPUs ask for what Ray tells where there are any."""
+    from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+    write_gradients(str(tmp_path / "data"))
+    command = ["python", "-m", "jobs.train", *SMOKE, *OFTEN, "--data", tmp_path / "data", "--output", tmp_path / "run"]
+    training = cluster.begin(f"{shlex.join(map(str, command))} --epochs 100000", "--submission-id", "watched")
+    file = Path(temp_folder(cluster.environment["DDPM_CLUSTER_DIR"]), "prom_metrics_service_discovery.json")
+    about_gpus = {"GPUs in use", "GPU memory in use"}
+    with prometheus(tmp_path, "ray", file_sd_configs=[{"files": [str(file)], "refresh_interval": "1s"}]) as shows:
+        waited = {query for query, title in queries("dashboard.json").items() if title not in about_gpus}
+        assert len(waited) >= 10
+        deadline = time.monotonic() + 800
+        while waited := {query for query in waited if not shows(query)}:
+            assert time.monotonic() < deadline, waited
+            assert training.poll() is None, training.communicate()
+            time.sleep(0.5)
+        for query, title in queries("dashboard.json").items():
+            if title in about_gpus:
+                assert not shows(query)  # nor is it wrong
+                assert {f"ray_{name}" for name in METRICS_GAUGES} >= {*re.findall(r"ray_\w+", query)}
+    stop = [RAY, "job", "stop", "--log-color", "false", "watched"]
+    subprocess.run(stop, env=cluster.environment, cwd=ROOT, check=True, timeout=300)
+    training.communicate(timeout=300)
+
+
+SERVE = RAY.with_name("serve")
+
+
+class Deployed:
+    """`serve deploy cluster/serve.yaml` with changes, of Serve on a cluster where none runs; it is shut down after."""
+
+    def __init__(self, cluster: Cluster, folder: Path, host: str, **args: Any) -> None:
+        config = yaml.safe_load((ROOT / "cluster/serve.yaml").read_text())
+        self.port = config["http_options"]["port"] = free_port()
+        config["http_options"]["host"] = host
+        (application,) = config["applications"]
+        application["args"] = {**application["args"], **args}
+        application["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # installed may be another working tree
+        self.cluster, self.file = cluster, folder / "serve.yaml"
+        self.file.write_text(yaml.safe_dump(config))
+
+    def serve(self, *words: str) -> str:
+        environment = self.cluster.environment
+        done = subprocess.run([SERVE, *words], cwd="/", env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def __enter__(self) -> "Deployed":
+        self.serve("deploy", str(self.file))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.serve("shutdown", "--yes")
+
+    def status(self, *wanted: str) -> dict[str, Any]:
+        """The application's, once it is one of those."""
+        deadline = time.monotonic() + 600
+        while (found := yaml.safe_load(self.serve("status", "--name", "translate")))["status"] not in wanted:
+            assert found["status"] in ("DEPLOYING", *wanted), found
+            assert time.monotonic() < deadline, found
+            time.sleep(1)
+        return found
+
+
+def test_the_endpoint_by_serve_deploy(cluster: Cluster, checkpoint_folder: str, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"alice {hashlib.sha256(b'secret').hexdigest()}\n")
+    args = {"checkpoint": checkpoint_folder, "tokens_file": str(tokens)}
+    with Deployed(cluster, tmp_path, "127.0.0.1", **args) as deployed:
+        status = deployed.status("RUNNING")
+        assert {name: each["status"] for name, each in status["deployments"].items()} == dict.fromkeys(
+            ("Gateway", "Reader", "Model"), "HEALTHY"
+        )
+        url, photo = f"http://127.0.0.1:{deployed.port}", io.BytesIO()
+        Image.new("RGB", (40, 24), (200, 60, 40)).save(photo, "PNG")
+        assert httpx.get(f"{url}/readyz", timeout=300).json()["status"] == "ok"
+        asked: dict[str, Any] = {"url": f"{url}/v1/translate?domain=night", "content": photo.getvalue(), "timeout": 300}
+        assert httpx.post(**asked).status_code == 401
+        answer = httpx.post(**asked, headers={"Authorization": "Bearer secret"})
+        assert answer.status_code == 200, answer.text
+        assert Image.open(io.BytesIO(answer.content)).size == (40, 24)
+
+
+def test_a_public_endpoint_without_tokens_is_not_deployed(
+    cluster: Cluster, checkpoint_folder: str, tmp_path: Path
+) -> None:
+    with Deployed(cluster, tmp_path, "0.0.0.0", checkpoint=checkpoint_folder, tokens_file=None) as deployed:
+        said, *told = deployed.status("DEPLOY_FAILED")["message"].splitlines()
+        assert said == "Deploying app 'translate' failed with exception:"  # Ray's own
+        assert told == [
+            "Ray Serve listens on 0.0.0.0, where other machines can reach it: give tokens_file=FILE, or "
+            "open_to_all=true behind a proxy that decides who may come"
+        ]
 
 
 def test_the_cluster_has_two_nodes_and_asks_for_a_token(cluster: Cluster) -> None:

@@ -282,6 +282,36 @@ def test_a_dropped_image_is_taken_and_what_is_wrong_is_said(page: webdriver.Chro
     assert not page.find_element(By.ID, "translate").is_enabled()
 
 
+def test_an_image_is_pasted_from_the_clipboard(page: webdriver.Chrome, endpoint: str, tmp_path: Path) -> None:
+    """Of text nothing is taken."""
+    page.execute_cdp_cmd(
+        "Browser.grantPermissions",
+        {"origin": endpoint.removesuffix("/demo"), "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]},
+    )
+    copy = """
+      const [kind, content, end] = arguments;
+      const blob = new Blob([new Uint8Array(content)], {type: kind});
+      navigator.clipboard.write([new ClipboardItem({[kind]: blob})]).then(() => end(""), (error) => end(`${error}`));
+    """
+
+    def paste(kind: str, content: bytes) -> None:
+        assert page.execute_async_script(copy, kind, list(content)) == ""
+        pressed = {"key": "v", "code": "KeyV", "modifiers": 2, "commands": ["paste"]}  # Ctrl
+        for phase in ("keyDown", "keyUp"):
+            page.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": phase, **pressed})
+
+    source = day_image(tmp_path)
+    paste("image/png", source.read_bytes())
+    wait(lambda: "120 × 80" in text(page, "source-note"))
+    shown = pixels(page, "source")
+    assert likeness(shown, np.asarray(Image.open(source))) > 0.97
+    paste("text/plain", b"no image")
+    page.find_element(By.ID, "translate").click()
+    wait(lambda: text(page, "status").startswith("Done in"))
+    assert np.array_equal(pixels(page, "source"), shown)
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
 def test_the_page_asks_nobody_but_the_endpoint(page: webdriver.Chrome, endpoint: str) -> None:
     asked = requested(page)
     assert {url for url in asked if not url.startswith((endpoint, "data:", "chrome"))} == set()

@@ -6,9 +6,7 @@ import dataclasses
 import http.client
 import io
 import json
-import math
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -27,8 +25,8 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-import yaml
 from conftest import ROOT, S3Server, free_port
+from dashboards import needs_prometheus, prometheus, queries
 from PIL import Image
 
 from ddpm_core import checkpoint, full_size, images, storage
@@ -588,32 +586,9 @@ def test_twice_as_many_as_can_be_served_get_right_answers_or_429_from_ever_the_s
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not installed")
+@needs_prometheus
 def test_every_panel_of_the_endpoints_dashboard_shows_something(endpoint: str, tmp_path: Path) -> None:
-    """Its queries, asked of a real Prometheus that scrapes as cluster/monitoring says."""
-    monitoring, port = ROOT / "cluster/monitoring", free_port()
-    config = yaml.safe_load((monitoring / "prometheus.yml").read_text())
-    (job,) = [each for each in config["scrape_configs"] if each["job_name"] == "endpoint"]
-    job["static_configs"][0]["targets"] = [urllib.parse.urlsplit(endpoint).netloc]
-    (tmp_path / "prometheus.yml").write_text(
-        yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": [job]})
-    )
-    flags = {"config.file": tmp_path / "prometheus.yml", "storage.tsdb.path": tmp_path / "data"}
-    flags["web.listen-address"] = f"127.0.0.1:{port}"  # type: ignore[assignment]
-    command = ["prometheus", *(f"--{name}={value}" for name, value in flags.items())]
-    panels = json.loads((monitoring / "endpoint.json").read_text())["panels"]
-    queries = [target["expr"] for panel in panels for target in panel["targets"]]
-
-    def values(query: str) -> list[float]:
-        answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": query}, timeout=300).json()
-        assert answer["status"] == "success", answer
-        return [float(each["value"][1]) for each in answer["data"]["result"]]
-
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-            with Load(endpoint, 2, num_steps=20):
-                until(lambda: all(any(map(math.isfinite, values(query))) for query in queries))
-        finally:
-            server.terminate()
-    assert len(queries) >= 8
+    target = {"targets": [urllib.parse.urlsplit(endpoint).netloc]}
+    with prometheus(tmp_path, "endpoint", static_configs=[target]) as shows, Load(endpoint, 2, num_steps=20):
+        until(lambda: all(map(shows, queries("endpoint.json"))))
+    assert len(queries("endpoint.json")) >= 8
