@@ -14,6 +14,14 @@ class InputError(ValueError):
         return printable(super().__str__())
 
 
+def reason(error: InputError, *names: str) -> str:
+    """What is wrong, without the name of what it is wrong with: the same for all that have it."""
+    text = str(error)
+    for name in names:
+        text = text.removeprefix(printable(name))
+    return text.removeprefix(":").strip()
+
+
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 

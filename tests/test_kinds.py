@@ -45,6 +45,7 @@ def test_files_of_other_programs_are_none_of_ours(content: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("output", "message"),
     [
+        ("sweep/sweep.json", "is a file; give a folder"),
         ("data", "is --data; give a folder outside of it"),
         ("data/", "is --data"),
         ("link", "is --data"),

@@ -311,6 +311,14 @@ def test_parquet_with_images(tmp_path: Path, checkpoint_folder: str, shape: str)
     assert {path: path.stat().st_mtime_ns for path in out.glob("n*.png")} == before
 
 
+def test_a_reason_is_the_same_wherever_the_file_lies(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    read = batches.read_image(
+        "x/a.jpg", str(tmp_path / "a.jpg"), root=str(tmp_path), image_size=16, template=(), output_size="model"
+    )
+    assert read.error == "x/a.jpg: is a pipe, socket or device, not a file"
+
+
 def test_parquet_that_tells_where_images_lie(tmp_path: Path) -> None:
     file = parquet(tmp_path / "a.parquet", label=["x", "y", "x"], uri=["1.jpg", "2.jpg", "1.jpg"])
     found, passed = found_in(file)

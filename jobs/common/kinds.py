@@ -61,8 +61,10 @@ def check_output(output: str, kind: KindName, inputs: Mapping[str, str | None], 
     """Refuse an output that would spoil what is there. `inputs`: what the command reads, by its flags.
 
     Raises:
-        InputError: it is or contains an input, lies in an input or in a data set, or is of another kind.
+        InputError: it is a file, it is or contains an input, lies in an input or in a data set, or is of another kind.
     """
+    if not storage.is_remote(output) and storage.is_file(output):
+        raise InputError(f"{flag} {output} is a file; give a folder")
     for name, uri in inputs.items():
         if not uri:
             continue

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ddpm_core import faces, images, storage
-from ddpm_core.errors import InputError
+from ddpm_core.errors import InputError, reason
 from jobs.common import workers
 from jobs.common.progress import Progress
 from jobs.datasets import writing
@@ -263,4 +263,4 @@ def read_or_error(uri: str, *, max_bytes: int = images.MAX_BYTES) -> bytes | Inp
     except InputError as error:
         if storage.is_remote(uri) and not isinstance(error, (storage.UnusableNameError, storage.TooLargeError)):
             raise
-        return InputError(str(error).removeprefix(f"{member or uri}: "))
+        return InputError(reason(error, member or uri))

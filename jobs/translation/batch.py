@@ -27,7 +27,7 @@ from PIL import Image
 
 from ddpm_core import checkpoint, full_size, images, marks, nets, storage
 from ddpm_core.config import Faces, OutputFormat, OutputSize
-from ddpm_core.errors import InputError
+from ddpm_core.errors import InputError, reason
 from ddpm_core.translator import NOT_FINITE, Translated
 from jobs.common import workers
 from jobs.datasets import reading
@@ -402,7 +402,7 @@ def read_image(
             return ReadImage((), f"{name}: gone since the folder was listed")
         except InputError as error:
             storage.exists(root)  # raises where the server is unreachable or refuses everything
-            return ReadImage((), str(error))
+            return ReadImage((), f"{name}: {reason(error, name, uri)}")
         return seen_of(name, data, image_size=image_size, template=template, output_size=output_size, which=which)
 
 
