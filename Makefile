@@ -68,6 +68,9 @@ mutants: setup ## plant faults in the numerics and see that the tests catch them
 chaos: setup ## kill workers, nodes, networks and storage under training, and print what came of it (about 15 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
 
+soak: setup ## twice as many people as the endpoint can serve, for twenty minutes: right answers, no 5xx, flat memory
+	@DDPM_SOAK_S=1200 $(PYTEST) -m slow tests/test_serve.py -k twice_as_many
+
 cluster: setup ## a real Ray cluster of two nodes on this machine
 	@PATH="$(abspath $(BIN)):$$PATH" bash cluster/local.sh up
 
@@ -77,4 +80,4 @@ cluster-down: ## stop exactly that cluster
 clean: ## remove what the demo made (runs/earth)
 	@rm -rf $(RUNS)/earth
 
-.PHONY: help setup demo format lint types test test-all check bench experiments mutants chaos cluster cluster-down clean
+.PHONY: help setup demo format lint types test test-all check bench experiments mutants chaos soak cluster cluster-down clean

@@ -443,6 +443,7 @@ class Endpoint:
         total_ms = (time.perf_counter() - begun) * 1000
         timing = f"queue;dur={done.queue_ms:.1f}, model;dur={done.model_ms:.1f}, total;dur={total_ms:.1f}"
         note = "; ".join(read.views[0].notes)
+        cosines = [each.identity_cosine for each in dones if each.identity_cosine is not None]
         return {
             "X-Licence": header(self.config.data.licence),
             "X-Checkpoint": header(done.checkpoint or self.settings.checkpoint),
@@ -450,6 +451,7 @@ class Endpoint:
             "X-Batch-Size": f"{done.batch_size:.1f}",
             "Server-Timing": timing,
             "Cache-Control": "no-store",
+            **({"X-Identity-Cosine": f"{min(cosines):.4f}"} if cosines else {}),
             **({"X-Note": header(note)} if note else {}),
         }
 

@@ -28,8 +28,9 @@ import ray.serve.exceptions
 import torch
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
+from torch import nn
 
-from ddpm_core import checkpoint, full_size, keyed_mark, storage
+from ddpm_core import checkpoint, full_size, keyed_mark, nets, storage
 from ddpm_core.config import Framing, ModelConfig
 from ddpm_core.errors import InputError
 from ddpm_core.full_size import View
@@ -75,6 +76,13 @@ class Pinned(NamedTuple):
         return dataclasses.replace(loaded, config=self.config)
 
 
+def likeness(net: nn.Module, device: str, source: np.ndarray, result: np.ndarray) -> float:
+    """The cosine between what an identity net takes two squares for."""
+    with torch.no_grad():
+        one, other = nets.features(net, np.stack([source, result]), device=device)
+    return float(one @ other)
+
+
 @ray.serve.deployment(graceful_shutdown_timeout_s=60)
 class Model:
     """One copy of the network: a thin shell around an engine."""
@@ -90,12 +98,14 @@ class Model:
         domain = (pinned.config.target_domains or pinned.config.domains)[0]
         for size in sizes or [1]:  # the first pass of a size is slow: nobody is to wait for it
             self.translator(np.zeros((size, side, side, 3), np.uint8), domain)
+        net = nets.identity_net(arguments.identity_net).module if arguments.identity_net else None
         self.engine = Engine(
             self.translator,
             max_rows=rows,
             max_waiting=arguments.queue_length,
             sizes=sizes,
             checkpoint=pinned.name,
+            likeness=functools.partial(likeness, net, str(self.translator.device)) if net else None,
         )
 
     async def translate(self, job: Job) -> Done:
@@ -272,6 +282,22 @@ def check_listening(arguments: Arguments) -> None:
         )
 
 
+def with_identity_net(arguments: Arguments) -> Arguments:
+    """Its address as every node reads it.
+
+    Raises:
+        InputError: nothing there, or nothing that returns embeddings.
+    """
+    if arguments.identity_net is None:
+        return arguments
+    uri = storage.absolute(arguments.identity_net, flag="identity_net")
+    try:
+        nets.identity_net(uri)
+    except InputError as error:
+        raise InputError(f"identity_net: {error}") from None
+    return arguments.model_copy(update={"identity_net": uri})
+
+
 def build_app(args: dict[str, Any]) -> ray.serve.Application:
     """The application, for `serve run` and `serve deploy`.
 
@@ -281,6 +307,7 @@ def build_app(args: dict[str, Any]) -> ray.serve.Application:
     try:
         arguments = validate(Arguments, args)
         check_listening(arguments)
+        arguments = with_identity_net(arguments)
         loaded = checkpoint.load(storage.absolute(arguments.checkpoint, flag="checkpoint"))
         tokens, mark_key = read_tokens(arguments.tokens_file), keyed_mark.read_key(arguments.mark_key)
     except (InputError, OSError) as error:

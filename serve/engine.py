@@ -22,6 +22,8 @@ from ddpm_core.translator import Translator
 from .schemas import Options
 
 Preview = Callable[[int, UInt8[np.ndarray, "h w 3"]], None]
+Likeness = Callable[[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]], float]
+"""Of a source and its result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Done:
     """Images in a pass that it was part of, on average."""
     checkpoint: str = ""
     """What made it, while a rollout has two of them at work."""
+    identity_cosine: float | None = None
+    """How much it shows whom the source shows, where an encoder tells."""
 
 
 class Full(Exception):
@@ -140,10 +144,11 @@ class Engine:
         max_waiting: int,
         sizes: Sequence[int] = (),
         checkpoint: str = "",
+        likeness: Likeness | None = None,
     ) -> None:
         """`max_rows`, `sizes`: as `StepLoop`. `max_waiting`: requests beyond those that share passes. `checkpoint`: its
-        name in the answers."""
-        self.checkpoint = checkpoint
+        name in the answers. `likeness`: called beside the steps, in threads of its own."""
+        self.checkpoint, self.likeness = checkpoint, likeness
         self.steps = StepLoop(translator, max_rows=max_rows, sizes=sizes)
         self.max_waiting = max_waiting
         self.queue = FairQueue()
@@ -174,9 +179,13 @@ class Engine:
             self.queue.push(ticket)
             self.wake.notify()
         try:
-            return await ticket.future
+            done = await ticket.future
         finally:
             ticket.abandoned = True
+        if self.likeness is None:
+            return done
+        cosine = await asyncio.to_thread(self.likeness, job.image, done.image)
+        return dataclasses.replace(done, identity_cosine=cosine)
 
     async def stream(self, job: Job) -> AsyncIterator[tuple[int, UInt8[np.ndarray, "h w 3"]] | Done]:
         """(steps done, how the image looks by then) after each step, then the result; raises as `translate`."""

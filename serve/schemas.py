@@ -56,6 +56,9 @@ class Arguments(BaseModel):
     mark_key: Annotated[str, Field(min_length=1)] = "public"
     """Of the invisible mark in each answer of 64 pixels and more: none, public (a key that everybody has), or a file
     that holds a secret one."""
+    identity_net: Annotated[str, Field(min_length=1)] | None = None
+    """Each answer says how much it shows whom its source shows, as this net sees it: a net file that gives an
+    embedding, or a run of our own identity encoder."""
     open_to_all: bool = False
     """Serve other machines without a token, too: behind a proxy that decides who may come."""
 

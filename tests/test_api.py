@@ -26,9 +26,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_matching import write_encoder
 from test_translator import TINY, network
 
-from ddpm_core import checkpoint, faces, full_size, images, keyed_mark, marks
+from ddpm_core import checkpoint, faces, full_size, images, keyed_mark, marks, nets
 from ddpm_core.config import Framing, ModelConfig
 from ddpm_core.errors import InputError
 from ddpm_core.translator import Translator
@@ -308,6 +309,34 @@ def test_answers_carry_the_operators_mark(local: Local, output_size: str) -> Non
     assert told.record.get("mark") == (keyed_mark.name_of(key) if output_size == "own" else None)
 
 
+@pytest.mark.parametrize("output_size", ["own", "model"])
+def test_an_encoder_tells_how_much_of_the_person_is_left(tmp_path: Path, output_size: str) -> None:
+    net = nets.identity_net(str(write_encoder(tmp_path / "who"))).module
+    backend, query = Local(), "/v1/translate?domain=night&output_size="
+    try:
+        application = made(backend)
+        assert "x-identity-cosine" not in ask(application, "POST", query + output_size, content=png()).headers
+        backend.engine.likeness = functools.partial(app.likeness, net, "cpu")
+        answer = ask(application, "POST", query + output_size, content=png())
+        result = pixels(ask(application, "POST", query + "model", content=png()))
+        streamed = ask(application, "POST", query.replace("?", "/stream?") + output_size, content=png())
+    finally:
+        backend.engine.close()
+    if output_size == "model":
+        one, other = nets.features(net, np.stack([images.read_square(png(), 8), result])).numpy()
+        assert float(answer.headers["x-identity-cosine"]) == pytest.approx(float(one @ other), abs=1e-3)
+    assert -1 <= float(answer.headers["x-identity-cosine"]) < 0.9999
+    assert f'"X-Identity-Cosine": "{answer.headers["x-identity-cosine"]}"' in streamed.text
+
+
+def test_an_encoder_that_cannot_be_used_is_one_line(tmp_path: Path, checkpoint_folder: str) -> None:
+    with pytest.raises(app.StartError, match=r"^identity_net: \S*nowhere") as caught:
+        app.build_app({"checkpoint": checkpoint_folder, "identity_net": str(tmp_path / "nowhere")})
+    assert "\n" not in str(caught.value)
+    who = str(write_encoder(tmp_path / "who"))
+    assert app.build_app({"checkpoint": checkpoint_folder, "identity_net": who})
+
+
 def test_nothing_of_the_sources_metadata_comes_back(local: Local) -> None:
     exif = Image.Exif()
     exif[0x010E] = "at home"
@@ -356,6 +385,7 @@ def test_a_stream_shows_every_step_and_ends_with_the_result(local: Local) -> Non
         ({"content": b"[" * 100_000, "headers": {"content-type": "application/json"}}, 400, "not JSON"),
         ({"json": {"picture": "x"}}, 400, "holds no image"),
         ({"json": {"image": "%%%"}}, 400, "not base64"),
+        ({"json": {"image": "http://127.0.0.1/day.png"}}, 400, "not base64"),
         ({"json": {"image": "aGk=", "colour": 1}}, 422, "unknown option 'colour'"),
         ({"json": {"image": "aGk=", "domain": "night"}}, 422, "domain: given in the address and in the body"),
         ({"json": {"image": "aGk=", "num_steps": None, "seed": {"a": 1}}}, 422, "seed is"),
@@ -430,6 +460,26 @@ def test_health_follows_the_model(local: Local) -> None:
         dead = ask(made(Failing(Full())), "GET", path)
         assert dead.status_code == 503
         assert "does not answer" in detail(dead)
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "status"),
+    [
+        ("GET", "/", 200),
+        ("GET", "/v1/models", 200),
+        ("POST", "/v1/translate?domain=night", 200),
+        ("POST", "/v1/translate/stream?domain=night", 200),
+        ("POST", "/v1/translate?domain=noon", 422),
+        ("GET", "/nowhere", 404),
+        ("OPTIONS", "/v1/translate", 405),
+    ],
+)
+def test_no_answer_is_for_other_sites(local: Local, method: str, url: str, status: int) -> None:
+    origin = {"Origin": "https://elsewhere.org", "Access-Control-Request-Method": "POST"}
+    answer = ask(made(local), method, url, headers=origin, content=png() if method == "POST" else b"")
+    assert answer.status_code == status
+    assert api.SAFE_HEADERS.items() <= {name.title(): value for name, value in answer.headers.items()}.items()
+    assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 def test_metrics_count_requests_by_route_and_status(local: Local) -> None:
