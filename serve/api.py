@@ -494,6 +494,9 @@ class Endpoint:
             "accept_licence": bool(NON_COMMERCIAL.search(config.data.licence)),
             "data": configs.to_dict(config.data),
             "max_body_bytes": self.arguments.max_body_bytes,
+            "max_pixels": images.MAX_PIXELS,
+            "timeout_s": self.arguments.timeout_s,
+            "requests_per_minute": self.arguments.requests_per_minute,
             "formats": list(MEDIA_TYPES),
         }
 

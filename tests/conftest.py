@@ -132,7 +132,6 @@ RARE = {
     "nodes": "a cluster of three nodes, which are killed",
     "page": "a browser",
     "database": "MLflow's server",
-    "metrics_page": "Prometheus' page of a node",
 }
 """Fixtures whose tests run in `make test-all` only."""
 

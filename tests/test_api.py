@@ -462,6 +462,16 @@ def test_health_follows_the_model(local: Local) -> None:
         assert "does not answer" in detail(dead)
 
 
+def test_models_tell_sizes_domains_limits_and_the_licence(local: Local) -> None:
+    (model,) = ask(made(local, requests_per_minute=7, timeout_s=3), "GET", "/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("run/checkpoints/3@abc", "model")
+    assert (model["image_size"], model["domains"]) == (8, ["day", "night"])
+    assert (model["licence"], model["accept_licence"]) == ("CC BY 4.0 — Müller", False)
+    limits = {"max_body_bytes": 1_000_000, "max_pixels": 100_000_000, "timeout_s": 3, "requests_per_minute": 7}
+    assert limits.items() <= model.items()
+    assert model["formats"] == ["png", "jpeg", "webp"]
+
+
 @pytest.mark.parametrize(
     ("method", "url", "status"),
     [
