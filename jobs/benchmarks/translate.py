@@ -12,6 +12,7 @@ keys      a listing of so many objects, which is made up, brought into shards, a
 images    so many small images translated by a process of its own: its largest memory, and images a second
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import resource
@@ -59,6 +60,8 @@ class Options:
     """Objects of the listings that are made up."""
     images: tuple[int, ...] = (1_000, 10_000)
     """Images that are translated for their memory."""
+    bucket: str | None = None
+    """An s3:// prefix where these and their results lie, instead of this machine's disk."""
 
 
 def run(options: Options) -> int:
@@ -73,7 +76,7 @@ def run(options: Options) -> int:
         speed["job / script"] = statistics.median(row["job"] / row["script"] for row in rates)
         listed = [keys(num, f"{folder}/keys-{num}") for num in options.keys]
         small = network(f"{folder}/small", 8)
-        done = [memory_of(small, num, f"{folder}/images-{num}") for num in options.images]
+        done = [memory_of(small, num, f"{options.bucket or folder}/images-{num}") for num in options.images]
     result: dict[str, Any] = {"options": dataclasses.asdict(options), "environment": provenance.environment()}
     result |= {"speed": speed, "rounds": rates, "keys": listed, "images": done}
     print(", ".join(f"{name} {value:.3g}" for name, value in speed.items()))
@@ -111,6 +114,19 @@ def fill(folder: Path, num: int, side: int) -> list[dict[str, Any]]:
         name = str(path.relative_to(folder))
         rows.append({"id": name, "input": str(path), "path": None, "output": name, "size": path.stat().st_size})
     return rows
+
+
+def put(uri: str, num: int) -> None:
+    """As `fill`, as objects of a bucket."""
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(16) as threads:
+        rows = fill(Path(folder), min(num, 64), 8)
+        contents = [Path(row["input"]).read_bytes() for row in rows]
+
+        def write(i: int) -> None:
+            storage.write_bytes(f"{uri}/{i // 1000:04d}/{i:07d}.png", contents[i % len(contents)])
+
+        for _ in threads.map(write, range(num)):
+            pass
 
 
 # -- speed --------------------------------------------------------------------------------------------------------
@@ -230,7 +246,10 @@ def keys(num: int, folder: str) -> dict[str, float]:
 
 def memory_of(uri: str, num: int, folder: str) -> dict[str, float]:
     """A command of its own, with all that it does in one process."""
-    fill(Path(folder, "in"), num, 8)
+    if storage.is_remote(folder):
+        put(f"{folder}/in", num)
+    else:
+        fill(Path(folder, "in"), num, 8)
     argv = [sys.executable, "-m", "jobs.translate", "--checkpoint", uri, "--domain", "night", "--num-workers", "0"]
     argv += ["--input", f"{folder}/in", "--output", f"{folder}/out", "--batch-size", "64"]
     began = time.perf_counter()
