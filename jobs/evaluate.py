@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs.common import cli
+from jobs.common.progress import Waiting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,11 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jobs.evaluation.options import EvaluateArgs
 
     args = cli.parse(EvaluateArgs, argv, prog="jobs.evaluate", description=__doc__)
-    from ddpm_core import storage
-    from jobs.evaluation import driver  # seconds, which --help and a wrong flag need not wait for
-    from jobs.evaluation.plan import finished, plan_evaluation
+    with Waiting("evaluate") as waiting:
+        waiting.at("loading PyTorch, the checkpoint and what tells of the data")
+        from ddpm_core import storage
+        from jobs.evaluation import driver  # seconds, which --help and a wrong flag need not wait for
+        from jobs.evaluation.plan import finished, plan_evaluation
 
-    job = plan_evaluation(args)
+        job = plan_evaluation(args)
     report_uri = storage.join(job.args.output, "report.html")
     if finished(job):
         print(f"evaluated already: {report_uri}")

@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from jobs.common import cli
+from jobs.common.progress import Waiting
 
 if TYPE_CHECKING:
     from jobs.tuning.options import SweepArgs
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    from ddpm_core import storage
-    from jobs.common.lock import exclusive  # seconds, which --help and a wrong flag need not wait for
-    from jobs.tuning.plan import described, finished, plan_sweep, same_as_before
+    with Waiting("sweep") as waiting:
+        waiting.at("loading PyTorch and Ray, and what tells of the data")
+        from ddpm_core import storage
+        from jobs.common.lock import exclusive  # seconds, which --help and a wrong flag need not wait for
+        from jobs.tuning.plan import described, finished, plan_sweep, same_as_before
 
-    job = plan_sweep(args)
+        job = plan_sweep(args)
     output = job.args.output
     report_uri = storage.join(output, "report.html")
     description = described(job)

@@ -966,6 +966,11 @@ def _edit(file: str, change: Callable[[str], str]) -> Callable[[Path], None]:
 TABLE = "2\nMale Young\n1.jpg -1 1\n2.jpg 1 1\n"
 
 
+def _only_packed(folder: Path) -> None:
+    shutil.rmtree(folder / "img_align_celeba")
+    (folder / "img_align_celeba_png.7z.001").write_bytes(b"7z")
+
+
 def _to_csv(header: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         (folder / "list_attr_celeba.txt").unlink()
@@ -981,6 +986,7 @@ def _to_csv(header: str) -> Callable[[Path], None]:
         (None, ("--limit", 0), "--limit is 0"),
         (lambda folder: (folder / "list_attr_celeba.txt").unlink(), (), "no list_attr_celeba.txt or .csv"),
         (lambda folder: shutil.rmtree(folder / "img_align_celeba"), (), "none of the 60 images"),
+        (_only_packed, (), "into the folder; img_align_celeba_png.7z.001 is packed: unpack it"),
         (_edit("list_attr_celeba.txt", lambda text: text.replace("60", "61", 1)), (), "announces 61 images"),
         (_edit("list_attr_celeba.txt", lambda text: text[:-5]), (), "line 62: "),
         (_edit("list_attr_celeba.txt", lambda text: text.split("\n", 1)[1]), (), "first line must be the number"),
@@ -998,7 +1004,8 @@ def _to_csv(header: str) -> Callable[[Path], None]:
         (_to_csv("picture,Male,Young"), (), "column 'image_id' is missing"),
         (_to_csv("image_id,Bald,Young"), (), "--domain-attribute Male: "),
     ],
-    ids=["attribute", "limit", "no-list", "no-pictures", "count", "cut", "head", "text", "zero", "twice", "three",
+    ids=["attribute", "limit", "no-list", "no-pictures", "packed", "count", "cut", "head", "text", "zero", "twice",
+         "three",
          "partition", "words", "digit", "lines", "line", "huge", "id", "none"],
 )  # fmt: skip
 def test_celeba_refusals(
@@ -1325,6 +1332,16 @@ def test_what_is_no_zip(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.zip").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.zip is not a whole zip file"):
         Archive(str(tmp_path / "x.zip"))
+
+
+def test_paths_in_a_zip_as_some_programs_write_them(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("a\\1.jpg", "/a/2.jpg", "a\\", "a/3.jpg"):
+            archive.writestr(name, name)
+    there = Archive(str(tmp_path / "x.zip"))
+    assert {name: there.read(name) for name in there.members} == {
+        "a/1.jpg": b"a\\1.jpg", "a/2.jpg": b"/a/2.jpg", "a/3.jpg": b"a/3.jpg",
+    }  # fmt: skip
 
 
 def test_a_member_without_a_name_is_passed_over(tmp_path: Path) -> None:

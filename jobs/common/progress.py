@@ -185,7 +185,7 @@ class Waiting:
         waiting.at("starting Ray")
     """
 
-    FIRST_S = 2.0
+    FIRST_S = 1.0
 
     def __init__(self, description: str) -> None:
         self.description = description

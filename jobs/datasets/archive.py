@@ -23,7 +23,9 @@ class Archive:
             listing = storage.with_retries(uri, self._listing)
         except zipfile.BadZipFile as error:
             raise InputError(f"{uri} is not a whole zip file ({error}); download it again") from None
-        self.members = {info.filename: info for info in listing if not info.is_dir()}
+        # Some programs write \ for /, or a path from the root on.
+        names = [info.filename.replace("\\", "/").lstrip("/") for info in listing]
+        self.members = {name: info for name, info in zip(names, listing, strict=True) if name and name[-1] != "/"}
 
     def _listing(self) -> list[zipfile.ZipInfo]:
         size = self.file.size()
@@ -33,7 +35,7 @@ class Archive:
             if at >= offset and at + 8 <= len(end) and 2**32 - 1 != struct.unpack_from(kind, end, at)[0] > MAX_LISTING:
                 raise zipfile.BadZipFile("it lists more files than any set of images has")
         try:
-            return [info for info in zipfile.ZipFile(self.file).infolist() if info.filename]
+            return zipfile.ZipFile(self.file).infolist()
         except (ValueError, NotImplementedError, struct.error) as error:  # so it ends where the listing is nonsense
             raise zipfile.BadZipFile(str(error)) from None
 

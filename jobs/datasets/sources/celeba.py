@@ -31,7 +31,7 @@ from jobs.datasets.archive import Archive
 from jobs.datasets.decode import File, Pixels
 from jobs.datasets.format import SPLITS, DatasetCard, IndexRow, Row
 from jobs.datasets.layout import SPLIT_WORDS
-from jobs.datasets.listing import image_files, list_images, parts
+from jobs.datasets.listing import PACKED, image_files, list_images, parts
 from jobs.datasets.options import CelebA
 from jobs.datasets.source import (
     Draft,
@@ -101,7 +101,10 @@ def draft(options: CelebA) -> Draft:
     photos = _photos(source, sizes)
     there = rows_there(options)
     unread = {_stem(path): reason for path, reason in unread.items() if _stem(path) not in photos}
-    faces, rejected, notes = _faces(attributes, column, others, photos, unread, options, there)
+    opened = {file.partition("!")[0] for file in sizes if "!" in file}
+    packed = [file for file in sizes if file.lower().endswith((*PACKED, ".7z.001")) and file not in opened]
+    hint = f"; {packed[0]} is packed: unpack it" if packed else ""
+    faces, rejected, notes = _faces(attributes, column, others, photos, unread, hint, options, there)
     card = DatasetCard(
         name="celeba",
         licence=LICENCE,
@@ -321,13 +324,14 @@ def _faces(
     others: Mapping[str, Table | None],
     photos: Mapping[str, str],
     unread: Mapping[str, str],
+    packed: str,
     options: CelebA,
     there: Mapping[str, IndexRow],
 ) -> tuple[list[Face], list[tuple[str, str]], list[str]]:
     """Images that are there, with what is known of them, sorted by name; those that cannot be used; notes."""
     names = [name for name in attributes.rows if _stem(name) in photos]
     if not names:
-        first = f"; {min(unread)}: {unread[min(unread)]}" if unread else ""
+        first = f"; {min(unread)}: {unread[min(unread)]}" if unread else packed
         raise InputError(
             f"--source {options.source}: none of the {len(attributes.rows):,} images that {attributes.uri} lists "
             f"is there; copy img_align_celeba.zip, or what is in it, into the folder{first}"
