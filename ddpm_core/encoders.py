@@ -235,25 +235,33 @@ def _check_kind(config: EncoderConfig, kind: Kind) -> None:
 
 
 class IdentityTask(nn.Module):
-    """What training minimises to get an encoder: its loss over the people in the training images.
+    """What training minimises to get an encoder: two images of a person must be nearer than images of two people.
 
-    `class_weights`, a vector for each of those people, is trained with it and no use afterwards.
+    A step compares all images of its batch, each row's image and its partner, another image of the same person. So
+    nothing grows with the number of people: a vector for each of thousands would hardly move in the few steps in which
+    its person is seen, and the network collapsed (docs/log.md).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.network = IdentityEncoder(encoder_config(config))
-        self.class_weights = nn.Parameter(torch.randn(config.data.num_people, config.encoder.embedding_channels))
         self.scale, self.margin = config.encoder.scale, config.encoder.margin
         self.num_measured = 2 * config.encoder.embedding_channels + 1
 
     def forward(
-        self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, "b 1"], t: Int64[Tensor, " b"] | None = None
-    ) -> Float[Tensor, " b"]:
-        """The loss of each image; `labels` say whom it shows, 0 to `num_people` - 1."""
-        return margin_softmax_loss(
-            self.network(images).float(), self.class_weights, labels[:, 0], scale=self.scale, margin=self.margin
-        )
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        partners: Float[Tensor, "b 3 h w"],
+        t: Int64[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b 2 d"]:
+        """The embeddings of both images of each row."""
+        return torch.stack(self.network(torch.cat([images, partners])).float().chunk(2), dim=1)
+
+    def losses(self, embeddings: Float[Tensor, "b 2 d"], labels: Int64[Tensor, "b 1"]) -> Float[Tensor, " b"]:
+        """The loss of each row of a whole batch; `labels` say whom it shows."""
+        people = labels.repeat_interleave(2)
+        of_each = contrastive_loss(embeddings.flatten(0, 1), people, scale=self.scale, margin=self.margin)
+        return of_each.unflatten(0, (-1, 2)).mean(1)
 
     def measured(
         self,
@@ -288,10 +296,17 @@ class AttributeTask(nn.Module):
         self.num_measured = 1 + len(config.encoder.attributes)
 
     def forward(
-        self, images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, "b k"], t: Int64[Tensor, " b"] | None = None
-    ) -> Float[Tensor, " b"]:
-        """The loss of each image; `labels` are 1 where an attribute is there, else 0."""
-        return balanced_loss(self.network(images, t).float(), labels, self.rates)
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        partners: Float[Tensor, "b 3 h w"],
+        t: Int64[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b k"]:
+        """The logits of each row's image; its partner is not looked at."""
+        return self.network(images, t).float()
+
+    def losses(self, logits: Float[Tensor, "b k"], labels: Int64[Tensor, "b k"]) -> Float[Tensor, " b"]:
+        """The loss of each row; `labels` are 1 where an attribute is there, else 0."""
+        return balanced_loss(logits, labels, self.rates)
 
     def measured(
         self,
@@ -322,22 +337,21 @@ def task(config: ModelConfig) -> Task:
     return IdentityTask(config) if config.method == "identity" else AttributeTask(config)
 
 
-def margin_softmax_loss(
-    embeddings: Float[Tensor, "b d"],
-    class_weights: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " b"],
-    *,
-    scale: float,
-    margin: float,
-) -> Float[Tensor, " b"]:
-    """Cross-entropy over scale * cosine, where the right class must win by `margin` (CosFace, Wang et al. 2018, eq. 4).
+def contrastive_loss(
+    embeddings: Float[Tensor, "n d"], people: Int64[Tensor, " n"], *, scale: float, margin: float
+) -> Float[Tensor, " n"]:
+    """Cross-entropy over scale * cosine of finding an image's own person among all others of the batch, the mean over
+    the images that show them (Khosla et al. 2020, eq. 2; with two images a person Chen et al. 2020, eq. 1).
 
-    An additive margin on the cosine, not on the angle (ArcFace, Deng et al. 2019): as good on small nets, and its
-    gradient is bounded, where that of the arc cosine is infinite at the ends.
+    An image of the same person must win by `margin` (CosFace, Wang et al. 2018). `embeddings` have length 1; of each
+    person there are two or more.
     """
-    cosines = F.normalize(embeddings, dim=1) @ F.normalize(class_weights, dim=1).T
-    margins = margin * F.one_hot(labels, len(class_weights))
-    return F.cross_entropy(scale * (cosines - margins), labels, reduction="none")
+    same = people[:, None] == people[None]
+    logits = scale * (embeddings @ embeddings.T - margin * same.to(embeddings))
+    itself = torch.eye(len(people), dtype=torch.bool, device=people.device)
+    surprise = logits.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True) - logits
+    others = same & ~itself
+    return torch.where(others, surprise, 0.0).sum(1) / others.sum(1)
 
 
 def retrieval(

@@ -13,6 +13,7 @@ gpu         the presets' networks on a GPU within minutes, on a machine that has
 full-size   results at the photo's own size: how true, what stays untouched, seams, cost
 marks       the invisible mark: PSNR, detection after changes by size, false positives
 serve       the endpoint's engine beside request-level batching, under load
+people      the identity encoder among few people and among thousands, in equally many steps
 translate   jobs.translate's steady state beside the network alone; its memory from few images to many
 """
 
@@ -28,7 +29,18 @@ MODULES = {"train": "training", "full-size": "full_size"}
 of Python's."""
 
 Subject = Literal[
-    "network", "data", "size", "train", "validation", "sweep", "gpu", "full-size", "marks", "serve", "translate"
+    "network",
+    "data",
+    "size",
+    "train",
+    "validation",
+    "sweep",
+    "gpu",
+    "full-size",
+    "marks",
+    "serve",
+    "people",
+    "translate",
 ]
 
 

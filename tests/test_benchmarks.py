@@ -325,3 +325,15 @@ def test_the_mark_is_measured_after_every_change(tmp_path: Path) -> None:
     assert shapes["half the size"] == (32, 32, 3)
     assert shapes["crop 5 %"] == (61, 61, 3)
     assert shapes["mirrored"] == (64, 64, 3)
+
+
+@pytest.mark.slow
+def test_people_never_seen_are_looked_for_after_learning_from_few_and_from_more(tmp_path: Path) -> None:
+    words = "people --people 16 40 --moments 2 --steps 4 --batch-size 8 --output"
+    with pytest.raises(InputError, match="--others is 400; with --people 40 there are 5 to test"):
+        benchmark.main([*words.split(), str(tmp_path)])
+    assert benchmark.main([*words.split(), str(tmp_path), "--others", "5"]) == 0
+    rows = json.loads((tmp_path / "people.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["pixels", "16", "40"]
+    assert all(0 <= row["low"] <= row["rank_1"] <= row["high"] <= 1 for row in rows)
+    assert [row["epochs"] for row in rows[1:]] == [1, 1]

@@ -16,7 +16,7 @@ from PIL import Image
 from ddpm_core import encoders, guidance, samplers, storage
 from ddpm_core.config import DataCard, DiffusionConfig, EncoderNet, EncoderOptions, ModelConfig
 from ddpm_core.diffusion import q_sample, seeded
-from ddpm_core.encoders import AttributeClassifier, EncoderConfig, IdentityEncoder, margin_softmax_loss
+from ddpm_core.encoders import AttributeClassifier, EncoderConfig, IdentityEncoder
 from ddpm_core.errors import InputError
 from ddpm_core.identity import crop, identity_loss, perceptual_loss
 from ddpm_core.images import to_tensor
@@ -46,25 +46,30 @@ def net_of(config: EncoderConfig) -> IdentityEncoder | AttributeClassifier:
     return IdentityEncoder(config) if config.kind == "identity" else AttributeClassifier(config)
 
 
-# -- the margin -------------------------------------------------------------------------------------------------
+# -- the contrast -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("label", "logits"), [(0, (1.5, 0, -2)), (1, (2, -0.5, -2)), (2, (2, 0, -2.5))])
-def test_margin_softmax_by_hand(label, logits):
-    """One embedding at cosines 1, 0 and -1 of three classes; scale 2, margin 1/4. Lengths do not count."""
-    embeddings = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
-    class_weights = torch.tensor([[0.5, 0.0], [0.0, 7.0], [-1.0, 0.0]], dtype=torch.float64)
-    loss = margin_softmax_loss(embeddings, class_weights, torch.tensor([label]), scale=2.0, margin=0.25)
-    assert loss.item() == pytest.approx(math.log(sum(map(math.exp, logits))) - logits[label], rel=1e-12)
+def test_contrastive_loss_by_hand():
+    """Ann at cosine 1 to herself, 0 to Bob, -1 to Bob; scale 2, margin 1/4, which her own image must win by."""
+    embeddings = torch.tensor([[1.0, 0], [1, 0], [0, 1], [-1, 0]], dtype=torch.float64)
+    loss = encoders.contrastive_loss(embeddings, torch.tensor([7, 7, 3, 3]), scale=2.0, margin=0.25)
+    # logits of the others, the wanted one first
+    logits = [(1.5, 0, -2), (1.5, 0, -2), (-0.5, 0, 0), (-0.5, -2, -2)]
+    expected = [math.log(sum(map(math.exp, each))) - each[0] for each in logits]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_without_margin_it_is_the_softmax_of_cosines():
-    embeddings, class_weights = torch.randn(2, 5, 8, generator=seeded("margin"), dtype=torch.float64)
-    labels = torch.tensor([0, 1, 2, 3, 4])
-    cosines = F.cosine_similarity(embeddings[:, None], class_weights[None], dim=2)
-    loss = margin_softmax_loss(embeddings, class_weights, labels, scale=16.0, margin=0.0)
-    torch.testing.assert_close(loss, F.cross_entropy(16 * cosines, labels, reduction="none"))
-    assert (margin_softmax_loss(embeddings, class_weights, labels, scale=16.0, margin=0.1) > loss).all()
+def test_of_several_images_of_a_person_the_loss_is_the_mean():
+    """Of unit vectors in any order; alone with the same person there is nothing to tell apart but the margin."""
+    embeddings = F.normalize(torch.randn(6, 8, generator=seeded("contrast"), dtype=torch.float64), dim=1)
+    people = [4, 9, 4, 4, 9, 4]
+    loss = encoders.contrastive_loss(embeddings, torch.tensor(people), scale=16.0, margin=0.1)
+    for i in range(6):
+        others = [j for j in range(6) if j != i]
+        logits = [16 * float(embeddings[i] @ embeddings[j]) - 1.6 * (people[i] == people[j]) for j in others]
+        wanted = [place for place, j in enumerate(others) if people[j] == people[i]]
+        found = F.cross_entropy(torch.tensor([logits] * len(wanted), dtype=torch.float64), torch.tensor(wanted))
+        assert loss[i].item() == pytest.approx(found.item(), rel=1e-9)
 
 
 # -- what else training and validation measure ------------------------------------------------------------------
@@ -338,6 +343,12 @@ def trained(config: ModelConfig, images: np.ndarray, labels: np.ndarray, *, num_
     task, x_0, labels = encoders.task(config), to_tensor(images), torch.from_numpy(labels).reshape(len(images), -1)
     optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3, weight_decay=0.05)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+
+    def partners_of(rows: torch.Tensor) -> torch.Tensor:
+        """Of each row any image with the same labels."""
+        alike = (labels[rows, None] == labels[None]).all(2).float()
+        return x_0[torch.multinomial(alike, 1)[:, 0]]
+
     for _ in range(num_steps):
         rows = torch.randint(len(images), (32,))
         x, t = torch.where(torch.rand(32, 1, 1, 1) < 0.5, x_0[rows], x_0[rows].flip(3)), None
@@ -345,7 +356,7 @@ def trained(config: ModelConfig, images: np.ndarray, labels: np.ndarray, *, num_
             t = torch.randint(len(ABAR), (32,))
             x = q_sample(x, t, torch.randn_like(x), ABAR)
         optimizer.zero_grad()
-        task(x, labels[rows], t).mean().backward()
+        task.losses(task(x, partners_of(rows) if config.method == "identity" else x, t), labels[rows]).mean().backward()
         optimizer.step()
         decay.step()
     return task.network.eval().requires_grad_(False)

@@ -290,6 +290,30 @@ def test_without_counterparts_everyone_is_in_one_domain(pairing: str, tmp_path: 
         np.testing.assert_array_equal(pixels, draw("landscapes", row["attributes"], row["domain"], 32))
 
 
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+def test_a_person_at_several_moments(pairing: str, tmp_path: Path) -> None:
+    """Who it is stays, and the first moment is what it was; the rest differs."""
+    options = ("--count", 20, "--image-size", 32, "--pairing", pairing, "--num-workers", 0)
+    assert run("--output", tmp_path / "set", "--moments", 3, *options) == 0
+    card, rows = read_card(str(tmp_path / "set")), rows_of(tmp_path / "set")
+    assert card.splits == {"train": 48, "val": 6, "test": 6}
+    assert sorted(rows) == [f"{person:08d}-{moment:04d}" for person in range(20) for moment in range(3)]
+    moving = len(rendered_portraits.OF_THE_MOMENT)
+    for person in range(20):
+        of_person = [rows[f"{person:08d}-{moment:04d}"] for moment in range(3)]
+        assert {(row["identity"], row["domain"], row["split"]) for row in of_person} == {
+            (person, of_person[0]["domain"], rendered.split_of(0, person))
+        }
+        assert of_person[0]["attributes"] == parameters_of("portraits", 0, person)
+        assert len({tuple(row["attributes"][:-moving]) for row in of_person}) == 1
+        assert len({tuple(row["attributes"][-moving:]) for row in of_person}) == 3
+        for row in of_person:
+            for side, column in enumerate(("image", "target") if pairing == "paired" else ("image",)):
+                pixels = np.frombuffer(row[column], np.uint8).reshape(32, 32, 3)
+                domain = side if pairing == "paired" else row["domain"]
+                np.testing.assert_array_equal(pixels, draw("portraits", row["attributes"], domain, 32))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -297,6 +321,8 @@ def test_without_counterparts_everyone_is_in_one_domain(pairing: str, tmp_path: 
         (("--image-size", "512"), "between 32 and 256"),
         (("--count", "0"), "--count is 0"),
         (("--first", "-1"), "--first is -1"),
+        (("--moments", "0"), "--moments is 0"),
+        (("--scene", "landscapes", "--moments", "2"), "--moments is 2; give 1 or more for --scene portraits"),
         (("--first", "99999999", "--count", "2"), "between 0 and 100,000,000"),
         (("--source", "pictures"), "leave --source out"),
         (("--scene", "seas"), "portraits"),

@@ -124,6 +124,8 @@ class Rendered(Common):
     """Which people or places."""
     first: Annotated[int, Within()] = 0
     """Index of the first; more of the same set begin where it ends."""
+    moments: Annotated[int, Within(1, 10_000)] = 1
+    """Of portraits: how many times each person is drawn, otherwise posed, lit and dressed each time and elsewhere."""
     pairing: Literal["paired", "unpaired", "self"] = "paired"
     """paired: everyone in both domains. unpaired, self: everyone in one domain only, without a counterpart."""
     append: bool = False

@@ -132,8 +132,7 @@ SIZES = {
         network=_SMALL,
         learning_rate=1e-3,
         mask=("--unet.source-mask",),
-        # of thousands of people, two images each, it learns less (docs/log.md)
-        identity_encoder=("--epochs", "60", "--max-train-images", "800"),
+        identity_encoder=(),
         judge=("--encoder.widths", "32", "64", "96", "192"),
         gan=("--preset", "demo-pix2pix"),
         gan_epochs={"pix2pix": 6, "cyclegan": 2},
@@ -161,7 +160,7 @@ SIZES = {
         ),
         learning_rate=3e-4,
         mask=("--unet.source-mask",),
-        identity_encoder=("--epochs", "60", "--max-train-images", "800"),
+        identity_encoder=(),
         judge=("--encoder.widths", "32", "64", "96", "192"),
         gan=("--preset", "demo-pix2pix", "--global-batch-size", "64"),
         gan_epochs={"pix2pix": 60, "cyclegan": 15},

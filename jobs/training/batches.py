@@ -63,9 +63,9 @@ class HostBatch:
     source: Tensor
     """Likewise for the condition."""
     flip: Tensor
-    """(b,) bool"""
+    """(b, 2) bool: of the target and of the source."""
     shift: Tensor
-    """(b, 2) int64: down and right, in pixels."""
+    """(b, 2, 2) int64: of the target and of the source, down and right, in pixels."""
     domain: Tensor
     t: Tensor
     noise: Tensor
@@ -73,7 +73,7 @@ class HostBatch:
     domain_dropped: Tensor
     labels: Tensor
     brightness: Tensor
-    """(b,) of an encoder's: what the light of the target is multiplied by."""
+    """(b, 2) of an encoder's: what the light of the target and of the source is multiplied by."""
 
     def pinned(self) -> "HostBatch":
         """In memory that a GPU copies from by itself."""
@@ -87,12 +87,14 @@ class HostBatch:
         def there(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
-        flip, shift = there(self.flip), there(self.shift) if shifts else None
-        x_0 = moved(there(self.target), flip, shift)
-        if self.labels.shape[1]:
-            x_0 = lit(x_0, there(self.brightness))
-        looked_at = moved(there(self.source), flip, shift) if shown == "source" else x_0
-        condition = conditioning.shown(shown, looked_at)
+        flip, shift, brightness = there(self.flip), there(self.shift) if shifts else None, there(self.brightness)
+
+        def seen(image: int, pictures: Tensor) -> Tensor:
+            found = moved(there(pictures), flip[:, image], None if shift is None else shift[:, image])
+            return lit(found, brightness[:, image]) if self.labels.shape[1] else found
+
+        x_0 = seen(0, self.target)
+        condition = conditioning.shown(shown, seen(1, self.source) if shown == "source" else x_0)
         rest = (self.domain, self.t, self.noise, self.dropped, self.domain_dropped, self.labels)
         return Batch(x_0, condition, *map(there, rest))
 
@@ -159,8 +161,8 @@ class Sampler:
     pairs, any image of the other side where there are none or `pairing` is unpaired, and x_0 itself where it is self or
     none. CycleGAN draws it from the other side of whatever there is, since to learn without pairs is what it is for.
 
-    An encoder looks at x_0: either side of a true pair, else the row's own image. Its condition, which only
-    validation looks at, is another image of the same person.
+    An encoder looks at x_0: either side of a true pair, else the row's own image. Its condition is another image of
+    the same person, moved and lit otherwise: an identity encoder's training compares them.
     """
 
     def __init__(self, data: SplitArrays, config: ModelConfig, options: TrainOptions) -> None:
@@ -185,11 +187,16 @@ class Sampler:
     def _draw(self, rows: np.ndarray, generators: list[torch.Generator], *, training: bool) -> HostBatch:
         # Every sample draws the same numbers in the same order, whether they are used or not.
         draws = torch.stack([torch.rand(8, generator=generator, dtype=torch.float64) for generator in generators])
-        to_t, to_drop, to_flip, to_side, to_other, to_drop_domain, to_down, to_right = draws.unbind(1)
+        to_t, to_drop, _, to_side, to_other, to_drop_domain, _, _ = draws.unbind(1)
         domain, target, source = self._pictures(rows, to_side.numpy(), to_other.numpy())
+        noise = diffusion.draw_noise(generators, torch.empty(len(rows), 3, *target.shape[1:3]))
+        again = draws
+        if self.config.method == "identity":  # or where things are would tell partners
+            again = torch.stack([torch.rand(8, generator=generator, dtype=torch.float64) for generator in generators])
+        # encoders drop nothing: that number is free
+        _, to_light, to_flip, _, _, _, to_down, to_right = torch.stack([draws, again], dim=2).unbind(1)
         reach = self.options.max_shift * training
-        shift = (torch.stack([to_down, to_right], dim=1) * (2 * reach + 1)).long() - reach
-        noise_like = torch.empty(len(rows), 3, *target.shape[1:3])
+        shift = (torch.stack([to_down, to_right], dim=2) * (2 * reach + 1)).long() - reach
         return HostBatch(
             ids=[self.data.ids[row] for row in rows],
             target=torch.from_numpy(target),
@@ -198,12 +205,11 @@ class Sampler:
             shift=shift,
             domain=torch.as_tensor(domain),
             t=(to_t * self.diffusion.num_timesteps).long(),
-            noise=diffusion.draw_noise(generators, noise_like),
+            noise=noise,
             dropped=(to_drop < self.diffusion.p_uncond) & training,
             domain_dropped=(to_drop_domain < self.diffusion.p_uncond_domain) & training,
             labels=torch.from_numpy(self.truth(rows, domain) if self.truth else np.zeros((len(rows), 0), np.int64)),
-            # encoders drop nothing: that number is free
-            brightness=(1 + training * self.brightness * (2 * to_drop - 1)).float(),
+            brightness=(1 + training * self.brightness * (2 * to_light - 1)).float(),
         )
 
     def _pictures(

@@ -65,10 +65,11 @@ class Encoder:
         self.optimizer.zero_grad(set_to_none=True)
         images, t = self._seen(batch)
         with precision.autocast(self.device, self.dtype):
-            of_each = self.model(images, batch.labels, t)
-        # The workers' gradients are averaged, and their shares need not be of one size.
-        loss = of_each.sum() * distributed.world_size() / self.options.global_batch_size
-        loss.backward()
+            outputs = self.model(images, batch.condition, t)
+        # An identity encoder's loss compares images, so that every worker reckons the whole batch's.
+        rows = self.options.global_batch_size
+        loss = self.task.losses(distributed.joined(outputs, rows), distributed.joined(batch.labels, rows)).mean()
+        (loss * distributed.world_size()).backward()  # the workers' gradients are averaged, each is of its own rows
         torch.nn.utils.clip_grad_norm_(self.task.parameters(), self.options.optim.grad_clip)
         self.optimizer.step()
         return {"loss": loss.detach()}
@@ -156,6 +157,11 @@ def _people(train: Labels, val: Labels, config: ModelConfig, options: TrainOptio
                 f"{config.data.name} has two images or more of only {len(people):,} of the {len(known):,} people in "
                 f"its {split} split; an identity encoder learns from several images of each person"
             )
+    if options.global_batch_size < 2:
+        raise InputError(
+            f"--global-batch-size is {options.global_batch_size}; an identity encoder compares the people of a batch: "
+            "give at least 2, better 64"
+        )
     rows = training_rows(train, config, options)
     if len(rows) < options.global_batch_size:
         raise InputError(

@@ -3,14 +3,15 @@
     --scene portraits    female, male    the same person; only what `rendered_portraits.sex_linked` gives differs
     --scene landscapes   day, night      the same place; only light, sky and lamps differ
 
-A row is a function of (seed, index): it depends neither on --count nor on other rows. The column `attributes` holds
-every parameter, 0 to 100, `attribute_names` their names, and `draw` makes the row's pixels from them again; `identity`
-is the index.
+A row is a function of (seed, index, moment): it depends neither on --count nor on other rows. The column `attributes`
+holds every parameter, 0 to 100, `attribute_names` their names, and `draw` makes the row's pixels from them again;
+`identity` is the index. In each of a person's --moments pose, light, place and clothes are others.
 """
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -69,6 +70,11 @@ def check(options: Rendered) -> None:
         raise InputError(f"--image-size is {options.image_size}; it must lie between {MIN_SIZE} and {MAX_SIZE}")
     if options.count < 1:
         raise InputError(f"--count is {options.count}; it must be at least 1")
+    if options.moments < 1 or (options.moments > 1 and options.scene != "portraits"):
+        raise InputError(
+            f"--moments is {options.moments}; give 1 or more for --scene portraits, and none for landscapes, of which "
+            "there is one image each"
+        )
     if options.first < 0 or options.first + options.count > MAX_INDEX:
         raise InputError(
             f"--first {options.first} and --count {options.count}: indices must lie between 0 and {MAX_INDEX:,}"
@@ -78,9 +84,18 @@ def check(options: Rendered) -> None:
 # ------------------------------------------------------------------------------------------- one person or place
 
 
-def parameters_of(scene: Scene, seed: int, index: int) -> list[int]:
-    """The parameters of a person or place, 0 to 100 each, independent and evenly spread; in the order of NAMES."""
-    digest = hashlib.shake_128(f"{scene}/{seed}/{index}".encode()).digest(2 * len(NAMES[scene]))
+def parameters_of(scene: Scene, seed: int, index: int, moment: int = 0) -> list[int]:
+    """The parameters of a person or place, 0 to 100 each, independent and evenly spread; in the order of NAMES. Those
+    of another moment differ in `rendered_portraits.OF_THE_MOMENT`."""
+    found = _levels(f"{scene}/{seed}/{index}", len(NAMES[scene]))
+    if moment:
+        first = len(found) - len(rendered_portraits.OF_THE_MOMENT)
+        found[first:] = _levels(f"{scene}/{seed}/{index}/{moment}", len(found) - first)
+    return found
+
+
+def _levels(name: str, count: int) -> list[int]:
+    digest = hashlib.shake_128(name.encode()).digest(2 * count)
     return [number * LEVELS >> 16 for number in np.frombuffer(digest, "<u2").tolist()]
 
 
@@ -129,6 +144,12 @@ class Task:
     first: int
     size: int
     paired: bool
+    moments: int
+
+    def person(self, number: int) -> tuple[int, int]:
+        """Index and moment of the number'th row that is drawn."""
+        index, moment = divmod(number, self.moments)
+        return self.first + index, moment
 
     def domains(self, index: int) -> tuple[int, ...]:
         """The domains in which this person or place is drawn."""
@@ -142,16 +163,20 @@ def _make(options: Rendered) -> source.Made:
         first=options.first,
         size=options.image_size,
         paired=options.pairing == "paired",
+        moments=options.moments,
     )
-    pixels = draw_all(task, options.count)
+    num_rows = options.count * options.moments
+    pixels = draw_all(task, num_rows)
     indices: dict[str, list[int]] = {split: [] for split in SPLITS}
     for index in range(options.first, options.first + options.count):
         indices[split_of(options.seed, index)].append(index)
     notes = ["split by hash of the index: of each ten one val, one test"]
     if not task.paired:
         notes.append("each in one domain only, by hash of the index")
+    if task.moments > 1:
+        notes.append(f"each in {task.moments} moments")
     return source.Made(
-        rows={split: _rows(task, of, pixels) for split, of in indices.items()}, num_rows=options.count, notes=notes
+        rows={split: _rows(task, of, pixels) for split, of in indices.items()}, num_rows=num_rows, notes=notes
     )
 
 
@@ -173,16 +198,17 @@ def draw_task(numbers: range, task: Task) -> tuple[range, list[bytes]]:
 
 
 def _bytes(task: Task, number: int) -> bytes:
-    index = task.first + number
-    parameters = parameters_of(task.scene, task.seed, index)
+    index, moment = task.person(number)
+    parameters = parameters_of(task.scene, task.seed, index, moment)
     return b"".join(draw(task.scene, parameters, domain, task.size).tobytes() for domain in task.domains(index))
 
 
 def _rows(task: Task, indices: Iterable[int], pixels: decode.Pixels) -> Iterator[Row]:
-    for index in indices:
-        parameters = parameters_of(task.scene, task.seed, index)
+    for index, moment in itertools.product(indices, range(task.moments)):
+        parameters = parameters_of(task.scene, task.seed, index, moment)
         domain = task.domains(index)[0]
-        name, number = f"{index:08d}", index - task.first
+        name = f"{index:08d}" if task.moments == 1 else f"{index:08d}-{moment:04d}"
+        number = (index - task.first) * task.moments + moment
         yield Row(
             id=name,
             domain=domain,

@@ -46,6 +46,8 @@ NAMES = (
     "glasses", "glasses_color", "earrings", "hat", "hat_hue", "clothes", "clothes_hue", "clothes_lightness",
 )  # fmt: skip
 """Names of the parameters, each in [0, 1]."""
+OF_THE_MOMENT = NAMES[NAMES.index("turn") :]
+"""Those that say nothing of the person."""
 
 CENTER: Point = (SIDE / 2, 120.0)
 """Where the point between the eyes comes to lie, but for `shift`."""
