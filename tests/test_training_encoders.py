@@ -340,6 +340,15 @@ def test_validation_depends_on_no_batch(crowd_folder, method, noise_aware):
     assert sum(name.startswith("loss_band_") for name in first.row) == 4 * noise_aware
 
 
+def test_a_run_of_another_version_is_not_resumed(crowd_folder):
+    options = options_of("identity")
+    objective = methods.objective(config_of(crowd_folder, options), options, CPU)
+    state = objective.state_dict()
+    state["task"] = {**state["task"], "class_weights": torch.zeros(8, 16)}
+    with pytest.raises(InputError, match="begun by another version of the program.*give another --output"):
+        objective.load_state_dict(state)
+
+
 # -- runs -------------------------------------------------------------------------------------------------------
 
 

@@ -98,6 +98,11 @@ class Encoder:
         return {"task": self.task.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["task"].keys() != self.task.state_dict().keys():
+            raise InputError(
+                "this run was begun by another version of the program, which trained encoders otherwise: give another "
+                "--output"
+            )
         self.task.load_state_dict(state["task"])
         distributed.load_optimizer(self.optimizer, state["optimizer"])
 
