@@ -345,7 +345,7 @@ def test_a_run_of_another_version_is_not_resumed(crowd_folder):
     objective = methods.objective(config_of(crowd_folder, options), options, CPU)
     state = objective.state_dict()
     state["task"] = {**state["task"], "class_weights": torch.zeros(8, 16)}
-    with pytest.raises(InputError, match="begun by another version of the program.*give another --output"):
+    with pytest.raises(InputError, match=r"begun by another version of the program.*give another --output"):
         objective.load_state_dict(state)
 
 
