@@ -1139,7 +1139,7 @@ def test_guides_that_cannot_lead_are_refused(folder: Path, tmp_path: Path, check
         (["--identity-guidance", str(folder)], "--identity-guidance: .* no encoder here"),
         (["--classifier-scale", "2"], "--classifier-scale has no effect without --classifier-guidance"),
         (["--identity-scale", "2"], "--identity-scale has no effect without --identity-guidance"),
-        (["--identity-guidance", who, "--identity-scale", "-1"], "--identity-scale is -1.0; it must lie between"),
+        (["--identity-guidance", who, "--identity-scale", "-1"], "--identity-scale is -1.0; it must be positive"),
         (["--identity-guidance", who, "--start", "ddib"], "ddib"),
     ]:
         assert re.search(named, refused([*command(checkpoint_folder, folder, out), *flags])), flags
