@@ -270,6 +270,7 @@ def test_ways_to_translate_take_turns(tmp_path: Path, checkpoint_folder: str) ->
     assert (listed["keys"], listed["first_todo"], listed["again_todo"]) == (50, 50, 0)
 
 
+@pytest.mark.slow
 def test_the_ways_to_serve_take_turns(
     tmp_path: Path, checkpoint_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,6 +311,7 @@ def test_requests_of_equal_options_are_batched_and_a_failing_batch_fails_its_own
     assert first.batch_size + second.batch_size + third.batch_size in (5, 9)  # 1, 2, 2 or 3, 3, 3
 
 
+@pytest.mark.slow
 def test_the_mark_is_measured_after_every_change(tmp_path: Path) -> None:
     options = marks.Options(output=str(tmp_path), num_images=1, num_unmarked=2)
     assert marks.run(options) == cli.DONE

@@ -448,7 +448,7 @@ def wait_until(what: Any, seconds: float = 400.0) -> None:
 
 
 @pytest.mark.parametrize("where", ["local", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.ray])])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_driver_that_is_ended_takes_its_commands_with_it_and_goes_on(
     where: str, how: signal.Signals, tmp_path: Path, ray_folder: str
 ) -> None:

@@ -5,6 +5,7 @@ faithful   a square as small as a network's carried to the photo, beside the sam
            neighbouring pixels). The square is the true one, as a perfect network would draw it, or a checkpoint's
 untouched  where the square is the source's: the largest difference from the photo; and how far the photo moved
 seams      a face's square turned and put back: steps across its border beside the steps around, faded and pasted
+sheet.png  some scenes, what the checkpoint makes of them at their own size, and the truth
 cost       a photo of 12 megapixels: seconds, and memory above that of the decoded photo
 """
 
@@ -34,6 +35,8 @@ SCENES: tuple[Scene, ...] = ("landscapes", "portraits")
 FACTORS = (2, 4)
 SIDE, DRAWN_SIDE = 64, rendered.MAX_SIZE
 """Of the square, and of the photo."""
+NUM_SHOWN = 4
+"""Scenes of the sheet."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ def run(options: Options) -> int:
     rows = [row for scene in SCENES for factor in FACTORS for row in faithful(scene, factor, options)]
     if options.checkpoint is not None:
         rows += of_checkpoint(options.checkpoint, options)
+        storage.write_bytes(storage.join(output, "sheet.png"), sheet(options.checkpoint, options))
     result |= {"faithful": rows, "untouched": untouched(options), "seams": seams(options), "cost": cost(options)}
     print("| scenes | square | photo | way | PSNR, dB | SSIM | detail |\n|---|---|---|---|---|---|---|")
     for row in rows:
@@ -118,8 +122,8 @@ def faithful(scene: Scene, factor: int, options: Options) -> list[dict[str, Any]
     return judged(scene, side, pairs, results)
 
 
-def of_checkpoint(uri: str, options: Options) -> list[dict[str, Any]]:
-    """Each way with a trained network.
+def opened(uri: str) -> tuple[Translator, Scene, str, int]:
+    """A trained network, the scenes that it knows, the side to make of them and the index of that they are on.
 
     Raises:
         InputError: it was trained on other images.
@@ -133,7 +137,26 @@ def of_checkpoint(uri: str, options: Options) -> list[dict[str, Any]]:
             f"({'; '.join(', '.join(rendered.DOMAINS[each]) for each in SCENES)})"
         )
     wanted = (config.target_domains or config.domains)[-1]
-    domain = 1 - config.domains.index(wanted)
+    return translate, scene, wanted, 1 - config.domains.index(wanted)
+
+
+def sheet(uri: str, options: Options) -> bytes:
+    """The first scenes, what a trained network makes of them at their own size, and the truth below each other."""
+    translate, scene, wanted, domain = opened(uri)
+    pairs = [pair(scene, options, index, DRAWN_SIDE, domain) for index in range(NUM_SHOWN)]
+    made = translate.at_own_size([photo for photo, _ in pairs], wanted)
+    rows = [[np.asarray(photo) for photo, _ in pairs], made, [np.asarray(truth) for _, truth in pairs]]
+    return images.encode_png(images.grid(rows, gap=4))
+
+
+def of_checkpoint(uri: str, options: Options) -> list[dict[str, Any]]:
+    """Each way with a trained network.
+
+    Raises:
+        InputError: as `opened`.
+    """
+    translate, scene, wanted, domain = opened(uri)
+    config = translate.config
     rows = []
     for factor in FACTORS:
         pairs = [pair(scene, options, index, factor * config.image_size, domain) for index in range(options.num_scenes)]
