@@ -16,7 +16,6 @@ from ddpm_core.errors import InputError
 from jobs.benchmarks import full_size
 
 README = ROOT / "README.md"
-RESULTS = ROOT / "docs" / "results.md"
 DOCS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster" / "README.md"]
 TODAY = [path for path in DOCS if path.name != "log.md"]
 """What must name the options of today; the log may name those that went."""
