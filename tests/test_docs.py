@@ -23,7 +23,7 @@ SUBCOMMANDS = {
     "prepare": ("earth", "celeba", "day2night", "folders", "rendered", "pairs", "inspect"),
     "evaluate": ("compare",),
     "runs": ("list", "compare", "remove"),
-    "benchmark": ("network", "data", "size", "train", "validation", "sweep", "gpu", "full-size"),
+    "benchmark": ("network", "data", "size", "train", "validation", "sweep", "gpu", "full-size", "translate"),
 }
 FOREIGN_FLAGS = {
     "--working-dir",
