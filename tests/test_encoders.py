@@ -411,6 +411,7 @@ def balanced_accuracy(logits: torch.Tensor, attributes: np.ndarray, rates: np.nd
     return np.array([[said[a > 0, i].mean(), 1 - said[a < 0, i].mean()] for i, a in enumerate(attributes.T)]).mean(1)
 
 
+@pytest.mark.slow
 def test_the_classifiers_learn_and_the_noise_aware_one_knows_what_it_cannot_see():
     images, attributes = draw_attributes(600, seed=1)
     test, truth = draw_attributes(400, seed=2)

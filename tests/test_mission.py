@@ -26,7 +26,7 @@ def without_seed(command: Command) -> tuple[str, ...]:
     return tuple("0" if word.isdigit() else word.split("/seed-")[0] for word in command.argv)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["smoke", *(pytest.param(each, marks=pytest.mark.slow) for each in ("cpu", "gpu"))])
 def test_every_command_is_one_that_a_user_could_type(size: str) -> None:
     distinct = {(each.module, without_seed(each)): each for each in plan(size).commands if "{out}" in each.argv}
     for command in distinct.values():
