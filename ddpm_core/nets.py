@@ -124,6 +124,18 @@ def features(
     return torch.cat(parts)
 
 
+def likeness(
+    net: nn.Module,
+    sources: UInt8[np.ndarray, "b h w 3"],
+    results: UInt8[np.ndarray, "b h w 3"],
+    *,
+    device: str = "cpu",
+) -> Float[np.ndarray, " b"]:
+    """The cosine between what an `identity_net`'s module takes each source and its result for."""
+    one, other = (features(net, each, device=device) for each in (sources, results))
+    return (one * other).sum(1).numpy()
+
+
 class _Chain(nn.Module):
     """A net with what comes before and after it; it stays in evaluation mode, as exported programs must."""
 

@@ -77,10 +77,8 @@ class Pinned(NamedTuple):
 
 
 def likeness(net: nn.Module, device: str, source: np.ndarray, result: np.ndarray) -> float:
-    """The cosine between what an identity net takes two squares for."""
-    with torch.no_grad():
-        one, other = nets.features(net, np.stack([source, result]), device=device)
-    return float(one @ other)
+    """As `nets.likeness`, of two squares."""
+    return float(nets.likeness(net, source[None], result[None], device=device)[0])
 
 
 @ray.serve.deployment(graceful_shutdown_timeout_s=60)

@@ -68,8 +68,9 @@ def run(options: Options) -> int:
     result: dict[str, Any] = {"options": dataclasses.asdict(options), "environment": provenance.environment()}
     rows = [row for scene in SCENES for factor in FACTORS for row in faithful(scene, factor, options)]
     if options.checkpoint is not None:
-        rows += of_checkpoint(options.checkpoint, options)
-        storage.write_bytes(storage.join(output, "sheet.png"), sheet(options.checkpoint, options))
+        trained = opened(options.checkpoint)
+        rows += of_checkpoint(trained, options)
+        storage.write_bytes(storage.join(output, "sheet.png"), sheet(trained, options))
     result |= {"faithful": rows, "untouched": untouched(options), "seams": seams(options), "cost": cost(options)}
     print("| scenes | square | photo | way | PSNR, dB | SSIM | detail |\n|---|---|---|---|---|---|---|")
     for row in rows:
@@ -122,7 +123,10 @@ def faithful(scene: Scene, factor: int, options: Options) -> list[dict[str, Any]
     return judged(scene, side, pairs, results)
 
 
-def opened(uri: str) -> tuple[Translator, Scene, str, int]:
+Trained = tuple[Translator, Scene, str, int]
+
+
+def opened(uri: str) -> Trained:
     """A trained network, the scenes that it knows, the side to make of them and the index of that they are on.
 
     Raises:
@@ -140,22 +144,18 @@ def opened(uri: str) -> tuple[Translator, Scene, str, int]:
     return translate, scene, wanted, 1 - config.domains.index(wanted)
 
 
-def sheet(uri: str, options: Options) -> bytes:
+def sheet(trained: Trained, options: Options) -> bytes:
     """The first scenes, what a trained network makes of them at their own size, and the truth below each other."""
-    translate, scene, wanted, domain = opened(uri)
+    translate, scene, wanted, domain = trained
     pairs = [pair(scene, options, index, DRAWN_SIDE, domain) for index in range(NUM_SHOWN)]
     made = translate.at_own_size([photo for photo, _ in pairs], wanted)
     rows = [[np.asarray(photo) for photo, _ in pairs], made, [np.asarray(truth) for _, truth in pairs]]
     return images.encode_png(images.grid(rows, gap=4))
 
 
-def of_checkpoint(uri: str, options: Options) -> list[dict[str, Any]]:
-    """Each way with a trained network.
-
-    Raises:
-        InputError: as `opened`.
-    """
-    translate, scene, wanted, domain = opened(uri)
+def of_checkpoint(trained: Trained, options: Options) -> list[dict[str, Any]]:
+    """Each way with a trained network."""
+    translate, scene, wanted, domain = trained
     config = translate.config
     rows = []
     for factor in FACTORS:

@@ -209,10 +209,9 @@ class Translate:
             np.concatenate(each) for each in ([seen_in(batch, row) for row in rows], [made[row] for row in rows])
         ]
         with self.turn:
-            see = functools.partial(nets.features, self.identity.module, device=str(self.translator.device))
-            source, result = (see(each).numpy() for each in squares)
+            cosines = nets.likeness(self.identity.module, *squares, device=str(self.translator.device))
         starts = np.cumsum([0, *(len(made[row]) for row in rows[:-1])])
-        found[rows] = np.minimum.reduceat((source * result).sum(1), starts)
+        found[rows] = np.minimum.reduceat(cosines, starts)
         return found
 
     def _in_tiles(self, batch: Batch, row: int) -> tuple[bytes, UInt8[np.ndarray, "1 s s 3"]]:
