@@ -28,7 +28,11 @@ def build(
     """
     counts, data = note["counts"], note["model"].get("data", {})
     ok, bad = counts["ok"], counts["rejected"]
-    facts = [f"{ok:,} translated", f"{bad:,} set aside" if bad else "", f"{counts['ignored']:,} passed over"]
+    facts = [
+        f"{ok:,} translated",
+        f"{bad:,} set aside" if bad else "",
+        f"{counts['ignored']:,} passed over" if counts["ignored"] else "",
+    ]
     facts += [f"{seconds / ok:.3g} s of a worker an image" if ok else "", f"finished {note['finished']}"]
     domain = note["options"]["domain"]
     return html.render(
